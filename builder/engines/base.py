@@ -1,0 +1,77 @@
+"""What every backend offers: requests in, tokens out, and the logits that evaluation reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from pydantic import Field
+
+from plugins.config import Config
+
+if TYPE_CHECKING:
+    import torch
+
+Backend = Literal["auto", "tensorrt", "pytorch", "torch"]
+
+
+class EngineConfig(Config):
+    """The recipe's `engine:` section."""
+
+    backend: Backend = "auto"
+    max_batch_size: int = Field(64, ge=1)
+    max_seq_len: int = Field(2048, ge=2)
+    max_num_tokens: int = Field(8192, ge=1)
+    tensor_parallel: int = Field(1, ge=1)
+    pipeline_parallel: int = Field(1, ge=1)
+    cuda_graphs: bool = True
+    chunked_prefill: bool = False
+    kv_cache_block_reuse: bool = True
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt. `temperature` 0 is greedy; `ignore_eos` asks for exactly `max_new_tokens`."""
+
+    id: str
+    input_ids: tuple[int, ...]
+    max_new_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token; `time` is `time.perf_counter()` when it was ready."""
+
+    request_id: str
+    token: int
+    index: int
+    last: bool
+    time: float
+
+
+class Engine(Protocol):
+    """A loaded engine. `add` and `step` let a driver or a server schedule; `generate` is the plain loop over them."""
+
+    backend: str
+
+    def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, vocabulary] float32 of token ids [B, T] int64, with no cache."""
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises UserError where it cannot fit `max_seq_len`."""
+
+    def step(self) -> list[Token]:
+        """Runs one iteration of the running batch and returns what it produced."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is queued or running."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Token]:
+        """Streams the tokens of all requests, in the order they become ready."""
