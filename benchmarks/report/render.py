@@ -1,0 +1,56 @@
+"""Writes the three forms of the report."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from benchmarks.report import plots, summary, tables, words
+from benchmarks.report.schema import Report
+
+
+def render(report: dict[str, Any], out: Path) -> None:
+    """Writes report.json, report.md and report.html into `out`, made if missing.
+
+    Raises pydantic.ValidationError, a ValueError, where `report` is not what `schema.Report` describes.
+    """
+    report = _finite(report)
+    parsed = Report.model_validate(report)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    _write(out / "report.md", _environment(html=False).get_template("report.md.j2").render(report=parsed))
+    _write(out / "report.html", _environment(html=True).get_template("report.html.j2").render(report=parsed))
+
+
+def _environment(html: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("benchmarks.report"),
+        autoescape=html,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals.update(words=words, summary=summary, tables=tables, plots=plots)
+    for function in (words.number, words.amount, words.percent, words.times, words.interval):
+        environment.filters[function.__name__] = function
+    return environment
+
+
+def _write(path: Path, text: str) -> None:
+    """Through a temporary file, so that a reader never sees half a report."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf8")
+    partial.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,138 @@
+"""What report.json holds. Keys that are not described here are kept in the file and left out of the pages.
+
+Measured figures stand in `accuracy`, `size`, `layers` and `performance`; predicted ones in `predicted` only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+Interval = tuple[float, float] | None
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Perplexity(_Part):
+    perplexity: float
+
+
+class Accuracy(_Part):
+    """Of the build against the dense model, on the same tokens. `perplexity_increase` is a share: 0.05 for 5%."""
+
+    dense: Perplexity
+    built: Perplexity
+    perplexity_increase: float
+    perplexity_increase_interval: Interval = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    tokens: int | None = None
+    documents: int | None = None
+    context_length: int | None = None
+
+
+class Size(_Part):
+    dense_bytes: int
+    built_bytes: int
+
+
+class Layer(_Part):
+    """`zeros` is the share of zero weights; `kernel` and `reason` say what runs and why."""
+
+    name: str
+    out_features: int
+    in_features: int
+    format: str
+    sparse: bool
+    zeros: float | None = None
+    dense_bytes: int | None = None
+    built_bytes: int | None = None
+    kernel: str | None = None
+    reason: str | None = None
+
+
+class Spread(_Part):
+    """One metric of one side: ms, or a rate a second. Metrics of the whole run have only a mean and its interval."""
+
+    unit: str = ""
+    mean: float
+    interval: Interval = None
+    p5: float | None = None
+    p25: float | None = None
+    p50: float | None = None
+    p75: float | None = None
+    p90: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+
+class Speedup(_Part):
+    """How many times better the build is: above 1 is faster for times and rates alike."""
+
+    ratio: float
+    interval: Interval = None
+
+
+class Point(_Part):
+    """One workload at one concurrency."""
+
+    workload: dict[str, Any]
+    concurrency: int
+    rounds: int | None = None
+    requests: int | None = None
+    errors: dict[str, int] = {}
+    dense: dict[str, Spread]
+    built: dict[str, Spread]
+    speedup: dict[str, Speedup]
+    limit: dict[str, Any] | None = None
+
+
+class ParetoPoint(_Part):
+    """A further build of the same model: what it weighs and what it costs. `chosen` marks the one that was built."""
+
+    label: str = ""
+    bytes: int
+    perplexity: float
+    chosen: bool = False
+
+
+class Gate(_Part):
+    """A limit that the build had to keep. `words` says what came out."""
+
+    name: str
+    passed: bool
+    limit: float | None = None
+    value: float | None = None
+    words: str = ""
+
+
+class Report(_Part):
+    """The whole report. A build that stopped early leaves out what it did not reach."""
+
+    twofour: str
+    model: str
+    recipe: dict[str, Any] = {}
+    backend: str | None = None
+    device: dict[str, Any] = {}
+    created: str | None = None
+    accuracy: Accuracy | None = None
+    size: Size | None = None
+    layers: list[Layer] = []
+    performance: list[Point] = []
+    predicted: dict[str, Any] | list[dict[str, Any]] | None = None
+    pareto: list[ParetoPoint] = []
+    environment: dict[str, Any] = {}
+    gates: list[Gate] = []
+    notes: list[str] = []
+
+    @property
+    def pruned(self) -> bool:
+        """Whether any layer is 2:4 sparse."""
+        return any(layer.sparse for layer in self.layers) or bool(self.recipe.get("sparsity"))
+
+    @property
+    def failed_gates(self) -> list[Gate]:
+        return [gate for gate in self.gates if not gate.passed]

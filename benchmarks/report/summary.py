@@ -1,0 +1,133 @@
+"""The head of the report: the verdict in one sentence, the marks beside it, and the four cards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.report import words
+from benchmarks.report.schema import Report
+
+
+@dataclass(frozen=True)
+class Card:
+    """One figure of the summary. `mood` is a CSS class: good, bad or none."""
+
+    name: str
+    value: str
+    detail: str
+    mood: str = ""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A short mark; `strong` ones stand out."""
+
+    text: str
+    strong: bool = False
+
+
+def verdict(report: Report) -> str:
+    """One sentence: size, accuracy, speed, and a failed gate first."""
+    parts = []
+    if report.size:
+        parts.append(f"{words.times(report.size.dense_bytes / max(report.size.built_bytes, 1))} smaller")
+    if report.accuracy:
+        parts.append(f"perplexity {words.percent(report.accuracy.perplexity_increase, signed=True)}")
+    if (said := _speed(report)) is not None:
+        parts.append(said)
+    text = words.sentence(parts) if parts else "Nothing was measured"
+    failed = len(report.failed_gates)
+    return text if not failed else f"{'A gate' if failed == 1 else f'{failed} gates'} failed. {text}"
+
+
+def _speed(report: Report) -> str | None:
+    """What the intervals of every measured point allow to be said of the throughput."""
+    speedups = [point.speedup[words.HEADLINE] for point in report.performance if words.HEADLINE in point.speedup]
+    if not speedups:
+        return None
+    low, high = (words.times(pick(s.ratio for s in speedups)) for pick in (min, max))
+    ratios = low if low == high else f"{low} to {high}"
+    verdicts = {words.judge(speedup) for speedup in speedups}
+    if verdicts == {words.UNCLEAR}:
+        return f"no clear difference in speed ({ratios})"
+    if verdicts <= {"faster", "slower"} and len(verdicts) == 1:
+        return f"{verdicts.pop()} than dense ({ratios} the throughput)"
+    return f"{ratios} the throughput of dense, by load"
+
+
+def chips(report: Report) -> list[Chip]:
+    """Format, sparsity, backend, device, and the class of the result."""
+    made = []
+    formats = sorted({layer.format for layer in report.layers})
+    if formats:
+        made.append(Chip(" + ".join(formats)))
+    if report.pruned:
+        sparse = sum(layer.sparse for layer in report.layers)
+        made.append(Chip(f"2:4 in {sparse} of {len(report.layers)} layers" if report.layers else "2:4"))
+    if report.backend:
+        made.append(Chip(f"{report.backend} backend"))
+    if report.device:
+        made.append(Chip(device(report)))
+    if report.pruned:
+        made.append(Chip("MLPerf open class: pruned", strong=True))
+    return made
+
+
+def cards(report: Report) -> list[Card]:
+    """Perplexity, size, speed and gates; what was not measured says so."""
+    return [_perplexity(report), _size(report), _throughput(report), _gates(report)]
+
+
+def _perplexity(report: Report) -> Card:
+    accuracy = report.accuracy
+    if accuracy is None:
+        return Card("Perplexity", "-", "not measured")
+    bounds = accuracy.perplexity_increase_interval
+    detail = f"{words.number(accuracy.dense.perplexity, 4)} dense, {words.number(accuracy.built.perplexity, 4)} built"
+    detail += f"; {words.interval(bounds, 'percent')}" if bounds else ""
+    return Card("Perplexity", words.percent(accuracy.perplexity_increase, signed=True), detail)
+
+
+def _size(report: Report) -> Card:
+    size = report.size
+    if size is None:
+        return Card("Size", "-", "not measured")
+    detail = f"{words.amount(size.dense_bytes)} dense, {words.amount(size.built_bytes)} built"
+    return Card("Size", f"{words.times(size.dense_bytes / max(size.built_bytes, 1))} smaller", detail)
+
+
+def _throughput(report: Report) -> Card:
+    name = "Speed, output tokens/s"
+    points = [point for point in report.performance if words.HEADLINE in point.speedup]
+    if not points:
+        return Card(name, "-", "not measured")
+    speedups = [point.speedup[words.HEADLINE] for point in points]
+    low, high = min(s.ratio for s in speedups), max(s.ratio for s in speedups)
+    value = words.times(low) if words.times(low) == words.times(high) else f"{words.times(low)} - {words.times(high)}"
+    rows = [
+        f"{words.times(speedup.ratio)} {words.interval(speedup.interval, 'times')} at concurrency {point.concurrency}"
+        for point, speedup in zip(points[:3], speedups, strict=False)
+    ]
+    moods = {words.mood(speedup) for speedup in speedups}
+    return Card(
+        name, value, "; ".join(rows) + (" ..." if len(points) > 3 else ""), moods.pop() if len(moods) == 1 else ""
+    )
+
+
+def _gates(report: Report) -> Card:
+    total, failed = len(report.gates), report.failed_gates
+    if not total:
+        return Card("Gates", "none set", "no limit on accuracy or speed was asked for")
+    if failed:
+        return Card("Gates", f"{len(failed)} of {total} failed", ", ".join(gate.name for gate in failed), "bad")
+    return Card("Gates", f"{total} of {total} passed", ", ".join(gate.name for gate in report.gates), "good")
+
+
+def device(report: Report) -> str:
+    """The device's name, in the words that the build recorded."""
+    return str(report.device.get("name") or report.device.get("type") or "an unnamed device")
+
+
+def limits(report: Report) -> list[str]:
+    """How near each point came to what its device allows, where that is known."""
+    return [str(point.limit["words"]) for point in report.performance if point.limit and point.limit.get("words")]

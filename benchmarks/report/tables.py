@@ -1,0 +1,111 @@
+"""Rows for the pages' tables, from the report."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.report.schema import Layer, Report
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that differ only in their block: `name` has `*` for the block's number. Bytes are of all `count`."""
+
+    name: str
+    count: int
+    first: Layer
+    zeros: float | None
+    dense_bytes: int | None
+    built_bytes: int | None
+
+
+def group_layers(layers: list[Layer]) -> list[LayerGroup]:
+    """Groups the layers of equal shape, format, sparsity, kernel and reason, in the order of their first one."""
+    groups: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
+    for layer in layers:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
+        key = (pattern, layer.out_features, layer.in_features, layer.format, layer.sparse, layer.kernel, layer.reason)
+        groups[key].append(layer)
+    return [
+        LayerGroup(
+            name=str(key[0]) if len(members) > 1 else members[0].name,
+            count=len(members),
+            first=members[0],
+            zeros=_mean([layer.zeros for layer in members]),
+            dense_bytes=_sum([layer.dense_bytes for layer in members]),
+            built_bytes=_sum([layer.built_bytes for layer in members]),
+        )
+        for key, members in groups.items()
+    ]
+
+
+def single_layers(layers: list[Layer]) -> list[LayerGroup]:
+    """Each layer as a group of one."""
+    return [LayerGroup(x.name, 1, x, x.zeros, x.dense_bytes, x.built_bytes) for x in layers]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _sum(values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The ceilings of one GPU and phase: tokens a second of both sides, their ratio, and what bounds them in words."""
+
+    gpu: str
+    phase: str
+    load: str
+    dense: float | None
+    built: float | None
+    ratio: float | None
+    bound: str
+
+
+def predictions(report: Report) -> list[Prediction]:
+    """A row for each GPU and phase that the report predicts."""
+    cards = report.predicted if isinstance(report.predicted, list) else [report.predicted or {}]
+    rows = []
+    for card in cards:
+        context = card.get("context")
+        for phase, load in (
+            ("decode", f"batch {card.get('batch')}, context {context}"),
+            ("prefill", f"{context} tokens"),
+        ):
+            sides = card.get(phase) or {}
+            dense, built = sides.get("dense") or {}, sides.get("built") or {}
+            if dense or built:
+                above, below = built.get("tokens_per_second"), dense.get("tokens_per_second")
+                ratio = above / below if above and below else None
+                rows.append(
+                    Prediction(str(card.get("gpu", "?")), phase, load, below, above, ratio, _bound(dense, built))
+                )
+    return rows
+
+
+def _bound(dense: dict[str, Any], built: dict[str, Any]) -> str:
+    refused = built.get("reason") or dense.get("reason")
+    if refused:
+        return str(refused)
+    bounds = [side.get("bound") or "?" for side in (dense, built)]
+    return bounds[0] if bounds[0] == bounds[1] else f"{bounds[0]} (dense), {bounds[1]} (built)"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted name, value) rows."""
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            rows += flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            rows.append((f"{prefix}{key}", text))
+    return rows
