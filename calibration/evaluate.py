@@ -59,7 +59,6 @@ class Accuracy:
         return values
 
 
-@torch.inference_mode()
 def evaluate(
     dense: Logits, built: Logits, tokens: Tokens, documents: Tokens | None = None, progress: Progress | None = None
 ) -> Accuracy:
@@ -70,22 +69,23 @@ def evaluate(
     """
     _, document_of = np.unique(_documents(tokens, documents), return_inverse=True)
     sums = np.zeros((5, int(document_of.max()) + 1))  # dense loss, built loss, KL, agreements, tokens; by document
-    done = 0
-    for ids_BT in _batches(tokens):
-        input_BT = ids_BT.clamp_min(0)
-        dense_BTV, built_BTV = dense(input_BT), built(input_BT)
-        if dense_BTV.shape != built_BTV.shape:
-            shapes = f"{list(dense_BTV.shape)} and {list(built_BTV.shape)}"
-            raise UserError(
-                f"the dense and the built model give logits of shapes {shapes}: compare builds of one model"
-            )
-        for row in range(len(ids_BT)):
-            _require_finite(dense_BTV[row], "dense", done + row)
-            _require_finite(built_BTV[row], "built", done + row)
-            sums[:, document_of[done + row]] += _compare(ids_BT[row], dense_BTV[row], built_BTV[row])
-        done += len(ids_BT)
+    window = 0
+    for ids_BT, input_BT in _batches(tokens):
+        with torch.inference_mode():
+            dense_BTV, built_BTV = dense(input_BT), built(input_BT)
+            _require_same_shape(dense_BTV, built_BTV)
+            for ids_T, dense_TV, built_TV in zip(ids_BT, dense_BTV, built_BTV, strict=True):
+                _require_finite(dense_TV, "dense", window)
+                _require_finite(built_TV, "built", window)
+                sums[:, document_of[window]] += _compare(ids_T, dense_TV, built_TV)
+                window += 1
         if progress:
-            progress("evaluate", done, len(tokens))
+            progress("evaluate", window, len(tokens))
+    return _accuracy(sums, tokens.shape[1])
+
+
+def _accuracy(sums: Floats, context_length: int) -> Accuracy:
+    """Of the sums [dense loss, built loss, KL, agreements, tokens] of each document."""
     counts_D = sums[4]
     total = counts_D.sum()
     dense_loss, built_loss, kl, agreement = (float(value) for value in sums[:4].sum(axis=1) / total)
@@ -98,22 +98,22 @@ def evaluate(
         top1_agreement=agreement,
         tokens=int(total),
         documents=int((counts_D > 0).sum()),
-        context_length=tokens.shape[1],
+        context_length=context_length,
     )
 
 
-@torch.inference_mode()
 def perplexity(model: Logits, tokens: Tokens) -> float:
     """Of one model on `tokens` [windows, T]. Raises UserError and GateError as `evaluate` does."""
     _documents(tokens, None)
-    loss, count = 0.0, 0
-    for start, ids_BT in enumerate(_batches(tokens)):
-        logits_BTV = model(ids_BT.clamp_min(0))
-        for row, (ids_T, logits_TV) in enumerate(zip(ids_BT, logits_BTV, strict=True)):
-            _require_finite(logits_TV, "given", start * BATCH + row)
-            target_P, log_PV = _predictions(ids_T, logits_TV)
-            loss += _loss(log_PV, target_P)
-            count += len(target_P)
+    loss, count, window = 0.0, 0, 0
+    for ids_BT, input_BT in _batches(tokens):
+        with torch.inference_mode():
+            for ids_T, logits_TV in zip(ids_BT, model(input_BT), strict=True):
+                _require_finite(logits_TV, "given", window)
+                target_P, log_PV = _predictions(ids_T, logits_TV)
+                loss += _loss(log_PV, target_P)
+                count += len(target_P)
+                window += 1
     return math.exp(loss / count)
 
 
@@ -157,9 +157,11 @@ def _documents(tokens: Tokens, documents: Tokens | None) -> Tokens:
     return documents
 
 
-def _batches(tokens: Tokens) -> Iterator[Tensor]:
+def _batches(tokens: Tokens) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids [B, T] as they are, and as a model takes them, with 0 for padding."""
     for start in range(0, len(tokens), BATCH):
-        yield torch.from_numpy(np.ascontiguousarray(tokens[start : start + BATCH]))
+        ids_BT = torch.from_numpy(np.ascontiguousarray(tokens[start : start + BATCH]))
+        yield ids_BT, ids_BT.clamp_min(0)
 
 
 def _predictions(ids_T: Tensor, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,6 +182,12 @@ def _compare(ids_T: Tensor, dense_TV: Tensor, built_TV: Tensor) -> Floats:
     kl = float((dense_PV.exp() * (dense_PV - built_PV)).sum(dtype=torch.float64))
     agreements = int((dense_PV.argmax(dim=-1) == built_PV.argmax(dim=-1)).sum())
     return np.array([_loss(dense_PV, target_P), _loss(built_PV, target_P), kl, agreements, len(target_P)])
+
+
+def _require_same_shape(dense_BTV: Tensor, built_BTV: Tensor) -> None:
+    if dense_BTV.shape != built_BTV.shape:
+        shapes = f"{list(dense_BTV.shape)} and {list(built_BTV.shape)}"
+        raise UserError(f"the dense and the built model give logits of shapes {shapes}: compare builds of one model")
 
 
 def _require_finite(logits_TV: Tensor, which: str, window: int) -> None:
