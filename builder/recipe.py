@@ -1,0 +1,155 @@
+"""The recipe: a closed YAML schema composed of the parts' own sections, with presets and `--set` overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from benchmarks.config import Benchmark
+from builder.engines.base import EngineConfig
+from calibration.config import Accuracy, CalibrationData, Quantization, Recovery, Sparsity
+from plugins.config import Config
+from plugins.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class Recipe(Config):
+    """What to build. Each section belongs to the part that reads it."""
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    calibration: CalibrationData = Field(default_factory=CalibrationData)
+    sparsity: Sparsity | None = None
+    recovery: Recovery | None = None
+    quantization: Quantization = Field(default_factory=Quantization)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    accuracy: Accuracy = Field(default_factory=Accuracy)
+    benchmark: Benchmark | None = Field(default_factory=Benchmark)
+
+    @property
+    def format(self) -> str:
+        """The name people use for the build: `dense`, `fp8`, `2of4`, `fp8-2of4`, ..."""
+        parts = [self.quantization.format] if self.quantization.format != "none" else []
+        return "-".join(parts + (["2of4"] if self.sparsity else [])) or "dense"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load(target: str, preset: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe.
+
+    `target` is a recipe file (.yaml) or a model; `preset` is laid under it, `overrides` (`a.b=value`) over it. Raises
+    UserError, one line that quotes the key and names the nearest known one.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        values = _preset(preset)
+    if target.endswith((".yaml", ".yml")):
+        values = _merge(values, _read(Path(target)))
+    else:
+        values = _merge(values, {"model": target})
+    for override in overrides:
+        values = _merge(values, _override(override))
+    return _validated(_with_neighbours(values))
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in preset_names():
+        raise UserError(f"no preset '{name}'{_nearest(name, preset_names())}: presets are {', '.join(preset_names())}")
+    return _read(PRESETS / f"{name}.yaml")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise UserError(f"no recipe at '{path}': check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' cannot be read as a recipe ({error})") from None
+    except yaml.YAMLError as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"'{path}' is not YAML ({words}): mend that line") from None
+    if not isinstance(values, dict):
+        raise UserError(f"'{path}' is not a recipe: it must hold keys such as 'model:' and 'quantization:'")
+    return values
+
+
+def _override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set '{text}' is not KEY=VALUE: write for example --set sparsity.method=wanda")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set '{text}': the value is not YAML; quote it") from None
+    for part in reversed(key.strip().split(".")):
+        nested = {part: nested}
+    return dict(nested)
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _with_neighbours(values: dict[str, Any]) -> dict[str, Any]:
+    """A local model may bring `calibration.jsonl` and `evaluation.jsonl` beside its weights: used where none is named."""
+    model = values.get("model")
+    if not isinstance(model, str):
+        return values
+    for section, file in (("calibration", "calibration.jsonl"), ("accuracy", "evaluation.jsonl")):
+        beside = Path(model) / file
+        if beside.is_file() and isinstance(values.get(section, {}), Mapping):
+            values = _merge({section: {"data": str(beside)}}, values)
+    return values
+
+
+def _validated(values: dict[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_in_words(error)) from None
+
+
+def _in_words(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"][:-1])
+        hint = _nearest(str(first["loc"][-1]), known) or f": known keys are {', '.join(known)}"
+        return f"unknown recipe key '{where}'{hint}"
+    if first["type"] == "missing":
+        return f"the recipe lacks '{where}': add it"
+    return f"recipe key '{where}' is {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        nested = _models_in(field.annotation) if field else []
+        model = nested[0] if nested else model
+    return sorted(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
