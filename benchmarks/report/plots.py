@@ -43,10 +43,15 @@ def throughput(report: Report) -> Markup:
 
 
 def speedups(report: Report) -> Markup:
-    """The paired ratio of each metric at each point, with its interval, beside the line of no change."""
-    if not report.performance:
-        return Markup()
-    return _both(lambda width: _speedups(report.performance, width), wide=460)
+    """The paired ratio at each point with its interval, beside the line of no change; one panel a metric."""
+    names = [name for name in COMPARED if any(name in point.speedup for point in report.performance)]
+    ends = [1.1, 1 / 1.1]
+    for speedup in (point.speedup[name] for point in report.performance for name in names if name in point.speedup):
+        ends += speedup.interval or (speedup.ratio, speedup.ratio)
+    domain = (min(end for end in ends if end > 0) * 0.99, max(ends) * 1.01)  # one for all panels, so that they compare
+    wide = _both_of([_speedup(report.performance, name, 224, domain) for name in names])
+    narrow = _both_of([_speedup(report.performance, name, 340, domain) for name in names])
+    return Markup('<div class="wide panels">{}</div><div class="narrow">{}</div>').format(wide, narrow)
 
 
 def _both(draw: Callable[[float], Markup], wide: float) -> Markup:
@@ -73,26 +78,22 @@ def _accuracy_against_size(report: Report, width: float) -> Markup:
     _y_axis(canvas, y, left, right)
     scale, unit = next((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if most >= s)
     for tick in ticks(0, x.high / scale, 4):
-        canvas.text(x(tick * scale), bottom + 18, words.number(tick), "tick", "middle")
+        canvas.text(x(tick * scale), bottom + 18, words.tick(tick), "tick", "middle")
     canvas.line(left, bottom, right, bottom, "axis")
     canvas.text(right, bottom + 36, f"size of the weights, {unit}", "label", "end")
     canvas.text(0, 11, "perplexity; lower left is better", "label")
-    chosen = (report.size.built_bytes, report.accuracy.built.perplexity)
-    front = sorted([*((point.bytes, point.perplexity) for point in report.pareto if not point.chosen), chosen])
-    if len(front) > 1:
+    front = sorted((size, perplexity) for size, perplexity, _, _ in spots)
+    if len(front) > 2:
         canvas.path([(x(size), y(perplexity)) for size, perplexity in front], "front-line")
     for size, perplexity, label, kind in spots:
         said = f"{label}: {words.amount(size)}, perplexity {words.number(perplexity, 4)}"
         canvas.circle(x(size), y(perplexity), 4 if kind == "front" else 6.5, kind, said)
-        if kind != "front":
-            end = x(size) > width * 0.7
-            canvas.text(
-                x(size) + (-11 if end else 11),
-                y(perplexity) - 9,
-                f"{label} {words.number(perplexity, 4)}",
-                f"name {kind}-text",
-                "end" if end else "start",
-            )
+    for size, perplexity, label, kind in spots[-2:]:
+        end, below = x(size) > width * 0.7, 20 if perplexity == best else -12
+        name = f"{label} {words.number(perplexity, 4)}"
+        canvas.text(
+            x(size) + (6 if end else 0), y(perplexity) + below, name, f"name {kind}-text", "end" if end else "start"
+        )
     return canvas.svg(
         "Perplexity against size: "
         + "; ".join(f"{label} {words.amount(size)} at {words.number(p, 4)}" for size, p, label, _ in spots)
@@ -100,35 +101,32 @@ def _accuracy_against_size(report: Report, width: float) -> Markup:
 
 
 def _latency(points: Sequence[Point], name: str, width: float) -> Markup:
-    rows = [(point, side, getattr(point, side)[name]) for point in points if name in point.dense for side in SIDES]
-    rows = [(point, side, spread) for point, side, spread in rows if spread.p50 is not None]
-    left, right, top, pitch = 66.0, width - 14, 48.0, 21.0
-    bottom = top + len(rows) * pitch + len(rows) // 2 * 8
+    points = [point for point in points if name in point.dense and point.dense[name].p50 is not None]
+    labels = _labels(points)
+    left, right, top, pitch = 14 + 7.2 * max(map(len, labels)), width - 14, 32.0, 46.0
+    bottom = top + len(points) * pitch
     canvas = Canvas(width, bottom + 36)
-    high = max(_top(spread) for _, _, spread in rows) * 1.06
-    x = Scale(0, high, left, right)
-    canvas.text(0, 13, words.TITLES[name], "title")
-    for tick in ticks(0, high, 4):
+    spreads = [getattr(point, side)[name] for point in points for side in SIDES]
+    low, high = min(s.p5 or s.mean for s in spreads), max(_top(s) for s in spreads)
+    near = low > 0.5 * high  # all values far from zero: no need to show it
+    x = Scale(max(low - 0.25 * (high - low), 0.9 * low) if near else 0, high + 0.06 * (high - low), left, right)
+    canvas.text(0, 13, f"{words.TITLES[name]}, {spreads[0].unit or 'ms'}", "title")
+    for tick in ticks(x.low, x.high, 4):
         canvas.line(x(tick), top - 8, x(tick), bottom, "grid")
-        canvas.text(x(tick), bottom + 16, words.number(tick), "tick", "middle")
-    canvas.text(right, bottom + 32, rows[0][2].unit or "ms", "label", "end")
-    several = len({words.workload(point) for point in points}) > 1
-    for index, (point, side, spread) in enumerate(rows):
-        y = top + index * pitch + index // 2 * 8 + 6
-        if side == "dense":
-            at = f"c={point.concurrency}"
-            canvas.text(
-                0,
-                y + 15,
-                f"{point.workload.get('input_tokens')}+{point.workload.get('output_tokens')}" if several else at,
-                "tick",
-            )
-            if several:
-                canvas.text(0, y + 29, at, "tick")
-        _spread(canvas, x, y, side, spread, f"{side}, {words.workload(point)}, concurrency {point.concurrency}")
+        canvas.text(x(tick), bottom + 16, words.tick(tick), "tick", "middle")
+    for index, (point, label) in enumerate(zip(points, labels, strict=True)):
+        y = top + index * pitch + 8
+        canvas.text(0, y + 14, label, "tick")
+        for side, down in zip(SIDES, (0, 20), strict=True):
+            said = f"{side}, {words.workload(point)}, concurrency {point.concurrency}"
+            _spread(canvas, x, y + down, side, getattr(point, side)[name], said)
+    if near:
+        canvas.text(right, bottom + 32, "axis does not start at 0", "label", "end")
     said = "; ".join(
-        f"{s} at concurrency {p.concurrency}: median {words.number(v.p50)}, p99 {words.number(v.p99)}"
-        for p, s, v in rows
+        f"{side} at concurrency {point.concurrency}: median {words.number(getattr(point, side)[name].p50)}, "
+        f"p99 {words.number(getattr(point, side)[name].p99)}"
+        for point in points
+        for side in SIDES
     )
     return canvas.svg(f"{words.TITLES[name]} in ms. {said}")
 
@@ -192,35 +190,37 @@ def _throughput(title: str, points: Sequence[Point], width: float) -> Markup:
     return canvas.svg(f"Output tokens a second, {title}. {said}")
 
 
-def _speedups(points: Sequence[Point], width: float) -> Markup:
-    rows = [(p, n, p.speedup[n]) for p in points for n in COMPARED if n in p.speedup and p.speedup[n].ratio > 0]
-    left, right, top, pitch = 158.0, width - 16, 44.0, 21.0
-    groups = len({id(point) for point, _, _ in rows})
-    bottom = top + len(rows) * pitch + groups * 20
-    canvas = Canvas(width, bottom + 40)
-    ends = [value for _, _, s in rows for value in (s.interval or (s.ratio, s.ratio))] + [0.9, 1.1]
-    x = Scale(min(ends) * 0.97, max(ends) * 1.03, left, right, log=True)
-    canvas.text(0, 13, "build against dense, paired", "title")
+def _speedup(points: Sequence[Point], name: str, width: float, domain: tuple[float, float]) -> Markup:
+    rows = [(point, point.speedup[name]) for point in points if name in point.speedup and point.speedup[name].ratio > 0]
+    labels = _labels([point for point, _ in rows])
+    left, right, top, pitch = 14 + 7.2 * max(map(len, labels)), width - 14, 40.0, 19.0
+    bottom = top + len(rows) * pitch
+    canvas = Canvas(width, bottom + 26)
+    x = Scale(*domain, left, right, log=True)
+    canvas.text(0, 13, words.TITLES[name], "title")
     for tick in _ratio_ticks(x.low, x.high):
-        canvas.line(x(tick), top - 12, x(tick), bottom, "even" if tick == 1 else "grid")
+        canvas.line(x(tick), top - 8, x(tick), bottom, "even" if tick == 1 else "grid")
         canvas.text(x(tick), bottom + 16, f"{tick:g}x", "tick", "middle")
-    canvas.text(x(1) - 6, top - 16, "slower", "label", "end")
-    canvas.text(x(1) + 6, top - 16, "faster", "label")
-    y, last = top, None
-    for point, name, speedup in rows:
-        if point is not last:
-            canvas.text(0, y + 14, f"{words.workload(point)}, concurrency {point.concurrency}", "group")
-            y, last = y + 20, point
-        said = f"{words.TITLES[name]}: {words.times(speedup.ratio)} {words.interval(speedup.interval, 'times')}"
-        verdict = {"faster": "good", "slower": "bad"}.get(words.judge(speedup), "unclear")
+    canvas.text(x(1) - 5, top - 9, "slower", "label", "end")
+    canvas.text(x(1) + 5, top - 9, "faster", "label")
+    for index, ((point, speedup), label) in enumerate(zip(rows, labels, strict=True)):
+        y = top + (index + 0.5) * pitch
+        kind = words.mood(speedup) or "unclear"
         if speedup.interval:
-            canvas.line(x(speedup.interval[0]), y + 10, x(speedup.interval[1]), y + 10, f"bar {verdict}-line")
-        canvas.circle(x(speedup.ratio), y + 10, 4.5, verdict, said)
-        canvas.text(10, y + 14, words.TITLES[name], "tick")
-        y += pitch
-    label = "; ".join(f"{words.TITLES[n]} at concurrency {p.concurrency} {words.times(s.ratio)}" for p, n, s in rows)
-    canvas.text(right, bottom + 34, "bars: 95% intervals", "label", "end")
-    return canvas.svg(f"Speed-up of the build against dense. {label}")
+            canvas.line(x(speedup.interval[0]), y, x(speedup.interval[1]), y, f"bar {kind}-line")
+        said = (
+            f"concurrency {point.concurrency}: {words.times(speedup.ratio)} {words.interval(speedup.interval, 'times')}"
+        )
+        canvas.circle(x(speedup.ratio), y, 4.5, kind, said)
+        canvas.text(0, y + 4, label, "tick")
+    said = "; ".join(f"{words.times(s.ratio)} at concurrency {p.concurrency}" for p, s in rows)
+    return canvas.svg(f"Speed-up in {words.TITLES[name]}, build against dense: {said}")
+
+
+def _labels(points: Sequence[Point]) -> list[str]:
+    """`c=4`, with the lengths in front where the points differ in them."""
+    several = len({words.workload(point) for point in points}) > 1
+    return [f"{words.lengths(p)} c={p.concurrency}" if several else f"c={p.concurrency}" for p in points]
 
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
@@ -235,7 +235,7 @@ def _ratio_ticks(low: float, high: float) -> list[float]:
 def _y_axis(canvas: Canvas, y: Scale, left: float, right: float) -> None:
     for tick in ticks(y.low, y.high, 5):
         canvas.line(left, y(tick), right, y(tick), "grid")
-        canvas.text(left - 8, y(tick) + 4, words.number(tick), "tick", "end")
+        canvas.text(left - 8, y(tick) + 4, words.tick(tick), "tick", "end")
 
 
 def _whisker(canvas: Canvas, x: float, low: float, high: float, kind: str) -> None:

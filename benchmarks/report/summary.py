@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.report import words
-from benchmarks.report.schema import Report
+from benchmarks.report.schema import Report, Speedup
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,23 @@ class Chip:
 
 
 def verdict(report: Report) -> str:
-    """One sentence: size, accuracy, speed, and a failed gate first."""
+    """One sentence: size, accuracy, speed; a failed gate comes first."""
     parts = []
     if report.size:
-        parts.append(f"{words.times(report.size.dense_bytes / max(report.size.built_bytes, 1))} smaller")
+        parts.append(_smaller(report))
     if report.accuracy:
         parts.append(f"perplexity {words.percent(report.accuracy.perplexity_increase, signed=True)}")
     if (said := _speed(report)) is not None:
         parts.append(said)
-    text = words.sentence(parts) if parts else "Nothing was measured"
+    text = ", ".join(parts).capitalize() if parts else "Nothing was measured"
     failed = len(report.failed_gates)
     return text if not failed else f"{'A gate' if failed == 1 else f'{failed} gates'} failed. {text}"
+
+
+def _smaller(report: Report) -> str:
+    assert report.size is not None
+    ratio = report.size.dense_bytes / max(report.size.built_bytes, 1)
+    return f"{words.times(ratio)} smaller" if ratio >= 1 else f"{words.times(1 / ratio)} larger"
 
 
 def _speed(report: Report) -> str | None:
@@ -45,14 +51,15 @@ def _speed(report: Report) -> str | None:
     speedups = [point.speedup[words.HEADLINE] for point in report.performance if words.HEADLINE in point.speedup]
     if not speedups:
         return None
-    low, high = (words.times(pick(s.ratio for s in speedups)) for pick in (min, max))
-    ratios = low if low == high else f"{low} to {high}"
     verdicts = {words.judge(speedup) for speedup in speedups}
     if verdicts == {words.UNCLEAR}:
-        return f"no clear difference in speed ({ratios})"
-    if verdicts <= {"faster", "slower"} and len(verdicts) == 1:
-        return f"{verdicts.pop()} than dense ({ratios} the throughput)"
-    return f"{ratios} the throughput of dense, by load"
+        return f"as fast as dense within the noise ({_range(speedups)})"
+    return f"{_range(speedups)} as fast as dense"
+
+
+def _range(speedups: list[Speedup]) -> str:
+    low, high = (words.times(pick(speedup.ratio for speedup in speedups)) for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def chips(report: Report) -> list[Chip]:
@@ -84,7 +91,7 @@ def _perplexity(report: Report) -> Card:
         return Card("Perplexity", "-", "not measured")
     bounds = accuracy.perplexity_increase_interval
     detail = f"{words.number(accuracy.dense.perplexity, 4)} dense, {words.number(accuracy.built.perplexity, 4)} built"
-    detail += f"; {words.interval(bounds, 'percent')}" if bounds else ""
+    detail += f"\n95% interval {words.interval(bounds, 'percent')}" if bounds else ""
     return Card("Perplexity", words.percent(accuracy.perplexity_increase, signed=True), detail)
 
 
@@ -93,7 +100,7 @@ def _size(report: Report) -> Card:
     if size is None:
         return Card("Size", "-", "not measured")
     detail = f"{words.amount(size.dense_bytes)} dense, {words.amount(size.built_bytes)} built"
-    return Card("Size", f"{words.times(size.dense_bytes / max(size.built_bytes, 1))} smaller", detail)
+    return Card("Size", _smaller(report), detail)
 
 
 def _throughput(report: Report) -> Card:
@@ -102,15 +109,16 @@ def _throughput(report: Report) -> Card:
     if not points:
         return Card(name, "-", "not measured")
     speedups = [point.speedup[words.HEADLINE] for point in points]
-    low, high = min(s.ratio for s in speedups), max(s.ratio for s in speedups)
-    value = words.times(low) if words.times(low) == words.times(high) else f"{words.times(low)} - {words.times(high)}"
     rows = [
-        f"{words.times(speedup.ratio)} {words.interval(speedup.interval, 'times')} at concurrency {point.concurrency}"
-        for point, speedup in zip(points[:3], speedups, strict=False)
+        f"c={point.concurrency}: {words.times(speedup.ratio)} {words.interval(speedup.interval, 'times')}"
+        for point, speedup in zip(points, speedups, strict=True)
     ]
     moods = {words.mood(speedup) for speedup in speedups}
     return Card(
-        name, value, "; ".join(rows) + (" ..." if len(points) > 3 else ""), moods.pop() if len(moods) == 1 else ""
+        name,
+        _range(speedups),
+        "\n".join(rows if len(rows) <= 4 else [*rows[:3], "..."]),
+        moods.pop() if len(moods) == 1 else "",
     )
 
 

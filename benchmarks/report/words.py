@@ -14,6 +14,7 @@ TITLES = {
     "goodput": "goodput",
 }
 HEADLINE = "output_token_throughput"
+SHOWN = ("output_token_throughput", "time_to_first_token", "inter_token_latency", "request_latency", "goodput")
 UNCLEAR = "no clear difference"
 
 
@@ -25,8 +26,13 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}"
-    text = f"{value:.{digits}g}"
+    text = f"{value:#.{digits}g}".rstrip(".")
     return f"{value:.{digits + 3}f}" if "e" in text else text
+
+
+def tick(value: float) -> str:
+    """A round value of an axis: 1500 -> 1,500; 0.5 -> 0.5."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:g}"
 
 
 def amount(size: float | None) -> str:
@@ -64,7 +70,7 @@ def _bound(value: float, show: str) -> str:
     if show == "percent":
         return percent(value, signed=True)
     if show == "times":  # a third decimal where the second hides on which side of 1 the bound lies
-        return f"{value:.3f}x" if f"{value:.2f}" == "1.00" else times(value)
+        return f"{value:.3f}" if f"{value:.2f}" == "1.00" else f"{value:.2f}"
     return number(value)
 
 
@@ -80,6 +86,16 @@ def workload(point: Point) -> str:
     return f"{point.workload.get('input_tokens', '?')} in, {point.workload.get('output_tokens', '?')} out"
 
 
+def shown(point: Point) -> list[str]:
+    """The metrics of a point that the pages list; the others follow from them and stand in report.json."""
+    return [name for name in SHOWN if name in point.speedup]
+
+
+def lengths(point: Point) -> str:
+    """128+64: the tokens in and out."""
+    return f"{point.workload.get('input_tokens', '?')}+{point.workload.get('output_tokens', '?')}"
+
+
 def mood(speedup: Speedup) -> str:
     """The CSS class of a speed-up: green or red only where the interval leaves out 1."""
     return {"faster": "good", "slower": "bad"}.get(judge(speedup), "")
@@ -89,9 +105,3 @@ def rank(speedup: Speedup, name: str) -> str:
     """The speed-up of one percentile, such as `p90`."""
     inner = getattr(speedup, name, None)
     return times(inner["ratio"]) if inner else "-"
-
-
-def sentence(parts: list[str]) -> str:
-    """a, b and c, with a capital."""
-    text = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
-    return text[0].upper() + text[1:]
