@@ -10,7 +10,6 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,11 +29,12 @@ _CANCELLATION_PERIOD = 0.1  # seconds between two looks at which clients have go
 class EngineModel:
     """Serves the engine at the `engine_dir` of config.pbtxt's parameters."""
 
-    load: Callable[[Path], Engine]
+    @staticmethod
+    def load(engine_dir: Path) -> Engine:
+        """Opens an engine directory; the deployed model says how."""
+        raise NotImplementedError
 
     def initialize(self, args: dict[str, str]) -> None:
-        from transformers import AutoTokenizer
-
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         written, running = parameters["twofour_version"], version("twofour")
@@ -43,13 +43,15 @@ class EngineModel:
         engine_dir = (Path(args["model_repository"]) / parameters["engine_dir"]).resolve()
         if not (engine_dir / "config.json").is_file():
             raise pb_utils.TritonModelException(f"no engine at '{engine_dir}': move it there or deploy the build again")
+        from transformers import AutoTokenizer
+
         self._tokenizer = AutoTokenizer.from_pretrained(engine_dir)
         self._limits = _limits(engine_dir, parameters, config)
         self._capacity = _capacity(engine_dir, parameters)
         self._counters = _Counters(args["model_name"])
         self._open: dict[str, _Reply] = {}
         self._outbox: queue.SimpleQueue[tuple[_Reply, Token | Exception] | None] = queue.SimpleQueue()
-        self._loop = EngineLoop(type(self).load(engine_dir))
+        self._loop = EngineLoop(self.load(engine_dir))
         self._sender = threading.Thread(target=self._send, name="sender", daemon=True)
         self._sender.start()
         self._count = 0

@@ -170,7 +170,7 @@ def understand(
     request = Request(
         id=request_id,
         input_ids=input_ids,
-        max_new_tokens=_within("max_tokens", values.get("max_tokens", limits.max_tokens), 1, 2**31 - 1),
+        max_new_tokens=_within("max_tokens", values.get("max_tokens", limits.max_tokens), 1),
         ignore_eos=values.get("ignore_eos", False) or end_id == -1,
         **_sampling_of(values),
     )
@@ -184,7 +184,7 @@ def understand(
 
 def _sampling_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Greedy unless asked otherwise; a `top_k` or `top_p` alone asks for sampling at temperature 1."""
-    top_k = _within("top_k", values.get("top_k", 0), 0, 2**31 - 1)
+    top_k = _within("top_k", values.get("top_k", 0), 0)
     top_p = _within("top_p", values.get("top_p", 1.0), 0.0, 1.0)
     asked = "temperature" in values
     temperature = _within("temperature", values["temperature"] if asked else float(top_k > 1 or top_p < 1), 0.0, 100.0)
@@ -193,7 +193,8 @@ def _sampling_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": values.get("seed", 0)}
 
 
-def _within(name: str, value: Any, low: float, high: float) -> Any:
-    if not math.isfinite(value) or not low <= value <= high:
-        raise UserError(f"'{name}' is {value:g}: it must lie from {low:g} to {high:g}")
+def _within(name: str, value: Any, low: float, high: float = math.inf) -> Any:
+    if not low <= value <= high:  # not a number is neither
+        range_ = f"be at least {low:g}" if high == math.inf else f"lie from {low:g} to {high:g}"
+        raise UserError(f"'{name}' is {value:g}: it must {range_}")
     return value
