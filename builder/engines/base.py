@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import Field
 
+from builder.engines.request import Request, Token
 from plugins.config import Config
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["Backend", "Engine", "EngineConfig", "Request", "Token"]
 
 Backend = Literal["auto", "tensorrt", "pytorch", "torch"]
 
@@ -28,31 +30,6 @@ class EngineConfig(Config):
     cuda_graphs: bool = True
     chunked_prefill: bool = False
     kv_cache_block_reuse: bool = True
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt. `temperature` 0 is greedy; `ignore_eos` asks for exactly `max_new_tokens`."""
-
-    id: str
-    input_ids: tuple[int, ...]
-    max_new_tokens: int
-    ignore_eos: bool = False
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Token:
-    """One generated token; `time` is `time.perf_counter()` when it was ready."""
-
-    request_id: str
-    token: int
-    index: int
-    last: bool
-    time: float
 
 
 class Engine(Protocol):

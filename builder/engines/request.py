@@ -1,0 +1,30 @@
+"""What goes into an engine and what comes out. Standard library only, so that the inner engines run where pydantic is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt. `temperature` 0 is greedy; `ignore_eos` asks for exactly `max_new_tokens`."""
+
+    id: str
+    input_ids: tuple[int, ...]
+    max_new_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token; `time` is `time.perf_counter()` when it was ready."""
+
+    request_id: str
+    token: int
+    index: int
+    last: bool
+    time: float
