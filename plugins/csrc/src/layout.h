@@ -1,0 +1,178 @@
+// The packed form of a 2:4 weight that the skinny kernel reads, as index maps that host and device code share.
+//
+// Unit of everything: a *block*, 16 output features x 256 inputs, stored contiguously; blocks of one 16-row tile follow
+// each other along K, tiles along N. A block holds chunks of 16 bytes for each of the 32 lanes, chunk-major, so that
+// a warp reads 512 contiguous bytes at a time: first the values, in the order the lane feeds them to mma.sp, last one
+// chunk with four 32-bit words of metadata. Bytes against dense: 0.5625 at 16 bits, 0.625 at 8 bits.
+//
+// The 256 inputs are four *units* of 64 inputs = 16 groups of 4. A unit is
+//   fp16, bf16:  two mma.sp.m16n8k32 (steps), two chunks, one metadata word (selector 0 and 1)
+//   fp8:         the same two m16n8k32 on values widened to fp16 in registers, one chunk: only sm_89 and sm_120 have
+//                an fp8 mma.sp, elsewhere ptxas emulates it with these very conversions and a shuffle of the metadata
+//   int8:        one mma.sp.m16n8k64, one chunk, one metadata word
+//
+// Fragments are those of the PTX ISA, "Matrix fragments for sparse mma.m16n8k32 / m16n8k64": with g = lane / 4 and
+// t = lane % 4, register j of A holds row g + 8 (j & 1). In m16n8k32 its two values come from group t + 4 (j >> 1); in
+// m16n8k64 its four values from groups 2t and 2t + 1, plus 8 where j >= 2. Metadata, 4 bits a group, ascending:
+//   m16n8k32: lanes with t / 2 == selector; groups 4 (t & 1) to +3 of row g in the low half, of row g + 8 in the high
+//   m16n8k64: all lanes; groups 8 (t / 2) to +7 of row g + 8 (t & 1)
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "twofour.h"
+
+#if defined(__CUDACC__)
+#define TWOFOUR_HD __host__ __device__ __forceinline__
+#else
+#define TWOFOUR_HD inline
+#endif
+
+namespace twofour {
+
+constexpr int kLayoutVersion = 1;
+constexpr int kTileRows = 16;      // output features of a block
+constexpr int kBlockInputs = 256;  // inputs of a block
+constexpr int kUnitInputs = 64;
+constexpr int kUnits = kBlockInputs / kUnitInputs;
+constexpr int kLanes = 32;
+constexpr int kChunkBytes = 16;
+
+TWOFOUR_HD constexpr int element_bytes(int type) { return type == TWOFOUR_FP16 || type == TWOFOUR_BF16 ? 2 : 1; }
+TWOFOUR_HD constexpr int value_chunks(int type) { return kUnits * element_bytes(type); }
+TWOFOUR_HD constexpr int chunks(int type) { return value_chunks(type) + 1; }
+TWOFOUR_HD constexpr int block_bytes(int type) { return chunks(type) * kLanes * kChunkBytes; }
+
+TWOFOUR_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+TWOFOUR_HD constexpr int64_t row_tiles(int64_t out_features) { return ceil_div(out_features, kTileRows); }
+TWOFOUR_HD constexpr int64_t input_blocks(int64_t in_features) { return ceil_div(in_features, kBlockInputs); }
+TWOFOUR_HD constexpr size_t packed_bytes(int type, int64_t out_features, int64_t in_features) {
+  return static_cast<size_t>(row_tiles(out_features) * input_blocks(in_features)) * static_cast<size_t>(block_bytes(type));
+}
+
+// Which group of a unit (0..15) the hardware's group h (0..7) of step s is, for the m16n8k32 types. For fp8 the order
+// lets a lane pair fetch its activations with 16-byte loads: B register i of lane t holds half (t & 1) of the hardware
+// group 2 i + t / 2, and these land on 16 contiguous bytes of x.
+TWOFOUR_HD constexpr int unit_group(int type, int step, int h) {
+  return type == TWOFOUR_FP8 ? 8 * (h & 1) + 4 * step + (h >> 1) : 8 * step + h;
+}
+
+// The group whose 4 bits are number i (0..7, from the low end) of a lane's metadata word, and where its values live:
+// the lane that feeds them, and the byte of that lane's value chunks.
+struct Place {
+  int row, group, lane, byte;
+};
+
+TWOFOUR_HD constexpr Place place(int type, int unit, int meta_lane, int i) {
+  const int g = meta_lane / 4, t = meta_lane % 4;
+  if (type == TWOFOUR_INT8) {
+    const int high = t % 2, half = t / 2, j = high + 2 * half;
+    return {g + 8 * high, 8 * half + i, 4 * g + i / 2, kChunkBytes * unit + 4 * j + 2 * (i % 2)};
+  }
+  const int step = t / 2, high = i / 4, half = t % 2, j = high + 2 * half;
+  const int bytes = 2 * element_bytes(type);  // of a group's two values
+  return {g + 8 * high, unit_group(type, step, 4 * half + i % 4), 4 * g + i % 4, (2 * unit + step) * 4 * bytes + bytes * j};
+}
+
+// Offset in a block of byte `byte` of a lane's value chunks, and of its metadata word of a unit.
+TWOFOUR_HD constexpr int value_offset(int lane, int byte) {
+  return (byte / kChunkBytes) * kLanes * kChunkBytes + lane * kChunkBytes + byte % kChunkBytes;
+}
+TWOFOUR_HD constexpr int meta_offset(int type, int lane, int unit) {
+  return value_chunks(type) * kLanes * kChunkBytes + lane * kChunkBytes + 4 * unit;
+}
+
+// The two kept positions of a group, ascending, as the 4 bits of metadata: i0 | i1 << 2. A group with fewer than two
+// nonzeros is filled up with the lowest free positions, whose values are zero.
+TWOFOUR_HD constexpr unsigned kept_positions(unsigned nonzero_mask) {
+  unsigned first = 4, second = 4, mask = nonzero_mask;
+  for (unsigned need = 0; need < 4; ++need) {  // add free positions until two are kept
+    unsigned count = 0;
+    for (unsigned i = 0; i < 4; ++i) count += (mask >> i) & 1u;
+    if (count >= 2) break;
+    if (!((mask >> need) & 1u)) mask |= 1u << need;
+  }
+  for (unsigned i = 0; i < 4; ++i) {
+    if (!((mask >> i) & 1u)) continue;
+    if (first == 4) first = i;
+    else if (second == 4) second = i;
+  }
+  return first | second << 2;
+}
+
+// Whether an element is a zero of either sign. int8 has one zero; 0x80 is -128 there and -0.0 in fp8.
+TWOFOUR_HD constexpr bool is_zero(int type, unsigned bits) {
+  return type == TWOFOUR_INT8 ? bits == 0 : type == TWOFOUR_FP8 ? (bits & 0x7Fu) == 0 : (bits & 0x7FFFu) == 0;
+}
+
+TWOFOUR_HD unsigned load_element(int type, const void* w, int64_t index) {
+  return element_bytes(type) == 2 ? static_cast<const uint16_t*>(w)[index] : static_cast<const uint8_t*>(w)[index];
+}
+
+// One metadata word of the packed form and the values of its 8 groups: all the work of packing is a loop over
+// `packed_words` of these. The weight is dense [n, k]; the packed form has zeros where it reaches beyond.
+struct Word {
+  int64_t tile, block;
+  int unit, lane;
+};
+TWOFOUR_HD constexpr int64_t packed_words(int64_t n, int64_t k) {
+  return row_tiles(n) * input_blocks(k) * kUnits * kLanes;
+}
+TWOFOUR_HD constexpr Word word_at(int64_t index, int64_t k) {
+  const int64_t block = index / (kUnits * kLanes);
+  return {block / input_blocks(k), block % input_blocks(k), static_cast<int>(index / kLanes % kUnits),
+          static_cast<int>(index % kLanes)};
+}
+
+TWOFOUR_HD void pack_word(int type, int64_t n, int64_t k, const void* weight, uint8_t* packed, int64_t index) {
+  const Word w = word_at(index, k);
+  uint8_t* block = packed + (w.tile * input_blocks(k) + w.block) * block_bytes(type);
+  uint32_t metadata = 0;
+  for (int i = 0; i < 8; ++i) {
+    const Place at = place(type, w.unit, w.lane, i);
+    const int64_t row = w.tile * kTileRows + at.row, column = w.block * kBlockInputs + w.unit * kUnitInputs + 4 * at.group;
+    unsigned bits[4] = {0, 0, 0, 0}, mask = 0;
+    for (int j = 0; j < 4; ++j) {
+      if (row < n && column + j < k) bits[j] = load_element(type, weight, row * k + column + j);
+      if (is_zero(type, bits[j])) bits[j] = 0;  // -0.0 too
+      else mask |= 1u << j;
+    }
+    const unsigned code = kept_positions(mask);
+    metadata |= code << (4 * i);
+    uint8_t* values = block + value_offset(at.lane, at.byte);
+    for (int j = 0; j < 2; ++j) {
+      const unsigned value = bits[(code >> (2 * j)) & 3u];
+      values[j * element_bytes(type)] = static_cast<uint8_t>(value & 0xFFu);
+      if (element_bytes(type) == 2) values[2 * j + 1] = static_cast<uint8_t>(value >> 8);
+    }
+  }
+  *reinterpret_cast<uint32_t*>(block + meta_offset(type, w.lane, w.unit)) = metadata;
+}
+
+TWOFOUR_HD void unpack_word(int type, int64_t n, int64_t k, const uint8_t* packed, void* weight, int64_t index) {
+  const Word w = word_at(index, k);
+  const uint8_t* block = packed + (w.tile * input_blocks(k) + w.block) * block_bytes(type);
+  const uint32_t metadata = *reinterpret_cast<const uint32_t*>(block + meta_offset(type, w.lane, w.unit));
+  const int size = element_bytes(type);
+  for (int i = 0; i < 8; ++i) {
+    const Place at = place(type, w.unit, w.lane, i);
+    const int64_t row = w.tile * kTileRows + at.row, column = w.block * kBlockInputs + w.unit * kUnitInputs + 4 * at.group;
+    const uint8_t* values = block + value_offset(at.lane, at.byte);
+    const int first = static_cast<int>(metadata >> (4 * i) & 3u), second = static_cast<int>(metadata >> (4 * i + 2) & 3u);
+    for (int j = 0; j < 4; ++j) {
+      if (row >= n || column + j >= k) continue;
+      uint8_t* target = static_cast<uint8_t*>(weight) + (row * k + column + j) * size;
+      for (int b = 0; b < size; ++b) target[b] = j == first ? values[b] : j == second ? values[size + b] : uint8_t{0};
+    }
+  }
+}
+
+// Whether row-major group `group` of 4 inputs holds more than 2 nonzeros.
+TWOFOUR_HD bool violates(int type, const void* weight, int64_t group) {
+  int nonzeros = 0;
+  for (int i = 0; i < 4; ++i) nonzeros += is_zero(type, load_element(type, weight, 4 * group + i)) ? 0 : 1;
+  return nonzeros > 2;
+}
+
+}  // namespace twofour

@@ -1,0 +1,137 @@
+// Namespace gpu for nvcc: the few instructions the skinny kernel is written in.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include "twofour.h"
+
+#define TWOFOUR_DEVICE __device__ __forceinline__
+#define TWOFOUR_UNROLL _Pragma("unroll")
+
+namespace twofour {
+namespace gpu {
+
+struct Fragment {
+  uint32_t r[4];
+};
+struct Pair {
+  uint32_t r[2];
+};
+template <int kType>
+struct Accumulator {
+  using Type = float;
+};
+template <>
+struct Accumulator<TWOFOUR_INT8> {
+  using Type = int;
+};
+
+TWOFOUR_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+TWOFOUR_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
+TWOFOUR_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
+TWOFOUR_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
+TWOFOUR_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
+TWOFOUR_DEVICE void block_sync() { __syncthreads(); }
+TWOFOUR_DEVICE void fence() { __threadfence(); }
+TWOFOUR_DEVICE unsigned fetch_add(unsigned* counter) { return atomicAdd(counter, 1u); }
+
+TWOFOUR_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Past L1, which would only be thrashed; the L2 fetches the neighbouring sectors, which the warp asks for next.
+TWOFOUR_DEVICE void copy_weight(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+TWOFOUR_DEVICE void copy_or_zero(void* shared, const void* global, bool copy) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(copy ? 16 : 0) : "memory");
+}
+TWOFOUR_DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+TWOFOUR_DEVICE void wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+TWOFOUR_DEVICE Fragment load_16(const void* shared) {
+  const uint4 v = *static_cast<const uint4*>(shared);
+  return {{v.x, v.y, v.z, v.w}};
+}
+TWOFOUR_DEVICE Pair load_8(const void* shared) {
+  const uint2 v = *static_cast<const uint2*>(shared);
+  return {{v.x, v.y}};
+}
+// ldmatrix: lane i names row i % 8 of matrix i / 8; lane l receives bytes 4 (l % 4) to +3 of row l / 4 of each matrix.
+TWOFOUR_DEVICE Fragment load_matrices(const void* shared) {
+  Fragment f;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
+               : "r"(shared_address(shared))
+               : "memory");
+  return f;
+}
+
+// The two e4m3 in the low half of v as two fp16, exactly.
+TWOFOUR_DEVICE uint32_t widen_fp8(uint32_t v) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t out;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out) : "h"(static_cast<uint16_t>(v & 0xFFFFu)));
+  return out;
+#else
+  __trap();  // never launched: the host refuses fp8 below sm_89
+  return v;
+#endif
+}
+
+#define TWOFOUR_MMA_SP(shape_and_types, constraint, selector)                                                          \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned." shape_and_types                                                \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, " selector ";"         \
+               : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]), "+" constraint(d[3])                \
+               : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]), "r"(b.r[2]), "r"(b.r[3]), \
+                 "r"(metadata))
+
+// d[16, 8] += A[16, K] B[K, 8]; `selector` is a constant once the caller's loop is unrolled.
+template <int kType>
+TWOFOUR_DEVICE void mma_sp(float (&d)[4], const Fragment& a, const Fragment& b, uint32_t metadata, int selector) {
+  if constexpr (kType == TWOFOUR_BF16) {
+    if (selector == 0) TWOFOUR_MMA_SP("m16n8k32.row.col.f32.bf16.bf16.f32", "f", "0x0");
+    else TWOFOUR_MMA_SP("m16n8k32.row.col.f32.bf16.bf16.f32", "f", "0x1");
+  } else {  // fp16, and fp8 widened to fp16
+    if (selector == 0) TWOFOUR_MMA_SP("m16n8k32.row.col.f32.f16.f16.f32", "f", "0x0");
+    else TWOFOUR_MMA_SP("m16n8k32.row.col.f32.f16.f16.f32", "f", "0x1");
+  }
+}
+template <int kType>
+TWOFOUR_DEVICE void mma_sp(int (&d)[4], const Fragment& a, const Fragment& b, uint32_t metadata, int) {
+  TWOFOUR_MMA_SP("m16n8k64.row.col.s32.s8.s8.s32", "r", "0x0");
+}
+
+// Rounded each on its own, never fused: the reference in plugins/reference.py is met bit for bit.
+TWOFOUR_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+TWOFOUR_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+
+TWOFOUR_DEVICE float load_float(int type, const void* values, int64_t index) {
+  return type == TWOFOUR_FP16 ? __half2float(static_cast<const __half*>(values)[index])
+                              : __bfloat162float(static_cast<const __nv_bfloat16*>(values)[index]);
+}
+TWOFOUR_DEVICE void store_float(int type, void* values, int64_t index, float value) {
+  if (type == TWOFOUR_FP16) static_cast<__half*>(values)[index] = __float2half_rn(value);
+  else static_cast<__nv_bfloat16*>(values)[index] = __float2bfloat16_rn(value);
+}
+
+// Partial sums travel between blocks: past the L1 caches.
+TWOFOUR_DEVICE void store_partial(uint32_t* p, float value) { __stcg(p, __float_as_uint(value)); }
+TWOFOUR_DEVICE void store_partial(uint32_t* p, int value) { __stcg(p, static_cast<uint32_t>(value)); }
+template <class T>
+TWOFOUR_DEVICE T load_partial(const uint32_t* p);
+template <>
+TWOFOUR_DEVICE float load_partial<float>(const uint32_t* p) {
+  return __uint_as_float(__ldcg(p));
+}
+template <>
+TWOFOUR_DEVICE int load_partial<int>(const uint32_t* p) {
+  return static_cast<int>(__ldcg(p));
+}
+
+}  // namespace gpu
+}  // namespace twofour

@@ -1,0 +1,211 @@
+// The skinny GEMM: y[tokens, N] = scale * (x[tokens, K] w[N, K]^T) + bias for few tokens, w packed as in layout.h.
+//
+// At 1 to 64 tokens the weight's bytes are the time, so the kernel is a stream of 16-byte asynchronous copies of w into
+// a ring of shared-memory stages, multiplied on sparse tensor cores with the weight as the (sparse) A operand and the
+// tokens as the 8 columns of B. A thread block owns 4 warps x RowTiles x 16 output features, all of its tokens, and one
+// of `splits` ranges of K. Each lane copies exactly the bytes it later reads; only x is shared between the warps.
+// Partial sums of a split go to the workspace, and the last block of a tile to arrive adds them in order: the
+// result does not depend on the order of arrival. The counters return to 0, so a CUDA graph may replay the launch.
+//
+// This source is compiled twice: by nvcc over ptx.cuh, and by the host compiler over simt.h, where the same code runs
+// thread by thread on a CPU. Both define namespace gpu.
+#pragma once
+
+#include "layout.h"
+
+namespace twofour {
+
+struct SkinnyProblem {
+  const uint8_t* x;  // [tokens, K]
+  const uint8_t* weight;
+  void* y;  // [tokens, N]
+  const float* channel_scales;
+  const void* bias;
+  float scale;
+  int out_type;
+  int tokens;
+  int splits;
+  int64_t out_features, in_features;
+  uint32_t* partials;   // skinny_workspace_bytes(); unused where splits is 1
+  unsigned* counters;  // one a tile, all 0 between launches
+};
+
+template <int kType, int kTokenTiles, int kRowTiles, int kStages>
+struct SkinnyConfig {
+  static constexpr int type = kType, token_tiles = kTokenTiles, warp_tiles = kRowTiles, stages = kStages;
+  static constexpr int warps = 4, threads = warps * kLanes;
+  static constexpr int tiles = warps * warp_tiles;
+  static constexpr int tokens = 8 * token_tiles;
+  static constexpr int x_bytes = kBlockInputs * element_bytes(type);
+  static constexpr int x_pitch = x_bytes + kChunkBytes;  // 16 bytes more: 8 rows of ldmatrix hit 8 different banks
+  static constexpr int weight_stage_bytes = tiles * block_bytes(type);
+  static constexpr int stage_bytes = weight_stage_bytes + tokens * x_pitch;
+  static constexpr int shared_bytes = stages * stage_bytes;
+  static constexpr int accumulators = warp_tiles * token_tiles * 4;  // of a thread, 32 bits each
+};
+
+// The configuration for a tokens count: at most 99 KiB of shared memory, which every sparse-capable GPU has.
+template <int kType, int kTokenTiles>
+struct SkinnyChoice {
+  static constexpr bool wide = element_bytes(kType) == 2;
+  using Config = SkinnyConfig<kType, kTokenTiles, wide || kTokenTiles == 1 ? 1 : 2,
+                              kTokenTiles == 1 ? 4 : wide && kTokenTiles == 4 ? 2 : 3>;
+  static_assert(Config::shared_bytes <= 99 * 1024, "does not fit sm_86");
+};
+
+template <class C>
+TWOFOUR_DEVICE void load_stage(const SkinnyProblem& p, uint8_t* stage, int64_t block) {
+  const int thread = gpu::thread(), warp = thread / kLanes, lane = thread % kLanes;
+  for (int r = 0; r < C::warp_tiles; ++r) {
+    const int tile = warp * C::warp_tiles + r;
+    const int64_t global_tile = static_cast<int64_t>(gpu::block_y()) * C::tiles + tile;
+    if (global_tile >= row_tiles(p.out_features)) break;
+    const uint8_t* source = p.weight + (global_tile * input_blocks(p.in_features) + block) * block_bytes(C::type);
+    uint8_t* target = stage + tile * block_bytes(C::type);
+    TWOFOUR_UNROLL
+    for (int c = 0; c < chunks(C::type); ++c) {
+      const int offset = (c * kLanes + lane) * kChunkBytes;
+      gpu::copy_weight(target + offset, source + offset);
+    }
+  }
+  constexpr int row_chunks = C::x_bytes / kChunkBytes;
+  const int64_t row_bytes = p.in_features * element_bytes(C::type);
+  uint8_t* x_stage = stage + C::weight_stage_bytes;
+  for (int i = thread; i < C::tokens * row_chunks; i += C::threads) {
+    const int token = gpu::block_x() * C::tokens + i / row_chunks;
+    const int64_t offset = block * C::x_bytes + i % row_chunks * kChunkBytes;
+    const bool inside = token < p.tokens && offset < row_bytes;  // outside: zeros, never read
+    gpu::copy_or_zero(x_stage + i / row_chunks * C::x_pitch + i % row_chunks * kChunkBytes,
+                      inside ? p.x + token * row_bytes + offset : p.x, inside);
+  }
+}
+
+template <class C>
+TWOFOUR_DEVICE gpu::Fragment load_a(const uint8_t* tile, int unit, int step, int lane) {
+  if constexpr (C::type != TWOFOUR_FP8) {
+    const int chunk = C::type == TWOFOUR_INT8 ? unit : 2 * unit + step;
+    return gpu::load_16(tile + (chunk * kLanes + lane) * kChunkBytes);
+  } else {
+    const gpu::Pair packed = gpu::load_8(tile + (unit * kLanes + lane) * kChunkBytes + 8 * step);
+    return {{gpu::widen_fp8(packed.r[0]), gpu::widen_fp8(packed.r[0] >> 16), gpu::widen_fp8(packed.r[1]),
+             gpu::widen_fp8(packed.r[1] >> 16)}};
+  }
+}
+
+template <class C>
+TWOFOUR_DEVICE gpu::Fragment load_b(const uint8_t* x_tile, int unit, int step, int lane) {
+  if constexpr (C::type != TWOFOUR_FP8) {
+    const int column = (C::type == TWOFOUR_INT8 ? unit : 2 * unit + step) * 64;  // bytes
+    return gpu::load_matrices(x_tile + lane % 8 * C::x_pitch + column + lane / 8 * kChunkBytes);
+  } else {
+    const int t = lane % 4;
+    const gpu::Fragment groups = gpu::load_16(x_tile + lane / 4 * C::x_pitch + unit * 64 + 32 * (t / 2) + 16 * step);
+    gpu::Fragment b;
+    TWOFOUR_UNROLL
+    for (int i = 0; i < 4; ++i) b.r[i] = gpu::widen_fp8(groups.r[i] >> (16 * (t % 2)));
+    return b;
+  }
+}
+
+template <class C, class Accumulator>
+TWOFOUR_DEVICE void multiply_stage(const uint8_t* stage, bool active,
+                                   Accumulator (&sums)[C::warp_tiles][C::token_tiles][4]) {
+  const int thread = gpu::thread(), warp = thread / kLanes, lane = thread % kLanes;
+  if (!active) return;  // a warp beyond the last row: its shared memory holds nothing
+  const uint8_t* tiles = stage + warp * C::warp_tiles * block_bytes(C::type);
+  const uint8_t* x_stage = stage + C::weight_stage_bytes;
+  gpu::Fragment metadata[C::warp_tiles];
+  TWOFOUR_UNROLL
+  for (int r = 0; r < C::warp_tiles; ++r)
+    metadata[r] = gpu::load_16(tiles + r * block_bytes(C::type) + meta_offset(C::type, lane, 0));
+  TWOFOUR_UNROLL
+  for (int i = 0; i < kUnits * (C::type == TWOFOUR_INT8 ? 1 : 2); ++i) {
+    const int unit = C::type == TWOFOUR_INT8 ? i : i / 2, step = C::type == TWOFOUR_INT8 ? 0 : i % 2;
+    gpu::Fragment b[C::token_tiles];
+    TWOFOUR_UNROLL
+    for (int n = 0; n < C::token_tiles; ++n) b[n] = load_b<C>(x_stage + 8 * n * C::x_pitch, unit, step, lane);
+    TWOFOUR_UNROLL
+    for (int r = 0; r < C::warp_tiles; ++r) {
+      const gpu::Fragment a = load_a<C>(tiles + r * block_bytes(C::type), unit, step, lane);
+      TWOFOUR_UNROLL
+      for (int n = 0; n < C::token_tiles; ++n) gpu::mma_sp<C::type>(sums[r][n], a, b[n], metadata[r].r[unit], step);
+    }
+  }
+}
+
+template <class C, class Accumulator>
+TWOFOUR_DEVICE void store_outputs(const SkinnyProblem& p, const Accumulator (&sums)[C::warp_tiles][C::token_tiles][4]) {
+  const int thread = gpu::thread(), warp = thread / kLanes, lane = thread % kLanes;
+  const int64_t first_tile = static_cast<int64_t>(gpu::block_y()) * C::tiles + warp * C::warp_tiles;
+  TWOFOUR_UNROLL
+  for (int i = 0; i < C::accumulators; ++i) {
+    const int r = i / (4 * C::token_tiles), n = i / 4 % C::token_tiles, c = i % 4;
+    const int64_t feature = (first_tile + r) * kTileRows + lane / 4 + 8 * (c / 2);
+    const int token = gpu::block_x() * C::tokens + 8 * n + 2 * (lane % 4) + c % 2;
+    if (feature >= p.out_features || token >= p.tokens) continue;
+    const float scale = p.channel_scales != nullptr ? p.channel_scales[feature] : p.scale;
+    float value = gpu::multiply(static_cast<float>(sums[r][n][c]), scale);
+    if (p.bias != nullptr) value = gpu::add(value, gpu::load_float(p.out_type, p.bias, feature));
+    gpu::store_float(p.out_type, p.y, token * p.out_features + feature, value);
+  }
+}
+
+// Adds the partial sums of all splits of this tile. False in every block but the last to arrive.
+template <class C, class Accumulator>
+TWOFOUR_DEVICE bool reduce_splits(const SkinnyProblem& p, uint8_t* shared,
+                                  Accumulator (&sums)[C::warp_tiles][C::token_tiles][4]) {
+  const int thread = gpu::thread();
+  const int64_t tile = static_cast<int64_t>(gpu::block_y()) * gpu::grid_x() + gpu::block_x();
+  uint32_t* partials = p.partials + tile * p.splits * C::accumulators * C::threads + thread;
+  TWOFOUR_UNROLL
+  for (int i = 0; i < C::accumulators; ++i)
+    gpu::store_partial(partials + (gpu::block_z() * C::accumulators + i) * C::threads,
+                       sums[i / (4 * C::token_tiles)][i / 4 % C::token_tiles][i % 4]);
+  gpu::fence();
+  gpu::block_sync();  // also: nobody reads the stages any more
+  unsigned* arrived = reinterpret_cast<unsigned*>(shared);
+  if (thread == 0) *arrived = gpu::fetch_add(p.counters + tile);
+  gpu::block_sync();
+  if (*arrived != static_cast<unsigned>(p.splits - 1)) return false;
+  gpu::fence();
+  if (thread == 0) p.counters[tile] = 0;
+  TWOFOUR_UNROLL
+  for (int i = 0; i < C::accumulators; ++i) sums[i / (4 * C::token_tiles)][i / 4 % C::token_tiles][i % 4] = 0;
+  for (int s = 0; s < p.splits; ++s) {
+    TWOFOUR_UNROLL
+    for (int i = 0; i < C::accumulators; ++i)
+      sums[i / (4 * C::token_tiles)][i / 4 % C::token_tiles][i % 4] +=
+          gpu::load_partial<Accumulator>(partials + (s * C::accumulators + i) * C::threads);
+  }
+  return true;
+}
+
+// Grid: x the tiles of tokens (neighbours read the same weights, from L2), y the tiles of output features, z the splits.
+template <class C>
+TWOFOUR_DEVICE void skinny_block(const SkinnyProblem& p, uint8_t* shared) {
+  using Accumulator = typename gpu::Accumulator<C::type>::Type;
+  const int64_t blocks = input_blocks(p.in_features);
+  const int64_t begin = blocks * gpu::block_z() / p.splits, end = blocks * (gpu::block_z() + 1) / p.splits;
+  const int warp = gpu::thread() / kLanes;
+  const bool active = static_cast<int64_t>(gpu::block_y()) * C::tiles + warp * C::warp_tiles < row_tiles(p.out_features);
+
+  Accumulator sums[C::warp_tiles][C::token_tiles][4] = {};
+  for (int s = 0; s < C::stages - 1; ++s) {
+    if (begin + s < end) load_stage<C>(p, shared + s * C::stage_bytes, begin + s);
+    gpu::commit();
+  }
+  int slot = 0;
+  for (int64_t block = begin; block < end; ++block) {
+    gpu::wait<C::stages - 2>();
+    gpu::block_sync();  // this stage has landed for all, and all have left the stage that is refilled next
+    const int ahead = C::stages - 1, refill = (slot + ahead) % C::stages;
+    if (block + ahead < end) load_stage<C>(p, shared + refill * C::stage_bytes, block + ahead);
+    gpu::commit();
+    multiply_stage<C>(shared + slot * C::stage_bytes, active, sums);
+    slot = (slot + 1) % C::stages;
+  }
+  if (p.splits > 1 && !reduce_splits<C>(p, shared, sums)) return;
+  store_outputs<C>(p, sums);
+}
+
+}  // namespace twofour

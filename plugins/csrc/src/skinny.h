@@ -1,0 +1,33 @@
+// Launching the skinny kernel: geometry, and one entry each for the GPU and for the simulated one.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "layout.h"
+
+namespace twofour {
+
+struct SkinnyProblem;
+
+constexpr int kMaxSkinnyTokens = 64;
+constexpr int kMaxSplits = 32;
+constexpr int kSkinnyCounters = 1 << 14;  // tiles that may be split; more tiles need no splitting
+
+struct SkinnyGeometry {
+  int token_blocks;    // grid x
+  int64_t row_blocks;  // grid y
+  int max_splits;
+  size_t split_bytes;  // of partial sums, for each split
+};
+
+SkinnyGeometry skinny_geometry(int type, int64_t tokens, int64_t out_features, int64_t in_features);
+
+// Enough blocks to keep every multiprocessor loading, as few splits as that takes.
+int default_splits(const SkinnyGeometry& geometry, int multiprocessors);
+size_t skinny_workspace_bytes(const SkinnyGeometry& geometry, int splits);
+
+void skinny_configure();  // once a device: asks for the shared memory
+void skinny_launch(int type, const SkinnyProblem& problem, cudaStream_t stream);
+void skinny_simulate(int type, const SkinnyProblem& problem, size_t packed_bytes);
+
+}  // namespace twofour

@@ -1,0 +1,116 @@
+#include "weights.h"
+
+#include <algorithm>
+
+#include "cuda_check.h"
+#include "ptx.cuh"
+
+namespace twofour {
+
+namespace {
+
+constexpr int kThreads = 256;
+
+unsigned grid_for(int64_t work) {
+  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(work, kThreads), 1, int64_t{1} << 16));
+}
+
+__device__ int64_t first_index() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
+__device__ int64_t stride() { return static_cast<int64_t>(gridDim.x) * kThreads; }
+
+__global__ void __launch_bounds__(kThreads)
+    check_kernel(int type, const void* weight, int64_t groups, unsigned long long* first) {
+  for (int64_t i = first_index(); i < groups; i += stride())
+    if (violates(type, weight, i)) atomicMin(first, static_cast<unsigned long long>(i));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(int type, int64_t n, int64_t k, const void* weight, uint8_t* packed, int64_t words) {
+  for (int64_t i = first_index(); i < words; i += stride()) pack_word(type, n, k, weight, packed, i);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    unpack_kernel(int type, int64_t n, int64_t k, const uint8_t* packed, void* weight, int64_t words) {
+  for (int64_t i = first_index(); i < words; i += stride()) unpack_word(type, n, k, packed, weight, i);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    canonical_kernel(int type, const T* source, T* target, int64_t elements) {
+  for (int64_t i = first_index(); i < elements; i += stride()) target[i] = is_zero(type, source[i]) ? T{0} : source[i];
+}
+
+template <class Quad>
+__global__ void __launch_bounds__(kThreads)
+    epilogue_kernel(const Quad* sums, int64_t quads, const twofour_gemm gemm, void* y) {
+  for (int64_t i = first_index(); i < quads; i += stride()) {
+    const Quad four = sums[i];
+    const float values[4] = {static_cast<float>(four.x), static_cast<float>(four.y), static_cast<float>(four.z),
+                             static_cast<float>(four.w)};
+    for (int j = 0; j < 4; ++j) {
+      const int64_t feature = (4 * i + j) % gemm.out_features;
+      float value = gpu::multiply(values[j], gemm.channel_scales != nullptr ? gemm.channel_scales[feature] : gemm.scale);
+      if (gemm.bias != nullptr) value = gpu::add(value, gpu::load_float(gemm.out_type, gemm.bias, feature));
+      gpu::store_float(gemm.out_type, y, 4 * i + j, value);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t first_violation_device(int type, int64_t out_features, int64_t in_features, const void* weight,
+                               cudaStream_t stream) {
+  const int64_t groups = out_features * in_features / 4;
+  unsigned long long first = ~0ull, *device_first = nullptr;
+  check(cudaMalloc(&device_first, sizeof first), "cudaMalloc");
+  const auto run = [&] {
+    check(cudaMemcpyAsync(device_first, &first, sizeof first, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+    check_kernel<<<grid_for(groups), kThreads, 0, stream>>>(type, weight, groups, device_first);
+    check(cudaGetLastError(), "check kernel launch");
+    check(cudaMemcpyAsync(&first, device_first, sizeof first, cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  };
+  try {
+    run();
+  } catch (...) {
+    cudaFree(device_first);
+    throw;
+  }
+  check(cudaFree(device_first), "cudaFree");
+  return first == ~0ull ? -1 : static_cast<int64_t>(first);
+}
+
+void pack_device(int type, int64_t out_features, int64_t in_features, const void* weight, uint8_t* packed,
+                 cudaStream_t stream) {
+  const int64_t words = packed_words(out_features, in_features);
+  pack_kernel<<<grid_for(words), kThreads, 0, stream>>>(type, out_features, in_features, weight, packed, words);
+  check(cudaGetLastError(), "pack kernel launch");
+}
+
+void unpack_device(int type, int64_t out_features, int64_t in_features, const uint8_t* packed, void* weight,
+                   cudaStream_t stream) {
+  const int64_t words = packed_words(out_features, in_features);
+  unpack_kernel<<<grid_for(words), kThreads, 0, stream>>>(type, out_features, in_features, packed, weight, words);
+  check(cudaGetLastError(), "unpack kernel launch");
+}
+
+void copy_canonical(int type, int64_t elements, const void* source, void* target, cudaStream_t stream) {
+  if (element_bytes(type) == 2)
+    canonical_kernel<<<grid_for(elements), kThreads, 0, stream>>>(type, static_cast<const uint16_t*>(source),
+                                                                  static_cast<uint16_t*>(target), elements);
+  else
+    canonical_kernel<<<grid_for(elements), kThreads, 0, stream>>>(type, static_cast<const uint8_t*>(source),
+                                                                  static_cast<uint8_t*>(target), elements);
+  check(cudaGetLastError(), "canonical kernel launch");
+}
+
+void apply_epilogue(const twofour_gemm& gemm, const void* sums, void* y, cudaStream_t stream) {
+  const int64_t quads = gemm.tokens * gemm.out_features / 4;
+  if (gemm.type == TWOFOUR_INT8)
+    epilogue_kernel<<<grid_for(quads), kThreads, 0, stream>>>(static_cast<const int4*>(sums), quads, gemm, y);
+  else
+    epilogue_kernel<<<grid_for(quads), kThreads, 0, stream>>>(static_cast<const float4*>(sums), quads, gemm, y);
+  check(cudaGetLastError(), "epilogue kernel launch");
+}
+
+}  // namespace twofour

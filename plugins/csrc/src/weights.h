@@ -1,0 +1,29 @@
+// Dense weights: the 2:4 check, the packed form, and the epilogue of kernels that leave raw sums.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "layout.h"
+
+namespace twofour {
+
+// Row-major index of the first group of 4 with more than 2 nonzeros, or -1.
+int64_t first_violation_host(int type, int64_t out_features, int64_t in_features, const void* weight);
+int64_t first_violation_device(int type, int64_t out_features, int64_t in_features, const void* weight,
+                               cudaStream_t stream);
+
+void pack_host(int type, int64_t out_features, int64_t in_features, const void* weight, uint8_t* packed);
+void pack_device(int type, int64_t out_features, int64_t in_features, const void* weight, uint8_t* packed,
+                 cudaStream_t stream);
+void unpack_host(int type, int64_t out_features, int64_t in_features, const uint8_t* packed, void* weight);
+void unpack_device(int type, int64_t out_features, int64_t in_features, const uint8_t* packed, void* weight,
+                   cudaStream_t stream);
+
+// target = source with every -0.0 as 0; cuSPARSELt's compression takes -0.0 for a nonzero.
+void copy_canonical(int type, int64_t elements, const void* source, void* target, cudaStream_t stream);
+
+// y[tokens, out_features] = scale * sums + bias. `sums` are int32 for int8 weights and fp32 otherwise; out_features is
+// a multiple of 4.
+void apply_epilogue(const twofour_gemm& gemm, const void* sums, void* y, cudaStream_t stream);
+
+}  // namespace twofour
