@@ -14,13 +14,17 @@ class Workload(Config):
     input_tokens: int = Field(default=128, ge=1)
     output_tokens: int = Field(default=64, ge=1)
     concurrency: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 4), min_length=1)
-    requests: int = Field(default=16, ge=1)  # a concurrency level
+    requests: int = Field(default=8, ge=1)  # of each round
     arrival: Literal["closed", "poisson"] = "closed"  # closed: the next request starts when one ends
     request_rate: float | None = Field(default=None, gt=0)  # requests a second, for poisson
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _rate_where_it_counts(self) -> Self:
+    def _consistent(self) -> Self:
+        if self.requests < max(self.concurrency):
+            raise ValueError(
+                f"requests is {self.requests}: it must be at least the highest concurrency, {max(self.concurrency)}"
+            )
         if (self.arrival == "poisson") != (self.request_rate is not None):
             raise ValueError("request_rate goes with arrival: poisson, and only with it")
         return self
@@ -38,8 +42,6 @@ class Benchmark(Config):
     """How a build is measured against its dense baseline."""
 
     workloads: tuple[Workload, ...] = Field(default=(Workload(),), min_length=1)
-    rounds: int = Field(
-        default=5, ge=1
-    )  # interleaved: dense, built, built, dense, ...; an interval needs 2, a narrow one 5
+    rounds: int = Field(default=8, ge=1)  # dense, built, built, dense, ...: intervals need 2, narrow ones about 8
     goodput: Goodput | None = None
     min_speedup: float | None = Field(default=None, gt=0)  # a gate on output_token_throughput, off unless asked for

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,8 +50,3 @@ def read_records(path: Path) -> list[Record]:
         Record(**{**{k: row[k] for k in Record.__dataclass_fields__}, "token_times": tuple(row["token_times"])})
         for row in rows
     ]
-
-
-def wall_clock_offset() -> float:
-    """Seconds to add to a `perf_counter` time to get the epoch time."""
-    return time.time() - time.perf_counter()
