@@ -6,6 +6,7 @@ answers, so that neither waits for a client.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
@@ -14,14 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from builder.deploy import protocol
 from builder.deploy.loop import EngineLoop
+from builder.deploy.reply import CancelledError, FullError, Reply, send_error
 from builder.deploy.text import TextStream
 from builder.engines.base import Engine, Token
-from plugins.errors import UserError
 
 _CANCELLATION_PERIOD = 0.1  # seconds between two looks at which clients have gone
 
@@ -49,8 +49,8 @@ class EngineModel:
         self._limits = _limits(engine_dir, parameters, config)
         self._capacity = _capacity(engine_dir, parameters)
         self._counters = _Counters(args["model_name"])
-        self._open: dict[str, _Reply] = {}
-        self._outbox: queue.SimpleQueue[tuple[_Reply, Token | Exception] | None] = queue.SimpleQueue()
+        self._open: dict[str, Reply] = {}
+        self._outbox: queue.SimpleQueue[tuple[Reply, Token | Exception] | None] = queue.SimpleQueue()
         self._loop = EngineLoop(self.load(engine_dir))
         self._sender = threading.Thread(target=self._send, name="sender", daemon=True)
         self._sender.start()
@@ -64,7 +64,7 @@ class EngineModel:
             try:
                 self._accept(request, sender, str(self._count))
             except Exception as error:
-                _send_error(sender, error)
+                send_error(sender, error)
 
     def finalize(self) -> None:
         self._loop.stop()
@@ -74,11 +74,11 @@ class EngineModel:
     def _accept(self, request: Any, sender: Any, request_id: str) -> None:
         arrival = time.perf_counter()
         if self._capacity and len(self._open) >= self._capacity:
-            raise _FullError(f"{len(self._open)} requests are waiting or running: try again later")
+            raise FullError(f"{len(self._open)} requests are waiting or running: try again later")
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         values = protocol.read(tensors, json.loads(request.parameters()))
         ask = protocol.understand(values, request_id, self._limits, self._tokenizer.encode, self._decode)
-        reply = _Reply(ask, sender, TextStream(self._decode, ask.request.input_ids), self._limits.end_ids, arrival)
+        reply = Reply(ask, sender, TextStream(self._decode, ask.request.input_ids), self._limits.end_ids, arrival)
         self._open[request_id] = reply
         self._loop.submit(ask.request, lambda event: self._outbox.put((reply, event)))
 
@@ -87,113 +87,52 @@ class EngineModel:
         return text
 
     def _send(self) -> None:
-        """The sending thread: answers what the engine produced, and in between looks for clients that have gone."""
+        """The sending thread: answers what the engine produced, and in between looks for clients that have gone.
+
+        A client gets its tokens one by one, or several together where sending falls behind the engine.
+        """
         look = time.monotonic()
-        while True:
-            try:
-                event = self._outbox.get(timeout=_CANCELLATION_PERIOD)
-                if event is None:
-                    return
-                self._answer(*event)
-            except queue.Empty:
-                pass
-            except Exception as error:  # one answer went wrong; the others still wait for theirs
-                pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+        while (produced := self._produced()) is not None:
+            for reply, events in produced.items():
+                if reply.id in self._open:  # else its client has gone
+                    self._answer(reply, events)
             if time.monotonic() - look >= _CANCELLATION_PERIOD:
                 self._drop_cancelled()
                 look = time.monotonic()
 
-    def _answer(self, reply: _Reply, event: Token | Exception) -> None:
-        if reply.ask.request.id not in self._open:
-            return  # cancelled while the token was on its way
-        if isinstance(event, Token) and not event.last:
-            reply.take(event)
-            return
-        del self._open[reply.ask.request.id]
-        if isinstance(event, Exception):
-            _send_error(reply.sender, event)
-            return
-        reply.take(event)
-        self._counters.add("input_tokens", len(reply.ask.request.input_ids))
-        self._counters.add("output_tokens", reply.count)
+    def _produced(self) -> dict[Reply, list[Token | Exception]] | None:
+        """All that waits to be sent, by reply; nothing, where nothing comes for a while; None at the end."""
+        events: dict[Reply, list[Token | Exception]] = {}
+        with contextlib.suppress(queue.Empty):
+            item = self._outbox.get(timeout=_CANCELLATION_PERIOD)
+            while item is not None:
+                events.setdefault(item[0], []).append(item[1])
+                item = self._outbox.get_nowait()
+            return None
+        return events
+
+    def _answer(self, reply: Reply, events: list[Token | Exception]) -> None:
+        try:
+            for event in events:
+                reply.take(event)
+            reply.send()
+            if reply.complete:
+                self._counters.add("input_tokens", len(reply.ask.request.input_ids))
+                self._counters.add("output_tokens", reply.count)
+        except Exception as error:  # this answer is lost; the others still wait for theirs
+            pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+            self._loop.cancel(reply.id)
+            reply.ended = True
+        if reply.ended:
+            del self._open[reply.id]
 
     def _drop_cancelled(self) -> None:
-        for request_id, reply in list(self._open.items()):
+        for reply in list(self._open.values()):
             if reply.sender.is_cancelled():
-                del self._open[request_id]
-                self._loop.cancel(request_id)
+                del self._open[reply.id]
+                self._loop.cancel(reply.id)
                 self._counters.add("cancelled_requests", 1)
-                _send_error(reply.sender, _CancelledError("the client cancelled the request"))
-
-
-class _Reply:
-    """The answer to one request: sent token by token where the client streams, else when it is whole."""
-
-    def __init__(
-        self, ask: protocol.Ask, sender: Any, text: TextStream, end_ids: frozenset[int], arrival: float
-    ) -> None:
-        self.ask = ask
-        self.sender = sender
-        self.count = 0
-        self._text = text
-        self._end_ids = end_ids
-        self._arrival = arrival
-        self._first = 0.0
-        self._unsent_text = ask.echo
-        self._unsent_ids: list[int] = []
-
-    def take(self, token: Token) -> None:
-        self.count += 1
-        self._first = self._first or token.time
-        self._unsent_ids.append(token.token)
-        self._unsent_text += self._text.push(token.token)
-        if token.last:
-            self._unsent_text += self._text.flush()
-        if not (token.last or self.ask.stream):
-            return
-        outputs = [_strings("text_output", self._unsent_text), _integers("output_ids", np.int32, *self._unsent_ids)]
-        if token.last:
-            outputs += self._summary(token)
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if token.last else 0
-        self.sender.send(pb_utils.InferenceResponse(output_tensors=outputs), flags=flags)
-        self._unsent_text, self._unsent_ids = "", []
-
-    def _summary(self, token: Token) -> list[Any]:
-        ended = token.token in self._end_ids and not self.ask.request.ignore_eos
-        outputs = [
-            _strings("finish_reason", "stop" if ended else "length"),
-            _integers("num_input_tokens", np.int32, len(self.ask.request.input_ids)),
-            _integers("num_output_tokens", np.int32, self.count),
-        ]
-        if self.ask.perf_metrics:
-            moments = {"arrival": self._arrival, "first_token": self._first, "last_token": token.time}
-            outputs += [_integers(f"{name}_time_ns", np.int64, int(time * 1e9)) for name, time in moments.items()]
-        return outputs
-
-
-class _FullError(Exception):
-    """No room for another request."""
-
-
-class _CancelledError(Exception):
-    """The client has gone."""
-
-
-def _send_error(sender: Any, error: Exception) -> None:
-    codes = {UserError: "INVALID_ARG", _FullError: "UNAVAILABLE", _CancelledError: "CANCELLED"}
-    code = next((name for kind, name in codes.items() if isinstance(error, kind)), "INTERNAL")
-    if code == "INTERNAL":
-        pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-    triton_error = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, code))
-    sender.send(pb_utils.InferenceResponse(error=triton_error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
-def _strings(name: str, value: str) -> Any:
-    return pb_utils.Tensor(name, np.array([value.encode("utf8")], dtype=object))
-
-
-def _integers(name: str, dtype: type[np.signedinteger[Any]], *values: int) -> Any:
-    return pb_utils.Tensor(name, np.array(values, dtype=dtype))
+                send_error(reply.sender, CancelledError("the client cancelled the request"))
 
 
 def _limits(engine_dir: Path, parameters: dict[str, str], config: dict[str, Any]) -> protocol.Limits:
