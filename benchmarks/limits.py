@@ -23,11 +23,12 @@ def add_limits(points: Sequence[dict[str, Any]], costs: Mapping[str, ModelCost],
 
     For each side: bytes and floating-point operations of one decode step, the GB/s and TFLOP/s that the measured time
     makes of them, and the share of `gpu`'s ceiling. `gpu` None means that no limit is known for the device, as for a
-    CPU: the rates stand without a share. A step is taken to hold `concurrency` sequences, half of their output done.
+    CPU: the rates stand without a share. A step is taken to hold `concurrency` sequences, half of their output done,
+    which only a closed loop keeps up: other arrivals get no limit.
     """
     for point in points:
         measured = {side: point[side].get("inter_token_latency") for side in ("dense", "built")}
-        if not all(measured.values()):
+        if not all(measured.values()) or point["workload"]["arrival"] != "closed":
             continue
         sides = {side: _side(point, costs[side], gpu, block["mean"] / 1e3) for side, block in measured.items()}
         point["limit"] = {"gpu": gpu.name if gpu else None, **sides, "words": _words(point, sides, gpu)}
@@ -60,4 +61,6 @@ def _words(point: Mapping[str, Any], sides: Mapping[str, dict[str, Any]], gpu: G
         share = "" if side["share"] is None else f" ({side['share']:.0%} of the {gpu.name if gpu else ''} limit)"
         said.append(f"{name} {side['gigabytes_per_second']:.3g} GB/s and {side['teraflops']:.3g} TFLOP/s{share}")
     ending = "" if gpu else "; no limit is known for this device"
+    if any(side["share"] is not None and side["share"] > 1 for side in sides.values()):
+        ending = "; above the limit, so that a figure or the comparison is wrong"
     return f"Decode at concurrency {point['concurrency']}: {', '.join(said)}{ending}."

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from benchmarks.report import plots, summary, tables, words
+from benchmarks.report import panels, plots, summary, tables, words
 from benchmarks.report.schema import Report
 
 
@@ -34,7 +34,7 @@ def _environment(html: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals.update(words=words, summary=summary, tables=tables, plots=plots)
+    environment.globals.update(words=words, summary=summary, tables=tables, plots=plots, panels=panels)
     for function in (words.number, words.amount, words.percent, words.times, words.interval):
         environment.filters[function.__name__] = function
     return environment

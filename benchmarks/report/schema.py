@@ -17,7 +17,7 @@ class _Part(BaseModel):
 
 
 class Perplexity(_Part):
-    perplexity: float
+    perplexity: float | None  # None: not finite
 
 
 class Accuracy(_Part):
@@ -25,7 +25,7 @@ class Accuracy(_Part):
 
     dense: Perplexity
     built: Perplexity
-    perplexity_increase: float
+    perplexity_increase: float | None
     perplexity_increase_interval: Interval = None
     kl: float | None = None
     top1_agreement: float | None = None

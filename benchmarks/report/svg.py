@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
@@ -68,3 +68,12 @@ class Canvas:
             f'<svg viewBox="0 0 {self.width:g} {self.height:g}" width="{self.width:g}" height="{self.height:g}" '
             f'role="img" aria-label="{escape(label)}" class="{kind}">' + "".join(self.parts) + "</svg>"
         )
+
+
+NARROW = 340.0  # pixels, for a phone
+
+
+def responsive(draws: Sequence[Callable[[float], Markup]], wide: float) -> Markup:
+    """Each picture drawn `wide` and again narrow; CSS shows the one that fits."""
+    rows = [Markup("").join(draw(width) for draw in draws) for width in (wide, NARROW)]
+    return Markup('<div class="wide panels">{}</div><div class="narrow">{}</div>').format(*rows)
