@@ -16,6 +16,7 @@ import torch
 
 FP8_MAX = 448.0  # largest e4m3 number
 FP8_MIN_NORMAL = 2.0**-6
+CUDA_INT_MM_ROWS = 32  # torch._int_mm on CUDA wants more than 16 rows
 
 
 def quantize_int8(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
@@ -28,25 +29,31 @@ def quantize_fp8(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
     return (x * multiplier).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
-def round_to_fp8(x: torch.Tensor) -> torch.Tensor:
-    """x rounded to the nearest e4m3 number and saturated, float32 in and out.
+def round_to_fp8(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+    """The numbers of quantize_fp8 (every zero as +0), held in float32.
 
-    The same numbers as x.clamp(-448, 448).to(float8_e4m3fn).float() (every zero comes out as +0), in vector instructions:
-    torch converts float8 one element at a time on a CPU. Adding 1.5 * 2^(e + 20), where 2^e is the power of two under |x|, pushes all but 3 bits of
-    the mantissa out, and float32 addition rounds them as asked. Subnormal results share the e of the smallest normal.
+    torch converts float8 on a CPU one element at a time; this takes vector instructions. Adding 1.5 * 2^(e + 20), where
+    2^e is the power of two under |x|, pushes all but 3 bits of the mantissa out, and float32 addition rounds them as asked.
+    Subnormal results share the e of the smallest normal.
     """
-    x = x.clamp(-FP8_MAX, FP8_MAX)
-    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=FP8_MIN_NORMAL)
-    magic = power.mul_(1.5 * 2**20)
+    x = (x * multiplier).float().clamp_(-FP8_MAX, FP8_MAX)
+    magic = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=FP8_MIN_NORMAL).mul_(1.5 * 2**20)
     return x.add_(magic).sub_(magic)
 
 
 def int8_linear(q_MK: torch.Tensor, w_NK: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
-    """(q_MK @ w_NK^T) * scale_N: int8 operands, exact int32 sums, out float32 [M, N]."""
-    return torch._int_mm(q_MK, w_NK.t()) * scale_N
+    """(q_MK @ w_NK^T) * scale_N: int8 operands, exact int32 sums, out [M, N] in the scale's dtype."""
+    tokens = q_MK.shape[0]
+    if q_MK.is_cuda and tokens < CUDA_INT_MM_ROWS:
+        q_MK = torch.nn.functional.pad(q_MK, (0, 0, 0, CUDA_INT_MM_ROWS - tokens))
+    return torch._int_mm(q_MK, w_NK.t())[:tokens] * scale_N
 
 
-def dequantize(w_NK: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An int8 or fp8 weight [N, K] as numbers; `weight_scale` is [] or [N]."""
-    scale = weight_scale.float()
-    return (w_NK.float() * (scale[:, None] if scale.ndim else scale)).to(dtype)
+def fp8_linear(q_MK: torch.Tensor, w_NK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(q_MK @ w_NK^T) * scale: float8_e4m3fn operands, out [M, N] in `dtype`; `scale` float32 []."""
+    return torch._scaled_mm(q_MK, w_NK.t(), scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=dtype)
+
+
+def dequantize(w_NK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An int8 or fp8 weight [N, K] as numbers in `dtype`; `scale` is [1] or [N]."""
+    return (w_NK.float() * scale.float()[:, None]).to(dtype)

@@ -1,0 +1,62 @@
+"""Which module builds and loads the engine of each backend. A closed list: nothing is imported by a name from a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from builder.engines.base import Engine, EngineConfig
+from plugins.errors import UserError
+
+
+def build(backend: str, checkpoints: Path, out: Path, config: EngineConfig, gpu: str) -> None:
+    """Builds the engine of `backend` into `out` from a folder of checkpoints (hf/, trtllm/).
+
+    `gpu` is the card that kernel times are predicted for where none can be measured. Raises UserError for what is missing.
+    """
+    if backend == "torch":
+        from builder.engines import torch_engine
+        from builder.tactics import predict_tactics
+
+        torch_engine.build(checkpoints / "hf", out, config, predict_tactics(checkpoints / "hf", gpu))
+    elif backend == "pytorch":
+        from builder.engines import pytorch
+
+        pytorch.build(checkpoints / "hf", out, config)
+    elif backend == "tensorrt":
+        from builder.engines import tensorrt
+
+        tensorrt.build(checkpoints / "trtllm", out, config)
+    else:
+        raise UserError(f"'{backend}' is not a backend: use tensorrt, pytorch or torch")
+
+
+def load(engine: Path) -> Engine:
+    """Opens an engine directory. Raises UserError for a foreign directory or a backend that cannot run here."""
+    backend = engine_facts(engine).get("backend")
+    if backend == "torch":
+        from builder.engines import torch_engine
+
+        return torch_engine.load(engine)
+    raise UserError(
+        f"'{engine}' is a {backend} engine, which this process cannot open: serve it as its launch file says, "
+        "then measure it with twofour bench --url"
+    )
+
+
+def load_dense(model: Path, engine: Path) -> Engine:
+    """The dense baseline: the unpruned 16-bit model on the same backend and limits as `engine`."""
+    from builder.engines import torch_engine
+
+    facts = engine_facts(engine)
+    return torch_engine.load_hf(model, max_batch_size=facts["max_batch_size"], max_seq_len=facts["max_seq_len"])
+
+
+def engine_facts(engine: Path) -> dict[str, Any]:
+    """engine.json. Raises UserError where there is none."""
+    try:
+        facts: dict[str, Any] = json.loads((engine / "engine.json").read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        raise UserError(f"'{engine}' is not an engine directory (no engine.json): name OUT/engine of a build") from None
+    return facts

@@ -1,0 +1,141 @@
+"""The decoder: transformers' architecture with our linear layers, run a batch at a time.
+
+The list of architectures is closed, and nothing of a checkpoint is ever imported. The loop over layers is ours, because
+transformers' own builds masks and caches that our batches replace.
+
+Legend: B requests, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import nn
+
+from builder.engines.torch import attention
+from builder.engines.torch.attention import Batch
+from plugins.errors import UserError
+from plugins.modules import Linear, build_linear, share_input
+
+CONFIGS = {
+    "LlamaForCausalLM": "LlamaConfig",
+    "MistralForCausalLM": "MistralConfig",
+    "Qwen2ForCausalLM": "Qwen2Config",
+    "Qwen3ForCausalLM": "Qwen3Config",
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with the sequence's length
+KV_SCALES = ("k_scale", "v_scale")
+
+
+class Source(Protocol):
+    """Where tensors come from: a directory's, or made up (a benchmark on random weights)."""
+
+    def __iter__(self) -> Any: ...
+    def __getitem__(self, name: str) -> torch.Tensor: ...
+    def of(self, module: str) -> dict[str, torch.Tensor]: ...
+
+
+class Decoder:
+    """A model ready to run on one device."""
+
+    def __init__(self, config: dict[str, Any], tensors: Source, dtype: torch.dtype, device: torch.device, positions: int) -> None:
+        self.dtype, self.device, self.positions = dtype, device, positions
+        model = _empty_model(config)
+        self.config = model.config
+        self.linears = _put_linears(model, tensors, dtype, device)
+        _put_rest(model, tensors, dtype, device)
+        body = model.model
+        self._embed, self._layers, self._norm, self._head = body.embed_tokens, list(body.layers), body.norm, model.lm_head
+        self._cos_SD, self._sin_SD = _rotary_table(model, positions, dtype, device)
+        self.kv_scales = [_kv_scale(tensors, f"model.layers.{i}.self_attn") for i in range(len(self._layers))]
+
+    def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Final hidden states [B, T, hidden_size] of token ids [B, T] at positions [B, T] or [1, T]."""
+        rotary = (self._cos_SD[positions], self._sin_SD[positions])
+        x = self._embed(input_ids)
+        for layer in self._layers:
+            x = layer(x, position_embeddings=rotary, batch=batch)
+        return self._norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., hidden_size], in the compute dtype."""
+        return self._head(hidden)
+
+
+def _empty_model(config: dict[str, Any]) -> nn.Module:
+    """The architecture with no memory behind its parameters. Raises UserError where it is not one of ours."""
+    name = (config.get("architectures") or ["none"])[0]
+    if name not in CONFIGS:
+        raise UserError(f"the architecture '{name}' is not supported: use one of {', '.join(CONFIGS)}")
+    values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    settings = getattr(transformers, CONFIGS[name]).from_dict(values)
+    rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise UserError(f"rope_type '{rope}' is not supported: the torch engine runs {', '.join(ROPE_TYPES)}")
+    settings._attn_implementation = attention.NAME
+    with torch.device("meta"):
+        model: nn.Module = getattr(transformers, name)(settings)
+    return model.eval()
+
+
+def _put_linears(model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device) -> dict[str, Linear]:
+    """Replaces every linear layer by ours. Returns them by name."""
+    linears: dict[str, Linear] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        stored = {key: tensor for key, tensor in tensors.of(name).items() if key not in KV_SCALES}
+        if not stored and name == "lm_head" and model.config.tie_word_embeddings:
+            stored = {"weight": tensors["model.embed_tokens.weight"]}
+        if "weight" not in stored and "weight_values" not in stored:
+            raise UserError(f"no tensor '{name}.weight': the checkpoint does not belong to its config.json")
+        linears[name] = layer = build_linear(stored, dtype, device)
+        if (layer.out_features, layer.in_features) != (module.out_features, module.in_features):
+            raise UserError(
+                f"'{name}' has the shape [{layer.out_features}, {layer.in_features}], but config.json says "
+                f"[{module.out_features}, {module.in_features}]: they do not belong together"
+            )
+        model.set_submodule(name, layer)
+    for block in model.model.layers:
+        share_input([block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj])
+        share_input([block.mlp.gate_proj, block.mlp.up_proj])
+    return linears
+
+
+def _put_rest(model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives memory to what is no linear layer: embedding and norms."""
+    for name, parameter in list(model.named_parameters()):
+        if parameter.device.type != "meta":
+            continue
+        try:
+            tensor = tensors[name]
+        except KeyError:
+            raise UserError(f"no tensor '{name}': the checkpoint does not belong to its config.json") from None
+        if tensor.shape != parameter.shape:
+            raise UserError(f"'{name}' has the shape {list(tensor.shape)}, but config.json says {list(parameter.shape)}")
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+
+
+def _rotary_table(
+    model: nn.Module, positions: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [positions, head_dim], computed once in float32 by the model's own rotary embedding."""
+    rotary = type(model.model.rotary_emb)(config=model.config).to(device)
+    like = torch.empty(0, dtype=dtype, device=device)
+    cos, sin = rotary(like, torch.arange(positions, device=device)[None])
+    return cos[0], sin[0]
+
+
+def _kv_scale(tensors: Source, attention_name: str) -> tuple[float, float]:
+    """k_scale and v_scale of a layer; (1, 1) where there are none."""
+    k, v = (tensors.of(f"{attention_name}.{side}_proj").get(f"{side}_scale") for side in "kv")
+    return (1.0 if k is None else float(k), 1.0 if v is None else float(v))
+
+
+def layer_bytes(linears: Iterable[Linear]) -> int:
+    """Bytes that the linear layers occupy in memory."""
+    return sum(t.nbytes for layer in linears for t in (*layer.parameters(), *layer.buffers()))
