@@ -1,0 +1,198 @@
+"""Prunes a model block by block: what the pruned blocks give out is what the next block is calibrated on."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calibration.blocks import Blocks, run
+from calibration.config import Sparsity
+from calibration.inputs import gather, shared_inputs
+from calibration.resume import Finished
+from calibration.solvers import SOLVERS, Pattern, Solver, Statistics
+from calibration.weights import copy_with
+from plugins.errors import UserError
+
+VERSION = 1  # of the results: raised whenever the same input gives other weights
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer. `error` is the squared change of its output over the calibration tokens, relative."""
+
+    name: str
+    out_features: int
+    in_features: int
+    pruned: bool  # false: `note` says why it stayed as it was
+    zeros: float  # share of the weight
+    error: float | None
+    seconds: float
+    note: str = ""
+
+
+@torch.no_grad()
+def sparsify(
+    source: Path,
+    tokens: np.ndarray[Any, np.dtype[np.int64]],
+    config: Sparsity,
+    layers: Sequence[str],
+    out: Path,
+    work: Path,
+    progress: Progress,
+) -> list[LayerReport]:
+    """Prunes `layers` (module names) of the Hugging Face directory `source` into `out`, with the same files and dtypes.
+
+    `tokens` [samples, length] are what the layers' inputs are taken from. `work` keeps the finished blocks: a run that
+    was killed goes on behind them, to the same bytes. Writes `out/sparsity.json`. Raises UserError for an architecture
+    that cannot be pruned, weights that do not fit the config, and inputs that are not finite.
+    """
+    walk = _Walk(source, torch.from_numpy(tokens), config, layers)
+    finished = Finished(work, walk.key())
+    done, states = finished.states()
+    states = states or walk.first_states()
+    for number in range(done, walk.blocks.count):
+        progress("sparsify", number, walk.blocks.count)
+        weights, reports, states = walk.prune_block(number, states)
+        finished.add(number, weights, [asdict(report) for report in reports], states)
+    progress("sparsify", walk.blocks.count, walk.blocks.count)
+
+    reports = [LayerReport(**report) for number in range(walk.blocks.count) for report in finished.reports(number)]
+    pruned = [report.name for report in reports if report.pruned]
+    copy_with(
+        source,
+        out,
+        (f"{name}.weight" for name in pruned),
+        lambda name: finished.weight(int(name.split(".")[2]), name),
+    )
+    declared = {"pattern": config.pattern, "method": config.method, "layers": pruned}
+    (out / "sparsity.json").write_text(json.dumps(declared, indent=2) + "\n")
+    return reports
+
+
+class _Walk:
+    """One way through the model with one solver."""
+
+    def __init__(self, source: Path, tokens_BT: Tensor, config: Sparsity, layers: Sequence[str]):
+        self.blocks = Blocks(source)
+        self.tokens_BT, self.config, self.layers = tokens_BT, config, layers
+        self.pattern = Pattern.parse(config.pattern)
+        self.solver: Solver = SOLVERS[config.method]()
+        self.arguments = self.blocks.arguments(tokens_BT.shape[1])
+        self.layers_of = _by_block(layers, self.blocks)
+
+    def key(self) -> str:
+        """Of everything that decides the result."""
+        facts = [VERSION, self.config.pattern, self.config.method, list(self.layers), self.blocks.config.to_dict()]
+        digest = hashlib.sha256(json.dumps(facts, default=str).encode())
+        digest.update(self.blocks.weights.sha256().encode())
+        digest.update(self.tokens_BT.numpy().tobytes())
+        return digest.hexdigest()
+
+    def first_states(self) -> dict[str, Tensor]:
+        """The hidden states that enter the first block, by the model that gives them."""
+        if not self.solver.needs_inputs:
+            return {}
+        hidden_BTD = self.blocks.embed(self.tokens_BT)
+        return (
+            {"pruned": hidden_BTD, "dense": hidden_BTD.clone()}
+            if self.solver.needs_dense_inputs
+            else {"pruned": hidden_BTD}
+        )
+
+    def prune_block(
+        self, number: int, states: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[LayerReport], dict[str, Tensor]]:
+        """The pruned weights by tensor name, the reports, and the hidden states that enter the next block."""
+        block, arguments = self.blocks.load(number), self.arguments[number]
+        dense = (copy.deepcopy(block), states["dense"]) if "dense" in states else None
+        prefix = f"model.layers.{number}."
+        weights: dict[str, Tensor] = {}
+        reports = []
+        for group in self._groups(block, self.layers_of[number], states, arguments):
+            statistics: Statistics | None = None
+            for name in group:
+                layer = block.get_submodule(name)
+                if note := self._reason_to_keep(layer):
+                    reports.append(_report(prefix + name, layer.weight, note=note))
+                    continue
+                if statistics is None and self.solver.needs_inputs:
+                    statistics = gather(block, name, states["pruned"], arguments, dense)
+                started = time.perf_counter()
+                stored = self._prune(prefix + name, layer, statistics)
+                weights[f"{prefix}{name}.weight"] = stored
+                reports.append(
+                    _report(
+                        prefix + name, stored, _error(layer.weight, stored, statistics), time.perf_counter() - started
+                    )
+                )
+                layer.weight.copy_(stored)
+        states = {
+            name: run(dense[0] if dense and name == "dense" else block, states[name], arguments) for name in states
+        }
+        return weights, reports, states
+
+    def _groups(
+        self, block: nn.Module, names: list[str], states: dict[str, Tensor], arguments: dict[str, Any]
+    ) -> list[list[str]]:
+        if not self.solver.needs_inputs:
+            return [names]
+        return shared_inputs(block, names, states["pruned"], arguments)
+
+    def _reason_to_keep(self, layer: nn.Linear) -> str:
+        if not self.pattern.fits(layer.in_features):
+            return f"{layer.in_features} inputs do not divide into groups of {self.pattern.group}"
+        if self.pattern.holds(layer.weight):
+            return f"is {self.config.pattern} already: kept as it is"
+        return ""
+
+    def _prune(self, name: str, layer: nn.Linear, statistics: Statistics | None) -> Tensor:
+        """The pruned weight as it is stored: rounded to the source's dtype, where a tiny weight may become zero."""
+        pruned_NK = self.solver.prune(name, layer.weight, statistics, self.pattern)
+        stored_NK = pruned_NK.to(self.blocks.weights.dtype(f"{name}.weight")) + 0.0
+        if not torch.isfinite(stored_NK).all():
+            raise UserError(
+                f"pruning '{name}' gave weights that are not finite in {stored_NK.dtype}: leave it out with exclude"
+            )
+        return stored_NK
+
+
+def _by_block(layers: Sequence[str], blocks: Blocks) -> list[list[str]]:
+    """Names within the block, by block. Raises UserError for a name that is no linear layer of a block."""
+    by_block: list[list[str]] = [[] for _ in range(blocks.count)]
+    for name in layers:
+        parts = name.split(".", 3)
+        try:
+            number = int(parts[2])
+            layer = blocks.skeleton.layers[number].get_submodule(parts[3])
+        except (IndexError, ValueError, AttributeError):
+            layer = None
+        if parts[:2] != ["model", "layers"] or not isinstance(layer, nn.Linear):
+            raise UserError(f"'{name}' is no linear layer of a decoder block: only those can be pruned")
+        by_block[number].append(parts[3])
+    return by_block
+
+
+def _error(before_NK: Tensor, after_NK: Tensor, statistics: Statistics | None) -> float | None:
+    if statistics is None:
+        return None
+    change_NK = before_NK - after_NK.float()
+    hessian_KK = statistics.hessian
+    return float((change_NK @ hessian_KK * change_NK).sum() / (before_NK @ hessian_KK * before_NK).sum())
+
+
+def _report(
+    name: str, weight_NK: Tensor, error: float | None = None, seconds: float = 0.0, note: str = ""
+) -> LayerReport:
+    zeros = 1 - int(weight_NK.count_nonzero()) / weight_NK.numel()
+    return LayerReport(name, weight_NK.shape[0], weight_NK.shape[1], not note, zeros, error, seconds, note)
