@@ -1,0 +1,232 @@
+#include "context.h"
+
+#include <algorithm>
+
+#include "cublaslt.h"
+#include "cuda_check.h"
+#include "cusparselt.h"
+#include "skinny.h"
+#include "skinny_problem.h"
+#include "weights.h"
+
+namespace twofour {
+
+int64_t tokens_bucket(int64_t tokens) {
+  int64_t bucket = 8;
+  while (bucket < tokens) bucket *= 2;
+  return bucket;
+}
+
+DeviceScope::DeviceScope(int device) : device_(device) {
+  if (device_ == TWOFOUR_HOST) return;
+  check(cudaGetDevice(&previous_), "cudaGetDevice");
+  if (previous_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
+}
+
+DeviceScope::~DeviceScope() {
+  if (device_ != TWOFOUR_HOST && previous_ != device_) cudaSetDevice(previous_);
+}
+
+}  // namespace twofour
+
+using namespace twofour;
+
+twofour_context::twofour_context(int device) {
+  info.device = device;
+  info.multiprocessors = 1;
+  if (device == TWOFOUR_HOST) {
+    host_counters_.assign(kSkinnyCounters, 0);
+    counters_ = host_counters_.data();
+    return;
+  }
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess || count == 0)
+    fail(TWOFOUR_NO_GPU, "no CUDA GPU here (%s); the torch backend runs on the CPU: engine.backend=torch",
+         error != cudaSuccess ? cudaGetErrorString(error) : "0 devices");
+  if (device < 0 || device >= count) fail(TWOFOUR_NO_GPU, "device %d is not one of the %d GPUs here", device, count);
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  info.sm = 10 * properties.major + properties.minor;
+  info.multiprocessors = properties.multiProcessorCount;
+  info.l2_bytes = properties.l2CacheSize;
+  if (info.sm < 80)
+    fail(TWOFOUR_SM_UNSUPPORTED, "%s has compute capability %d.%d: sparse tensor cores begin at 8.0 (A100); build dense",
+         properties.name, properties.major, properties.minor);
+  const DeviceScope scope(device);
+  skinny_configure();
+  check(cudaMalloc(reinterpret_cast<void**>(&counters_), kSkinnyCounters * sizeof(unsigned)), "cudaMalloc");
+  check(cudaMemset(counters_, 0, kSkinnyCounters * sizeof(unsigned)), "cudaMemset");
+}
+
+twofour_context::~twofour_context() {
+  if (!host() && counters_ != nullptr) cudaFree(counters_);
+}
+
+Backend& twofour_context::backend(int kernel) {
+  std::unique_ptr<Backend>& slot = backends_[kernel];
+  if (slot != nullptr) return *slot;
+  if (host()) fail(TWOFOUR_NO_GPU, "%s runs on a GPU only; the host runs the skinny kernel", kernel_name(kernel));
+  slot = kernel == TWOFOUR_CUSPARSELT ? make_cusparselt(info.sm) : make_cublaslt(info.sm);
+  return *slot;
+}
+
+twofour_context::BucketKey twofour_context::bucket_key(const twofour_gemm& g) {
+  return {g.kernel, g.type, g.out_type, g.out_features, g.in_features, tokens_bucket(g.tokens)};
+}
+
+void twofour_context::validate(const twofour_gemm& g) const {
+  if (g.kernel < TWOFOUR_SKINNY || g.kernel > TWOFOUR_CUBLASLT)
+    fail(TWOFOUR_INVALID_ARGUMENT, "kernel %d is not one of skinny (0), cusparselt (1), cublaslt (2)", g.kernel);
+  if (g.type < TWOFOUR_FP16 || g.type > TWOFOUR_FP8)
+    fail(TWOFOUR_INVALID_ARGUMENT, "type %d is not one of fp16 (0), bf16 (1), int8 (2), fp8 (3)", g.type);
+  if (g.out_type != TWOFOUR_FP16 && g.out_type != TWOFOUR_BF16)
+    fail(TWOFOUR_INVALID_ARGUMENT, "out_type %d is not fp16 (0) or bf16 (1)", g.out_type);
+  if (g.out_features < 1 || g.in_features < 1 || g.out_features > INT32_MAX || g.in_features > INT32_MAX)
+    fail(TWOFOUR_INVALID_ARGUMENT, "a weight cannot be [%lld, %lld]", static_cast<long long>(g.out_features),
+         static_cast<long long>(g.in_features));
+  if (g.kernel != TWOFOUR_SKINNY) return;
+  const int64_t multiple = 16 / element_bytes(g.type);
+  if (g.in_features % multiple != 0)
+    fail(TWOFOUR_MISALIGNED, "in_features=%lld is not a multiple of %lld (16 bytes of %s); pad x and the weight to %lld",
+         static_cast<long long>(g.in_features), static_cast<long long>(multiple), type_name(g.type),
+         static_cast<long long>(round_up(g.in_features, multiple)));
+  if (g.type == TWOFOUR_FP8 && !host() && info.sm < 89)
+    fail(TWOFOUR_SM_UNSUPPORTED, "fp8 needs compute capability 8.9 or newer, this GPU has %d.%d; use int8", info.sm / 10,
+         info.sm % 10);
+}
+
+size_t twofour_context::weight_bytes(const twofour_gemm& g) {
+  if (g.kernel == TWOFOUR_SKINNY) return packed_bytes(g.type, g.out_features, g.in_features);
+  backend(g.kernel).validate(g);
+  return backend(g.kernel).weight_bytes(g);
+}
+
+int64_t twofour_context::first_violation(int type, int64_t out_features, int64_t in_features, const void* weight,
+                                         cudaStream_t stream) {
+  if (in_features % 4 != 0)
+    fail(TWOFOUR_MISALIGNED, "in_features=%lld is not a multiple of 4: no 2:4 pattern", static_cast<long long>(in_features));
+  return host() ? first_violation_host(type, out_features, in_features, weight)
+                : first_violation_device(type, out_features, in_features, weight, stream);
+}
+
+void twofour_context::prepare_weight(const twofour_gemm& g, const void* weight, void* prepared, cudaStream_t stream) {
+  if (g.kernel == TWOFOUR_CUBLASLT) return backend(g.kernel).prepare_weight(g, weight, prepared, stream);
+  const int64_t group = first_violation(g.type, g.out_features, g.in_features, weight, stream);
+  if (group >= 0)
+    fail(TWOFOUR_NOT_2_4, "the weight is not 2:4: row %lld, group %lld (inputs %lld to %lld) has more than 2 nonzeros",
+         static_cast<long long>(group / (g.in_features / 4)), static_cast<long long>(group % (g.in_features / 4)),
+         static_cast<long long>(group % (g.in_features / 4) * 4), static_cast<long long>(group % (g.in_features / 4) * 4 + 3));
+  if (g.kernel == TWOFOUR_CUSPARSELT) {
+    backend(g.kernel).validate(g);
+    backend(g.kernel).prepare_weight(g, weight, prepared, stream);
+  } else if (host()) {
+    pack_host(g.type, g.out_features, g.in_features, weight, static_cast<uint8_t*>(prepared));
+  } else {
+    pack_device(g.type, g.out_features, g.in_features, weight, static_cast<uint8_t*>(prepared), stream);
+  }
+}
+
+void twofour_context::unpack_weight(const twofour_gemm& g, const void* prepared, void* weight, cudaStream_t stream) {
+  if (g.kernel != TWOFOUR_SKINNY)
+    fail(TWOFOUR_UNSUPPORTED, "only the skinny kernel's packed form can be unpacked, not %s's", kernel_name(g.kernel));
+  if (host()) unpack_host(g.type, g.out_features, g.in_features, static_cast<const uint8_t*>(prepared), weight);
+  else unpack_device(g.type, g.out_features, g.in_features, static_cast<const uint8_t*>(prepared), weight, stream);
+}
+
+twofour_stamp twofour_context::stamp(const twofour_gemm& g) {
+  twofour_stamp s{g.kernel, g.type, g.out_features, g.in_features, 0, kLayoutVersion};
+  if (g.kernel == TWOFOUR_CUSPARSELT) {
+    s.sm = info.sm;
+    s.version = backend(g.kernel).version();
+  }
+  return s;
+}
+
+int twofour_context::splits(const twofour_gemm& g) const {
+  const SkinnyGeometry geometry = skinny_geometry(g.type, g.tokens, g.out_features, g.in_features);
+  const auto chosen = algorithms_.find(bucket_key(g));
+  if (chosen == algorithms_.end()) return default_splits(geometry, info.multiprocessors);
+  return static_cast<int>(std::clamp<uint64_t>(chosen->second.words[0], 1, static_cast<uint64_t>(geometry.max_splits)));
+}
+
+void twofour_context::plan(const twofour_gemm& g) {
+  if (g.tokens < 1) fail(TWOFOUR_INVALID_ARGUMENT, "tokens=%lld: at least 1", static_cast<long long>(g.tokens));
+  if (g.kernel != TWOFOUR_SKINNY) {
+    const auto chosen = algorithms_.find(bucket_key(g));
+    return backend(g.kernel).plan(g, chosen == algorithms_.end() ? nullptr : &chosen->second);
+  }
+  if (g.tokens > kMaxSkinnyTokens)
+    fail(TWOFOUR_UNSUPPORTED, "tokens=%lld: the skinny kernel takes 1 to %d; use cusparselt or cublaslt",
+         static_cast<long long>(g.tokens), kMaxSkinnyTokens);
+}
+
+size_t twofour_context::workspace_bytes(const twofour_gemm& g) {
+  if (g.kernel != TWOFOUR_SKINNY) {
+    if (!backend(g.kernel).planned(g)) plan(g);
+    return backend(g.kernel).workspace_bytes(g);
+  }
+  plan(g);
+  return skinny_workspace_bytes(skinny_geometry(g.type, g.tokens, g.out_features, g.in_features), splits(g));
+}
+
+std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g) {
+  if (g.kernel != TWOFOUR_SKINNY) return backend(g.kernel).algorithms(g);
+  const SkinnyGeometry geometry = skinny_geometry(g.type, g.tokens, g.out_features, g.in_features);
+  std::vector<twofour_algorithm> all;
+  for (int s : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32})
+    if (s <= geometry.max_splits) all.push_back({{static_cast<uint64_t>(s), 0, 0, 0, 0, 0, 0, 0}});
+  return all;
+}
+
+twofour_algorithm twofour_context::algorithm(const twofour_gemm& g) {
+  if (g.kernel == TWOFOUR_SKINNY) return {{static_cast<uint64_t>(splits(g)), 0, 0, 0, 0, 0, 0, 0}};
+  if (!backend(g.kernel).planned(g)) plan(g);
+  return backend(g.kernel).algorithm(g);
+}
+
+void twofour_context::set_algorithm(const twofour_gemm& g, const twofour_algorithm& algorithm) {
+  if (g.kernel != TWOFOUR_SKINNY) backend(g.kernel).plan(g, &algorithm);  // throws where it does not fit
+  algorithms_[bucket_key(g)] = algorithm;
+}
+
+void twofour_context::run_skinny(const twofour_gemm& g, const void* x, const void* prepared, void* y, void* workspace,
+                                 cudaStream_t stream) {
+  SkinnyProblem problem{};
+  problem.x = static_cast<const uint8_t*>(x);
+  problem.weight = static_cast<const uint8_t*>(prepared);
+  problem.y = y;
+  problem.channel_scales = g.channel_scales;
+  problem.bias = g.bias;
+  problem.scale = g.scale;
+  problem.out_type = g.out_type;
+  problem.tokens = static_cast<int>(g.tokens);
+  problem.splits = splits(g);
+  problem.out_features = g.out_features;
+  problem.in_features = g.in_features;
+  problem.partials = static_cast<uint32_t*>(workspace);
+  problem.counters = counters_;
+  if (host()) skinny_simulate(g.type, problem, packed_bytes(g.type, g.out_features, g.in_features));
+  else skinny_launch(g.type, problem, stream);
+}
+
+void twofour_context::matmul(const twofour_gemm& g, const void* x, const void* prepared, void* y, void* workspace,
+                             size_t bytes, cudaStream_t stream) {
+  if (g.kernel != TWOFOUR_SKINNY && !backend(g.kernel).planned(g)) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
+    if (capture != cudaStreamCaptureStatusNone)
+      fail(TWOFOUR_NOT_PLANNED, "%s has no plan for %lld tokens and the stream is capturing; call twofour_plan first",
+           kernel_name(g.kernel), static_cast<long long>(g.tokens));
+    plan(g);
+  }
+  const size_t needed = workspace_bytes(g);
+  if (needed > bytes || (needed > 0 && workspace == nullptr))
+    fail(TWOFOUR_WORKSPACE_TOO_SMALL, "%s needs %zu bytes of workspace for %lld tokens, got %zu", kernel_name(g.kernel),
+         needed, static_cast<long long>(g.tokens), bytes);
+  for (const void* pointer : {x, prepared, static_cast<const void*>(y), static_cast<const void*>(workspace)})
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
+      fail(TWOFOUR_MISALIGNED, "a tensor begins at %p, not at a multiple of 16 bytes; copy it", pointer);
+  if (g.kernel == TWOFOUR_SKINNY) run_skinny(g, x, prepared, y, workspace, stream);
+  else backend(g.kernel).matmul(g, x, prepared, y, static_cast<uint8_t*>(workspace), stream);
+}

@@ -1,0 +1,70 @@
+// A context: one device, the libraries on it, the algorithms chosen. The C API in api.cpp is a thin shell around it.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "backend.h"
+
+struct twofour_context {
+ public:
+  explicit twofour_context(int device);
+  ~twofour_context();
+  twofour_context(const twofour_context&) = delete;
+  twofour_context& operator=(const twofour_context&) = delete;
+
+  bool host() const { return info.device == TWOFOUR_HOST; }
+  void validate(const twofour_gemm& gemm) const;
+  size_t weight_bytes(const twofour_gemm& gemm);
+  void prepare_weight(const twofour_gemm& gemm, const void* weight, void* prepared, cudaStream_t stream);
+  void unpack_weight(const twofour_gemm& gemm, const void* prepared, void* weight, cudaStream_t stream);
+  int64_t first_violation(int type, int64_t out_features, int64_t in_features, const void* weight, cudaStream_t stream);
+  twofour_stamp stamp(const twofour_gemm& gemm);
+  void plan(const twofour_gemm& gemm);
+  size_t workspace_bytes(const twofour_gemm& gemm);
+  std::vector<twofour_algorithm> algorithms(const twofour_gemm& gemm);
+  twofour_algorithm algorithm(const twofour_gemm& gemm);
+  void set_algorithm(const twofour_gemm& gemm, const twofour_algorithm& algorithm);
+  void matmul(const twofour_gemm& gemm, const void* x, const void* prepared, void* y, void* workspace, size_t bytes,
+              cudaStream_t stream);
+
+  twofour_info info{};
+  std::mutex mutex;
+
+ private:
+  twofour::Backend& backend(int kernel);
+  int splits(const twofour_gemm& gemm) const;
+  void run_skinny(const twofour_gemm& gemm, const void* x, const void* prepared, void* y, void* workspace,
+                  cudaStream_t stream);
+
+  // kernel, type, out_type, out_features, in_features, bucket
+  using BucketKey = std::tuple<int, int, int, int64_t, int64_t, int64_t>;
+  static BucketKey bucket_key(const twofour_gemm& gemm);
+
+  std::map<BucketKey, twofour_algorithm> algorithms_;
+  std::unique_ptr<twofour::Backend> backends_[3];
+  std::vector<unsigned> host_counters_;
+  unsigned* counters_ = nullptr;  // of the skinny kernel's tiles
+};
+
+namespace twofour {
+
+// Tokens counts that share an algorithm: up to 8, 16, 32, ...
+int64_t tokens_bucket(int64_t tokens);
+
+// Makes a context's device current while it lives.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int previous_ = -1, device_;
+};
+
+}  // namespace twofour
