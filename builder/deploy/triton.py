@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,10 +13,8 @@ import jinja2
 
 from builder.deploy import protocol
 from builder.deploy.config import DeployConfig
+from builder.engines.backends import engine_facts
 from plugins.errors import UserError
-
-LOADERS = {"torch": "builder.engines.torch_engine"}
-"""The module whose `load` opens an engine directory, for each backend that Triton's Python backend runs."""
 
 
 def write_repository(engine_dir: Path, out: Path, config: DeployConfig) -> None:
@@ -27,7 +24,12 @@ def write_repository(engine_dir: Path, out: Path, config: DeployConfig) -> None:
     moved or mounted elsewhere), else by an absolute one. Raises UserError for a directory that is no engine, a backend
     that Triton's Python backend does not run, and options that Triton cannot combine.
     """
-    engine = _engine(engine_dir)
+    engine = engine_facts(engine_dir)
+    if engine.get("backend") != "torch":
+        raise UserError(
+            f"'{engine_dir}' is a {engine.get('backend')} engine: Triton's Python backend serves torch engines here, "
+            "TensorRT-LLM's own backend serves that one"
+        )
     if config.streaming and config.response_cache:
         raise UserError(
             "Triton cannot cache the responses of a streaming (decoupled) model: drop --streaming or --response-cache"
@@ -43,25 +45,9 @@ def write_repository(engine_dir: Path, out: Path, config: DeployConfig) -> None:
             inputs=[(name, field) for field in protocol.INPUTS for name in field.names],
             outputs=protocol.OUTPUTS,
         ),
-        "1/model.py": _render("model.py", loader=LOADERS[engine["backend"]]),
+        "1/model.py": _render("model.py"),
     }
     _replace(out / config.model_name, pages)
-
-
-def _engine(engine_dir: Path) -> dict[str, Any]:
-    try:
-        engine: dict[str, Any] = json.loads((engine_dir / "engine.json").read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"no engine at '{engine_dir}': it has no engine.json; name a build's engine directory"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{engine_dir / 'engine.json'}' cannot be read ({error}): build the engine again") from None
-    if engine.get("backend") not in LOADERS:
-        raise UserError(
-            f"'{engine_dir}' has backend '{engine.get('backend')}': Triton's Python backend serves {', '.join(LOADERS)}"
-        )
-    return engine
 
 
 def _path_from(model: Path, engine_dir: Path) -> str:
