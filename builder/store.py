@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class Store:
         """
         try:
             if (entry := self.find(stage, key)) is not None:
+                self._forget_work(key)  # left by a kill between the last rename and the end
                 return entry
         except CorruptEntryError:
             pass  # looked at again below, where no other process is mending it
@@ -136,8 +138,11 @@ class Store:
         except BaseException:
             remove(temporary)
             raise
-        remove(work)
+        self._forget_work(key)
         return Entry(folder / "files", digest_of(record["files"]), record["files"], record, reused=False)
+
+    def _forget_work(self, key: str) -> None:
+        shutil.rmtree(self.root / "work" / key, ignore_errors=True)  # another process may be at it too
 
     def _set_aside(self, stage: str, key: str, problem: CorruptEntryError) -> None:
         aside = self.root / "corrupt" / key
