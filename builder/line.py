@@ -1,0 +1,220 @@
+"""The line of stages, from a model to a measured engine. Each stage is one step whose output the store keeps.
+
+A stage names its inputs (the digests of earlier outputs), its part of the recipe, its version and the tools whose versions
+change its result; the store makes it or finds it. Raise a stage's version when its code gives another output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from builder import machine
+from builder.console import Console
+from builder.files import sha256
+from builder.plan import Plan
+from builder.recipe import Recipe
+from builder.store import Entry, Store, digest_of, key
+from plugins.errors import UserError
+
+CALIBRATION_TOOLS = ("torch", "transformers", "nvidia-modelopt", "safetensors")
+ENGINE_TOOLS = ("torch", "transformers", "safetensors", "tensorrt-llm", "tensorrt")
+
+
+class Line:
+    """One build's stages. Each method returns the stage's finished output, making what is missing."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, model: Path, store: Store, console: Console, wait: bool = True) -> None:
+        self.recipe, self.plan, self.model = recipe, plan, model
+        self.store, self.console, self.wait = store, console, wait
+        self.model_digest = digest_of(_model_files(model))
+        self.entries: dict[str, Entry] = {}
+
+    def _run(
+        self, stage: str, version: int, inputs: Mapping[str, str], config: Any, tools: tuple[str, ...],
+        make: Callable[[Path, Path], None],
+    ) -> Entry:  # fmt: skip
+        """The stage's output, once a build; says whether it was found or how long it took."""
+        if stage in self.entries:
+            return self.entries[stage]
+        found = machine.versions(*tools)
+        described = {"inputs": dict(inputs), "config": config, "version": version, "tools": found}
+        self.console.say(f"{stage} ...")
+        entry = self.store.run(stage, key(stage, inputs, config, version, found), described, make, wait=self.wait)
+        self.console.stage_done()
+        state = "kept from an earlier build" if entry.reused else f"{entry.record['seconds']:.1f} s"
+        self.console.say(f"{stage}: {state}")
+        self.entries[stage] = entry
+        return entry
+
+    def calibration(self) -> Entry:
+        """tokens.npy [samples, length] int64, and calibration.json with its hash."""
+        config = self.recipe.calibration
+        if config.data is None:
+            raise UserError("calibration.data is not set: name text, for example --set calibration.data=texts.jsonl")
+
+        def make(out: Path, work: Path) -> None:
+            import numpy as np
+
+            from calibration.data import calibration_windows
+
+            windows = calibration_windows(config, self.model)
+            np.save(out / "tokens.npy", windows.tokens)
+            _write_json(out / "calibration.json", {"sha256": windows.sha256, **config.model_dump(mode="json")})
+
+        inputs = {"model": self.model_digest, "data": _data_digest(config.data)}
+        return self._run("calibration", 1, inputs, config.model_dump(mode="json"), ("transformers", "datasets"), make)
+
+    def layers(self) -> tuple[list[str], dict[str, str]]:
+        """The layers to prune, and the digest of the selection where a budget made one."""
+        assert self.recipe.sparsity is not None
+        if self.recipe.sparsity.budget is None:
+            return self.plan.sparse_layers, {}
+        chosen = self.selection()
+        return json.loads((chosen.path / "selection.json").read_text())["layers"], {"selection": chosen.digest}
+
+    def selection(self) -> Entry:
+        """selection.json: the layers that fit under the budget, and the Pareto front they were chosen from."""
+        from builder.selection import select
+
+        sparsity, accuracy = self.recipe.sparsity, self.recipe.accuracy
+        assert sparsity is not None
+        if accuracy.data is None:
+            raise UserError("a budget needs text to measure the loss on: set accuracy.data")
+
+        def make(out: Path, work: Path) -> None:
+            _write_json(out / "selection.json", select(self, out, work))
+
+        inputs = {"model": self.model_digest, "tokens": self.calibration().digest, "held_out": _data_digest(accuracy.data)}
+        config = {"sparsity": sparsity.model_dump(mode="json"), "accuracy": accuracy.model_dump(mode="json")}
+        config["layers"] = self.plan.sparse_layers
+        return self._run("selection", 1, inputs, config, CALIBRATION_TOOLS, make)
+
+    def pruned(self) -> Entry | None:
+        """model/: the pruned Hugging Face model, masks folded; layers.json: what became of each layer."""
+        sparsity = self.recipe.sparsity
+        if sparsity is None:
+            return None
+        from calibration import sparsify
+
+        tokens, (layers, chosen) = self.calibration(), self.layers()
+
+        def make(out: Path, work: Path) -> None:
+            reports = sparsify.sparsify(
+                self.model, _tokens(tokens), sparsity, layers, out / "model", work, self.console.progress
+            )
+            _write_json(out / "layers.json", [vars(report) for report in reports])
+
+        inputs = {"model": self.model_digest, "tokens": tokens.digest, **chosen}
+        config = {"method": sparsity.method, "pattern": sparsity.pattern, "layers": layers}
+        return self._run("sparsify", sparsify.VERSION, inputs, config, CALIBRATION_TOOLS, make)
+
+    def recovered(self) -> Entry | None:
+        """model/: the pruned model after distillation from the dense one, where the recipe asks for it."""
+        pruned, recovery = self.pruned(), self.recipe.recovery
+        if pruned is None or recovery is None:
+            return pruned
+        tokens = self.calibration()
+
+        def make(out: Path, work: Path) -> None:
+            from calibration.recover import recover
+
+            recover(
+                self.model, pruned.path / "model", _tokens(tokens), recovery, out / "model", work, self.console.progress
+            )
+
+        inputs = {"model": self.model_digest, "pruned": pruned.digest, "tokens": tokens.digest}
+        return self._run("recover", 1, inputs, recovery.model_dump(mode="json"), CALIBRATION_TOOLS, make)
+
+    def checkpoint(self) -> Entry:
+        """hf/, and trtllm/ for the tensorrt backend: quantized, written by ModelOpt and verified on the files."""
+        from builder.quantized import write_checkpoints
+
+        weights = self.recovered()
+        source = weights.path / "model" if weights else self.model
+        quantization, engine = self.recipe.quantization, self.recipe.engine
+        needs_tokens = quantization.format != "none" or quantization.kv_cache != "none"
+        tokens = self.calibration() if needs_tokens else None
+        quantized = [layer.name for layer in self.plan.layers if layer.format in ("int8", "fp8")]
+        trtllm = (engine.tensor_parallel, engine.pipeline_parallel) if self.plan.backend == "tensorrt" else None
+
+        def make(out: Path, work: Path) -> None:
+            write_checkpoints(
+                source, quantization, quantized, _tokens(tokens) if tokens else None, out, trtllm,
+                self.plan.architecture, self.console.progress,
+            )  # fmt: skip
+
+        inputs = {"weights": weights.digest if weights else self.model_digest}
+        inputs |= {"tokens": tokens.digest} if tokens else {}
+        config = {"quantization": quantization.model_dump(mode="json"), "layers": quantized, "trtllm": trtllm}
+        return self._run("checkpoint", 1, inputs, config, CALIBRATION_TOOLS, make)
+
+    def engine(self) -> Entry:
+        """The backend's engine directory."""
+        from builder.engines import backends
+
+        checkpoint, config = self.checkpoint(), self.recipe.engine
+
+        def make(out: Path, work: Path) -> None:
+            backends.build(self.plan.backend, checkpoint.path, out, config, self.plan.predicted["gpu"])
+
+        described = {**config.model_dump(mode="json"), "backend": self.plan.backend, "predicted": self.plan.predicted["gpu"]}
+        described["sm"] = machine.sm()
+        return self._run("engine", 1, {"checkpoint": checkpoint.digest}, described, ENGINE_TOOLS, make)
+
+    def accuracy(self) -> Entry | None:
+        """accuracy.json: the engine against the dense model on held-out text; None where the recipe names no text."""
+        config = self.recipe.accuracy
+        if config.data is None:
+            return None
+        engine = self.engine()
+
+        def make(out: Path, work: Path) -> None:
+            from builder.measure import accuracy
+
+            _write_json(out / "accuracy.json", accuracy(self.model, engine.path, config, self.console.progress))
+
+        inputs = {"model": self.model_digest, "engine": engine.digest, "data": _data_digest(config.data)}
+        return self._run("evaluate", 1, inputs, config.model_dump(mode="json"), ENGINE_TOOLS, make)
+
+    def performance(self) -> Entry | None:
+        """performance.json and records.jsonl: dense and built, interleaved on this machine."""
+        config = self.recipe.benchmark
+        if config is None:
+            return None
+        engine = self.engine()
+
+        def make(out: Path, work: Path) -> None:
+            from builder.measure import performance
+
+            performance(self.model, engine.path, config, out, self.console.progress)
+
+        inputs = {"model": self.model_digest, "engine": engine.digest}
+        described = {"benchmark": config.model_dump(mode="json"), "device": machine.device()}
+        return self._run("benchmark", 1, inputs, described, ENGINE_TOOLS, make)
+
+
+def _model_files(model: Path) -> dict[str, str]:
+    """sha256 of the files that make a model: weights, config, tokenizer; not the texts that may lie beside them."""
+    kept = [path for path in sorted(model.iterdir()) if path.suffix in (".safetensors", ".json", ".model", ".txt", ".jinja")]
+    return {path.name: sha256(path) for path in kept if path.is_file()}
+
+
+def _data_digest(data: str) -> str:
+    """Of a local file its content; of a dataset id its name."""
+    path = Path(data)
+    return sha256(path) if path.is_file() else digest_of({"dataset": data})
+
+
+def _tokens(entry: Entry) -> Any:
+    import numpy as np
+
+    return np.load(entry.path / "tokens.npy")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf8")
+
+

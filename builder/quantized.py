@@ -1,0 +1,54 @@
+"""The checkpoint stage: quantize, export through ModelOpt, and prove the files before anything else reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from builder import checkpoint
+from calibration import export
+from calibration.config import Quantization
+from calibration.quantize import load_model, quantize
+
+Progress = Callable[[str, int, int], None]
+
+
+def write_checkpoints(
+    source: Path,
+    config: Quantization,
+    layers: Sequence[str],
+    tokens: Any,
+    out: Path,
+    trtllm: tuple[int, int] | None,
+    architecture: str,
+    progress: Progress,
+) -> None:
+    """Writes out/hf and, for `trtllm` (tensor parallel, pipeline parallel), out/trtllm.
+
+    `layers` are the modules to quantize; `tokens` [samples, length] may be None where nothing is. Raises GateError where
+    a written file is not what it should be.
+    """
+    sparse = _declared(source)
+    untouched = config.format == "none" and config.kv_cache == "none"
+    if untouched and trtllm is None:
+        export.copy_checkpoint(source, out / "hf", sparse)
+    else:
+        model = load_model(source)
+        if not untouched:
+            model = quantize(model, config, layers, tokens, progress)
+        if trtllm is not None:
+            export.export_trtllm(model, architecture, out / "trtllm", sparse, *trtllm)
+        if untouched:
+            export.copy_checkpoint(source, out / "hf", sparse)
+        else:
+            export.export_hf(model, source, out / "hf", sparse)
+    for written in sorted(out.iterdir()):
+        checkpoint.verify(written).require()
+
+
+def _declared(source: Path) -> dict[str, Any] | None:
+    path = source / "sparsity.json"
+    declared: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return declared

@@ -1,0 +1,118 @@
+"""Assembles report.json's content from what the stages measured, and judges the gates."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from builder import machine
+from builder.line import Line
+from builder.tactics import read_tactics
+
+ON_CPU = (
+    "2:4 gives no speed on this machine: a CPU has no sparse matrix instructions, so its kernels multiply the zeros too. "
+    "Here it saves bytes. The gain on a GPU is predicted above, never measured here."
+)
+CPU_FIGURES = "The speeds are real and stand for this CPU alone; they say nothing about a GPU."
+SERIAL = "Dense and built were measured on the same prompts in interleaved rounds; intervals are 95%, from resampled rounds."
+
+
+def assemble(line: Line) -> dict[str, Any]:
+    """The report of a build, with what it reached. Measured and predicted figures stand in blocks of their own."""
+    recipe, plan, entries = line.recipe, line.plan, line.entries
+    report: dict[str, Any] = {
+        "twofour": machine.versions("twofour").get("twofour", "unknown"),
+        "model": recipe.model,
+        "recipe": recipe.model_dump(mode="json"),
+        "backend": plan.backend,
+        "device": machine.device(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "predicted": plan.predicted,
+        "environment": machine.environment(),
+        "gates": [],
+        "notes": _notes(line),
+    }
+    if "engine" in entries:
+        report["size"] = {"dense_bytes": weight_bytes(line.model), "built_bytes": weight_bytes(entries["engine"].path)}
+        report["layers"] = _layers(line)
+    if "evaluate" in entries:
+        report["accuracy"] = _read(entries["evaluate"].path / "accuracy.json")
+    if "benchmark" in entries:
+        report["performance"] = _read(entries["benchmark"].path / "performance.json")
+    if "selection" in entries:
+        report["pareto"] = _read(entries["selection"].path / "selection.json").get("pareto", [])
+    report["gates"] = gates(line, report)
+    return report
+
+
+def gates(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each limit that the recipe sets, and one for the verification that every checkpoint passed."""
+    found: list[dict[str, Any]] = []
+    if "checkpoint" in line.entries:
+        words = "every check of the written checkpoint holds"
+        found.append({"name": "verification", "passed": True, "words": words})
+    if "accuracy" in report:
+        from calibration import evaluate
+
+        found += evaluate.gates(evaluate.Accuracy.from_dict(report["accuracy"]), line.recipe.accuracy)
+    benchmark = line.recipe.benchmark
+    if benchmark and benchmark.min_speedup and report.get("performance"):
+        for point in report["performance"]:
+            ratio = point["speedup"]["output_token_throughput"]["ratio"]
+            words = f"output tokens a second {ratio:.2f}x at concurrency {point['concurrency']}"
+            found.append({
+                "name": "speedup", "limit": benchmark.min_speedup, "value": ratio,
+                "passed": ratio >= benchmark.min_speedup, "words": f"{words} (at least {benchmark.min_speedup:.2f}x)",
+            })  # fmt: skip
+    return found
+
+
+def weight_bytes(directory: Path) -> int:
+    """Bytes of the safetensors of a model or an engine."""
+    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+
+
+def _layers(line: Line) -> list[dict[str, Any]]:
+    """Each layer as it was written: facts read off the checkpoint's own files, with the plan's dense bytes."""
+    from builder import checkpoint
+
+    engine = line.entries["engine"].path
+    tactics = (read_tactics(engine) or {}).get("layers", {})
+    dense = {layer.name: layer.dense_bytes for layer in line.plan.layers}
+    rows = []
+    for layer in checkpoint.read(line.entries["checkpoint"].path / "hf").layers():
+        tactic = tactics.get(layer.name, {})
+        rows.append({
+            "name": layer.name,
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "format": layer.format,
+            "sparse": layer.sparse,
+            "zeros": layer.zeros,
+            "dense_bytes": dense.get(layer.name),
+            "built_bytes": layer.packed_bytes,
+            "kernel": "reference" if machine.device()["type"] == "cpu" else None,
+            "reason": tactic.get("reason"),
+        })  # fmt: skip
+    return rows
+
+
+def _notes(line: Line) -> list[str]:
+    notes = []
+    if machine.device()["type"] == "cpu":
+        notes += [ON_CPU] if line.recipe.sparsity else []
+        notes += [CPU_FIGURES]
+    if "benchmark" in line.entries:
+        notes.append(SERIAL)
+    if "sparsify" in line.entries:
+        reports = _read(line.entries["sparsify"].path / "layers.json")
+        notes += [f"'{layer['name']}' stayed dense: {layer['note']}" for layer in reports if not layer["pruned"]]
+    if line.recipe.trust_remote_code:
+        notes.append("The model's own code was allowed to run (trust_remote_code).")
+    return notes
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf8"))

@@ -1,0 +1,78 @@
+"""Which kernel a layer would take at each number of tokens, predicted for a named GPU where none can be measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import roofline
+from builder import machine
+
+BUCKETS = (1, 8, 64, 512, 4096)  # tokens
+PAYS = 1.02  # a sparse kernel predicted to gain less than this is not worth a second layout
+
+
+def predict_tactics(checkpoint: Path, gpu: str) -> dict[str, Any]:
+    """tactics.json of a checkpoint for `gpu`, every figure marked as predicted."""
+    from builder import checkpoint as checkpoints
+
+    card = roofline.gpu(gpu)
+    layers = {}
+    for layer in checkpoints.read(checkpoint).layers():
+        buckets = [predict_bucket(card, tokens, layer) for tokens in BUCKETS]
+        layers[layer.name] = {
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "format": layer.format,
+            "sparse": layer.sparse,
+            "reason": reason(card.name, layer.sparse, buckets),
+            "buckets": buckets,
+        }
+    return {
+        "device": None,
+        "source": "predicted",
+        "gpu": card.name,
+        "versions": machine.versions("torch", "twofour"),
+        "layers": layers,
+    }
+
+
+def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any]:
+    """The roofline's times of one layer at one number of tokens, dense and 2:4, in microseconds."""
+    number_format = "bf16" if layer.format == "fp32" else layer.format
+    shape = (card, tokens, layer.out_features, layer.in_features, number_format)
+    if card.refuses(number_format, layer.sparse):
+        return {"tokens": tokens, "kernel": "none", "dense_us": None, "sparse_us": None, "ratio": None, "measured": False}
+    dense = roofline.gemm_time(*shape, sparse=False).seconds * 1e6
+    sparse = roofline.gemm_time(*shape, sparse=True).seconds * 1e6
+    ratio = dense / sparse
+    pays = layer.sparse and ratio >= PAYS
+    kernel = ("skinny" if tokens <= 16 else "cusparselt") if pays else "dense-cublaslt"
+    return {
+        "tokens": tokens,
+        "kernel": kernel,
+        "dense_us": round(dense, 3),
+        "sparse_us": round(sparse, 3) if layer.sparse else None,
+        "ratio": round(ratio, 3) if layer.sparse else None,
+        "measured": False,
+    }
+
+
+def reason(gpu: str, sparse: bool, buckets: list[dict[str, Any]]) -> str:
+    """Why the layer runs as it does, in words."""
+    if any(bucket["kernel"] == "none" for bucket in buckets):
+        return f"{gpu} cannot run this format"
+    if not sparse:
+        return "dense: the weight is not 2:4"
+    ratios = [bucket["ratio"] for bucket in buckets]
+    if max(ratios) < PAYS:
+        return f"stays dense: no sparse kernel is predicted to gain on {gpu}"
+    return f"2:4 pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {gpu} (roofline limits, not measured)"
+
+
+def read_tactics(engine: Path) -> dict[str, Any] | None:
+    """tactics.json of an engine directory, or None where there is none."""
+    path = engine / "tactics.json"
+    tactics: dict[str, Any] | None = json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
+    return tactics
