@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ def render(report: dict[str, Any], out: Path) -> None:
 
     Raises pydantic.ValidationError, a ValueError, where `report` is not what `schema.Report` describes.
     """
-    report = _finite(report)
+    report = _plain(report)
     parsed = Report.model_validate(report)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -28,7 +29,7 @@ def render(report: dict[str, Any], out: Path) -> None:
 
 def _environment(html: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("benchmarks.report"),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=html,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -47,10 +48,12 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+def _plain(value: Any) -> Any:
+    """What JSON can hold: dataclasses become objects, and NaN and infinity, which it lacks, become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -132,8 +132,9 @@ def _gates(report: Report) -> Card:
 
 
 def device(report: Report) -> str:
-    """The device's name, in the words that the build recorded."""
-    return str(report.device.get("name") or report.device.get("type") or "an unnamed device")
+    """The device's name and, of a CPU, its cores, as the build recorded them."""
+    name = str(report.device.get("name") or report.device.get("type") or "an unnamed device")
+    return f"{name}, {report.device['cores']} cores" if report.device.get("cores") else name
 
 
 def limits(report: Report) -> list[str]:

@@ -99,6 +99,12 @@ def _bound(dense: dict[str, Any], built: dict[str, Any]) -> str:
     return bounds[0] if bounds[0] == bounds[1] else f"{bounds[0]} (dense), {bounds[1]} (built)"
 
 
+def machine(report: Report) -> list[tuple[str, str]]:
+    """The device and the environment it was measured in, each fact once."""
+    environment = {key: value for key, value in report.environment.items() if value != report.device}
+    return flatten(report.device) + flatten(environment)
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as (dotted name, value) rows."""
     rows: list[tuple[str, str]] = []
