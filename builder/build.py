@@ -58,9 +58,9 @@ def build(
     return report
 
 
-def resolve(recipe: Recipe, gpu: str) -> Plan:
+def resolve(recipe: Recipe, gpu: str, batch: int = 8, context: int = 1024) -> Plan:
     """The plan with its backend chosen. Raises UserError where no backend can run what the recipe asks for."""
-    plan = make_plan(recipe, gpu)
+    plan = make_plan(recipe, gpu, batch, context)
     engine, kv_cache = recipe.engine, recipe.quantization.kv_cache
     parallel = engine.tensor_parallel * engine.pipeline_parallel
     number_format = _engine_format(plan)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.config import Benchmark
 from builder.engines import backends
 from calibration.config import Accuracy
+
+if TYPE_CHECKING:
+    from benchmarks.compare import Comparison
 
 Progress = Callable[[str, int, int], None]
 
@@ -33,7 +36,10 @@ def performance(model: Path, engine: Path, config: Benchmark, out: Path, progres
     from benchmarks.compare import compare
 
     dense, built = backends.load_dense(model, engine), backends.load(engine)
-    measured = compare(dense, built, config, _vocabulary(model), progress)
+    return _write(compare(dense, built, config, _vocabulary(model), progress), out)
+
+
+def _write(measured: Comparison, out: Path) -> list[dict[str, Any]]:
     (out / "performance.json").write_text(json.dumps(measured.points, indent=1) + "\n", encoding="utf8")
     measured.write_records(out / "records.jsonl")
     return measured.points
@@ -41,3 +47,14 @@ def performance(model: Path, engine: Path, config: Benchmark, out: Path, progres
 
 def _vocabulary(model: Path) -> int:
     return int(json.loads((model / "config.json").read_text())["vocab_size"])
+
+
+def endpoints(
+    dense_url: str, built_url: str, model: Path, config: Benchmark, out: Path, progress: Progress
+) -> list[dict[str, Any]]:
+    """As `performance`, of two OpenAI-compatible endpoints that serve the dense baseline and the build."""
+    from benchmarks.compare import compare
+    from benchmarks.drivers import openai
+
+    dense, built = openai.Endpoint(dense_url), openai.Endpoint(built_url)
+    return _write(compare(dense, built, config, _vocabulary(model), progress, drive=openai.run), out)

@@ -1,0 +1,121 @@
+"""What can be done with a finished build, engine or checkpoint: measure it again, rebuild its engine, deploy it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.config import Benchmark, Workload
+from builder import machine, measure, recipe
+from builder.compatibility import check, choose_backend
+from builder.console import Console
+from builder.files import sha256_tree
+from builder.manifest import is_build, record_folder
+from builder.publish import claimed, publish
+from builder.source import find_model
+from calibration.config import Accuracy
+from plugins.errors import UserError
+
+
+def evaluate(
+    artifact: Path, model: str | None, data: str | None, samples: int | None, tasks: tuple[str, ...], console: Console
+) -> dict[str, Any]:
+    """The accuracy block of an engine, on the build's own text and against its own dense model unless named."""
+    built = _recipe(artifact)
+    config = built.accuracy if built else Accuracy()
+    config = config.model_copy(update={"data": data or config.data, "samples": samples or config.samples, "tasks": tasks})
+    if config.data is None:
+        raise UserError("no text to evaluate on: name it with --data")
+    return measure.accuracy(_dense(built, model), _engine(artifact), config, console.progress)
+
+
+def benchmark_config(input_tokens: int, output_tokens: int, concurrency: str, requests: int, rounds: int) -> Benchmark:
+    """The command line's workload. Raises UserError for a concurrency that is not a list of numbers."""
+    try:
+        levels = tuple(int(level) for level in concurrency.split(","))
+        workload = Workload(input_tokens=input_tokens, output_tokens=output_tokens, concurrency=levels, requests=requests)
+        if min(levels) < 1:
+            raise ValueError
+        return Benchmark(workloads=(workload,), rounds=rounds)
+    except ValueError:
+        raise UserError(
+            f"--concurrency '{concurrency}', --input-tokens {input_tokens}, --output-tokens {output_tokens}, --requests "
+            f"{requests}, --rounds {rounds}: each must be 1 or more, for example --concurrency 1,8"
+        ) from None
+
+
+def bench(
+    artifact: Path, model: str | None, config: Benchmark, url: str | None, dense_url: str | None, out: Path | None,
+    console: Console,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measures an engine in process, or two OpenAI-compatible endpoints; writes the raw records into `out`."""
+    built = _recipe(artifact)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = out or Path(scratch)
+        place.mkdir(parents=True, exist_ok=True)
+        if url is None:
+            return measure.performance(_dense(built, model), _engine(artifact), config, place, console.progress)
+        if dense_url is None:
+            raise UserError(f"--url '{url}' is measured beside the dense baseline: name its endpoint with --dense-url")
+        return measure.endpoints(dense_url, url, _dense(built, model), config, place, console.progress)
+
+
+def build_engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...], gpu: str) -> dict[str, Any]:
+    """Builds an engine from a checkpoint directory, of either format. Raises UserError where no backend can."""
+    from builder import checkpoint as checkpoints
+    from builder.engines import backends
+
+    found = checkpoints.read(checkpoint)
+    checkpoints.verify(checkpoint).require()
+    config = recipe.load("any/model", overrides=[f"engine.{override}" for override in overrides]).engine
+    trtllm = machine.versions("tensorrt-llm").get("tensorrt-llm")
+    number_format, sparse = found.format, bool(found.sparse_layers)
+    if backend == "auto":
+        backend, _ = choose_backend(number_format, sparse, machine.sm(), trtllm, kv_cache=found.kv_cache)
+    else:
+        check(number_format, sparse, backend, machine.sm(), kv_cache=found.kv_cache).require()
+    wanted = "trtllm" if backend == "tensorrt" else "hf"
+    if found.kind != wanted:
+        kinds = {"hf": "a unified Hugging Face", "trtllm": "a TensorRT-LLM"}
+        raise UserError(f"'{checkpoint}' is {kinds[found.kind]} checkpoint, and {backend} needs {kinds[wanted]} one")
+    with claimed(out) as place, tempfile.TemporaryDirectory(dir=place.parent, prefix=".engine-") as scratch:
+        folder = Path(scratch) / "checkpoints"
+        folder.mkdir()
+        (folder / wanted).symlink_to(checkpoint.resolve())
+        backends.build(backend, folder, Path(scratch) / "engine", config, gpu)
+        facts = backends.engine_facts(Path(scratch) / "engine")
+        publish({path.name: path for path in (Path(scratch) / "engine").iterdir()}, place, {})
+    return facts
+
+
+def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Writes build/triton and notes it in the manifest."""
+    from builder.deploy.config import DeployConfig
+    from builder.deploy.triton import write_repository
+
+    config = DeployConfig(**options, engine_path="../../engine")
+    write_repository(build / "engine", build / "triton", config)
+    if is_build(build):
+        record_folder(build, "triton")
+    return {"repository": str(build / "triton"), "model": config.model_name, "files": list(sha256_tree(build / "triton"))}
+
+
+def _engine(artifact: Path) -> Path:
+    return artifact if (artifact / "engine.json").is_file() else artifact / "engine"
+
+
+def _recipe(artifact: Path) -> recipe.Recipe | None:
+    """The recipe that a build keeps; None for an engine on its own."""
+    path = artifact / "recipe.yaml"
+    return recipe.Recipe.model_validate(yaml.safe_load(path.read_text())) if path.is_file() else None
+
+
+def _dense(built: recipe.Recipe | None, model: str | None) -> Path:
+    if model is not None:
+        return find_model(model)
+    if built is None:
+        raise UserError("an engine on its own does not say which dense model it came from: name it with --model")
+    return find_model(built.model, built.revision, built.trust_remote_code)

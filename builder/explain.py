@@ -1,0 +1,65 @@
+"""Answers, layer by layer, whether 2:4 runs and whether it pays: the question that the field asks most."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+from builder import checkpoint
+from builder.tactics import predict_tactics, read_tactics
+from plugins.errors import UserError
+
+
+def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[str, Any]:
+    """Facts of every linear layer of a build, an engine or a checkpoint.
+
+    Kernel times are the engine's own where they were measured, else the roofline's for `gpu`, and say which. Raises
+    UserError where `artifact` is neither, or no layer matches.
+    """
+    weights, engine = _places(artifact)
+    tactics = read_tactics(engine) if engine else None
+    if weights is None:
+        assert tactics is not None, "an engine directory without a checkpoint must bring tactics"
+        facts: dict[str, Any] = {}
+    else:
+        facts = {layer.name: layer for layer in checkpoint.read(weights).layers()}
+    if tactics is None or (gpu is not None and tactics["source"] == "predicted"):
+        if weights is None:
+            raise UserError(f"'{artifact}' holds no checkpoint to predict from: name the build that holds the engine")
+        tactics = predict_tactics(weights, gpu or "H100-SXM")
+    names = [name for name in tactics["layers"] if fnmatch.fnmatchcase(name, layers)]
+    if not names:
+        raise UserError(f"no linear layer matches '{layers}': layers are named like '{next(iter(tactics['layers']), '')}'")
+    return {
+        "artifact": str(artifact),
+        "source": tactics["source"],
+        "gpu": tactics["gpu"],
+        "layers": [_row(name, tactics["layers"][name], facts.get(name)) for name in names],
+    }
+
+
+def _places(artifact: Path) -> tuple[Path | None, Path | None]:
+    """(checkpoint, engine) of whatever the user named."""
+    if (artifact / "engine.json").is_file():
+        return None, artifact
+    if (artifact / "checkpoint").is_dir():
+        return artifact / "checkpoint", artifact / "engine"
+    if (artifact / "config.json").is_file():
+        return artifact, None
+    raise UserError(f"'{artifact}' is neither a build, an engine nor a checkpoint: name the --out of a build")
+
+
+def _row(name: str, tactic: dict[str, Any], facts: Any) -> dict[str, Any]:
+    row = {
+        "name": name,
+        "out_features": tactic["out_features"],
+        "in_features": tactic["in_features"],
+        "format": tactic["format"],
+        "sparse": tactic["sparse"],
+        "reason": tactic["reason"],
+        "buckets": tactic["buckets"],
+    }
+    if facts is not None:
+        row |= {"zeros": facts.zeros, "valid_2to4": facts.valid_2to4}
+    return row
