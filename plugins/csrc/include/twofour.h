@@ -132,6 +132,12 @@ TWOFOUR_API twofour_status twofour_get_algorithm(twofour_context* context, const
 TWOFOUR_API twofour_status twofour_set_algorithm(twofour_context* context, const twofour_gemm* gemm,
                                                  const twofour_algorithm* algorithm);
 
+/* q[tokens, in_features] = x * multiplier, rounded to nearest even and clamped, as TWOFOUR_INT8 or TWOFOUR_FP8.
+ * x is fp16 or bf16; `multiplier` holds 1 / input scale, once (count 1) or per input (count in_features). */
+TWOFOUR_API twofour_status twofour_quantize(twofour_context* context, twofour_type type, twofour_type x_type,
+                                            int64_t tokens, int64_t in_features, const void* x,
+                                            const float* multiplier, int64_t count, void* q, void* stream);
+
 TWOFOUR_API twofour_status twofour_matmul(twofour_context* context, const twofour_gemm* gemm, const void* x,
                                           const void* prepared, void* y, void* workspace, size_t workspace_bytes,
                                           void* stream);

@@ -7,6 +7,7 @@
 #include "cuda_check.h"
 #include "cusparselt.h"
 #include "status.h"
+#include "weights.h"
 
 using namespace twofour;
 
@@ -230,6 +231,25 @@ twofour_status twofour_set_algorithm(twofour_context* context, const twofour_gem
     require({gemm, algorithm});
     context->validate(*gemm);
     context->set_algorithm(*gemm, *algorithm);
+  });
+}
+
+twofour_status twofour_quantize(twofour_context* context, twofour_type type, twofour_type x_type, int64_t tokens,
+                                int64_t in_features, const void* x, const float* multiplier, int64_t count, void* q,
+                                void* stream) {
+  return guard(context, [&] {
+    require({x, multiplier, q});
+    if (context->host()) fail(TWOFOUR_NO_GPU, "activations are quantized on a GPU only");
+    if ((type != TWOFOUR_INT8 && type != TWOFOUR_FP8) || (x_type != TWOFOUR_FP16 && x_type != TWOFOUR_BF16))
+      fail(TWOFOUR_INVALID_ARGUMENT, "activations are quantized from fp16 or bf16 to int8 or fp8, not from %s to %s",
+           type_name(x_type), type_name(type));
+    if (tokens < 1 || in_features < 1 || (count != 1 && count != in_features))
+      fail(TWOFOUR_INVALID_ARGUMENT, "%lld multipliers for [%lld, %lld]: 1 or one an input", static_cast<long long>(count),
+           static_cast<long long>(tokens), static_cast<long long>(in_features));
+    if (in_features % 8 != 0 || reinterpret_cast<uintptr_t>(x) % 16 != 0 || reinterpret_cast<uintptr_t>(q) % 8 != 0)
+      fail(TWOFOUR_MISALIGNED, "in_features=%lld must be a multiple of 8 and x begin at a multiple of 16 bytes",
+           static_cast<long long>(in_features));
+    quantize(type, x_type, tokens, in_features, x, multiplier, count, static_cast<uint8_t*>(q), as_stream(stream));
   });
 }
 

@@ -1,5 +1,7 @@
 #include "weights.h"
 
+#include <cuda_fp8.h>
+
 #include <algorithm>
 
 #include "cuda_check.h"
@@ -53,6 +55,34 @@ __global__ void __launch_bounds__(kThreads)
       if (gemm.bias != nullptr) value = gpu::add(value, gpu::load_float(gemm.out_type, gemm.bias, feature));
       gpu::store_float(gemm.out_type, y, 4 * i + j, value);
     }
+  }
+}
+
+template <class Pair>
+__device__ float2 as_floats(Pair pair);
+template <>
+__device__ float2 as_floats(__half2 pair) { return __half22float2(pair); }
+template <>
+__device__ float2 as_floats(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
+
+__device__ uint16_t quantize_pair(int type, float2 v, float low, float high) {
+  const float a = gpu::multiply(v.x, low), b = gpu::multiply(v.y, high);
+  if (type == TWOFOUR_FP8) return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const int p = max(-128, min(127, __float2int_rn(a))), q = max(-128, min(127, __float2int_rn(b)));
+  return static_cast<uint16_t>((p & 0xFF) | (q & 0xFF) << 8);
+}
+
+template <class Pair>  // 8 inputs, 16 bytes, a thread
+__global__ void __launch_bounds__(kThreads) quantize_kernel(int type, const uint4* x, int64_t eights, int64_t in_features,
+                                                            const float* multiplier, bool per_input, uint2* q) {
+  for (int64_t i = first_index(); i < eights; i += stride()) {
+    const uint4 words = x[i];
+    const Pair* pairs = reinterpret_cast<const Pair*>(&words);
+    const float* m = multiplier + (per_input ? 8 * i % in_features : 0);
+    uint16_t out[4];
+    for (int j = 0; j < 4; ++j)
+      out[j] = quantize_pair(type, as_floats(pairs[j]), m[per_input ? 2 * j : 0], m[per_input ? 2 * j + 1 : 0]);
+    q[i] = make_uint2(out[0] | static_cast<unsigned>(out[1]) << 16, out[2] | static_cast<unsigned>(out[3]) << 16);
   }
 }
 
@@ -111,6 +141,18 @@ void apply_epilogue(const twofour_gemm& gemm, const void* sums, void* y, cudaStr
   else
     epilogue_kernel<<<grid_for(quads), kThreads, 0, stream>>>(static_cast<const float4*>(sums), quads, gemm, y);
   check(cudaGetLastError(), "epilogue kernel launch");
+}
+
+void quantize(int type, int x_type, int64_t tokens, int64_t in_features, const void* x, const float* multiplier,
+              int64_t count, uint8_t* q, cudaStream_t stream) {
+  const int64_t eights = tokens * in_features / 8;
+  const auto launch = [&](auto kernel) {
+    kernel<<<grid_for(eights), kThreads, 0, stream>>>(type, static_cast<const uint4*>(x), eights, in_features, multiplier,
+                                                      count > 1, reinterpret_cast<uint2*>(q));
+  };
+  if (x_type == TWOFOUR_FP16) launch(quantize_kernel<__half2>);
+  else launch(quantize_kernel<__nv_bfloat162>);
+  check(cudaGetLastError(), "quantize kernel launch");
 }
 
 }  // namespace twofour

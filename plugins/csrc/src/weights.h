@@ -26,4 +26,8 @@ void copy_canonical(int type, int64_t elements, const void* source, void* target
 // a multiple of 4.
 void apply_epilogue(const twofour_gemm& gemm, const void* sums, void* y, cudaStream_t stream);
 
+// One activation x * multiplier as a byte of int8 or e4m3.
+void quantize(int type, int x_type, int64_t tokens, int64_t in_features, const void* x, const float* multiplier,
+              int64_t count, uint8_t* q, cudaStream_t stream);
+
 }  // namespace twofour
