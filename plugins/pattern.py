@@ -3,11 +3,11 @@
 In each row of a weight w_NK [out_features N, in_features K] each aligned group of 4 holds at most 2 nonzeros. Packed:
 
     values   [N, K/2], the weight's dtype: the group's two kept elements, in ascending order of their index
-    indices  uint8 [N, ceil(K/8)]: a nibble a group, first index in its bits 0-1, second in bits 2-3; group g of a row is
-             in byte g//2, the low nibble for even g
+    indices  uint8 [N, ceil(K/8)]: a nibble a group, first index in its bits 0-1, second in bits 2-3; group g of a row
+             is in byte g//2, the low nibble for even g
 
-A group with fewer than 2 nonzeros keeps +0 at its lowest free index, so that indices always ascend, and -0.0 becomes +0.
-bfloat16 and float8 arrays carry the dtypes of `ml_dtypes`; this module needs only their width.
+A group with fewer than 2 nonzeros keeps +0 at its lowest free index, so that indices always ascend; -0.0 becomes +0.
+bfloat16 and float8 arrays carry the dtypes of `ml_dtypes`, or void types of their width: only that is looked at.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def pack(w_NK: Array) -> tuple[Array, Array]:
         if (nibble == VIOLATION).any():
             row, group = np.argwhere(nibble == VIOLATION)[0]
             raise UserError(
-                f"row {start + int(row)}, group {int(group)} (columns {4 * group} to {4 * group + 3}) holds more than 2 "
-                "nonzeros: sparsify the weight to 2:4 first"
+                f"row {start + int(row)}, group {group} (columns {4 * group} to {4 * group + 3}) holds more than "
+                "2 nonzeros: sparsify the weight to 2:4 first"
             )
         nibbles[start:end, :groups] = nibble
         flat = bits.reshape(-1)
@@ -84,13 +84,16 @@ def pack(w_NK: Array) -> tuple[Array, Array]:
 
 
 def unpack(values: Array, indices: Array) -> Array:
-    """The weight [N, K] that `pack` made (values [N, K/2], indices uint8 [N, ceil(K/8)]) from. Raises UserError for indices
-    that do not ascend within a group, or shapes that do not belong together."""
+    """The weight [N, K] that `pack` made values [N, K/2] and indices uint8 [N, ceil(K/8)] from.
+
+    Raises UserError for shapes that do not belong together, or indices that do not ascend within a group.
+    """
     rows, half = values.shape
     groups = half // 2
     if half % 2 or indices.dtype != np.uint8 or indices.shape != (rows, (groups + 1) // 2):
         raise UserError(
-            f"values {values.shape} and indices {indices.dtype} {indices.shape} do not belong together: build the engine again"
+            f"values {values.shape} and indices {indices.dtype} {indices.shape} do not belong together: "
+            "build the engine again"
         )
     nibbles = np.stack([indices & 15, indices >> 4], axis=-1).reshape(rows, -1)[:, :groups]
     first, second = nibbles & 3, nibbles >> 2
@@ -146,7 +149,8 @@ def _unsigned(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind in "fV"  # ml_dtypes' own types are of kind V (or f)
+    kind: str = dtype.kind
+    return kind in ("f", "V")  # V: the types of ml_dtypes
 
 
 def _sign_bit(dtype: np.dtype[Any]) -> Any:

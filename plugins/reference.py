@@ -1,10 +1,11 @@
 """The numerics of every linear layer in plain torch: what each kernel must reproduce, and what runs on a CPU.
 
-    int8   y = (q_MK @ w_NK^T) * input_scale * weight_scale_N,  q = clamp(round(x * pre_quant_scale / input_scale), -128, 127)
-    fp8    the same with float8_e4m3fn for int8, saturating at 448, and one weight_scale for the whole tensor
+    int8   y = (q_MK @ w_NK^T) * input_scale * weight_scale_N
+           q = clamp(round(x * pre_quant_scale / input_scale), -128, 127)
+    fp8    the same in float8_e4m3fn, saturating at 448, with one weight_scale for the whole tensor
 
-Rounding is to nearest, ties to even. int8 products are summed exactly in int32; fp8 products, which float32 holds exactly, in
-float32. Scales are float32. This is what ModelOpt writes and what its fake quantization computes: INT8 is SmoothQuant W8A8
+Rounding is to nearest, ties to even. int8 products are summed exactly, in int32; fp8 products, which float32 holds
+exactly, in float32. This is what ModelOpt writes and what its fake quantization computes: INT8 is SmoothQuant W8A8
 (Xiao et al., arXiv 2211.10438), FP8 the E4M3 of Micikevicius et al., arXiv 2209.05433.
 
 Legend: M tokens, N out_features, K in_features.
@@ -33,12 +34,22 @@ def round_to_fp8(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
     """The numbers of quantize_fp8 (every zero as +0), held in float32.
 
     torch converts float8 on a CPU one element at a time; this takes vector instructions. Adding 1.5 * 2^(e + 20), where
-    2^e is the power of two under |x|, pushes all but 3 bits of the mantissa out, and float32 addition rounds them as asked.
-    Subnormal results share the e of the smallest normal.
+    2^e is the power of two under |x|, pushes all but 3 bits of the mantissa out, and float32 addition rounds them as
+    asked. Subnormal results share the e of the smallest normal.
     """
     x = (x * multiplier).float().clamp_(-FP8_MAX, FP8_MAX)
     magic = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=FP8_MIN_NORMAL).mul_(1.5 * 2**20)
     return x.add_(magic).sub_(magic)
+
+
+def fp8_values(stored: torch.Tensor) -> torch.Tensor:
+    """float8_e4m3fn numbers as float32; NaN, which no rounding of ours makes, comes out as 480.
+
+    In vector instructions, for the same reason: an e4m3 number's bits, shifted into place, are the float16 number that
+    is 2^-8 times as large, subnormal ones included.
+    """
+    bits = stored.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    return bits.view(torch.float16).float().mul_(256)
 
 
 def int8_linear(q_MK: torch.Tensor, w_NK: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:

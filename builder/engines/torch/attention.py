@@ -94,25 +94,25 @@ class Prefill:
 
 @dataclass
 class Decode:
-    """One new token for each of rows 0 to B - 1, [B, 1], at positions_B."""
+    """One new token for each of rows 0 to B - 1, [B, 1], at `positions` [B]."""
 
     cache: KVCache
-    positions_B: torch.Tensor
+    positions: torch.Tensor
     length: int  # S: the longest sequence, its new token included
     ragged: bool  # whether sequences differ in length
     _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._rows_B = torch.arange(len(self.positions_B), device=self.positions_B.device)
+        self._rows = torch.arange(len(self.positions), device=self.positions.device)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None
     ) -> torch.Tensor:
-        cache, rows = self.cache, len(self.positions_B)
+        cache, rows = self.cache, len(self.positions)
         keys, values = cache.keys[layer], cache.values[layer]
         k, v = cache.store(layer, k, v)
-        keys[self._rows_B, :, self.positions_B] = k[:, :, 0]
-        values[self._rows_B, :, self.positions_B] = v[:, :, 0]
+        keys[self._rows, :, self.positions] = k[:, :, 0]
+        values[self._rows, :, self.positions] = v[:, :, 0]
         k_seen, v_seen = cache.load(keys[:rows, :, : self.length]), cache.load(values[:rows, :, : self.length])
         k_scale, v_scale = cache.scales[layer]
         grouped = q.view(rows, k.shape[1], -1, q.shape[-1])  # [B, H, G, D]: G queries read one head's keys once
@@ -132,7 +132,7 @@ class Decode:
     def _build_mask(self, window: int | None) -> torch.Tensor | None:
         if window is None and not self.ragged:
             return None
-        seen_S, position_B1 = torch.arange(self.length, device=self.positions_B.device), self.positions_B[:, None]
+        seen_S, position_B1 = torch.arange(self.length, device=self.positions.device), self.positions[:, None]
         mask_BS = seen_S <= position_B1
         if window is not None:
             mask_BS &= seen_S > position_B1 - window

@@ -1,7 +1,7 @@
 """The KV cache: one row a running request, allocated once, 16-bit, INT8 or FP8.
 
-An 8-bit cache holds round(k / k_scale), with one static scale a layer and side. The scales never touch a cached element:
-k_scale goes into the softmax scale, v_scale onto the attention's output.
+An 8-bit cache holds round(k / k_scale), with one static scale a layer and side. The scales never touch a cached
+element: k_scale goes into the softmax scale, v_scale onto the attention's output.
 
 Legend: R rows (max_batch_size), H key-value heads, S positions (max_seq_len), D head_dim.
 """
@@ -16,7 +16,7 @@ STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class KVCache:
-    """Keys and values [R, H, S, D] of every layer. `scales` holds (k_scale, v_scale) a layer, (1, 1) for a 16-bit cache."""
+    """Keys and values [R, H, S, D] of every layer; `scales` are its (k_scale, v_scale), (1, 1) for a 16-bit cache."""
 
     def __init__(
         self,
@@ -52,7 +52,11 @@ class KVCache:
 
     def load(self, stored: torch.Tensor) -> torch.Tensor:
         """What the cache holds as numbers to compute with, still divided by their scale."""
-        return stored if self.kind == "none" else stored.to(self.dtype)
+        if self.kind == "none":
+            return stored
+        if self.kind == "fp8" and not stored.is_cuda:
+            stored = reference.fp8_values(stored)
+        return stored.to(self.dtype)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of one row over another."""

@@ -8,7 +8,6 @@ Legend: B requests, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -41,14 +40,19 @@ class Source(Protocol):
 class Decoder:
     """A model ready to run on one device."""
 
-    def __init__(self, config: dict[str, Any], tensors: Source, dtype: torch.dtype, device: torch.device, positions: int) -> None:
-        self.dtype, self.device, self.positions = dtype, device, positions
+    def __init__(
+        self, config: dict[str, Any], tensors: Source, dtype: torch.dtype, device: torch.device, positions: int
+    ) -> None:
+        self.dtype, self.device = dtype, device
         model = _empty_model(config)
         self.config = model.config
         self.linears = _put_linears(model, tensors, dtype, device)
         _put_rest(model, tensors, dtype, device)
         body = model.model
-        self._embed, self._layers, self._norm, self._head = body.embed_tokens, list(body.layers), body.norm, model.lm_head
+        self._embed, self._layers, self._norm = body.embed_tokens, list(body.layers), body.norm
+        self._head = model.lm_head
+        held = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}  # tied weights once
+        self.nbytes: int = sum(tensor.nbytes for tensor in held.values() if tensor.device == device)
         self._cos_SD, self._sin_SD = _rotary_table(model, positions, dtype, device)
         self.kv_scales = [_kv_scale(tensors, f"model.layers.{i}.self_attn") for i in range(len(self._layers))]
 
@@ -62,14 +66,13 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of hidden states [..., hidden_size], in the compute dtype."""
-        return self._head(hidden)
+        logits: torch.Tensor = self._head(hidden)
+        return logits
 
 
 def _empty_model(config: dict[str, Any]) -> nn.Module:
-    """The architecture with no memory behind its parameters. Raises UserError where it is not one of ours."""
-    name = (config.get("architectures") or ["none"])[0]
-    if name not in CONFIGS:
-        raise UserError(f"the architecture '{name}' is not supported: use one of {', '.join(CONFIGS)}")
+    """The architecture, one of CONFIGS, with no memory behind its parameters."""
+    name = config["architectures"][0]
     values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     settings = getattr(transformers, CONFIGS[name]).from_dict(values)
     rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -88,7 +91,7 @@ def _put_linears(model: nn.Module, tensors: Source, dtype: torch.dtype, device: 
         if not isinstance(module, nn.Linear):
             continue
         stored = {key: tensor for key, tensor in tensors.of(name).items() if key not in KV_SCALES}
-        if not stored and name == "lm_head" and model.config.tie_word_embeddings:
+        if name == "lm_head" and _tied(model, tensors):
             stored = {"weight": tensors["model.embed_tokens.weight"]}
         if "weight" not in stored and "weight_values" not in stored:
             raise UserError(f"no tensor '{name}.weight': the checkpoint does not belong to its config.json")
@@ -115,9 +118,16 @@ def _put_rest(model: nn.Module, tensors: Source, dtype: torch.dtype, device: tor
         except KeyError:
             raise UserError(f"no tensor '{name}': the checkpoint does not belong to its config.json") from None
         if tensor.shape != parameter.shape:
-            raise UserError(f"'{name}' has the shape {list(tensor.shape)}, but config.json says {list(parameter.shape)}")
+            raise UserError(f"'{name}' has shape {list(tensor.shape)}, but config.json says {list(parameter.shape)}")
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+    if _tied(model, tensors):
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def _tied(model: nn.Module, tensors: Source) -> bool:
+    """Whether lm_head is the embedding: the config says so, and no other weight is stored."""
+    return bool(model.config.tie_word_embeddings) and not tensors.of("lm_head")
 
 
 def _rotary_table(
@@ -134,8 +144,3 @@ def _kv_scale(tensors: Source, attention_name: str) -> tuple[float, float]:
     """k_scale and v_scale of a layer; (1, 1) where there are none."""
     k, v = (tensors.of(f"{attention_name}.{side}_proj").get(f"{side}_scale") for side in "kv")
     return (1.0 if k is None else float(k), 1.0 if v is None else float(v))
-
-
-def layer_bytes(linears: Iterable[Linear]) -> int:
-    """Bytes that the linear layers occupy in memory."""
-    return sum(t.nbytes for layer in linears for t in (*layer.parameters(), *layer.buffers()))

@@ -1,4 +1,4 @@
-"""Chooses the next tokens. A request's choice depends on its own logits, its seed and the token's index, never on the batch."""
+"""Chooses the next tokens. A choice depends on the request's logits and seed and the token's index: on no batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from builder.engines.request import Request
 def sample(logits_BV: torch.Tensor, requests: Sequence[Request], indices: Sequence[int]) -> list[int]:
     """The next token of each request, from logits [B, V]; `indices` count the tokens generated before.
 
-    Temperature 0 takes the most probable token. Otherwise temperature, then top_k, then top_p (the smallest set of tokens
-    whose probability reaches top_p, Holtzman et al., arXiv 1904.09751), then a draw that is the same on every device.
+    Temperature 0 takes the most probable token. Otherwise temperature, then top_k, then top_p (the smallest set of
+    tokens whose probability reaches top_p, Holtzman et al., arXiv 1904.09751), then a draw, the same on every device.
     """
     tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
     drawn = [row for row, request in enumerate(requests) if request.temperature > 0]

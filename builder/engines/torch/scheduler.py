@@ -1,8 +1,8 @@
 """Decides what the next iteration runs: iteration-level batching (Orca, Yu et al., OSDI 2022).
 
-Requests wait in order, are prefilled as soon as a cache row and the token budget allow, and then decode together. Running
-requests keep rows 0 to B - 1 of the cache, so that decode reads one contiguous block; a row freed in the middle is filled
-by the last. At most one prompt is half prefilled between two iterations (chunked prefill); its row is the one after them.
+Requests wait in order, are prefilled as soon as a cache row and the token budget allow, and then decode together.
+Running requests keep rows 0 to B - 1 of the cache, so that decode reads one contiguous block; a row freed in the middle
+is filled by the last. At most one prompt is half prefilled between two iterations (chunked prefill): it has row B.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Move:
-    """Copy the first `length` positions of cache row `source` to `target`."""
+    """To do in the KV cache: copy the first `length` positions of cache row `source` to `target`."""
 
     source: int
     target: int
@@ -60,7 +60,7 @@ class Scheduler:
         self._waiting.append(Sequence(request))
 
     def cancel(self, request_id: str) -> list[Move]:
-        """Forgets a request, where there is one. Returns what to copy in the cache."""
+        """Forgets a request, where there is one. Returns what to copy."""
         self._waiting = deque(s for s in self._waiting if s.request.id != request_id)
         return self._drop({request_id})
 
@@ -93,7 +93,7 @@ class Scheduler:
         return sequence
 
     def finish(self, ended: set[str]) -> list[Move]:
-        """Ends an iteration: prefilled sequences join the running ones, `ended` leave. Returns what to copy in the cache."""
+        """Ends an iteration: prefilled requests join the running ones, `ended` leave. Returns what to copy."""
         self.running += [s for s in self._prefilling if s.prefilled]
         self._prefilling = [s for s in self._prefilling if not s.prefilled]
         return self._drop(ended) if ended else []

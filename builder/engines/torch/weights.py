@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from builder import files
 from plugins.errors import UserError
-from plugins.modules import pack
+from plugins.packing import pack
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
+FORMATS = {"I8": "int8", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
 class Tensors:
@@ -28,9 +29,10 @@ class Tensors:
         self._file_of: dict[str, str] = {}
         for path in _weight_files(directory):
             try:
-                self._handles[path.name] = handle = safe_open(path, framework="pt")
+                handle: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"'{path}' cannot be read ({error}): copy or export it again") from None
+            self._handles[path.name] = handle
             self._file_of |= dict.fromkeys(handle.keys(), path.name)
 
     def __iter__(self) -> Iterator[str]:
@@ -42,6 +44,11 @@ class Tensors:
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._handles[self._file_of[name]].get_tensor(name)
         return tensor
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as the file calls it ("BF16", "I8", "F8_E4M3"), without reading the tensor."""
+        dtype: str = self._handles[self._file_of[name]].get_slice(name).get_dtype()
+        return dtype
 
     def of(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors right under a module's name, by their own names."""
@@ -71,7 +78,9 @@ def packed(tensors: Tensors, sparse_layers: Iterable[str]) -> Iterator[tuple[str
     sparse = {f"{layer}.weight" for layer in sparse_layers}
     for name in sparse:
         if name not in tensors:
-            raise UserError(f"sparsity.json declares '{name.removesuffix('.weight')}', which the checkpoint does not hold")
+            raise UserError(
+                f"sparsity.json declares '{name.removesuffix('.weight')}', which the checkpoint does not hold"
+            )
     for name in tensors:
         if name in sparse:
             try:
@@ -115,6 +124,12 @@ def _write_shard(shard: dict[str, torch.Tensor], directory: Path, shards: list[l
 
 def _shard_name(number: int) -> str:
     return f"model-{number:05}.safetensors"
+
+
+def number_format(tensors: Tensors) -> str:
+    """ "int8" or "fp8" where a layer's weight is, else what the weights are."""
+    found = {tensors.dtype(name) for name in tensors if name.endswith("_proj.weight")}
+    return next((name for dtype, name in FORMATS.items() if dtype in found), "fp32")
 
 
 def sha256(directory: Path) -> str:
