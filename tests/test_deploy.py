@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.error
@@ -220,6 +222,23 @@ def test_bad_input_is_answered_and_harms_nothing(server: Server, model: str, bod
     assert generate(server, model, text_input="a", max_tokens=2)["num_output_tokens"] == 2
 
 
+def test_the_examples_of_the_docs_run(server: Server) -> None:
+    page = (DOCS_LLAMA.parents[1] / "docs" / "deploy.md").read_text()
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", page, flags=re.M)]
+    commands = [block for block in blocks if block.lstrip().startswith("curl")]
+    programs = [block for block in blocks if block.lstrip().startswith("import")]
+    assert (len(commands), len(programs)) == (1, 1)
+    command = commands[0].replace("127.0.0.1:8000", server.url())
+    said = subprocess.run(["sh", "-ec", command], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert said.count("text_output") > 2
+    whole = generate(server, text_input="A trigger is", max_tokens=16)["text_output"]
+    program = programs[0].replace("127.0.0.1:8001", server.url("grpc"))
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert said == whole
+
+
 def test_the_caching_model_says_that_it_cannot_stream(server: Server) -> None:
     assert "deployed without streaming" in refusal(server, "cached", text_input="a", stream=True)
 
@@ -237,7 +256,7 @@ def test_a_full_queue_refuses(server: Server) -> None:
     refused = [answer for answer in answers if answer != "answered"]
     assert len(answers) - len(refused) >= BATCH + 4
     assert refused
-    assert all("try again later" in words for words in refused)
+    assert all(words.endswith("are waiting or running: try again later") for words in refused)
 
 
 def test_a_client_that_leaves_stops_its_request(server: Server) -> None:

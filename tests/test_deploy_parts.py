@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from builder.deploy import protocol
 from builder.deploy.config import DeployConfig
+from builder.deploy.installation import Installation, lay_out
 from builder.deploy.loop import EngineLoop
 from builder.deploy.server import Ports, Server
 from builder.deploy.text import TextStream
@@ -324,6 +325,16 @@ def test_a_port_in_use_is_named(engine_dir: Path) -> None:
             Server(out, Ports(*(Ports.free().http, port, Ports.free().metrics))),
         ):
             pass
+
+
+def test_a_python_without_its_shared_library_is_told_what_to_install(tmp_path: Path) -> None:
+    stub = tmp_path / "stubs" / "triton_python_backend_stub"
+    stub.parent.mkdir()
+    stub.write_text("#!/bin/sh\necho 'stub: error while loading shared libraries: libpython3.so: gone' >&2\nexit 127\n")
+    stub.chmod(0o755)
+    wheel = Installation(tmp_path / "tritonserver", tmp_path, tmp_path, libraries=tmp_path, stubs=stub.parent)
+    with pytest.raises(UserError, match=r"cannot start \(libpython3.so: gone\): install libpython3"):
+        lay_out(wheel, tmp_path / "scratch")
 
 
 def test_an_empty_repository_is_refused(tmp_path: Path) -> None:

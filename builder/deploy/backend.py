@@ -117,8 +117,8 @@ class EngineModel:
                 reply.take(event)
             reply.send()
             if reply.complete:
-                self._counters.add("input_tokens", len(reply.ask.request.input_ids))
-                self._counters.add("output_tokens", reply.count)
+                for name, value in reply.totals().items():
+                    self._counters.add(name, value)
         except Exception as error:  # this answer is lost; the others still wait for theirs
             pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
             self._loop.cancel(reply.id)
@@ -157,11 +157,14 @@ def _capacity(engine_dir: Path, parameters: dict[str, str]) -> int:
 
 
 class _Counters:
-    """What the server adds to Triton's own metrics."""
+    """What the server adds to Triton's own metrics, whose durations end when a request is taken in."""
 
     _WORDS: ClassVar = {
+        "twofour_requests": "Requests answered",
         "twofour_input_tokens": "Prompt tokens of the requests answered",
         "twofour_output_tokens": "Tokens generated for the requests answered",
+        "twofour_time_to_first_token_us": "Sum of the times from a request's arrival to its first token",
+        "twofour_request_duration_us": "Sum of the times from a request's arrival to its last token",
         "twofour_cancelled_requests": "Requests whose client went away",
     }
 

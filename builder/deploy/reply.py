@@ -61,6 +61,17 @@ class Reply:
             self.sender.send(pb_utils.InferenceResponse(output_tensors=outputs), flags=flags)
             self._unsent_text, self._unsent_ids = "", []
 
+    def totals(self) -> dict[str, int]:
+        """What a whole answer adds to the metrics."""
+        assert self._last is not None, "an answer has at least one token"
+        return {
+            "requests": 1,
+            "input_tokens": len(self.ask.request.input_ids),
+            "output_tokens": self.count,
+            "time_to_first_token_us": int((self._first - self._arrival) * 1e6),
+            "request_duration_us": int((self._last.time - self._arrival) * 1e6),
+        }
+
     def _summary(self) -> list[Any]:
         assert self._last is not None, "an answer has at least one token"
         ended = self._last.token in self._end_ids and not self.ask.request.ignore_eos
