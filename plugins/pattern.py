@@ -137,7 +137,8 @@ def _codes(bits: Array, dtype: np.dtype[Any]) -> Array:
     """Which elements of each group are nonzero: uint8 [rows, K/4], bit i for element i."""
     nonzero = (bits & (_sign_bit(dtype) - 1) if _is_float(dtype) else bits) != 0
     fours = nonzero.view(np.uint32)  # four bytes of 0 or 1; the multiplication gathers them in the top byte
-    return ((fours * np.uint32(0x01020408)) >> np.uint32(24)).astype(np.uint8)
+    codes: Array = ((fours * np.uint32(0x01020408)) >> np.uint32(24)).astype(np.uint8)
+    return codes
 
 
 def _bits(array: Array) -> Array:
@@ -149,8 +150,7 @@ def _unsigned(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:
-    kind: str = dtype.kind
-    return kind in ("f", "V")  # V: the types of ml_dtypes
+    return dtype.kind in ("f", "V")  # V: the types of ml_dtypes
 
 
 def _sign_bit(dtype: np.dtype[Any]) -> Any:
