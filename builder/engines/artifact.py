@@ -1,0 +1,99 @@
+"""The files that TensorRT-LLM's two backends share in an engine directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from builder import files, machine
+from builder.engines.base import EngineConfig
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+KV_CACHE_FRACTION = 0.9  # of the memory left after loading; TensorRT-LLM's own default, written so that it is seen
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copies the tokenizer's files that `source` has: trtllm-serve finds no other in an engine directory."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and source != out:
+            shutil.copyfile(source / name, out / name)
+
+
+def weight_bytes(checkpoint: Path) -> int:
+    """Bytes of all safetensors files of a checkpoint."""
+    return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+
+
+def checkpoint_sha256(checkpoint: Path) -> str:
+    """One hash over a checkpoint's weights, config.json and sparsity.json: of their names and their own hashes."""
+    paths = [*checkpoint.glob("*.safetensors"), checkpoint / "config.json", checkpoint / "sparsity.json"]
+    digests = {path.name: files.sha256(path) for path in paths if path.is_file()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def write_facts(
+    out: Path, backend: str, number_format: str, kv_cache: str, checkpoint: Path, config: EngineConfig
+) -> None:
+    """Writes `engine.json`: what this engine is."""
+    write_json(
+        out / "engine.json",
+        {
+            "backend": backend,
+            "format": number_format,
+            "kv_cache": kv_cache,
+            "checkpoint_sha256": checkpoint_sha256(checkpoint),
+            "versions": machine.versions("tensorrt-llm", "tensorrt", "torch", "twofour"),
+            "max_batch_size": config.max_batch_size,
+            "max_seq_len": config.max_seq_len,
+            "max_num_tokens": config.max_num_tokens,
+            "tensor_parallel": config.tensor_parallel,
+            "pipeline_parallel": config.pipeline_parallel,
+            "chunked_prefill": config.chunked_prefill,
+        },
+    )
+
+
+def llm_args(config: EngineConfig, backend: str, kv_cache: str) -> dict[str, Any]:
+    """LlmArgs fields for `--extra_llm_api_options`: the recipe's keys, and none that only some releases know."""
+    cache: dict[str, Any] = {
+        "enable_block_reuse": config.kv_cache_block_reuse,
+        "free_gpu_memory_fraction": KV_CACHE_FRACTION,
+    }
+    if backend == "pytorch" and kv_cache != "none":
+        cache["dtype"] = kv_cache  # a TensorRT engine has its cache's dtype built in, and refuses the key
+    args: dict[str, Any] = {
+        "tensor_parallel_size": config.tensor_parallel,
+        "pipeline_parallel_size": config.pipeline_parallel,
+        "max_batch_size": config.max_batch_size,
+        "max_seq_len": config.max_seq_len,
+        "max_num_tokens": config.max_num_tokens,
+        "enable_chunked_prefill": config.chunked_prefill,
+        "kv_cache_config": cache,
+    }
+    if backend == "pytorch" and not config.cuda_graphs:
+        args["cuda_graph_config"] = None  # on by default; null is off
+    return args
+
+
+def write_llm_args(out: Path, config: EngineConfig, backend: str, kv_cache: str) -> None:
+    text = yaml.safe_dump(llm_args(config, backend, kv_cache), sort_keys=False)
+    (out / "llm_args.yaml").write_text(text, encoding="utf8")

@@ -1,0 +1,55 @@
+"""The NVIDIA GPUs of this machine, as `nvidia-smi` tells them. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+_QUERY = "name,compute_cap,memory.total,memory.free,driver_version"
+_TIMEOUT = 20  # seconds: a driver that hangs must not hang us
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. `sm` is its compute capability times ten (H100: 90), memory is in bytes."""
+
+    name: str
+    sm: int
+    memory_total: int
+    memory_free: int
+    driver: str
+
+
+@functools.cache
+def gpus() -> tuple[Gpu, ...]:
+    """All GPUs, in the driver's order. Empty where there is no driver, or it does not answer."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ()
+    try:
+        done = subprocess.run(
+            [command, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return parse(done.stdout)
+
+
+def parse(text: str) -> tuple[Gpu, ...]:
+    """The GPUs in nvidia-smi's answer; lines of another form are passed over."""
+    found = []
+    for line in text.splitlines():
+        fields = [field.strip() for field in line.split(",")]
+        try:
+            name, capability, total, free, driver = fields
+            major, minor = capability.split(".")
+            found.append(Gpu(name, 10 * int(major) + int(minor), int(total) << 20, int(free) << 20, driver))
+        except ValueError:  # "[N/A]", or a GPU that fell off the bus
+            continue
+    return tuple(found)

@@ -1,0 +1,185 @@
+"""The tensorrt backend: TensorRT-LLM checkpoint -> engine, with TensorRT-LLM 1.0 to 1.2.
+
+    engine/
+      engine.json  lock.json            what it is, and what it may run with
+      build_config.json  build.sh       the same build by hand, with trtllm-build
+      hooks/{models.py, routes.json}    the model class that swaps layers for our plugin, and which layers
+      launch/  llm_args.yaml            how to serve it; tokenizer files
+      rank{r}.engine  config.json       TensorRT-LLM's own, once built
+      timing.cache  build-rank{r}.log  tactics.json
+
+`prepare` writes all that needs no GPU and no TensorRT-LLM; `build` goes on from there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+
+from builder import compatibility
+from builder.engines import artifact, evidence, gpu_memory, launch, lock, ranks, trtllm_checkpoint
+from builder.engines.base import EngineConfig
+from builder.engines.gpu import gpus
+from builder.engines.trtllm_build import HOOKS, MODEL_CLASS, build_command, build_config, routes
+from builder.engines.trtllm_checkpoint import TrtllmCheckpoint
+from plugins.errors import UserError
+
+__all__ = ["build", "build_command", "build_config", "prepare", "routes"]
+
+# trtllm-build loads this file under the name `models`, and its workers import it again by that name: hence its own.
+_MODELS_PY = '''\
+"""The model class that trtllm-build loads: TensorRT-LLM's own, with the layers in routes.json on our plugin."""
+
+from pathlib import Path
+
+from tensorrt_llm.models import {base}
+
+from plugins.tensorrt_llm.network import SparseNetwork
+
+
+class {name}(SparseNetwork, {base}):
+    routes = Path(__file__).with_name("routes.json")
+'''
+
+_BUILD_SH = """\
+#!/usr/bin/env bash
+# Builds this engine by hand, in the container {container}.
+# CHECKPOINT names the TensorRT-LLM checkpoint directory.
+set -euo pipefail
+source "$(dirname "${{BASH_SOURCE[0]}}")/launch/env.sh"
+checkpoint=${{CHECKPOINT:-$engine/../checkpoint-trtllm}}
+{command}
+"""
+
+
+def prepare(
+    checkpoint: Path,
+    out: Path,
+    config: EngineConfig,
+    *,
+    tokenizer: Path | None = None,
+    ratios: Mapping[str, float] | None = None,
+) -> list[str]:
+    """Writes into `out` all that needs no GPU, and returns the build command.
+
+    `tokenizer` is a directory with tokenizer files, by default the unified checkpoint beside this one. Raises UserError
+    where the checkpoint cannot become this engine.
+    """
+    found = trtllm_checkpoint.read(checkpoint)
+    _check(found, config)
+    chosen = routes(found, ratios)
+    settings = build_config(found, config, chosen)
+    (out / HOOKS).mkdir(parents=True, exist_ok=True)
+    if chosen:
+        base = compatibility.TENSORRT_CLASS[found.architecture]
+        (out / HOOKS / "models.py").write_text(_MODELS_PY.format(base=base, name=MODEL_CLASS), encoding="utf8")
+        artifact.write_json(out / HOOKS / "routes.json", {"layers": chosen})
+        shutil.copyfile(checkpoint / "sparsity.json", out / "sparsity.json")
+    artifact.write_json(out / "build_config.json", settings)
+    artifact.copy_tokenizer(tokenizer or checkpoint.parent / "hf", out)
+    artifact.write_llm_args(out, config, "tensorrt", found.kv_cache)
+    artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config)
+    launch.write(out, config, _serve(config), HOOKS, lock.SUPPORTED_CONTAINER, preload="plugin" in chosen.values())
+    by_hand = build_command(PurePath("$checkpoint"), PurePath("$engine"), config, bool(chosen), settings)
+    script = out / "build.sh"
+    page = _BUILD_SH.format(container=lock.SUPPORTED_CONTAINER, command=launch.shell(by_hand))
+    script.write_text(page, encoding="utf8")
+    script.chmod(0o755)
+    return build_command(checkpoint, out, config, bool(chosen), settings)
+
+
+def build(
+    checkpoint: Path,
+    out: Path,
+    config: EngineConfig,
+    *,
+    tokenizer: Path | None = None,
+    ratios: Mapping[str, float] | None = None,
+    plugin: Path | None = None,
+    progress: ranks.Progress | None = None,
+) -> None:
+    """Builds the engine, one process a rank, and writes what TensorRT picked into tactics.json.
+
+    `plugin` is our TensorRT plugin library; needed where a layer is routed to it. Raises UserError, before the build
+    for what is missing (TensorRT-LLM, a GPU, memory, the library), after it for the rank that failed, with the cause.
+    """
+    found = trtllm_checkpoint.read(checkpoint)
+    _check(found, config)
+    _require_machine(found, config)
+    prepare(checkpoint, out, config, tokenizer=tokenizer, ratios=ratios)
+    preload = _place_plugin(plugin, out) if "plugin" in routes(found, ratios).values() else None
+    logs = [out / f"build-rank{rank}.log" for rank in range(found.ranks)]
+    ranks.run_ranks(
+        [_rank_command(checkpoint, out, rank) for rank in range(found.ranks)],
+        logs,
+        [_rank_environment(out, rank, preload) for rank in range(found.ranks)],
+        "building the TensorRT engine",
+        progress,
+    )
+    evidence.write(out, logs, routes(found, ratios))
+    lock.write(out, lock.current("tensorrt", preload))
+
+
+def _check(found: TrtllmCheckpoint, config: EngineConfig) -> None:
+    device = gpus()[0] if gpus() else None
+    compatibility.check(
+        found.format,
+        bool(found.sparse_layers),
+        "tensorrt",
+        device.sm if device else None,
+        kv_cache=found.kv_cache,
+        parallel=found.ranks,
+        tensorrt_llm=lock.installed("tensorrt_llm"),
+    ).require()
+    for key, have, want in (
+        ("tensor_parallel", found.tensor_parallel, config.tensor_parallel),
+        ("pipeline_parallel", found.pipeline_parallel, config.pipeline_parallel),
+    ):
+        if have != want:
+            raise UserError(
+                f"'{found.directory}' was exported for {key} {have} and engine.{key} is {want}: "
+                f"set engine.{key}={have}, or export it again"
+            )
+
+
+def _require_machine(found: TrtllmCheckpoint, config: EngineConfig) -> None:
+    if lock.installed("tensorrt_llm") is None:
+        raise UserError(
+            "engine.backend=tensorrt needs the package tensorrt_llm, which is not installed: run 'twofour engine' "
+            f"in the container {lock.SUPPORTED_CONTAINER}, or use engine.backend=torch"
+        )
+    if not gpus():
+        raise UserError(
+            "engine.backend=tensorrt needs a GPU, and there is none: run 'twofour engine' on a machine with one"
+        )
+    need = gpu_memory.estimate(found.config, artifact.weight_bytes(found.directory), found.kv_cache, config)
+    gpu_memory.require(need, gpus(), found.ranks, building=True)
+
+
+def _place_plugin(plugin: Path | None, out: Path) -> Path:
+    """Copies the plugin library into the engine, where its launch files look for it."""
+    if plugin is None or not plugin.is_file():
+        raise UserError(
+            f"the plugin library {launch.PLUGIN_LIBRARY} is missing{f' at {plugin}' if plugin else ''}: "
+            "build it with 'twofour plugins'"
+        )
+    return Path(shutil.copyfile(plugin, out / launch.PLUGIN_LIBRARY))
+
+
+def _rank_command(checkpoint: Path, out: Path, rank: int) -> list[str]:
+    words: Sequence[object] = (sys.executable, "-m", "plugins.tensorrt_llm.build_rank", checkpoint, out, "--rank", rank)
+    return [str(word) for word in words]
+
+
+def _rank_environment(out: Path, rank: int, preload: Path | None) -> dict[str, str]:
+    """Each rank sees one GPU: its own where there are enough, for an engine can be built on any GPU of its kind."""
+    environment = {"CUDA_VISIBLE_DEVICES": str(rank % len(gpus()))}
+    return environment | ({"LD_PRELOAD": str(preload)} if preload else {})
+
+
+def _serve(config: EngineConfig) -> list[str]:
+    words = ["trtllm-serve", "$engine", "--backend", "tensorrt", "--tokenizer", "$engine"]
+    words += ["--tp_size", str(config.tensor_parallel), "--pp_size", str(config.pipeline_parallel)]
+    return [*words, "--extra_llm_api_options", "$engine/llm_args.yaml"]

@@ -1,0 +1,108 @@
+"""The version lock, the launch files and what GPUs there are: all without a GPU."""
+
+import subprocess
+from dataclasses import replace
+
+import pytest
+from stand_in_checkpoint import LAYERS, write_checkpoint
+
+from builder.engines import gpu, launch, lock, tensorrt
+from builder.engines.base import EngineConfig
+from plugins.errors import UserError
+
+CONFIG = EngineConfig(backend="tensorrt", max_batch_size=8, max_seq_len=512, max_num_tokens=1024)
+
+
+BUILT = lock.Lock("tensorrt", "1.2.1", "10.14.1", "13.0.1", 90, gpu="NVIDIA H100", container=f"{lock.CONTAINER}:1.2.1")
+
+
+def locked(**changes):
+    return replace(BUILT, **changes)
+
+
+def test_same_versions_may_run_and_a_local_label_or_cuda_minor_does_not_matter():
+    assert lock.mismatches(locked(), locked(tensorrt_llm="1.2.1+abc", cuda="13.1.0")) == []
+
+
+@pytest.mark.parametrize(
+    ("here", "words"),
+    [
+        ({"sm": 89}, "SM 90 (here: 89)"),
+        ({"tensorrt": "10.16.0"}, "TensorRT 10.14.1 (here: 10.16.0)"),
+        ({"tensorrt_llm": None}, "TensorRT-LLM 1.2.1 (here: none)"),
+        ({"cuda": "12.9"}, "CUDA 13.0.1 (here: 12.9)"),
+    ],
+)
+def test_mismatch_is_named(here, words):
+    assert lock.mismatches(locked(), locked(**here)) == [words]
+
+
+def test_engine_for_another_gpu_names_the_container_and_the_gpu(tmp_path, monkeypatch):
+    lock.write(tmp_path, locked())
+    monkeypatch.setattr(lock, "current", lambda backend, plugin=None: locked(sm=80, gpu="NVIDIA A100"))
+    with pytest.raises(
+        UserError, match=r"needs SM 90 \(here: 80\): use the container .*release:1\.2\.1 on a GPU with SM 90"
+    ):
+        lock.require(tmp_path)
+
+
+def test_other_plugin_library_is_refused():
+    assert lock.mismatches(locked(plugin_sha256="a"), locked(plugin_sha256="b")) == [
+        "plugin library it was built with (here: another one)"
+    ]
+    assert "missing" in lock.mismatches(locked(plugin_sha256="a"), locked())[0]
+
+
+def test_torch_engines_and_engines_without_a_lock_run_anywhere(tmp_path):
+    assert lock.mismatches(locked(backend="torch"), locked(sm=None, tensorrt=None)) == []
+    lock.require(tmp_path)
+
+
+def test_damaged_lock_is_refused(tmp_path):
+    (tmp_path / "lock.json").write_text('{"backend": "tensorrt"}')
+    with pytest.raises(UserError, match="is not a version lock"):
+        lock.read(tmp_path)
+
+
+def test_nvidia_smi_answers_are_read_and_strange_lines_passed_over():
+    text = "NVIDIA H100 80GB HBM3, 9.0, 81559, 81000, 580.65.06\nNVIDIA B200, 10.0, 183359, [N/A], 580.65.06\n"
+    found = gpu.parse(text)
+    assert [(g.name, g.sm) for g in found] == [("NVIDIA H100 80GB HBM3", 90)]
+    assert found[0].memory_total == 81559 << 20
+
+
+def test_launch_scripts_are_valid_bash_and_pass_the_environment_on(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "t", mapping={"world_size": 2, "tp_size": 2, "pp_size": 1})
+    out = tmp_path / "engine"
+    tensorrt.prepare(checkpoint, out, CONFIG.model_copy(update={"tensor_parallel": 2}), ratios={LAYERS[0]: 2.0})
+    for script in (out / "launch").iterdir():
+        subprocess.run(["bash", "-n", script], check=True)
+    assert "-x LD_PRELOAD -x PYTHONPATH" in (out / "launch/triton.sh").read_text()
+    slurm = (out / "launch/slurm.sh").read_text()
+    assert "#SBATCH --ntasks=2" in slurm
+    assert "trtllm-llmapi-launch trtllm-serve" in slurm
+
+
+def test_serve_script_preloads_the_plugin_and_says_when_it_is_missing(tmp_path):
+    out = tmp_path / "engine"
+    tensorrt.prepare(write_checkpoint(tmp_path / "t"), out, CONFIG, ratios={LAYERS[0]: 2.0})
+    done = subprocess.run([out / "launch/serve.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"'{out}/{launch.PLUGIN_LIBRARY}' is missing" in done.stderr
+    (out / launch.PLUGIN_LIBRARY).write_bytes(b"")
+    done = subprocess.run(
+        ["bash", "-c", f'source "{out}/launch/env.sh" && printf %s "$LD_PRELOAD"'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{out}/{launch.PLUGIN_LIBRARY}"
+
+
+def test_sixteen_ranks_take_two_nodes(tmp_path):
+    config = EngineConfig(tensor_parallel=8, pipeline_parallel=2)
+    launch.write(tmp_path, config, ["trtllm-serve", "$engine"], "hooks", "image", preload=False)
+    slurm = (tmp_path / "launch/slurm.sh").read_text()
+    assert "#SBATCH --nodes=2" in slurm
+    assert "#SBATCH --ntasks-per-node=8" in slurm
+    assert "LD_PRELOAD" not in (tmp_path / "launch/env.sh").read_text()
