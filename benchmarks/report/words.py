@@ -91,6 +91,11 @@ def shown(point: Point) -> list[str]:
     return [name for name in SHOWN if name in point.speedup]
 
 
+def few(points: list[Point]) -> bool:
+    """Whether some point has too few requests for a 99th percentile of its own."""
+    return any(point.requests is not None and point.requests < 100 for point in points)
+
+
 def lengths(point: Point) -> str:
     """128+64: the tokens in and out."""
     return f"{point.workload.get('input_tokens', '?')}+{point.workload.get('output_tokens', '?')}"
