@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from calibration.quiet import quiet
+from calibration.trtllm_config import complete_config
 from plugins.errors import UserError
 
 TOKENIZER_FILES = (
@@ -109,6 +110,9 @@ def export_trtllm(
     if not (out / "rank0.safetensors").is_file():  # ModelOpt swallows its own failures and writes a bare state instead
         words = said.getvalue().strip().splitlines()[-1:] or ["no reason given"]
         raise UserError(f"ModelOpt could not write a TensorRT-LLM checkpoint of {architecture} ({words[0][:160]})")
+    config = out / "config.json"
+    completed = complete_config(model.config.to_dict(), json.loads(config.read_text()))
+    config.write_text(json.dumps(completed, indent=4) + "\n", encoding="utf8")
     write_sparsity(out, sparse and {**sparse, "layers": trtllm_layers(sparse["layers"])})
 
 
