@@ -120,11 +120,19 @@ def _open(
     config = _read_json(directory / "config.json", "an engine directory")
     _check_architecture(directory, config)
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tactics = directory / "tactics.json"
     if dtype is None:
         own = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         dtype = getattr(torch, own) if device.type == "cuda" else torch.float32
     with torch.inference_mode():
-        model = Decoder(config, weights.Tensors(directory), dtype, device, limits.max_seq_len)
+        model = Decoder(
+            config,
+            weights.Tensors(directory),
+            dtype=dtype,
+            device=device,
+            positions=limits.max_seq_len,
+            tactics=_read_json(tactics, "an engine directory") if tactics.is_file() else None,
+        )
     return TorchEngine(model, limits, _eos(directory, config), kv_cache)
 
 

@@ -20,7 +20,6 @@ from builder.engines.torch.model import Decoder
 from builder.engines.torch.sampling import sample
 from builder.engines.torch.scheduler import Move, Scheduler, Sequence
 from plugins.errors import UserError
-from plugins.modules import remarks
 
 
 class TorchEngine:
@@ -102,7 +101,7 @@ class TorchEngine:
             "kv_cache": self._cache.kind,
             "kv_cache_bytes": self._cache.nbytes,
             "kernels": dict(Counter(layer.kernel for layer in layers)),
-            "remarks": remarks(layers),
+            "remarks": self.model.remarks,
         }
 
     def _prefill(self) -> list[Token]:

@@ -8,6 +8,7 @@ Legend: B requests, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 from builder.engines.torch import attention
 from builder.engines.torch.attention import Batch
 from plugins.errors import UserError
-from plugins.modules import Linear, build_linear, share_input
+from plugins.linear import Linear
+from plugins.modules import build_linear, remarks, share_input
 
 CONFIGS = {
     "LlamaForCausalLM": "LlamaConfig",
@@ -26,6 +28,7 @@ CONFIGS = {
     "Qwen3ForCausalLM": "Qwen3Config",
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with the sequence's length
+Choices = Sequence[tuple[int, str]]
 KV_SCALES = ("k_scale", "v_scale")
 
 
@@ -41,12 +44,21 @@ class Decoder:
     """A model ready to run on one device."""
 
     def __init__(
-        self, config: dict[str, Any], tensors: Source, dtype: torch.dtype, device: torch.device, positions: int
+        self,
+        config: dict[str, Any],
+        tensors: Source,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        positions: int,
+        tactics: Mapping[str, Any] | None = None,
     ) -> None:
         self.dtype, self.device = dtype, device
         model = _empty_model(config)
         self.config = model.config
-        self.linears = _put_linears(model, tensors, dtype, device)
+        kernels = Kernels(tactics, dtype, device)
+        self.linears = _put_linears(model, tensors, dtype, device, kernels)
+        self.remarks = [*kernels.remarks, *remarks(self.linears.values())]
         _put_rest(model, tensors, dtype, device)
         body = model.model
         self._embed, self._layers, self._norm = body.embed_tokens, list(body.layers), body.norm
@@ -84,7 +96,35 @@ def _empty_model(config: dict[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def _put_linears(model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device) -> dict[str, Linear]:
+class Kernels:
+    """Which of our kernels each layer runs on: on CUDA as tactics.json says, elsewhere none."""
+
+    def __init__(self, tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device) -> None:
+        self._layers: Mapping[str, Any] = (tactics or {}).get("layers", {})
+        self._usable = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+        self.remarks: list[str] = []
+        if self._usable:
+            from plugins import library
+
+            try:
+                library.context(device.index or 0)
+            except UserError as error:
+                self._usable = False
+                self.remarks.append(f"2:4 layers run as dense ones: {error}")
+
+    def choices(self, name: str, stored: Mapping[str, torch.Tensor]) -> Choices | None:
+        """For a layer and its tensors; None: torch's own product."""
+        sparse = "weight_values" in stored
+        if not self._usable or not (sparse or "weight_scale" in stored):
+            return None
+        from plugins.kernel_linear import choices_of
+
+        return choices_of(self._layers.get(name), sparse)
+
+
+def _put_linears(
+    model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device, kernels: Kernels
+) -> dict[str, Linear]:
     """Replaces every linear layer by ours. Returns them by name."""
     linears: dict[str, Linear] = {}
     for name, module in list(model.named_modules()):
@@ -95,7 +135,7 @@ def _put_linears(model: nn.Module, tensors: Source, dtype: torch.dtype, device: 
             stored = {"weight": tensors["model.embed_tokens.weight"]}
         if "weight" not in stored and "weight_values" not in stored:
             raise UserError(f"no tensor '{name}.weight': the checkpoint does not belong to its config.json")
-        linears[name] = layer = build_linear(stored, dtype, device)
+        linears[name] = layer = build_linear(stored, dtype, device, kernels.choices(name, stored))
         if (layer.out_features, layer.in_features) != (module.out_features, module.in_features):
             raise UserError(
                 f"'{name}' has the shape [{layer.out_features}, {layer.in_features}], but config.json says "
