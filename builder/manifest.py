@@ -98,14 +98,17 @@ def record_folder(build: Path, folder: str) -> None:
     temporary.replace(build / MANIFEST)
 
 
-def verify_manifest(build: Path) -> list[str]:
-    """What is wrong with the files of a build, a line each: missing, changed or unlisted. Empty where all is well."""
+def verify_manifest(build: Path, within: str = "") -> list[str]:
+    """What is wrong with the files of a build, a line each: missing, changed or unlisted. Empty where all is well.
+
+    `within` (such as "checkpoint/") looks only at the files under that folder.
+    """
     manifest = read_manifest(build)
     if manifest is None:
         return [f"'{build}' holds no {MANIFEST} of a build"]
     if manifest.get("_type") != STATEMENT_TYPE or manifest.get("predicateType") != PREDICATE_TYPE:
         return [f"{MANIFEST} is not an in-toto statement with a SLSA predicate"]
-    subjects = _subjects(manifest)
+    subjects = {name: digest for name, digest in _subjects(manifest).items() if name.startswith(within)}
     problems = []
     for name, digest in sorted(subjects.items()):
         path = PurePosixPath(name)
@@ -115,7 +118,7 @@ def verify_manifest(build: Path) -> list[str]:
             problems.append(f"'{name}' is missing")
         elif sha256(build / name) != digest:
             problems.append(f"'{name}' changed: its sha256 is not the manifest's")
-    found = {path.relative_to(build).as_posix() for path in build.rglob("*") if path.is_file()}
+    found = {path.relative_to(build).as_posix() for path in (build / within).rglob("*") if path.is_file()}
     unlisted = sorted(name for name in found - subjects.keys() - {MANIFEST} if "__pycache__" not in name)
     return problems + [f"'{name}' is not in the manifest" for name in unlisted]
 

@@ -1,0 +1,19 @@
+"""Checkpoints on disk, in both formats: read lazily and verified from the files alone, without torch."""
+
+from builder.checkpoint.reading import Checkpoint, LayerFacts, digest, read
+from builder.checkpoint.safetensors_file import Tensor
+from builder.checkpoint.verification import Verification, verify
+from builder.checkpoint.violations import Code, VerificationError, Violation
+
+__all__ = [
+    "Checkpoint",
+    "Code",
+    "LayerFacts",
+    "Tensor",
+    "Verification",
+    "VerificationError",
+    "Violation",
+    "digest",
+    "read",
+    "verify",
+]

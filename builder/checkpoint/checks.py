@@ -1,0 +1,146 @@
+"""The checks of one checkpoint: its tensors against its config, then every value, in one pass over each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from builder.checkpoint.layout import ROW_PARALLEL, Expected
+from builder.checkpoint.reading import Checkpoint
+from builder.checkpoint.safetensors_file import HeaderError, Tensor
+from builder.checkpoint.violations import Code, Violation
+from plugins import pattern
+
+Array = np.ndarray[Any, Any]
+
+# dtype -> (exponent bits, all bits but the sign): NaN and infinity have every exponent bit set; e4m3 has NaN only
+_EXPONENT = {
+    "BF16": 0x7F80,
+    "F16": 0x7C00,
+    "F32": 0x7F800000,
+    "F64": 0x7FF0000000000000,
+    "F8_E4M3": 0x7F,
+    "F8_E5M2": 0x7C,
+}
+_QUANTIZER_NAMES = ("_quantizer", "_amax", "_input_scale", "_zero_point")
+
+
+def check_names(checkpoint: Checkpoint) -> Iterator[Violation]:
+    """Tensors that should not be there, and those that should."""
+    for key, tensor in checkpoint.tensors.items():
+        if key in checkpoint.expected:
+            continue
+        file, name = tensor.file.name, tensor.name
+        if name.endswith("_weight_mask"):
+            words = "a ModelOpt mask: fold the masks into the weights (mts.export) before quantizing and exporting"
+            weight = checkpoint.tensors.get(key.removesuffix("_weight_mask") + "weight")
+            if weight is not None and checkpoint.quantization.format != "none":
+                words += f"; the config says {checkpoint.quantization.format}, the weight beside it is {weight.dtype}"
+            yield Violation(Code.UNFOLDED_MASK, words, file, name)
+        elif any(mark in name for mark in _QUANTIZER_NAMES):
+            yield Violation(Code.QUANTIZER_STATE, "a quantizer's own state: export the model again", file, name)
+        else:
+            yield Violation(Code.UNEXPECTED_TENSOR, "the config calls for no such tensor", file, name)
+
+
+def check_presence(checkpoint: Checkpoint) -> Iterator[Violation]:
+    """Tensors that the config calls for and no file holds."""
+    for key, expected in checkpoint.expected.items():
+        if expected.required and key not in checkpoint.tensors:
+            rank, _, name = key.rpartition("/")
+            file = f"{rank}.safetensors" if rank else None
+            reason = f" ({checkpoint.quantization.format} needs it)" if expected.role == "scale" else ""
+            yield Violation(Code.MISSING_TENSOR, f"the config calls for it, and it is missing{reason}", file, name)
+
+
+def check_types(checkpoint: Checkpoint) -> Iterator[Violation]:
+    """Dtypes and shapes against the config."""
+    for key, expected in checkpoint.expected.items():
+        tensor = checkpoint.tensors.get(key)
+        if tensor is None:
+            continue
+        where = (tensor.file.name, tensor.name)
+        if tensor.dtype not in expected.dtypes:
+            yield Violation(
+                Code.DTYPE, f"it is {tensor.dtype}, the config calls for {' or '.join(expected.dtypes)}", *where
+            )
+        if tensor.shape not in expected.shapes:
+            shape = " or ".join(str(list(shape)) for shape in expected.shapes)
+            yield Violation(Code.SHAPE, f"it is {list(tensor.shape)}, the config calls for {shape}", *where)
+
+
+def check_split(checkpoint: Checkpoint, tensor_parallel: int) -> Iterator[Violation]:
+    """Whether a later split into `tensor_parallel` ranks would cut a group of 4 of a declared layer."""
+    if checkpoint.kind == "trtllm":
+        return  # it is split already: check_values looks at each rank
+    for layer in checkpoint.sparse_layers:
+        tensor = checkpoint.tensors.get(f"{layer}.weight")
+        if tensor is None or len(tensor.shape) != 2 or not layer.endswith(ROW_PARALLEL):
+            continue
+        K = tensor.shape[1]
+        if K % (4 * tensor_parallel):
+            words = f"in_features {K} over {tensor_parallel} ranks is {K / tensor_parallel:g} each, no multiple of 4"
+            yield Violation(Code.TENSOR_PARALLEL, words, tensor.file.name, tensor.name)
+
+
+def check_values(tensor: Tensor, expected: Expected | None, sparse: bool) -> list[Violation]:
+    """The first violation of each kind in one tensor: values not finite, scales not positive, groups not 2:4, -0.0."""
+    found: dict[Code, Violation] = {}
+    if sparse and (len(tensor.shape) != 2 or tensor.shape[1] % 4):
+        words = f"its shape {list(tensor.shape)} has no whole groups of 4, and the layer is declared 2:4"
+        found[Code.TENSOR_PARALLEL] = Violation(Code.TENSOR_PARALLEL, words, tensor.file.name, tensor.name)
+        sparse = False
+    try:
+        for start, rows in tensor.chunks():
+            for violation in _check_rows(
+                tensor, start, rows, expected is not None and expected.role == "scale", sparse
+            ):
+                found.setdefault(violation.code, violation)
+    except (OSError, HeaderError) as error:
+        found[Code.FILE] = Violation(Code.FILE, str(error), tensor.file.name, tensor.name)
+    return list(found.values())
+
+
+def _check_rows(tensor: Tensor, start: int, rows: Array, scale: bool, sparse: bool) -> Iterator[Violation]:
+    where = (tensor.file.name, tensor.name)
+    if scale:
+        yield from _check_scale(tensor, start, rows.reshape(-1))
+    elif (bad := _not_finite(rows, tensor.dtype)) is not None:
+        row, column = bad
+        words = f"column {column} is {float(rows[row, column])}"
+        yield Violation(Code.NOT_FINITE, words, *where, start + row if len(tensor.shape) > 1 else None)
+    if not sparse:
+        return
+    if (at := pattern.first_violation(rows)) is not None:
+        row, group = at
+        count = int(np.count_nonzero(rows[row, 4 * group : 4 * group + 4]))
+        yield Violation(Code.SPARSITY, f"{count} of 4 values are nonzero, 2:4 allows 2", *where, start + row, group)
+    if (at := pattern.negative_zero(rows)) is not None:
+        row, column = at
+        words = f"column {column} is -0.0, which sparse kernels count as a value: write +0.0"
+        yield Violation(Code.NEGATIVE_ZERO, words, *where, start + row, column // 4)
+
+
+def _check_scale(tensor: Tensor, start: int, values: Array) -> Iterator[Violation]:
+    values = values.astype(np.float64)
+    bad = np.flatnonzero(~((values > 0) & np.isfinite(values)))
+    if bad.size:
+        row = None if values.size == 1 and start == 0 else start + int(bad[0])
+        words = f"the scale is {values[bad[0]]:g}, it must be finite and positive"
+        yield Violation(Code.SCALE, words, tensor.file.name, tensor.name, row)
+
+
+def _not_finite(rows: Array, dtype: str) -> tuple[int, int] | None:
+    """(row, column) of the first NaN or infinity, on bit patterns: faster than isfinite for 8 and 16 bits."""
+    exponent = _EXPONENT.get(dtype)
+    if exponent is None:
+        return None
+    bits = rows.view(f"u{rows.dtype.itemsize}")
+    exponent = bits.dtype.type(exponent)
+    bad = (bits & exponent) == exponent
+    if not bad.any():
+        return None
+    row, column = np.unravel_index(int(bad.argmax()), bad.shape)
+    return int(row), int(column)

@@ -1,0 +1,126 @@
+"""What the config files of a checkpoint say: the model's shapes and the number formats."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from builder.architectures import Architecture, architecture
+from plugins.errors import UserError
+
+Format = Literal["none", "int8", "fp8"]
+
+FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # the config's name -> safetensors'
+ALGORITHMS: dict[str | None, Format] = {None: "none", "NO_QUANT": "none", "FP8": "fp8", "W8A8_SQ_PER_CHANNEL": "int8"}
+KV_ALGORITHMS: dict[str | None, Format] = {None: "none", "FP8": "fp8", "INT8": "int8"}
+MAX_BLOCKS, MAX_RANKS = 10_000, 4096
+
+
+class ConfigError(ValueError):
+    """A config that describes no checkpoint of ours. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a config says about number formats. `exclude` are globs over module names."""
+
+    format: Format = "none"
+    kv_cache: Format = "none"
+    exclude: tuple[str, ...] = ()
+
+    def format_of(self, *names: str) -> Format:
+        """The format of the layer that goes by any of `names`."""
+        excluded = any(fnmatch.fnmatchcase(name, glob) for name in names for glob in self.exclude)
+        return "none" if excluded else self.format
+
+    def __str__(self) -> str:
+        excluded = f" without {', '.join(sorted(self.exclude))}" if self.exclude else ""
+        return f"{self.format}{excluded}, KV cache {self.kv_cache}"
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """How a TensorRT-LLM checkpoint is spread: rank r is tensor-parallel rank r % tp of pipeline stage r // tp."""
+
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp
+
+
+def read_hf(config: dict[str, Any], exported: dict[str, Any] | None) -> tuple[Architecture, Quantization]:
+    """From `config.json` and `hf_quant_config.json`, if there is one. Raises ConfigError, also where they disagree."""
+    section = config.get("quantization_config")
+    found = Quantization()
+    if section is not None:
+        section = _table(section, "quantization_config")
+        if section.get("quant_method") != "modelopt":
+            raise ConfigError(
+                f"quant_method is {str(section.get('quant_method'))[:40]!r}: only 'modelopt' is known here"
+            )
+        scheme = _table(section.get("kv_cache_scheme") or {}, "kv_cache_scheme")
+        kv_cache = {"float": "FP8", "int": "INT8"}.get(str(scheme.get("type")), "unknown") if scheme else None
+        found = _quantization(section.get("quant_algo"), kv_cache, section.get("ignore"))
+    if exported is not None:
+        section = _table(exported.get("quantization"), "quantization")
+        kv_cache, exclude = section.get("kv_cache_quant_algo"), section.get("exclude_modules")
+        other = _quantization(section.get("quant_algo"), kv_cache, exclude)
+        if (found.format, found.kv_cache, set(found.exclude)) != (other.format, other.kv_cache, set(other.exclude)):
+            raise ConfigError(f"it says {found}; hf_quant_config.json says {other}")
+    return _architecture({key: value for key, value in config.items() if key != "quantization_config"}), found
+
+
+def read_trtllm(config: dict[str, Any]) -> tuple[Architecture, Quantization, Mapping]:
+    """From a TensorRT-LLM `config.json`. Raises ConfigError."""
+    section = _table(config.get("quantization") or {}, "quantization")
+    kv_cache, exclude = section.get("kv_cache_quant_algo"), section.get("exclude_modules")
+    quantization = _quantization(section.get("quant_algo"), kv_cache, exclude)
+    sizes = _table(config.get("mapping") or {}, "mapping")
+    tp, pp, world = (sizes.get(key, 1) for key in ("tp_size", "pp_size", "world_size"))
+    if not all(type(size) is int and 0 < size <= MAX_RANKS for size in (tp, pp, world)) or tp * pp != world:
+        raise ConfigError("mapping: world_size is not tp_size times pp_size")
+    renamed = {
+        "architectures": [config.get("architecture")],
+        "head_dim": config.get("head_size"),
+        "attention_bias": config.get("attn_bias", False),
+        "tie_word_embeddings": config.get("share_embedding_table", False),
+    }
+    found = _architecture({**config, **renamed})
+    if found.num_blocks % pp or found.num_heads % tp or found.intermediate_size % tp:
+        raise ConfigError(f"mapping: tp_size {tp} and pp_size {pp} do not divide the model's heads, width and blocks")
+    return found, quantization, Mapping(tp, pp)
+
+
+def _architecture(config: dict[str, Any]) -> Architecture:
+    try:
+        found = architecture(config)
+    except UserError as error:
+        raise ConfigError(str(error)) from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"it holds a value that makes no sense ({type(error).__name__})") from None
+    sizes = (found.hidden_size, found.intermediate_size, found.num_heads, found.num_kv_heads, found.head_dim)
+    if not all(0 < size < 1 << 40 for size in (*sizes, found.vocab_size)) or not 0 < found.num_blocks <= MAX_BLOCKS:
+        raise ConfigError("it holds a size that is not positive, or far too large")
+    if found.dtype not in FLOATS:
+        raise ConfigError(f"dtype is {found.dtype[:40]!r}: only {', '.join(FLOATS)} are known here")
+    return found
+
+
+def _quantization(algorithm: Any, kv_cache: Any, exclude: Any) -> Quantization:
+    for key, value, known in (("quant_algo", algorithm, ALGORITHMS), ("kv_cache_quant_algo", kv_cache, KV_ALGORITHMS)):
+        if not isinstance(value, str | None) or value not in known:
+            names = ", ".join(name for name in known if name)
+            raise ConfigError(f"{key} is {str(value)[:40]!r}: only {names} are known here")
+    exclude = exclude or []
+    if not isinstance(exclude, list) or not all(isinstance(glob, str) for glob in exclude):
+        raise ConfigError("the excluded modules are not a list of names")
+    return Quantization(ALGORITHMS[algorithm], KV_ALGORITHMS[kv_cache], tuple(exclude))
+
+
+def _table(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{what} is not a table of keys")
+    return value

@@ -1,0 +1,274 @@
+"""Opens a checkpoint: its configs, the headers of its files, facts about its linear layers. Weights stay on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from builder.architectures import Architecture
+from builder.checkpoint import config as configs
+from builder.checkpoint import layout
+from builder.checkpoint.safetensors_file import HeaderError, Tensor, read_header
+from builder.checkpoint.violations import Code, VerificationError, Violation
+from builder.files import sha256
+from plugins.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+FORMAT_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8", "I8": "int8"}
+
+Report = Callable[[Violation], None]
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One linear layer over all ranks. `bytes` counts weight, bias and scales as stored; `packed_bytes` counts a 2:4
+    weight as half its values with 2-bit indices."""
+
+    name: str
+    out_features: int
+    in_features: int
+    format: str
+    sparse: bool
+    bytes: int
+    packed_bytes: int
+    weights: tuple[Tensor, ...] = field(repr=False)
+
+    @cached_property
+    def zeros(self) -> float:
+        """The share of the weight's values that are 0 or -0. Reads the weight."""
+        total = sum(math.prod(tensor.shape) for tensor in self.weights)
+        nonzero = sum(int(np.count_nonzero(rows)) for tensor in self.weights for _, rows in tensor.chunks())
+        return 1 - nonzero / total
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk. In a TensorRT-LLM one, `tensors` and `expected` name rank r's as `rank{r}/NAME`."""
+
+    directory: Path
+    kind: Literal["hf", "trtllm"]
+    config: Mapping[str, Any]
+    architecture: Architecture
+    quantization: configs.Quantization
+    mapping: configs.Mapping
+    tensors: Mapping[str, Tensor]
+    expected: Mapping[str, layout.Expected]
+    sparse_layers: tuple[str, ...]
+
+    @property
+    def format(self) -> str:
+        """Of the quantized layers, or of all where none is: "int8", "fp8", "bf16", "fp16" or "fp32"."""
+        if self.quantization.format != "none":
+            return self.quantization.format
+        return FORMAT_NAMES[configs.FLOATS[self.architecture.dtype]]
+
+    @property
+    def kv_cache(self) -> str:
+        """ "none", "int8" or "fp8"."""
+        return self.quantization.kv_cache
+
+    def layers(self) -> list[LayerFacts]:
+        """The linear layers, in the order of the forward pass; a layer whose weight is missing is left out."""
+        members: dict[str, list[str]] = {}
+        for name, expected in self.expected.items():
+            if expected.layer is not None and name in self.tensors:
+                members.setdefault(expected.layer, []).append(name)
+        if self.kind == "hf" and "lm_head.weight" not in self.tensors:  # tied to the embedding
+            members["lm_head"] = [name for name in ("model.embed_tokens.weight",) if name in self.tensors]
+        facts = [self._facts(layer, names) for layer, names in members.items()]
+        return [fact for fact in facts if fact is not None]
+
+    def _facts(self, layer: str, names: list[str]) -> LayerFacts | None:
+        weights = tuple(self.tensors[name] for name in names if name.endswith(".weight"))
+        if not weights or any(len(weight.shape) != 2 for weight in weights):
+            return None
+        total = sum(self.tensors[name].nbytes for name in names)
+        sparse = layer in self.sparse_layers
+        saved = sum(weight.nbytes - _packed_bytes(weight) for weight in weights) if sparse else 0
+        rows, columns = weights[0].shape
+        cut_rows, cut_columns = len(weights), 1
+        if layer.endswith(layout.ROW_PARALLEL):
+            cut_rows, cut_columns = cut_columns, cut_rows
+        return LayerFacts(
+            name=layer,
+            out_features=rows * cut_rows,
+            in_features=columns * cut_columns,
+            format=FORMAT_NAMES.get(weights[0].dtype, weights[0].dtype.lower()),
+            sparse=sparse,
+            bytes=total,
+            packed_bytes=total - saved,
+            weights=weights,
+        )
+
+
+def _packed_bytes(weight: Tensor) -> int:
+    rows, columns = weight.shape
+    return weight.nbytes // 2 + rows * -(-columns // 8)
+
+
+def read(directory: Path) -> Checkpoint:
+    """Opens the checkpoint at `directory`, of either kind.
+
+    Raises UserError where there is none, VerificationError where its files do not make sense; the weights' values are
+    not looked at (see verify).
+    """
+
+    def refuse(violation: Violation) -> None:
+        raise VerificationError(violation)
+
+    checkpoint = open_checkpoint(directory, refuse)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def digest(directory: Path) -> str:
+    """One hash for a checkpoint's content: of its weights, config.json and sparsity.json by name. Engines record it."""
+    paths = [*directory.glob("*.safetensors"), directory / "config.json", directory / "sparsity.json"]
+    found = {path.name: sha256(path) for path in sorted(paths) if path.is_file()}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def open_checkpoint(directory: Path, report: Report) -> Checkpoint | None:
+    """Opens a checkpoint and reports what is wrong with its files. None where nothing can be made of them."""
+    config = _read_config(directory, report)
+    if config is None:
+        return None
+    for path in sorted(directory.iterdir()):
+        if path.suffix.lower() in PICKLES:
+            report(
+                Violation(Code.PICKLE, "pickled data can run code when it is loaded: keep safetensors only", path.name)
+            )
+    kind: Literal["hf", "trtllm"] = "trtllm" if "architecture" in config else "hf"
+    mapping = configs.Mapping()
+    try:
+        if kind == "hf":
+            exported = _read_json(directory / "hf_quant_config.json", report)
+            arch, quantization = configs.read_hf(config, exported)
+        else:
+            arch, quantization, mapping = configs.read_trtllm(config)
+    except configs.ConfigError as error:
+        report(Violation(Code.CONFIG, str(error), "config.json"))
+        return None
+    if kind == "hf":
+        expected = layout.hf_tensors(arch, quantization)
+        tensors = _hf_tensors(directory, report)
+    else:
+        expected = {
+            f"rank{rank}/{name}": tensor
+            for rank in range(mapping.ranks)
+            for name, tensor in layout.trtllm_tensors(arch, quantization, mapping, rank, config).items()
+        }
+        tensors = _trtllm_tensors(directory, mapping.ranks, report)
+    layers = {tensor.layer for tensor in expected.values() if tensor.layer}
+    sparse = _read_sparsity(directory, layers, report)
+    return Checkpoint(directory, kind, config, arch, quantization, mapping, tensors, expected, sparse)
+
+
+def _read_config(directory: Path, report: Report) -> dict[str, Any] | None:
+    if not directory.is_dir():
+        raise UserError(f"no checkpoint at '{directory}': name the directory that holds its config.json")
+    if (directory / "engine.json").exists() or any(directory.glob("*.engine")):
+        raise UserError(f"'{directory}' is an engine: name the checkpoint that it was built from")
+    if not (directory / "config.json").exists():
+        raise UserError(f"'{directory}' holds no config.json: name a checkpoint, or a build's checkpoint directory")
+    return _read_json(directory / "config.json", report)
+
+
+def _read_json(path: Path, report: Report) -> dict[str, Any] | None:
+    """A JSON table; None where the file is absent, or where it is none, which is reported."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes().decode("utf8"))
+    except (OSError, ValueError, RecursionError) as error:
+        report(Violation(Code.CONFIG, f"it cannot be read ({' '.join(str(error).split())[:200]})", path.name))
+        return None
+    if not isinstance(content, dict):
+        report(Violation(Code.CONFIG, "it is not a table of keys", path.name))
+        return None
+    return content
+
+
+def _hf_tensors(directory: Path, report: Report) -> dict[str, Tensor]:
+    here = sorted(path.name for path in directory.glob("*.safetensors"))
+    index = _read_json(directory / INDEX, report)
+    if index is None:
+        if not here:
+            report(Violation(Code.MISSING_FILE, "there is no *.safetensors file", str(directory.name)))
+        for name in here[1:]:
+            report(Violation(Code.INDEX, f"'{here[0]}' and it lie side by side, with no {INDEX}", name))
+        return {name: tensor for file in here[:1] for name, tensor in _header(directory / file, report).items()}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
+        report(Violation(Code.INDEX, "its weight_map is not a table of tensor and file names", INDEX))
+        return {}
+    shards = sorted(set(weight_map.values()))
+    for name in sorted(set(here) - set(shards)):
+        report(Violation(Code.INDEX, f"{INDEX} does not name it", name))
+    found: dict[str, Tensor] = {}
+    for shard in shards:
+        if shard not in here:
+            report(Violation(Code.MISSING_FILE, f"it names the shard '{shard}', which is missing", INDEX))
+            continue
+        for name, tensor in _header(directory / shard, report).items():
+            if name in found:
+                report(Violation(Code.INDEX, f"it is also in '{found[name].file.name}'", shard, name))
+            elif weight_map.get(name) != shard:
+                report(Violation(Code.INDEX, f"{INDEX} places it in {weight_map.get(name)!r}", shard, name))
+            found.setdefault(name, tensor)
+    for name, shard in weight_map.items():
+        if name not in found and shard in here:
+            report(Violation(Code.INDEX, f"{INDEX} names it, and the shard does not hold it", shard, name))
+    return found
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name and "\0" not in name
+
+
+def _trtllm_tensors(directory: Path, ranks: int, report: Report) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    files = [f"rank{rank}.safetensors" for rank in range(ranks)]
+    for rank, file in enumerate(files):
+        if not (directory / file).is_file():
+            report(Violation(Code.MISSING_FILE, f"the mapping has {ranks} ranks, and it is missing", file))
+            continue
+        found |= {f"rank{rank}/{name}": tensor for name, tensor in _header(directory / file, report).items()}
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name not in files:
+            report(Violation(Code.INDEX, f"the mapping has only {ranks} ranks", path.name))
+    return found
+
+
+def _header(path: Path, report: Report) -> dict[str, Tensor]:
+    try:
+        return read_header(path)
+    except HeaderError as error:
+        report(Violation(Code.FILE, str(error), path.name))
+    except OSError as error:
+        report(Violation(Code.FILE, f"it cannot be read ({error.strerror})", path.name))
+    return {}
+
+
+def _read_sparsity(directory: Path, layers: set[str], report: Report) -> tuple[str, ...]:
+    """The layers that `sparsity.json` declares 2:4; none where there is no such file."""
+    content = _read_json(directory / "sparsity.json", report)
+    if content is None:
+        return ()
+    declared = content.get("layers")
+    if content.get("pattern") != "2:4" or not isinstance(declared, list):
+        report(Violation(Code.CONFIG, 'it does not say {"pattern": "2:4", "layers": [...]}', "sparsity.json"))
+        return ()
+    for layer in declared:
+        if not isinstance(layer, str) or layer not in layers:
+            report(Violation(Code.CONFIG, f"it declares {layer!r}, and the model has no such layer", "sparsity.json"))
+    return tuple(layer for layer in declared if isinstance(layer, str) and layer in layers)

@@ -1,0 +1,157 @@
+"""Proves a checkpoint, or every checkpoint of a build, from the files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from builder.checkpoint.checks import check_names, check_presence, check_split, check_types, check_values
+from builder.checkpoint.reading import Checkpoint, digest, open_checkpoint
+from builder.checkpoint.violations import Code, VerificationError, Violation
+from builder.manifest import is_build, verify_manifest
+
+PARTS = ("checkpoint", "checkpoint-trtllm")  # of a build
+THREADS = 4  # each holds one chunk of a tensor
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a checkpoint turned out to be."""
+
+    directory: Path
+    kind: str
+    format: str
+    kv_cache: str
+    ranks: int
+    tensors: int
+    layers: int
+    sparse_layers: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome: the checkpoints that could be opened, and all violations, one of a kind for each tensor."""
+
+    directory: Path
+    checkpoints: tuple[Verified, ...]
+    violations: tuple[Violation, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.violations
+
+    def require(self) -> Verification:
+        """Returns itself. Raises VerificationError, which names the first violation."""
+        if self.violations:
+            raise VerificationError(self.violations[0], more=len(self.violations) - 1)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "directory": str(self.directory),
+            "ok": self.ok,
+            "checkpoints": [{**asdict(found), "directory": str(found.directory)} for found in self.checkpoints],
+            "violations": [violation.to_dict() for violation in self.violations],
+            "seconds": self.seconds,
+        }
+
+
+def verify(
+    directory: Path, *, tensor_parallel: int = 1, progress: Callable[[str, int, int], None] | None = None
+) -> Verification:
+    """Checks the checkpoint at `directory`, or all of a build's and its manifest. Raises UserError where there is none.
+
+    With `tensor_parallel` N, also that a later split of K over N ranks keeps every group of 4 whole. `progress` is
+    called with (directory, tensors done, tensors in all).
+    """
+    started = time.perf_counter()
+    build = directory if is_build(directory) else directory.parent if is_build(directory.parent) else None
+    parts: Sequence[Path] = [directory]
+    if build == directory:
+        parts = [directory / part for part in PARTS if (directory / part).is_dir()]
+    violations: list[Violation] = []
+    verified = [found for part in parts if (found := _verify(part, tensor_parallel, violations.append, progress))]
+    if build is not None:
+        within = "" if build == directory else f"{directory.name}/"
+        violations += [Violation(Code.DIGEST, problem) for problem in verify_manifest(build, within)]
+    for part in parts:
+        violations += _check_engine_record(part)
+    return Verification(directory, tuple(verified), tuple(violations), round(time.perf_counter() - started, 3))
+
+
+def _verify(
+    directory: Path,
+    tensor_parallel: int,
+    report: Callable[[Violation], None],
+    progress: Callable[[str, int, int], None] | None,
+) -> Verified | None:
+    unreadable = []
+
+    def note(violation: Violation) -> None:
+        unreadable.append(violation.code in (Code.FILE, Code.MISSING_FILE))
+        report(violation)
+
+    checkpoint = open_checkpoint(directory, note)
+    if checkpoint is None:
+        return None
+    checks = [check_names(checkpoint), check_types(checkpoint), check_split(checkpoint, tensor_parallel)]
+    if not any(unreadable):  # else each tensor of a lost file would be named
+        checks.insert(1, check_presence(checkpoint))
+    for check in checks:
+        for violation in check:
+            report(violation)
+    _check_all_values(checkpoint, report, progress)
+    tensors = checkpoint.tensors.values()
+    return Verified(
+        directory=directory,
+        kind=checkpoint.kind,
+        format=checkpoint.format,
+        kv_cache=checkpoint.kv_cache,
+        ranks=checkpoint.mapping.ranks,
+        tensors=len(tensors),
+        layers=len(checkpoint.layers()),
+        sparse_layers=len(checkpoint.sparse_layers),
+        bytes=sum(tensor.nbytes for tensor in tensors),
+    )
+
+
+def _check_all_values(
+    checkpoint: Checkpoint,
+    report: Callable[[Violation], None],
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
+    """Every tensor, several at once: numpy lets go of the interpreter lock."""
+    sparse = set(checkpoint.sparse_layers)
+
+    def check(key: str) -> list[Violation]:
+        expected = checkpoint.expected.get(key)
+        is_sparse = expected is not None and expected.role == "weight" and expected.layer in sparse
+        return check_values(checkpoint.tensors[key], expected, is_sparse)
+
+    keys = list(checkpoint.tensors)
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
+        for number, violations in enumerate(threads.map(check, keys), start=1):
+            for violation in violations:
+                report(violation)
+            if progress is not None:
+                progress(str(checkpoint.directory), number, len(keys))
+
+
+def _check_engine_record(directory: Path) -> list[Violation]:
+    """Where an engine lies beside the checkpoint: whether it was built from these very files."""
+    record = directory.parent / "engine" / "engine.json"
+    try:
+        recorded = json.loads(record.read_bytes()).get("checkpoint_sha256") if directory.name == PARTS[0] else None
+    except (OSError, ValueError, AttributeError):
+        return []
+    if recorded is None or recorded == digest(directory):
+        return []
+    return [Violation(Code.DIGEST, "engine/engine.json was built from other files than these", directory.name)]

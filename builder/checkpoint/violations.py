@@ -1,0 +1,65 @@
+"""What can be wrong with a checkpoint: one code a kind of damage, and where it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from plugins.errors import GateError
+
+
+class Code(str, Enum):
+    """The kinds of damage, in the order in which they are looked for."""
+
+    PICKLE = "pickle"  # weights in a file that runs code when it is loaded
+    MISSING_FILE = "missing-file"  # a shard or a rank's file is not there
+    FILE = "file"  # not a whole safetensors file
+    CONFIG = "config"  # unreadable, unsupported, or two configs that disagree
+    INDEX = "index"  # the index and the shards disagree
+    UNFOLDED_MASK = "unfolded-mask"  # ModelOpt's masks were not folded into the weights before the export
+    QUANTIZER_STATE = "quantizer-state"  # a quantizer's own tensors were left in
+    UNEXPECTED_TENSOR = "unexpected-tensor"  # the config calls for no such tensor
+    MISSING_TENSOR = "missing-tensor"  # the config calls for it
+    DTYPE = "dtype"
+    SHAPE = "shape"
+    SCALE = "scale"  # not finite or not positive
+    NOT_FINITE = "not-finite"  # NaN or infinity in a weight
+    SPARSITY = "sparsity"  # a group of 4 with more than 2 nonzeros in a layer declared 2:4
+    NEGATIVE_ZERO = "negative-zero"  # in a layer declared 2:4: sparse kernels count it as a value
+    TENSOR_PARALLEL = "tensor-parallel"  # a rank's share of K would cut a group of 4
+    DIGEST = "digest"  # the sha256 is not the one on record
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One piece of damage. `row` counts from 0, `group` is the group of 4 within the row."""
+
+    code: Code
+    words: str
+    file: str | None = None
+    tensor: str | None = None
+    row: int | None = None
+    group: int | None = None
+
+    @property
+    def message(self) -> str:
+        """One line: where, then what."""
+        where = [f"{self.file}:"] if self.file else []
+        where += [repr(self.tensor)] if self.tensor is not None else []
+        where += [f"row {self.row}"] if self.row is not None else []
+        where += [f"group {self.group}"] if self.group is not None else []
+        place = " ".join(where[:2]) + "".join(f", {part}" for part in where[2:])
+        return f"{place}{'' if place.endswith(':') or not place else ':'} {self.words}".strip()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "code": self.code.value, "message": self.message}
+
+
+class VerificationError(GateError):
+    """A checkpoint is not what it says it is."""
+
+    def __init__(self, violation: Violation, more: int = 0) -> None:
+        self.violation = violation
+        also = f" (and {more} more: twofour verify lists them)" if more else ""
+        super().__init__(f"[{violation.code.value}] {violation.message}{also}")
