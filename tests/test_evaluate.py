@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calibration import config
-from calibration.evaluate import evaluate, gates, hf_logits, perplexity
+from calibration.evaluate import Accuracy, evaluate, gates, hf_logits, perplexity
 from plugins.errors import GateError, UserError
 
 
@@ -87,8 +87,10 @@ def test_interval_resamples_documents_in_pairs():
 
 
 def test_values_survive_json():
-    values = evaluate(table(np.eye(4)), table(np.eye(4) * 2), np.array([[0, 1, 2, 3]])).to_dict()
+    found = evaluate(table(np.eye(4)), table(np.eye(4) * 2), np.array([[0, 1, 2, 3]]))
+    values = found.to_dict()
     assert json.loads(json.dumps(values)) == values
+    assert Accuracy.from_dict({**json.loads(json.dumps(values)), "tasks": {}}) == found
     assert set(values) == {
         "dense", "built", "perplexity_increase", "perplexity_increase_interval", "kl", "top1_agreement", "tokens",
         "documents", "context_length",
