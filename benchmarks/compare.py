@@ -6,14 +6,14 @@ drift of the machine's clocks falls on both. Warm-up is a run of its own whose r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.config import Benchmark
+from benchmarks.config import Benchmark, Workload
 from benchmarks.drivers import in_process
-from benchmarks.points import Run, Side, summarise
+from benchmarks.points import Run, Side, describe, summarise
 from benchmarks.records import Record, write_jsonl
 from benchmarks.workload import BenchRequest, make_requests
 
@@ -56,29 +56,46 @@ def compare(
     `dense` and `built` are whatever `drive` takes: engines for the in-process driver, endpoints for the HTTP drivers.
     Raises ValueError where no pair of requests of a point succeeded on both sides.
     """
-    engines = {"dense": dense, "built": built}
+    levels = list(_levels({"dense": dense, "built": built}, config, vocabulary, progress, drive))
+    points = [summarise(runs, workload, concurrency, config.goodput) for workload, concurrency, runs in levels]
+    return Comparison(points, [run for _, _, runs in levels for run in runs])
+
+
+def measure(
+    engine: Any,
+    config: Benchmark,
+    vocabulary: int,
+    progress: Progress = lambda *_: None,
+    drive: Drive = in_process.run,
+) -> Comparison:
+    """Runs every workload at every concurrency on one engine or endpoint, with nothing to compare it to.
+
+    A point then has the block `built` and no `dense` or `speedup`. Raises ValueError where nothing at a point succeeded.
+    """
+    levels = list(_levels({"built": engine}, config, vocabulary, progress, drive))
+    points = [describe(runs, workload, concurrency, config.goodput) for workload, concurrency, runs in levels]
+    return Comparison(points, [run for _, _, runs in levels for run in runs])
+
+
+def _levels(
+    sides: dict[Side, Any], config: Benchmark, vocabulary: int, progress: Progress, drive: Drive
+) -> Iterator[tuple[Workload, int, list[Run]]]:
+    """Each workload at each concurrency, with its measured runs."""
     levels = [(index, level) for index, workload in enumerate(config.workloads) for level in workload.concurrency]
-    steps = len(levels) * (config.rounds + 1)
-    points, runs, done = [], [], 0
+    steps, done = len(levels) * (config.rounds + 1), 0
     for index, concurrency in levels:
         workload = config.workloads[index]
         label = f"{workload.input_tokens}+{workload.output_tokens} tokens at concurrency {concurrency}"
-        measured = []
+        runs = []
         for number in range(config.rounds + 1):
+            progress(f"{label}, {'warm-up' if number == WARM_UP else f'round {number}'}", done, steps)
             requests = make_requests(workload, vocabulary, (index, concurrency, number))
-            for side in _order(number):
-                progress(f"{label}, {'warm-up' if number == WARM_UP else f'round {number}'}: {side}", done, steps)
+            for side in sorted(sides, reverse=number % 2 == 1):  # dense first in round 1, built first in round 2, ...
                 if number == WARM_UP:
-                    drive(engines[side], requests[: 2 * concurrency], concurrency)
+                    drive(sides[side], requests[: 2 * concurrency], concurrency)
                 else:
-                    records = drive(engines[side], requests, concurrency)
-                    measured.append(Run(side, index, concurrency, number, tuple(records)))
+                    records = drive(sides[side], requests, concurrency)
+                    runs.append(Run(side, index, concurrency, number, tuple(records)))
             done += 1
-        points.append(summarise(measured, workload, concurrency, config.goodput))
-        runs += measured
+        yield workload, concurrency, runs
     progress("measured", steps, steps)
-    return Comparison(points, runs)
-
-
-def _order(number: int) -> tuple[Side, Side]:
-    return ("dense", "built") if number % 2 else ("built", "dense")

@@ -27,7 +27,7 @@ def add_limits(points: Sequence[dict[str, Any]], costs: Mapping[str, ModelCost],
     which only a closed loop keeps up: other arrivals get no limit.
     """
     for point in points:
-        measured = {side: point[side].get("inter_token_latency") for side in ("dense", "built")}
+        measured = {side: point[side].get("inter_token_latency") for side in costs if side in point}
         if not all(measured.values()) or point["workload"]["arrival"] != "closed":
             continue
         sides = {side: _side(point, costs[side], gpu, block["mean"] / 1e3) for side, block in measured.items()}

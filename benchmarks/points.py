@@ -1,8 +1,8 @@
-"""From the runs of both sides to one point of the report: each metric of each side, and the paired speed-up."""
+"""From runs to one point of the report: each metric of each side, and the paired speed-up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from benchmarks.config import Goodput, Workload
 from benchmarks.records import Record
 
 Side = Literal["dense", "built"]
+SIDES: tuple[Side, Side] = ("dense", "built")
 
 
 @dataclass(frozen=True)
@@ -29,47 +30,66 @@ class Run:
 def summarise(
     runs: Sequence[Run], workload: Workload, concurrency: int, levels: Goodput | None = None
 ) -> dict[str, Any]:
-    """One point of the report's `performance`, from the runs of both sides at one workload and concurrency."""
-    dense = [run for run in runs if run.side == "dense"]
-    built = [run for run in runs if run.side == "built"]
-    pairs = list(_pairs(dense, built))
-    rounds = [number for number, _, _ in pairs]
-    if not pairs:
-        errors = [record.error for run in runs for record in run.records if record.error]
-        raise ValueError(f"no request succeeded on both sides at concurrency {concurrency}: {errors[0]}")
-    clusters = len(dense)
-    statistics = {
-        "dense": _statistics(dense, [left for _, left, _ in pairs], rounds, levels),
-        "built": _statistics(built, [right for _, _, right in pairs], rounds, levels),
-    }
-    shared = [name for name in statistics["dense"] if name in statistics["built"]]
+    """One point of the report's `performance`, from the runs of both sides at one workload and concurrency.
+
+    A request that failed on one side counts on neither, and a round without any pair left is dropped.
+    """
+    paired = []
+    for a, b in zip(_of(runs, "dense"), _of(runs, "built"), strict=True):
+        assert [record.id for record in a.records] == [record.id for record in b.records]
+        good = [(x, y) for x, y in zip(a.records, b.records, strict=True) if x.error is None and y.error is None]
+        if good:
+            paired.append((a, b, good))
+    if not paired:
+        raise ValueError(_nothing(runs, concurrency))
+    clusters = len(paired)
+    dense = _statistics([a for a, _, _ in paired], [[x for x, _ in good] for _, _, good in paired], levels)
+    built = _statistics([b for _, b, _ in paired], [[y for _, y in good] for _, _, good in paired], levels)
+    shared = [name for name in dense if name in built]
     return {
         "workload": workload.model_dump(exclude={"concurrency"}),
         "concurrency": concurrency,
         "rounds": clusters,
-        "requests": len(pairs),
-        "errors": {
-            side: sum(r.error is not None for run in rs for r in run.records)
-            for side, rs in (("dense", dense), ("built", built))
-        },
-        "dense": {name: _side_block(name, statistics["dense"][name], clusters) for name in shared},
-        "built": {name: _side_block(name, statistics["built"][name], clusters) for name in shared},
-        "speedup": {
-            name: _speedup_block(name, statistics["dense"][name], statistics["built"][name], clusters)
-            for name in shared
-        },
+        "requests": sum(len(good) for _, _, good in paired),
+        "errors": {side: _failures(_of(runs, side)) for side in SIDES},
+        "dense": {name: _side_block(name, dense[name], clusters) for name in shared},
+        "built": {name: _side_block(name, built[name], clusters) for name in shared},
+        "speedup": {name: _speedup_block(name, dense[name], built[name], clusters) for name in shared},
         "limit": None,
     }
 
 
-def _pairs(dense: Sequence[Run], built: Sequence[Run]) -> Iterator[tuple[int, Record, Record]]:
-    """(round counted from 0, dense record, built record) of the requests that succeeded on both sides."""
-    for number, (a, b) in enumerate(zip(dense, built, strict=True)):
-        assert a.round == b.round
-        for left, right in zip(a.records, b.records, strict=True):
-            assert (left.id, left.input_tokens) == (right.id, right.input_tokens)
-            if left.error is None and right.error is None:
-                yield number, left, right
+def describe(
+    runs: Sequence[Run], workload: Workload, concurrency: int, levels: Goodput | None = None
+) -> dict[str, Any]:
+    """A point of one side alone, from its runs at one workload and concurrency: `built` without `dense` or `speedup`."""
+    good = [(run, [record for record in run.records if record.error is None]) for run in runs]
+    good = [(run, records) for run, records in good if records]
+    if not good:
+        raise ValueError(_nothing(runs, concurrency))
+    built = _statistics([run for run, _ in good], [records for _, records in good], levels)
+    return {
+        "workload": workload.model_dump(exclude={"concurrency"}),
+        "concurrency": concurrency,
+        "rounds": len(good),
+        "requests": sum(len(records) for _, records in good),
+        "errors": {"built": _failures(runs)},
+        "built": {name: _side_block(name, measured, len(good)) for name, measured in built.items()},
+        "limit": None,
+    }
+
+
+def _of(runs: Sequence[Run], side: Side) -> list[Run]:
+    return [run for run in runs if run.side == side]
+
+
+def _failures(runs: Sequence[Run]) -> int:
+    return sum(record.error is not None for run in runs for record in run.records)
+
+
+def _nothing(runs: Sequence[Run], concurrency: int) -> str:
+    first = next(record.error for run in runs for record in run.records if record.error)
+    return f"no request succeeded at concurrency {concurrency}: {first}"
 
 
 @dataclass(frozen=True)
@@ -85,15 +105,15 @@ RANKS = (50, 90, 95, 99)
 
 
 def _statistics(
-    runs: Sequence[Run], records: Sequence[Record], rounds: Sequence[int], levels: Goodput | None
+    runs: Sequence[Run], records: Sequence[Sequence[Record]], levels: Goodput | None
 ) -> dict[str, _Measured]:
+    """Each metric of one side; `records` are those of each run that count."""
     measured = {}
+    cluster = np.repeat(np.arange(len(runs)), [len(of_run) for of_run in records])
     for name, function in metrics.PER_REQUEST.items():
-        values = [(function(record), number) for record, number in zip(records, rounds, strict=True)]
-        kept = [(value, number) for value, number in values if value is not None and value > 0]
-        if kept and len(kept) == len(values):
-            samples = np.array([value for value, _ in kept])
-            cluster = np.array([number for _, number in kept])
+        values = [function(record) for of_run in records for record in of_run]
+        if all(values):  # none is missing, and none is zero
+            samples = np.array(values, dtype=np.float64)
             ranks = {q: stats.percentile(samples, cluster, q) for q in RANKS}
             measured[name] = _Measured(stats.mean(samples, cluster), samples, ranks)
     totals = [metrics.total(run.records, levels) for run in runs]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import compare as compare_module
 from benchmarks import roofline
 from benchmarks.compare import compare
 from benchmarks.config import Benchmark, Goodput, Workload
@@ -118,6 +119,26 @@ def test_a_point_where_nothing_succeeded_is_an_error_with_its_cause() -> None:
     built.fails = {f"0-2-{round}-{index}" for round in range(5) for index in range(4)}
     with pytest.raises(ValueError, match="HTTP 500"):
         measure(dense, built)
+
+
+def test_a_round_that_failed_whole_is_left_out() -> None:
+    dense, built, _ = pair()
+    built.fails = {f"0-2-4-{index}" for index in range(4)}
+    point = measure(dense, built).points[0]
+    assert (point["rounds"], point["requests"], point["errors"]["built"]) == (3, 12, 4)
+    assert point["speedup"]["output_token_throughput"]["ratio"] == pytest.approx(2)
+
+
+def test_one_side_can_be_measured_alone() -> None:
+    _, built, log = pair()
+    built.fails = {"0-2-1-0"}
+    alone = compare_module.measure(built, Benchmark(workloads=(WORKLOAD,), rounds=4), 100, drive=drive)
+    assert {name for name, _, _ in log} == {"built"}
+    point = alone.points[0]
+    assert "dense" not in point
+    assert "speedup" not in point
+    assert (point["requests"], point["errors"]) == (15, {"built": 1})
+    assert point["built"]["inter_token_latency"]["mean"] == pytest.approx(1)
 
 
 def test_equal_engines_are_called_equal_95_percent_of_the_time() -> None:

@@ -61,6 +61,8 @@ def run(
             progress = clock()
             continue
         for token in engine.step():
+            if token.request_id not in times:
+                continue  # of a request that an earlier run gave up on
             times[token.request_id].append(token.time)
             progress = token.time
             if token.last:
