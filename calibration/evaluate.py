@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -51,19 +51,6 @@ class Accuracy:
     tokens: int  # predicted
     documents: int
     context_length: int
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Accuracy:
-        """Back from `to_dict`; other keys are left aside."""
-        kept = {field.name: values[field.name] for field in fields(cls)}
-        sides = {side: Perplexity(**values[side]) for side in ("dense", "built")}
-        return cls(**{**kept, **sides, "perplexity_increase_interval": tuple(kept["perplexity_increase_interval"])})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for report.json."""
-        values = asdict(self)
-        values["perplexity_increase_interval"] = list(self.perplexity_increase_interval)
-        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Accuracy:
