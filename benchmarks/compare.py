@@ -70,7 +70,7 @@ def measure(
 ) -> Comparison:
     """Runs every workload at every concurrency on one engine or endpoint, with nothing to compare it to.
 
-    A point then has the block `built` and no `dense` or `speedup`. Raises ValueError where nothing at a point succeeded.
+    A point then has the block `built` and no `dense` or `speedup`. ValueError where nothing at a point succeeded.
     """
     levels = list(_levels({"built": engine}, config, vocabulary, progress, drive))
     points = [describe(runs, workload, concurrency, config.goodput) for workload, concurrency, runs in levels]

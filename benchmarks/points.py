@@ -62,7 +62,7 @@ def summarise(
 def describe(
     runs: Sequence[Run], workload: Workload, concurrency: int, levels: Goodput | None = None
 ) -> dict[str, Any]:
-    """A point of one side alone, from its runs at one workload and concurrency: `built` without `dense` or `speedup`."""
+    """A point of one side alone, from its runs at one workload and concurrency: `built`, no `dense`, no `speedup`."""
     good = [(run, [record for record in run.records if record.error is None]) for run in runs]
     good = [(run, records) for run, records in good if records]
     if not good:
