@@ -22,6 +22,7 @@ from benchmarks import environment, stats
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "python -c pass"
+PRESET = "fp8-2of4"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,12 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS / "startup.json")
     options = parser.parse_args(arguments)
+    twofour = Path(sys.executable).with_name("twofour")  # the console script of this very environment
+    if not twofour.exists():
+        parser.error(f"no '{twofour}': install the project first, with pip install -e .")
     commands = {
         BASELINE: [sys.executable, "-c", "pass"],
-        "twofour --help": [sys.executable, "-m", "builder.cli", "--help"],
-        f"twofour plan {options.model} --preset fp8-2of4": [
-            *(sys.executable, "-m", "builder.cli", "plan", options.model, "--preset", "fp8-2of4"),
-        ],
+        "twofour --help": [str(twofour), "--help"],
+        f"twofour plan {options.model} --preset {PRESET}": [str(twofour), "plan", options.model, "--preset", PRESET],
     }
     result = measure(commands, options.rounds)
     options.out.parent.mkdir(parents=True, exist_ok=True)
