@@ -52,6 +52,12 @@ class Accuracy:
     documents: int
     context_length: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for report.json."""
+        values = asdict(self)
+        values["perplexity_increase_interval"] = list(self.perplexity_increase_interval)
+        return values
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Accuracy:
         """Reads `to_dict`'s values back; what else report.json holds beside them is left aside."""
