@@ -162,7 +162,10 @@ def gpu(name: str) -> Gpu:
 def gpus() -> dict[str, Gpu]:
     """Every card of gpus.yaml by its key."""
     text = resources.files("benchmarks").joinpath("gpus.yaml").read_text(encoding="utf8")
-    return {key: Gpu.model_validate(row) for key, row in yaml.safe_load(text).items()}
+    loader = getattr(
+        yaml, "CSafeLoader", yaml.SafeLoader
+    )  # libyaml's, 20 times as fast, where PyYAML was built with it
+    return {key: Gpu.model_validate(row) for key, row in yaml.load(text, loader).items()}
 
 
 def _plain(name: str) -> str:
