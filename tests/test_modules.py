@@ -1,4 +1,4 @@
-"""The linear layers against their definition in float64: stored dense and packed, on torch's products and our kernels."""
+"""The linear layers against their definition in float64: stored dense or packed, on torch or on our kernels."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ Legend: B requests, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import transformers
@@ -17,9 +17,9 @@ from torch import nn
 
 from builder.engines.torch import attention
 from builder.engines.torch.attention import Batch
+from builder.engines.torch.linears import Kernels, Source, is_tied, replace_linears
 from plugins.errors import UserError
-from plugins.linear import Linear
-from plugins.modules import build_linear, remarks, share_input
+from plugins.modules import remarks
 
 CONFIGS = {
     "LlamaForCausalLM": "LlamaConfig",
@@ -28,16 +28,6 @@ CONFIGS = {
     "Qwen3ForCausalLM": "Qwen3Config",
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with the sequence's length
-Choices = Sequence[tuple[int, str]]
-KV_SCALES = ("k_scale", "v_scale")
-
-
-class Source(Protocol):
-    """Where tensors come from: a directory's, or made up (a benchmark on random weights)."""
-
-    def __iter__(self) -> Any: ...
-    def __getitem__(self, name: str) -> torch.Tensor: ...
-    def of(self, module: str) -> dict[str, torch.Tensor]: ...
 
 
 class Decoder:
@@ -57,7 +47,7 @@ class Decoder:
         model = _empty_model(config)
         self.config = model.config
         kernels = Kernels(tactics, dtype, device)
-        self.linears = _put_linears(model, tensors, dtype, device, kernels)
+        self.linears = replace_linears(model, tensors, dtype, device, kernels)
         self.remarks = [*kernels.remarks, *remarks(self.linears.values())]
         _put_rest(model, tensors, dtype, device)
         body = model.model
@@ -96,58 +86,6 @@ def _empty_model(config: dict[str, Any]) -> nn.Module:
     return model.eval()
 
 
-class Kernels:
-    """Which of our kernels each layer runs on: on CUDA as tactics.json says, elsewhere none."""
-
-    def __init__(self, tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device) -> None:
-        self._layers: Mapping[str, Any] = (tactics or {}).get("layers", {})
-        self._usable = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-        self.remarks: list[str] = []
-        if self._usable:
-            from plugins import library
-
-            try:
-                library.context(device.index or 0)
-            except UserError as error:
-                self._usable = False
-                self.remarks.append(f"2:4 layers run as dense ones: {error}")
-
-    def choices(self, name: str, stored: Mapping[str, torch.Tensor]) -> Choices | None:
-        """For a layer and its tensors; None: torch's own product."""
-        sparse = "weight_values" in stored
-        if not self._usable or not (sparse or "weight_scale" in stored):
-            return None
-        from plugins.kernel_linear import choices_of
-
-        return choices_of(self._layers.get(name), sparse)
-
-
-def _put_linears(
-    model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device, kernels: Kernels
-) -> dict[str, Linear]:
-    """Replaces every linear layer by ours. Returns them by name."""
-    linears: dict[str, Linear] = {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        stored = {key: tensor for key, tensor in tensors.of(name).items() if key not in KV_SCALES}
-        if name == "lm_head" and _tied(model, tensors):
-            stored = {"weight": tensors["model.embed_tokens.weight"]}
-        if "weight" not in stored and "weight_values" not in stored:
-            raise UserError(f"no tensor '{name}.weight': the checkpoint does not belong to its config.json")
-        linears[name] = layer = build_linear(stored, dtype, device, kernels.choices(name, stored))
-        if (layer.out_features, layer.in_features) != (module.out_features, module.in_features):
-            raise UserError(
-                f"'{name}' has the shape [{layer.out_features}, {layer.in_features}], but config.json says "
-                f"[{module.out_features}, {module.in_features}]: they do not belong together"
-            )
-        model.set_submodule(name, layer)
-    for block in model.model.layers:
-        share_input([block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj])
-        share_input([block.mlp.gate_proj, block.mlp.up_proj])
-    return linears
-
-
 def _put_rest(model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device) -> None:
     """Gives memory to what is no linear layer: embedding and norms."""
     for name, parameter in list(model.named_parameters()):
@@ -161,13 +99,8 @@ def _put_rest(model: nn.Module, tensors: Source, dtype: torch.dtype, device: tor
             raise UserError(f"'{name}' has shape {list(tensor.shape)}, but config.json says {list(parameter.shape)}")
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
-    if _tied(model, tensors):
+    if is_tied(model, tensors):
         model.lm_head.weight = model.model.embed_tokens.weight
-
-
-def _tied(model: nn.Module, tensors: Source) -> bool:
-    """Whether lm_head is the embedding: the config says so, and no other weight is stored."""
-    return bool(model.config.tie_word_embeddings) and not tensors.of("lm_head")
 
 
 def _rotary_table(
