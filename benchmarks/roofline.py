@@ -80,7 +80,10 @@ class GemmTime:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The most a whole model can reach. `seconds` is of one decode step or one prefill; None if not `supported`."""
+    """The most a whole model can reach. `seconds` is of one decode step or one prefill; None if not `supported`.
+
+    `fits_l2`: weights and KV cache fit the L2 cache, so that the memory's rate is no limit and an engine may be faster.
+    """
 
     gpu: str
     supported: bool
@@ -91,6 +94,7 @@ class Ceiling:
     weight_bytes: float
     kv_bytes: float
     flops: float
+    fits_l2: bool = False
 
 
 def weight_bytes(out_features: int, in_features: int, format: str, sparse: bool = False) -> float:
@@ -146,7 +150,8 @@ def _ceiling(gpu: Gpu, layers: Sequence[Layer], rows: Sequence[int], kv_bytes: f
         spent[gemm.bound] += layer.count * gemm.seconds
     seconds = spent["memory"] + spent["math"]
     bound: Bound = "memory" if spent["memory"] >= spent["math"] else "math"
-    return Ceiling(gpu.name, True, None, seconds, produced / seconds, bound, weights, kv_bytes, flops)
+    fits_l2 = weights + kv_bytes <= gpu.l2_mb * 1e6
+    return Ceiling(gpu.name, True, None, seconds, produced / seconds, bound, weights, kv_bytes, flops, fits_l2)
 
 
 def gpu(name: str) -> Gpu:

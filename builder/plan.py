@@ -172,9 +172,8 @@ def predict(
     """Decode and prefill ceilings of the dense model and of the build on `gpu`. Predicted, never measured."""
     card = roofline.gpu(gpu)
     embedding = 0  # decode reads one row of the embedding, which is nothing beside the layers
-    built = [roofline.Layer(x.out_features, x.in_features, _roofline_format(x.format), x.sparse) for x in layers]
-    dense_format = FORMAT_NAME.get(shapes.dtype, "bf16")
-    dense = [roofline.Layer(x.out_features, x.in_features, _roofline_format(dense_format), False) for x in layers]
+    built = [_roofline_layer(x, x.format, x.sparse) for x in layers]
+    dense = [_roofline_layer(x, FORMAT_NAME.get(shapes.dtype, "bf16"), False) for x in layers]
     kv_dense = shapes.kv_values_per_token * 2
     return {
         "gpu": card.name,
@@ -191,8 +190,14 @@ def predict(
     }
 
 
-def _roofline_format(number_format: str) -> str:
-    return "bf16" if number_format == "fp32" else number_format
+def _roofline_layer(layer: LayerPlan, number_format: str, sparse: bool) -> roofline.Layer:
+    return roofline.Layer(
+        layer.out_features,
+        layer.in_features,
+        "bf16" if number_format == "fp32" else number_format,
+        sparse,
+        last_token=layer.name == "lm_head",  # prefill needs the logits of each prompt's last token only
+    )
 
 
 def _notes(recipe: Recipe, layers: Sequence[LayerPlan]) -> list[str]:

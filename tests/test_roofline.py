@@ -91,6 +91,14 @@ def test_kv_cache_lowers_the_decode_ceiling() -> None:
     assert long.seconds - short.seconds == pytest.approx(64 * (4096 - 128) * kv / 3350e9)
 
 
+def test_a_model_that_fits_the_l2_cache_is_not_bound_by_memory() -> None:
+    small, large = (
+        roofline.decode_ceiling(gpu("H100"), [Layer(1024, 1024, count=count)], 1, 16, 512) for count in (10, 100)
+    )
+    assert small.fits_l2
+    assert not large.fits_l2
+
+
 def test_prefill_runs_the_last_token_only_through_lm_head() -> None:
     head = Layer(VOCABULARY, HIDDEN, "bf16", last_token=True)
     body = Layer(HIDDEN, HIDDEN, "bf16", count=32)
