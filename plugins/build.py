@@ -168,9 +168,9 @@ def _with_nvcc(
     if tensorrt is None:
         return [library]
     plugin = work / "libtwofour_tensorrt.so"
-    part = compile_one(SOURCES / "tensorrt" / "plugin.cpp", f"-isystem={tensorrt}")
-    link = ["-shared", "-cudart=static", f"-L{work}", "-ltwofour", "-Xlinker=-rpath,$ORIGIN"]
-    _run([nvcc, *codes, *link, part, "-o", str(plugin), "-ldl"], progress)
+    parts = [compile_one(source, f"-isystem={tensorrt}") for source in sorted((SOURCES / "tensorrt").glob("*.cpp"))]
+    exports = f"-Xlinker=--version-script={SOURCES / 'tensorrt' / 'exports.map'}"
+    _run([nvcc, *codes, "-shared", "-cudart=static", exports, *objects, *parts, "-o", str(plugin), "-ldl"], progress)
     return [library, plugin]
 
 

@@ -146,7 +146,7 @@ def path() -> Path:
 
 def tensorrt_plugin_path() -> Path:
     """Where the TensorRT plugin is. Raises UserError that says how to build and load it."""
-    chosen = Path(os.environ.get("TWOFOUR_TENSORRT_PLUGIN") or Path(__file__).parent / "lib" / "libtwofour_tensorrt.so")
+    chosen = Path(os.environ.get("TWOFOUR_PLUGIN_LIBRARY") or Path(__file__).parent / "lib" / "libtwofour_tensorrt.so")
     if not chosen.exists():
         raise UserError(
             f"no '{chosen}', which this engine's sparse layers need: TENSORRT_INCLUDE=... twofour plugins build, then "

@@ -294,7 +294,7 @@ def test_library_that_is_not_built_says_how(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("TWOFOUR_LIBRARY", f"{tmp_path}/libtwofour.so")
     with pytest.raises(UserError, match=r"no '.*libtwofour.so': run `twofour plugins build`"):
         library.path()
-    monkeypatch.setenv("TWOFOUR_TENSORRT_PLUGIN", f"{tmp_path}/libtwofour_tensorrt.so")
+    monkeypatch.setenv("TWOFOUR_PLUGIN_LIBRARY", f"{tmp_path}/libtwofour_tensorrt.so")
     with pytest.raises(UserError, match=r"libtwofour_tensorrt.so', which this engine's sparse layers need.*LD_PRELOAD"):
         library.tensorrt_plugin_path()
 

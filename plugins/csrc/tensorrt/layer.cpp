@@ -1,0 +1,231 @@
+#include "layer.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+namespace twofour_tensorrt {
+
+namespace {
+
+bool on_host() {
+  const char* device = std::getenv("TWOFOUR_PLUGIN_DEVICE");
+  return device != nullptr && std::strcmp(device, "host") == 0;
+}
+
+void check_cuda(cudaError_t error, const char* call) {
+  if (error != cudaSuccess) throw Error{std::string(call) + ": " + cudaGetErrorString(error)};
+}
+
+// Device memory, or the host's in the test harness; aligned either way.
+void* allocate(int device, size_t bytes) {
+  void* memory = nullptr;
+  if (device == TWOFOUR_HOST) memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  else check_cuda(cudaMalloc(&memory, bytes), "cudaMalloc");
+  if (memory == nullptr) throw Error{"out of host memory"};
+  return memory;
+}
+
+void release(int device, void* memory) {
+  if (device == TWOFOUR_HOST) std::free(memory);
+  else cudaFree(memory);  // TensorRT may call this after the device is gone
+}
+
+void* upload(int device, const void* source, size_t bytes) {
+  if (bytes == 0) return nullptr;
+  void* memory = allocate(device, bytes);
+  if (device == TWOFOUR_HOST) std::memcpy(memory, source, bytes);
+  else check_cuda(cudaMemcpy(memory, source, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+  return memory;
+}
+
+size_t element_bytes(int type) { return type == TWOFOUR_FP16 || type == TWOFOUR_BF16 ? 2 : 1; }
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw Error{message};
+}
+
+void validate(const Description& d) {
+  require(d.type >= TWOFOUR_FP16 && d.type <= TWOFOUR_FP8, "weight_type " + std::to_string(d.type) + " is not 0 to 3");
+  require(d.out_type == TWOFOUR_FP16 || d.out_type == TWOFOUR_BF16,
+          "out_type " + std::to_string(d.out_type) + " is not fp16 (0) or bf16 (1)");
+  require(d.out_features > 0 && d.in_features > 0, "out_features and in_features are required");
+  require(d.tactic >= 0 && d.tactic <= kTacticCount, "tactic " + std::to_string(d.tactic) + " is not 0 to " + std::to_string(kTacticCount));
+  const auto n = static_cast<size_t>(d.out_features);
+  require(d.channel_scales.empty() || d.channel_scales.size() == n, "channel_scales must hold out_features numbers");
+  require(d.bias.empty() || d.bias.size() == 2 * n, "bias must hold out_features numbers of out_type");
+}
+
+// Packing and its checks need no GPU.
+Context host_context() {
+  twofour_context* context = nullptr;
+  check(twofour_create(TWOFOUR_HOST, &context));
+  return Context(context, twofour_destroy);
+}
+
+}  // namespace
+
+void check(twofour_status status) {
+  if (status != TWOFOUR_OK) throw Error{twofour_last_error()};
+}
+
+int current_device() {
+  if (on_host()) return TWOFOUR_HOST;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+Context make_context() {
+  twofour_context* context = nullptr;
+  check(twofour_create(current_device(), &context));
+  return Context(context, twofour_destroy);
+}
+
+std::shared_ptr<Layer> Layer::from_dense(Description description, const void* weight) {
+  validate(description);
+  std::shared_ptr<Layer> layer(new Layer(std::move(description)));
+  Description& d = layer->description_;
+  const Context host = host_context();
+  const twofour_gemm problem = layer->gemm(TWOFOUR_SKINNY, 1, nullptr);
+  size_t bytes = 0;
+  check(twofour_weight_bytes(host.get(), &problem, &bytes));
+  d.packed.resize(bytes);
+  check(twofour_prepare_weight(host.get(), &problem, weight, d.packed.data(), nullptr));
+  check(twofour_get_stamp(host.get(), &problem, &d.stamp));
+  return layer;
+}
+
+std::shared_ptr<Layer> Layer::from_packed(Description description) {
+  validate(description);
+  std::shared_ptr<Layer> layer(new Layer(std::move(description)));
+  const Context host = host_context();
+  const twofour_gemm problem = layer->gemm(TWOFOUR_SKINNY, 1, nullptr);
+  check(twofour_check_stamp(host.get(), &problem, &layer->description_.stamp));
+  size_t bytes = 0;
+  check(twofour_weight_bytes(host.get(), &problem, &bytes));
+  require(bytes == layer->description_.packed.size(), "the packed weight has " + std::to_string(layer->description_.packed.size()) +
+                                                          " bytes, wanted " + std::to_string(bytes) + ": build the engine again");
+  return layer;
+}
+
+Layer::~Layer() {
+  for (auto& [device, forms] : forms_) {
+    for (void* weight : forms.weights) release(device, weight);
+    release(device, forms.channel_scales);
+    release(device, forms.bias);
+  }
+}
+
+twofour_kernel Layer::kernel(int tactic, int64_t tokens) {
+  const Tactic& t = kTactics[std::clamp(tactic, 1, kTacticCount) - 1];
+  return tokens <= t.skinny_tokens ? TWOFOUR_SKINNY : t.wide_kernel;
+}
+
+twofour_gemm Layer::gemm(int kernel, int64_t tokens, const Forms* forms) const {
+  const Description& d = description_;
+  twofour_gemm problem{};
+  problem.kernel = kernel;
+  problem.type = d.type;
+  problem.out_type = d.out_type;
+  problem.tokens = tokens;
+  problem.out_features = d.out_features;
+  problem.in_features = d.in_features;
+  problem.scale = d.scale;
+  if (forms != nullptr) {
+    problem.channel_scales = static_cast<const float*>(forms->channel_scales);
+    problem.bias = forms->bias;
+  }
+  return problem;
+}
+
+Layer::Forms& Layer::forms(int device) {
+  const auto [place, made] = forms_.try_emplace(device);
+  if (made) {
+    const Description& d = description_;
+    place->second.channel_scales = upload(device, d.channel_scales.data(), d.channel_scales.size() * sizeof(float));
+    place->second.bias = upload(device, d.bias.data(), d.bias.size());
+  }
+  return place->second;
+}
+
+void Layer::make_weight(twofour_context* context, int device, Forms& forms, int kernel) {
+  const Description& d = description_;
+  if (forms.weights[kernel] != nullptr) return;
+  if (kernel == TWOFOUR_SKINNY) {
+    forms.weights[kernel] = upload(device, d.packed.data(), d.packed.size());
+    return;
+  }
+  // From the packed form to dense, and from there to what this GPU and library version want.
+  const twofour_gemm skinny = gemm(TWOFOUR_SKINNY, 1, nullptr), wanted = gemm(kernel, 1, nullptr);
+  size_t bytes = 0;
+  check(twofour_weight_bytes(context, &wanted, &bytes));
+  void* packed = upload(device, d.packed.data(), d.packed.size());
+  void* dense = nullptr;
+  void* prepared = nullptr;
+  try {
+    dense = allocate(device, static_cast<size_t>(d.out_features) * static_cast<size_t>(d.in_features) * element_bytes(d.type));
+    check(twofour_unpack_weight(context, &skinny, packed, dense, nullptr));
+    prepared = allocate(device, bytes);
+    check(twofour_prepare_weight(context, &wanted, dense, prepared, nullptr));
+    if (device != TWOFOUR_HOST) check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
+  } catch (...) {
+    for (void* memory : {packed, dense, prepared}) release(device, memory);
+    throw;
+  }
+  release(device, packed);
+  release(device, dense);
+  forms.weights[kernel] = prepared;
+}
+
+std::vector<int32_t> Layer::tactics(twofour_context* context) const {
+  if (description_.tactic != 0) return {description_.tactic};
+  bool runs[3];
+  for (int kernel = 0; kernel < 3; ++kernel) {
+    const twofour_gemm problem = gemm(kernel, kernel == TWOFOUR_SKINNY ? 1 : 128, nullptr);
+    size_t bytes = 0;
+    runs[kernel] = twofour_workspace_bytes(context, &problem, &bytes) == TWOFOUR_OK;
+  }
+  std::vector<int32_t> valid;
+  for (int i = 0; i < kTacticCount; ++i)
+    if (runs[kTactics[i].wide_kernel] && (kTactics[i].skinny_tokens == 0 || runs[TWOFOUR_SKINNY])) valid.push_back(i + 1);
+  return valid;
+}
+
+size_t Layer::workspace_bytes(twofour_context* context, int64_t most_tokens) const {
+  // The largest problem, its neighbour off alignment (which is padded in the workspace), and where buckets change.
+  std::vector<int64_t> counts = {most_tokens, std::max<int64_t>(1, most_tokens - 1)};
+  for (int64_t tokens = 1; tokens < most_tokens; tokens *= 2) counts.push_back(tokens);
+  size_t most = 0;
+  for (int64_t tokens : counts)
+    for (int kernel = 0; kernel < 3; ++kernel) {
+      const twofour_gemm problem = gemm(kernel, tokens, nullptr);
+      size_t bytes = 0;
+      if (twofour_workspace_bytes(context, &problem, &bytes) == TWOFOUR_OK) most = std::max(most, bytes);
+    }
+  return most;
+}
+
+void Layer::prepare(twofour_context* context, int tactic, int64_t tokens) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const int device = current_device();
+  Forms& forms = this->forms(device);
+  const twofour_kernel chosen = kernel(tactic, tokens);
+  make_weight(context, device, forms, chosen);
+  const twofour_gemm problem = gemm(chosen, tokens, &forms);
+  check(twofour_plan(context, &problem));
+}
+
+void Layer::enqueue(twofour_context* context, int tactic, int64_t tokens, const void* x, void* y, void* workspace,
+                    size_t workspace_bytes, void* stream) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto place = forms_.find(current_device());
+  const twofour_kernel chosen = kernel(tactic, tokens);
+  require(place != forms_.end() && place->second.weights[chosen] != nullptr, "enqueue before onShapeChange");
+  const twofour_gemm problem = gemm(chosen, tokens, &place->second);
+  check(twofour_matmul(context, &problem, x, place->second.weights[chosen], y, workspace, workspace_bytes, stream));
+}
+
+}  // namespace twofour_tensorrt
