@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
 """Multiplicities of the clusters [B, C] -> the statistic of each resample [B]."""
 
+CHUNK = 1 << 22  # numbers that one step of a resampled percentile may hold: 32 MB
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
 
@@ -62,11 +63,15 @@ def percentile(values_S: Array, cluster_S: NDArray[np.int64], q: float) -> Stati
     order = np.argsort(values_S, kind="stable")
     ranked, cluster = values_S[order], cluster_S[order]
 
-    def statistic(counts_BC: Array) -> Array:
+    def of_some(counts_BC: Array) -> Array:
         cumulative_BS = np.cumsum(counts_BC[:, cluster], axis=1)
         target_B1 = q / 100 * cumulative_BS[:, -1:] * (1 - 1e-12)
         first: Array = ranked[np.argmax(cumulative_BS >= target_B1, axis=1)]
         return first
+
+    def statistic(counts_BC: Array) -> Array:
+        parts = math.ceil(len(counts_BC) * len(ranked) / CHUNK)
+        return np.concatenate([of_some(part) for part in np.array_split(counts_BC, parts)])
 
     return statistic
 

@@ -1,6 +1,7 @@
 """Drivers: an engine in process on a clock of ours, and real HTTP servers on loopback that stream, fail and stall."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from benchmarks.config import Workload
 from benchmarks.drivers import in_process, openai, triton
 from benchmarks.drivers.http import Endpoint
 from benchmarks.workload import BenchRequest, make_requests
+from plugins.errors import UserError
 
 
 @dataclass
@@ -149,6 +151,10 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.server.leave()
 
+    def do_GET(self) -> None:
+        self.begin("application/json")
+        self.wfile.write(json.dumps({"data": [{"id": name} for name in self.server.models]}).encode())
+
     def begin(self, kind: str = "text/event-stream", status: int = 200) -> None:
         self.send_response(status)
         self.send_header("content-type", kind)
@@ -172,6 +178,7 @@ class Server(ThreadingHTTPServer):
         self.script, self.lock = script, threading.Lock()
         self.now, self.most_at_once = 0, 0
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.models = ["the-model"]
 
     def enter(self, path: str, body: dict[str, Any]) -> None:
         with self.lock:
@@ -336,6 +343,26 @@ def test_no_server_at_all_is_recorded(serve: Callable[[Script], Server]) -> None
     record = openai.run(Endpoint(server.url, "m"), ask(requests=4)[:1], 1)[0]
     assert record.error
     assert record.token_times == ()
+
+
+def test_the_model_is_the_one_that_the_server_serves(serve: Callable[[Script], Server]) -> None:
+    server = serve(completions)
+    assert openai.run(Endpoint(server.url), ask(requests=4)[:1], 1)[0].error is None
+    assert server.asked[0][1]["model"] == "the-model"
+
+
+@pytest.mark.parametrize("models", [[], ["a", "b"]])
+def test_a_server_of_several_models_or_none_needs_a_name(serve: Callable[[Script], Server], models: list[str]) -> None:
+    server = serve(completions)
+    server.models = models
+    with pytest.raises(UserError, match=f"serves {len(models)} models"):
+        openai.run(Endpoint(server.url), ask(requests=4), 1)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense", "http://[bad"])
+def test_an_address_where_no_server_is_is_quoted(url: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"'{url}'")):
+        openai.run(Endpoint(url), ask(requests=4), 1)
 
 
 def test_one_failure_leaves_the_other_requests_alone(serve: Callable[[Script], Server]) -> None:

@@ -1,6 +1,7 @@
 """The report: three files from a full and from a minimal dictionary, honest words, a page that needs nothing else."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -58,6 +59,11 @@ def layer(name: str, out_features: int, in_features: int, sparse: bool = True) -
 
 
 def full() -> dict[str, Any]:
+    return copy.deepcopy(_full())
+
+
+@functools.cache
+def _full() -> dict[str, Any]:
     card = roofline.gpu("H100")
     shapes = [roofline.Layer(4096, 4096, "bf16", count=64), roofline.Layer(32000, 4096, last_token=True)]
     sparse = [roofline.Layer(4096, 4096, "fp8", True, 64), roofline.Layer(32000, 4096, last_token=True)]
@@ -314,7 +320,7 @@ def test_a_wrong_report_is_refused_with_the_place(tmp_path: Path) -> None:
     ],
 )
 def test_the_verdict_claims_no_more_than_the_interval(ratio: float, interval: Any, words: str) -> None:
-    report = copy.deepcopy(full())
+    report = full()
     report["gates"] = []
     report["performance"] = report["performance"][:1]
     report["performance"][0]["speedup"]["output_token_throughput"] |= {"ratio": ratio, "interval": interval}

@@ -26,7 +26,7 @@ class Endpoint:
     """A server and the model to ask of it. A request fails after `request_s` in all or `gap_s` without a byte."""
 
     url: str
-    model: str
+    model: str = ""
     request_s: float = 600.0
     gap_s: float = 120.0
     headers: dict[str, str] = field(default_factory=dict)

@@ -5,20 +5,41 @@ Prompts are sent as token ids and `ignore_eos` asks for exact lengths; servers t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
+
+import httpx
 
 from benchmarks.drivers import http
 from benchmarks.drivers.http import Chunk, Endpoint
 from benchmarks.records import Record
 from benchmarks.workload import BenchRequest
+from plugins.errors import UserError
 
 __all__ = ["Endpoint", "run"]
 
 
 def run(endpoint: Endpoint, requests: Sequence[BenchRequest], concurrency: int) -> list[Record]:
-    """Sends `requests` to `endpoint`; see `http.run`. `endpoint.url` ends before `/v1`."""
-    return http.run(_Completions(), endpoint, requests, concurrency)
+    """Sends `requests` to `endpoint`; see `http.run`. `endpoint.url` ends before `/v1`.
+
+    An endpoint that names no model gets the one that the server serves. Raises UserError where the server cannot be
+    asked or serves several.
+    """
+    return http.run(_Completions(), _with_model(endpoint), requests, concurrency)
+
+
+def _with_model(endpoint: Endpoint) -> Endpoint:
+    if endpoint.model:
+        return endpoint
+    try:
+        answer = httpx.get(f"{endpoint.url}/v1/models", headers=endpoint.headers, timeout=30.0, trust_env=False)
+        names = [model["id"] for model in answer.raise_for_status().json()["data"]]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{endpoint.url}' does not list its models ({error}): is an OpenAI server there?") from None
+    if len(names) != 1:
+        raise UserError(f"'{endpoint.url}' serves {len(names)} models ({', '.join(names)}): name one")
+    return dataclasses.replace(endpoint, model=names[0])
 
 
 class _Completions:

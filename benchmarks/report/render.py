@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def render(report: dict[str, Any], out: Path) -> None:
     _write(out / "report.html", _environment(html=True).get_template("report.html.j2").render(report=parsed))
 
 
+@cache
 def _environment(html: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
