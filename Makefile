@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# with a CUDA compiler, also the libraries that the kernels are compiled against
+EXTRAS := calibrate,triton,bench,dev$(if $(shell command -v nvcc),$(shell echo ,cuda))
 
 .PHONY: quickstart test check docs clean
 
@@ -25,7 +27,7 @@ docs: $(READY)
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[calibrate,triton,bench,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $(READY)
 
 clean:

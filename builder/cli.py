@@ -95,19 +95,11 @@ def plan(
 @json_option
 def verify(directory: Path, tensor_parallel: int, as_json: bool) -> None:
     """Check a build or a checkpoint from its files alone: dtypes, shapes, scales, 2:4, no stray masks, hashes."""
-    from builder import output
-    from builder.verify import verify as check
+    from builder import checkpoint, output
 
-    found = check(directory, tensor_parallel)
-    if as_json:
-        output.as_json(found)
-    else:
-        for line in found["checked"]:
-            click.echo(f"ok      {line}")
-        for line in found["violations"]:
-            click.echo(f"FAILED  {line}")
-    if found["violations"]:
-        raise GateError(f"'{directory}' does not verify: {len(found['violations'])} violation(s)")
+    found = checkpoint.verify(directory, tensor_parallel=tensor_parallel)
+    output.as_json(found.to_dict()) if as_json else output.verification(found)
+    found.require()
 
 
 @cli.command(epilog=example("twofour explain build/docs-llama --layers '*.mlp.*'"))

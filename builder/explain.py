@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from builder import checkpoint
+from builder.checkpoint import LayerFacts
 from builder.tactics import predict_tactics, read_tactics
+from plugins import pattern
 from plugins.errors import UserError
 
 
@@ -21,7 +23,7 @@ def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[s
     tactics = read_tactics(engine) if engine else None
     if weights is None:
         assert tactics is not None, "an engine directory without a checkpoint must bring tactics"
-        facts: dict[str, Any] = {}
+        facts: dict[str, LayerFacts] = {}
     else:
         facts = {layer.name: layer for layer in checkpoint.read(weights).layers()}
     if tactics is None or (gpu is not None and tactics["source"] == "predicted"):
@@ -50,7 +52,7 @@ def _places(artifact: Path) -> tuple[Path | None, Path | None]:
     raise UserError(f"'{artifact}' is neither a build, an engine nor a checkpoint: name the --out of a build")
 
 
-def _row(name: str, tactic: dict[str, Any], facts: Any) -> dict[str, Any]:
+def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None) -> dict[str, Any]:
     row = {
         "name": name,
         "out_features": tactic["out_features"],
@@ -61,5 +63,11 @@ def _row(name: str, tactic: dict[str, Any], facts: Any) -> dict[str, Any]:
         "buckets": tactic["buckets"],
     }
     if facts is not None:
-        row |= {"zeros": facts.zeros, "valid_2to4": facts.valid_2to4}
+        row |= {"zeros": facts.zeros, "valid_2to4": _valid(facts)}
     return row
+
+
+def _valid(facts: LayerFacts) -> bool:
+    """Whether the stored weight holds at most 2 nonzeros in every group of 4, whatever the checkpoint declares."""
+    chunks = (rows for weight in facts.weights for _, rows in weight.chunks())
+    return facts.in_features % 4 == 0 and all(pattern.first_violation(rows) is None for rows in chunks)

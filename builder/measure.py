@@ -20,13 +20,15 @@ Progress = Callable[[str, int, int], None]
 def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) -> dict[str, Any]:
     """The report's `accuracy` block: perplexity, KL and agreement on the recipe's held-out text."""
     from calibration.data import windows
-    from calibration.evaluate import evaluate, lm_eval_tasks
+    from calibration.evaluate import evaluate
 
     assert config.data is not None
     text = windows(config.data, model, config.sequence_length, config.samples)
     dense, built = backends.load_dense(model, engine), backends.load(engine)
     found = evaluate(dense.logits, built.logits, text.tokens, text.documents, progress).to_dict()
     if config.tasks:
+        from calibration.tasks import lm_eval_tasks
+
         found["tasks"] = {"dense": lm_eval_tasks(dense, model, config.tasks), "built": lm_eval_tasks(built, model, config.tasks)}
     return found
 

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from builder.checkpoint import Verification
 from builder.plan import Plan
 
 
@@ -164,3 +165,16 @@ def accuracy(found: dict[str, Any]) -> None:
     click.echo(f"on              {found['tokens']:,} tokens of {found['documents']} documents, context {found['context_length']}")
     for task, score in found.get("tasks", {}).get("built", {}).items():
         click.echo(f"{task:<15} dense {found['tasks']['dense'][task]}, built {score}")
+
+
+def verification(found: Verification) -> None:
+    """A line for each checkpoint, then one for each violation."""
+    for part in found.checkpoints:
+        sparse = f", {part.sparse_layers} of {part.layers} layers 2:4" if part.sparse_layers else ", dense"
+        ranks = f", {part.ranks} ranks" if part.ranks > 1 else ""
+        kv_cache = f", {part.kv_cache} KV cache" if part.kv_cache != "none" else ""
+        click.echo(f"checked  {part.directory}: {part.format}{kv_cache}{sparse}{ranks}, {part.tensors} tensors, {size(part.bytes)}")
+    for violation in found.violations:
+        click.echo(f"FAILED   {violation.message}")
+    if found.ok:
+        click.echo(f"ok       every check holds ({found.seconds:.1f} s)")
