@@ -298,6 +298,7 @@ def test_what_is_not_finite_becomes_null_and_still_renders(tmp_path: Path) -> No
     report = full()
     report["accuracy"]["built"]["perplexity"] = math.inf
     report["accuracy"]["perplexity_increase"] = math.nan
+    report["accuracy"]["perplexity_increase_interval"] = [math.nan, math.nan]
     Page(html_of(report, tmp_path))
     assert json.loads((tmp_path / "report.json").read_text())["accuracy"]["built"]["perplexity"] is None
 

@@ -5,11 +5,17 @@ Measured figures stand in `accuracy`, `size`, `layers` and `performance`; predic
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-Interval = tuple[float, float] | None
+
+def _whole(bounds: Any) -> Any:
+    """An interval that lacks a bound (not finite, as one document alone gives) is none."""
+    return None if isinstance(bounds, list | tuple) and None in bounds else bounds
+
+
+Interval = Annotated[tuple[float, float] | None, BeforeValidator(_whole)]
 
 
 class _Part(BaseModel):
