@@ -4,6 +4,7 @@ from builder.checkpoint.reading import Checkpoint, LayerFacts, digest, read
 from builder.checkpoint.safetensors_file import Tensor
 from builder.checkpoint.verification import Verification, verify
 from builder.checkpoint.violations import Code, VerificationError, Violation
+from builder.checkpoint.zeros import normalize_zeros
 
 __all__ = [
     "Checkpoint",
@@ -14,6 +15,7 @@ __all__ = [
     "VerificationError",
     "Violation",
     "digest",
+    "normalize_zeros",
     "read",
     "verify",
 ]
