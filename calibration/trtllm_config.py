@@ -42,6 +42,16 @@ def complete_config(hf_config: Mapping[str, Any], trtllm_config: Mapping[str, An
     return {**trtllm_config, **found}
 
 
+def for_transformers_4(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Hugging Face `config.json` that transformers 4 reads rightly too, which TensorRT-LLM 1.0 to 1.2 pins.
+
+    It knows no `rope_parameters` and takes base 10000 and no scaling in silence. transformers 5 reads either form.
+    """
+    base, scaling = rotary(hf_config)
+    scaling = {key: value for key, value in scaling.items() if key != "type"} if scaling else None
+    return {**hf_config, "rope_theta": base, "rope_scaling": scaling}
+
+
 def rotary(hf_config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(base, scaling) of a model's rotary embedding, in TensorRT-LLM's form: scaling is None for the plain one.
 

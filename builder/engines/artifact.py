@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from builder import files, machine
+from builder import machine
+from builder.checkpoint import digest
 from builder.engines.base import EngineConfig
 
 TOKENIZER_FILES = (
@@ -32,22 +32,24 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copies the tokenizer's files that `source` has: trtllm-serve finds no other in an engine directory."""
+    """Copies the tokenizer's files that `source` has: trtllm-serve finds no other in an engine directory.
+
+    The class that transformers 5 names is unknown to transformers 4, which TensorRT-LLM 1.0 to 1.2 pins: both know the
+    other name that it has.
+    """
     for name in TOKENIZER_FILES:
-        if (source / name).is_file() and source != out:
-            shutil.copyfile(source / name, out / name)
+        if not (source / name).is_file():
+            continue
+        shutil.copyfile(source / name, out / name)
+        if name == "tokenizer_config.json":
+            config = json.loads((source / name).read_text(encoding="utf8"))
+            if config.get("tokenizer_class") == "TokenizersBackend":
+                write_json(out / name, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def weight_bytes(checkpoint: Path) -> int:
     """Bytes of all safetensors files of a checkpoint."""
     return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-
-
-def checkpoint_sha256(checkpoint: Path) -> str:
-    """One hash over a checkpoint's weights, config.json and sparsity.json: of their names and their own hashes."""
-    paths = [*checkpoint.glob("*.safetensors"), checkpoint / "config.json", checkpoint / "sparsity.json"]
-    digests = {path.name: files.sha256(path) for path in paths if path.is_file()}
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def write_facts(
@@ -60,7 +62,7 @@ def write_facts(
             "backend": backend,
             "format": number_format,
             "kv_cache": kv_cache,
-            "checkpoint_sha256": checkpoint_sha256(checkpoint),
+            "checkpoint_sha256": digest(checkpoint),
             "versions": machine.versions("tensorrt-llm", "tensorrt", "torch", "twofour"),
             "max_batch_size": config.max_batch_size,
             "max_seq_len": config.max_seq_len,

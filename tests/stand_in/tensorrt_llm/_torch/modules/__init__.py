@@ -1,0 +1,1 @@
+"""STAND-IN: see tests/stand_in/README.md."""
