@@ -143,7 +143,7 @@ class Line:
         def make(out: Path, work: Path) -> None:
             write_checkpoints(
                 source, quantization, quantized, _tokens(tokens) if tokens else None, out, trtllm,
-                self.plan.architecture, self.console.progress,
+                self.console.progress,
             )  # fmt: skip
 
         inputs = {"weights": weights.digest if weights else self.model_digest}

@@ -22,7 +22,6 @@ def write_checkpoints(
     tokens: Any,
     out: Path,
     trtllm: tuple[int, int] | None,
-    architecture: str,
     progress: Progress,
 ) -> None:
     """Writes out/hf and, for `trtllm` (tensor parallel, pipeline parallel), out/trtllm.
@@ -39,7 +38,7 @@ def write_checkpoints(
         if not untouched:
             model = quantize(model, config, layers, tokens, progress)
         if trtllm is not None:
-            export.export_trtllm(model, architecture, out / "trtllm", sparse, *trtllm)
+            export.export_trtllm(model, source, out / "trtllm", sparse, *trtllm)
         if untouched:
             export.copy_checkpoint(source, out / "hf", sparse)
         else:

@@ -13,6 +13,7 @@ from torch import nn
 
 from calibration.quiet import quiet
 from calibration.trtllm_config import complete_config
+from calibration.trtllm_config import complete_config
 from plugins.errors import UserError
 
 TOKENIZER_FILES = (
@@ -92,12 +93,14 @@ def copy_checkpoint(source: Path, out: Path, sparse: dict[str, Any] | None) -> N
 
 
 def export_trtllm(
-    model: nn.Module, architecture: str, out: Path, sparse: dict[str, Any] | None, tensor_parallel: int, pipeline_parallel: int
+    model: nn.Module, source: Path, out: Path, sparse: dict[str, Any] | None, tensor_parallel: int, pipeline_parallel: int
 ) -> None:
     """A TensorRT-LLM checkpoint, one rank{N}.safetensors a rank. Run it before `export_hf`: that one packs the model."""
     from modelopt.torch.export import export_tensorrt_llm_checkpoint
 
     dtype = next(model.parameters()).dtype
+    config = json.loads((source / "config.json").read_text(encoding="utf8"))
+    architecture = config["architectures"][0]
     with quiet() as said, torch.inference_mode():
         export_tensorrt_llm_checkpoint(
             model,
@@ -110,9 +113,8 @@ def export_trtllm(
     if not (out / "rank0.safetensors").is_file():  # ModelOpt swallows its own failures and writes a bare state instead
         words = said.getvalue().strip().splitlines()[-1:] or ["no reason given"]
         raise UserError(f"ModelOpt could not write a TensorRT-LLM checkpoint of {architecture} ({words[0][:160]})")
-    config = out / "config.json"
-    completed = complete_config(model.config.to_dict(), json.loads(config.read_text()))
-    config.write_text(json.dumps(completed, indent=4) + "\n", encoding="utf8")
+    path = out / "config.json"
+    path.write_text(json.dumps(complete_config(config, json.loads(path.read_text())), indent=4) + "\n", encoding="utf8")
     write_sparsity(out, sparse and {**sparse, "layers": trtllm_layers(sparse["layers"])})
 
 
