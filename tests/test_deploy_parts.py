@@ -297,8 +297,8 @@ def test_streaming_and_the_response_cache_exclude_each_other(engine_dir: Path) -
 def test_what_is_no_engine_is_refused(engine_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'.*/nowhere' is not an engine directory"):
         write_repository(tmp_path / "nowhere", tmp_path / "triton", DeployConfig())
-    (engine_dir / "engine.json").write_text('{"backend": "tensorrt"}')
-    with pytest.raises(UserError, match="is a tensorrt engine"):
+    (engine_dir / "engine.json").write_text('{"backend": "abacus"}')
+    with pytest.raises(UserError, match=r"foreign engine.json \(backend 'abacus'\)"):
         write_repository(engine_dir, tmp_path / "triton", DeployConfig())
 
 
