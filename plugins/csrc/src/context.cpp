@@ -154,7 +154,15 @@ void twofour_context::plan(const twofour_gemm& g) {
   if (g.tokens < 1) fail(TWOFOUR_INVALID_ARGUMENT, "tokens=%lld: at least 1", static_cast<long long>(g.tokens));
   if (g.kernel != TWOFOUR_SKINNY) {
     const auto chosen = algorithms_.find(bucket_key(g));
-    return backend(g.kernel).plan(g, chosen == algorithms_.end() ? nullptr : &chosen->second);
+    if (chosen != algorithms_.end()) {
+      try {
+        return backend(g.kernel).plan(g, &chosen->second);
+      } catch (const Failure& failure) {
+        // Found for another token count of the bucket, or another epilogue, and not fit for this one.
+        if (failure.status == TWOFOUR_MISALIGNED || failure.status == TWOFOUR_SM_UNSUPPORTED) throw;
+      }
+    }
+    return backend(g.kernel).plan(g, nullptr);
   }
   if (g.tokens > kMaxSkinnyTokens)
     fail(TWOFOUR_UNSUPPORTED, "tokens=%lld: the skinny kernel takes 1 to %d; use cusparselt or cublaslt",

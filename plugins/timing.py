@@ -1,0 +1,110 @@
+"""Times of GPU work, taken as a decoder meets it: weights cold, launches replayed from a CUDA graph.
+
+A kernel that runs again and again on one weight finds it in the L2 cache, and looks up to three times as fast as it is.
+So each call of a timed round reads another copy, enough of them to fill the cache twice.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ROUNDS = 11
+CALLS = 16  # at least, in one graph
+CACHES = 2.0  # how many times the copies fill the L2 cache
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds of one call: the median over rounds, and their lowest and highest."""
+
+    us: float
+    low: float
+    high: float
+
+
+def copies_to_fill(bytes_each: int, l2_bytes: int) -> int:
+    """How many copies of a weight of `bytes_each` defeat a cache of `l2_bytes`; at least 2."""
+    return max(2, -(-int(CACHES * l2_bytes) // max(1, bytes_each)) + 1)
+
+
+def measure(call: Callable[[int], object], copies: int, rounds: int = ROUNDS) -> Time:
+    """Times `call(i)`, which works on copy i of its weight. Needs CUDA; `call` must be safe to capture."""
+    calls = -(-CALLS // copies) * copies
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(min(copies, 3)):  # warm-up: plans, lazy loading
+            call(i)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(calls):
+            call(i % copies)
+    times = [_replay(graph) / calls for _ in range(rounds + 2)][2:]  # the first two warm the clocks
+    return Time(statistics.median(times), min(times), max(times))
+
+
+def _replay(graph: torch.cuda.CUDAGraph) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return 1000 * float(begin.elapsed_time(end))
+
+
+def random_2to4(rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """A weight [rows, columns] with exactly 2 nonzeros in each group of 4."""
+    generator = torch.Generator(device).manual_seed(seed)
+    pairs = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]])
+    chosen = torch.randint(6, (rows, columns // 4), generator=generator, device=device)
+    mask = pairs.to(device, torch.bool)[chosen].view(rows, columns)
+    return _random(rows, columns, dtype, generator).masked_fill_(~mask, 0).to(dtype)
+
+
+def random_operand(rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """Activations or a dense weight [rows, columns] as quantization leaves them."""
+    return _random(rows, columns, dtype, torch.Generator(device).manual_seed(seed + 1)).to(dtype)
+
+
+def _random(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Numbers that stay nonzero in `dtype`; masked before they become float8, which few operators take."""
+    if dtype == torch.int8:
+        numbers = torch.randint(1, 255, (rows, columns), generator=generator, device=generator.device)
+        return torch.where(numbers < 128, numbers, numbers - 255).to(torch.int8)  # -127 to 127 without 0
+    values = torch.randn(rows, columns, generator=generator, device=generator.device, dtype=torch.float32)
+    floor = 2.0**-6  # e4m3's smallest normal number
+    return torch.where(values >= 0, values.clamp(min=floor), values.clamp(max=-floor))
+
+
+def device_facts(device: int = 0) -> dict[str, Any]:
+    """Name, SM, driver and clocks (MHz, as now) of a CUDA device: tactics.json's `device`."""
+    properties = torch.cuda.get_device_properties(device)
+    driver, *clocks = _smi(device, ("driver_version", "clocks.sm", "clocks.mem"))
+    names = ("sm", "memory")
+    return {
+        "name": properties.name,
+        "sm": 10 * properties.major + properties.minor,
+        "driver": driver,
+        "clocks": {n: float(c) for n, c in zip(names, clocks, strict=True) if c is not None},
+    }
+
+
+def _smi(device: int, fields: Sequence[str]) -> list[str | None]:
+    """nvidia-smi's words for `fields`; None where it has none."""
+    command = ["nvidia-smi", f"--id={device}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return [None] * len(fields)
+    values = [value.strip() for value in line.split(",")]
+    return (
+        [v if v and not v.startswith("[") else None for v in values]
+        if len(values) == len(fields)
+        else [None] * len(fields)
+    )

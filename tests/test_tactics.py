@@ -1,0 +1,166 @@
+"""tactics.json and the tuner's choices: what is kept, what is said, what is refused. The times are made up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from plugins import library, tactics, timing, tuner
+from plugins.errors import UserError
+from plugins.tuner import Shape, Timing
+
+SHAPE = Shape(4096, 14336, "fp8")
+
+
+def bucket(tokens: int, **us: float) -> dict:
+    return tuner.choose(tokens, [Timing(kernel, time, (1, 2, 3)) for kernel, time in us.items()])
+
+
+def test_fastest_sparse_kernel_is_kept_with_its_algorithm() -> None:
+    chosen = bucket(8, cublaslt=20.0, torch=22.0, cusparselt=18.0, skinny=13.0)
+    assert chosen == {
+        "tokens": 8,
+        "kernel": "skinny",
+        "dense_us": 20.0,
+        "sparse_us": 13.0,
+        "ratio": 1.5385,
+        "measured": True,
+        "algorithm": [1, 2, 3],
+    }
+
+
+def test_sparse_must_beat_the_best_dense_by_the_margin() -> None:
+    assert bucket(512, cublaslt=100.0, torch=90.0, cusparselt=89.5)["kernel"] == "dense-cublaslt"
+    assert bucket(512, cublaslt=100.0, torch=90.0, cusparselt=88.0)["kernel"] == "cusparselt"
+
+
+def test_ratio_is_against_the_best_dense_not_against_ours() -> None:
+    assert bucket(512, cublaslt=100.0, torch=90.0, cusparselt=45.0)["ratio"] == 2.0
+
+
+def test_kernels_that_cannot_run_are_left_out() -> None:
+    def timer(bench: object, kernel: str, tokens: int) -> Timing:
+        if kernel == "cusparselt":
+            raise UserError("in_features=36 is not a multiple of 32")
+        return Timing(kernel, {"cublaslt": 10.0, "torch": 11.0, "skinny": 5.0}[kernel])
+
+    bench = SimpleNamespace(shape=SHAPE)
+    assert tuner.bucket_of(bench, 64, timer)["kernel"] == "skinny"
+    assert tuner.bucket_of(bench, 65, timer)["kernel"] == "dense-cublaslt"  # the skinny kernel ends at 64
+
+    def nothing(bench: object, kernel: str, tokens: int) -> Timing:
+        raise UserError("no")
+
+    with pytest.raises(UserError, match=r"no kernel ran at 8 tokens.*twofour doctor"):
+        tuner.bucket_of(bench, 8, nothing)
+
+
+def test_reasons_in_words() -> None:
+    wins = [bucket(8, cublaslt=20.0, skinny=13.0), bucket(512, cublaslt=100.0, cusparselt=99.0)]
+    assert tuner.reason(wins, "H100") == "2:4 is faster on H100: 1.54x at 8 tokens; dense at 512"
+    loses = [bucket(8, cublaslt=10.0, skinny=12.5), bucket(512, cublaslt=100.0, cusparselt=101.0)]
+    assert tuner.reason(loses, "L4") == (
+        "stays dense: no sparse kernel is faster by 2% on L4; the best is 0.99x at 512 tokens"
+    )
+    assert tuner.reason([bucket(8, cublaslt=10.0)], "L4") == "stays dense: no sparse kernel runs this shape on L4"
+
+
+def measured() -> dict:
+    buckets = [bucket(8, cublaslt=20.0, skinny=13.0)]
+    device = {"name": "H100", "sm": 90, "driver": "580.1", "clocks": {"sm": 1980.0}}
+    return {
+        "device": device,
+        "source": "measured",
+        "gpu": "H100",
+        "versions": {"cusparselt": 801},
+        "layers": {"model.layers.0.mlp.down_proj": tuner.entry(SHAPE, buckets, "H100")},
+    }
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    tactics.write(measured(), tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+    read = tactics.read(tmp_path)
+    assert read == tactics.read(tmp_path / "tactics.json")
+    layer = read.layers["model.layers.0.mlp.down_proj"]
+    assert (layer.out_features, layer.buckets[0].kernel, layer.buckets[0].algorithm) == (4096, "skinny", (1, 2, 3))
+    assert json.loads((tmp_path / "tactics.json").read_text())["layers"] == measured()["layers"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"source": "guessed"}, "source: Input should be 'measured' or 'predicted'"),
+        ({"extra": 1}, "extra: Extra inputs are not permitted"),
+        ({"layers": {"a": {}}}, "layers.a.out_features: Field required"),
+    ],
+)
+def test_damaged_file_is_named(tmp_path: Path, change: dict, words: str) -> None:
+    (tmp_path / "tactics.json").write_text(json.dumps({**measured(), **change}))
+    with pytest.raises(UserError, match=f"is no tactics file: {words}; tune the engine again"):
+        tactics.read(tmp_path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tune the engine first"):
+        tactics.read(tmp_path)
+
+
+def test_tactics_of_another_gpu_or_library_are_not_trusted() -> None:
+    ours = tactics.Tactics.model_validate(measured())
+    assert tactics.check_device(ours, "H100", 90, {"cusparselt": 801}) is None
+    assert "this is L4 (SM 89): tune again" in str(tactics.check_device(ours, "L4", 89, {}))
+    assert "with cusparselt 801, here is 900" in str(tactics.check_device(ours, "H100", 90, {"cusparselt": 900}))
+    predicted = tactics.Tactics.model_validate({**measured(), "device": None, "source": "predicted"})
+    assert "predicted, not measured here" in str(tactics.check_device(predicted, "H100", 90, {}))
+
+
+def test_algorithms_are_given_back_only_to_the_same_gpu_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, tuple[int, ...]]] = []
+    fake = SimpleNamespace(
+        info=lambda: SimpleNamespace(sm=90, cusparselt_version=801, cublaslt_version=130100),
+        set_algorithm=lambda problem, words: given.append((problem.tokens, words)),
+    )
+    monkeypatch.setattr(library, "context", lambda device: fake)
+    monkeypatch.setattr(library, "load", lambda: SimpleNamespace(twofour_version=lambda: 100))
+    file = {**measured(), "versions": {"libtwofour": 100, "cusparselt": 801, "cublaslt": 130100}}
+    tuner.apply(file)
+    assert given == [(8, (1, 2, 3))]
+    tuner.apply({**file, "versions": {**file["versions"], "cusparselt": 802}})
+    tuner.apply({**file, "device": {**file["device"], "sm": 89}})
+    tuner.apply({**file, "device": None})
+    assert len(given) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_random_weights_have_exactly_two_nonzeros_a_group(dtype: torch.dtype) -> None:
+    weight = timing.random_2to4(32, 256, dtype, torch.device("cpu"))
+    nonzeros = (weight.float().view(32, 64, 4) != 0).sum(-1)
+    assert weight.dtype == dtype
+    assert bool((nonzeros == 2).all())
+
+
+def test_copies_defeat_the_cache() -> None:
+    assert timing.copies_to_fill(10 << 20, 50 << 20) * (10 << 20) > 100 << 20
+    assert timing.copies_to_fill(1 << 30, 50 << 20) == 2
+
+
+def test_model_of_the_file_needs_no_torch() -> None:
+    code = "import sys, plugins.tactics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tuner_needs_no_pydantic() -> None:
+    """The GPU machines have torch, but neither pydantic nor yaml."""
+    code = (
+        "import sys\n"
+        "for name in ('pydantic', 'yaml', 'ml_dtypes', 'modelopt', 'click'): sys.modules[name] = None\n"
+        "import plugins.tuner, plugins.ops, plugins.kernel_linear, plugins.build"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
