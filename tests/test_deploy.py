@@ -23,6 +23,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.config import Workload
+from benchmarks.drivers import triton
+from benchmarks.workload import make_requests
 from builder.deploy.config import DeployConfig
 from builder.deploy.server import Ports, Server
 from builder.deploy.triton import write_repository
@@ -202,6 +205,14 @@ def test_a_repeated_request_is_answered_from_the_cache(server: Server) -> None:
     assert metric(server, "twofour_output_tokens", "cached") == made + 5, "the engine ran once"
     generate(server, "cached", **{**ask, "max_tokens": 6})
     assert metric(server, "nv_cache_num_hits_per_model", "cached") == hits + 1, "another max_tokens is another answer"
+
+
+def test_the_benchmark_driver_measures_a_server(server: Server) -> None:
+    requests = make_requests(Workload(input_tokens=8, output_tokens=6, requests=6), vocabulary=4096)
+    records = triton.run(triton.Endpoint(f"http://{server.url()}", "llm"), requests, concurrency=3)
+    assert [record.error for record in records] == [None] * 6
+    assert {(record.input_tokens, record.output_tokens) for record in records} == {(8, 6)}
+    assert all(record.start < record.token_times[0] <= record.end for record in records)
 
 
 @pytest.mark.parametrize(
