@@ -26,7 +26,9 @@ def evaluate(
     """The accuracy block of an engine, on the build's own text and against its own dense model unless named."""
     built = _recipe(artifact)
     config = built.accuracy if built else Accuracy()
-    config = config.model_copy(update={"data": data or config.data, "samples": samples or config.samples, "tasks": tasks})
+    config = config.model_copy(
+        update={"data": data or config.data, "samples": samples or config.samples, "tasks": tasks}
+    )
     if config.data is None:
         raise UserError("no text to evaluate on: name it with --data")
     return measure.accuracy(_dense(built, model), _engine(artifact), config, console.progress)
@@ -36,14 +38,16 @@ def benchmark_config(input_tokens: int, output_tokens: int, concurrency: str, re
     """The command line's workload. Raises UserError for a concurrency that is not a list of numbers."""
     try:
         levels = tuple(int(level) for level in concurrency.split(","))
-        workload = Workload(input_tokens=input_tokens, output_tokens=output_tokens, concurrency=levels, requests=requests)
+        workload = Workload(
+            input_tokens=input_tokens, output_tokens=output_tokens, concurrency=levels, requests=requests
+        )
         if min(levels) < 1:
             raise ValueError
         return Benchmark(workloads=(workload,), rounds=rounds)
     except ValueError:
         raise UserError(
-            f"--concurrency '{concurrency}', --input-tokens {input_tokens}, --output-tokens {output_tokens}, --requests "
-            f"{requests}, --rounds {rounds}: each must be 1 or more, for example --concurrency 1,8"
+            f"--concurrency '{concurrency}', --input-tokens {input_tokens}, --output-tokens {output_tokens}, "
+            f"--requests {requests}, --rounds {rounds}: each must be 1 or more, for example --concurrency 1,8"
         ) from None
 
 
@@ -100,7 +104,11 @@ def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
     write_repository(build / "engine", build / "triton", config)
     if is_build(build):
         record_folder(build, "triton")
-    return {"repository": str(build / "triton"), "model": config.model_name, "files": list(sha256_tree(build / "triton"))}
+    return {
+        "repository": str(build / "triton"),
+        "model": config.model_name,
+        "files": list(sha256_tree(build / "triton")),
+    }
 
 
 def _engine(artifact: Path) -> Path:

@@ -1,7 +1,7 @@
 """The model families that we build, described from `config.json` alone.
 
-Module names and shapes follow `transformers`. The list is closed: a name from a checkpoint's config is looked up here and
-never imported, so that a config cannot name code to run.
+Module names and shapes follow `transformers`. The list is closed: a name from a checkpoint's config is looked up here
+and never imported, so that a config cannot name code to run.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def read_config(model: Path) -> dict[str, Any]:
 
 
 def architecture(config: dict[str, Any], source: str = "config.json") -> Architecture:
-    """The architecture that a `config.json` describes. Raises UserError where we do not build it or a size is missing."""
+    """The architecture that a `config.json` describes. Raises UserError where we do not build it or a size lacks."""
     names = config.get("architectures") or ["none"]
     name = names[0]
     if name not in _BIAS_QKV_O:

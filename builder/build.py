@@ -37,13 +37,18 @@ def default_store() -> Path:
 
 
 def build(
-    recipe: Recipe, out: Path, console: Console, store: Path | None = None, until: Until = "deploy", gpu: str = "H100-SXM",
+    recipe: Recipe,
+    out: Path,
+    console: Console,
+    store: Path | None = None,
+    until: Until = "deploy",
+    gpu: str = "H100-SXM",
     wait: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Builds `recipe` into `out` and returns the report.
 
-    Raises UserError for wrong input, with `out` untouched, and GateError where a gate failed, with `out` holding the build
-    and its report.
+    Raises UserError for wrong input, with `out` untouched, and GateError where a gate failed, with `out` holding the
+    build and its report.
     """
     started = _now()
     plan = resolve(recipe, gpu)
@@ -54,7 +59,9 @@ def build(
         report = assemble(line)
         _publish(line, report, place, until, started)
     if failed := [gate for gate in report["gates"] if not gate["passed"]]:
-        raise GateError(f"gate failed: {'; '.join(gate['words'] for gate in failed)}; see {out / 'report' / 'report.md'}")
+        raise GateError(
+            f"gate failed: {'; '.join(gate['words'] for gate in failed)}; see {out / 'report' / 'report.md'}"
+        )
     return report
 
 
@@ -109,7 +116,11 @@ def _publish(line: Line, report: dict[str, Any], out: Path, until: Until, starte
         if until == "deploy" and line.plan.backend == "torch":
             _deploy(entries["engine"].path, Path(scratch) / "triton")
         render(report, Path(scratch) / "report")
-        files |= {path.relative_to(scratch).as_posix(): path.read_bytes() for path in sorted(Path(scratch).rglob("*")) if path.is_file()}
+        files |= {
+            path.relative_to(scratch).as_posix(): path.read_bytes()
+            for path in sorted(Path(scratch).rglob("*"))
+            if path.is_file()
+        }
     files[MANIFEST] = _json(_manifest(line, parts, files, started))
     publish(parts, out, files)
 
@@ -158,5 +169,3 @@ def _json(value: Any) -> bytes:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-

@@ -25,14 +25,20 @@ def json_option(command: F) -> F:
 
 def recipe_options(command: F) -> F:
     """MODEL or RECIPE.yaml, --preset and --set, as `build` and `plan` take them."""
-    command = click.option("--trust-remote-code", is_flag=True, help="Allow the model's own code to run; recorded.")(command)
-    command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")(command)
+    command = click.option("--trust-remote-code", is_flag=True, help="Allow the model's own code to run; recorded.")(
+        command
+    )
+    command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")(
+        command
+    )
     command = click.option("--preset", metavar="NAME", help="fp8, int8, 2of4, fp8-2of4 or int8-2of4.")(command)
     return click.argument("target", metavar="MODEL|RECIPE.yaml")(command)
 
 
 def gpu_option(command: F) -> F:
-    return click.option("--gpu", default="H100-SXM", show_default=True, help="The GPU that times are predicted for.")(command)
+    return click.option("--gpu", default="H100-SXM", show_default=True, help="The GPU that times are predicted for.")(
+        command
+    )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -47,16 +53,33 @@ def cli() -> None:
 @cli.command(epilog=example("twofour build examples/docs-llama --preset fp8-2of4 --out build/docs-llama"))
 @recipe_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The directory to write.")
-@click.option("--until", type=click.Choice(["checkpoint", "engine", "evaluate", "benchmark", "deploy"]), default="deploy",
-              show_default=True, help="The last stage to run.")  # fmt: skip
-@click.option("--store", type=click.Path(path_type=Path), help="Where stage outputs are kept.  [default: ~/.cache/twofour]")
-@click.option("--no-wait", is_flag=True, help="Give up when another build is making the same stage, instead of waiting.")
+@click.option(
+    "--until",
+    type=click.Choice(["checkpoint", "engine", "evaluate", "benchmark", "deploy"]),
+    default="deploy",
+    show_default=True,
+    help="The last stage to run.",
+)
+@click.option(
+    "--store", type=click.Path(path_type=Path), help="Where stage outputs are kept.  [default: ~/.cache/twofour]"
+)
+@click.option(
+    "--no-wait", is_flag=True, help="Give up when another build is making the same stage, instead of waiting."
+)
 @gpu_option
 @json_option
 def build(
-    target: str, preset: str | None, overrides: tuple[str, ...], trust_remote_code: bool, out: Path, until: Any,
-    store: Path | None, no_wait: bool, gpu: str, as_json: bool,
-) -> None:  # fmt: skip
+    target: str,
+    preset: str | None,
+    overrides: tuple[str, ...],
+    trust_remote_code: bool,
+    out: Path,
+    until: Any,
+    store: Path | None,
+    no_wait: bool,
+    gpu: str,
+    as_json: bool,
+) -> None:
     """Build MODEL: prune, quantize, verify, make the engine, measure it, write the Triton repository and the report.
 
     A build that was stopped goes on where it was; what an earlier build made of the same input is used again.
@@ -78,9 +101,15 @@ def build(
 @click.option("--context", default=1024, show_default=True, help="Tokens of context, for the prediction.")
 @json_option
 def plan(
-    target: str, preset: str | None, overrides: tuple[str, ...], trust_remote_code: bool, gpu: str, batch: int, context: int,
+    target: str,
+    preset: str | None,
+    overrides: tuple[str, ...],
+    trust_remote_code: bool,
+    gpu: str,
+    batch: int,
+    context: int,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Show what a build would do with MODEL, from its config.json alone: layers, bytes, memory, ceilings."""
     from builder import output, recipe
     from builder.build import resolve
@@ -139,8 +168,12 @@ def evaluate(
 @cli.command(epilog=example("twofour engine build/docs-llama/checkpoint --out build/engine --backend torch"))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The engine directory to write.")
-@click.option("--backend", type=click.Choice(["auto", "tensorrt", "pytorch", "torch"]), default="auto", show_default=True)
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe's engine section.")
+@click.option(
+    "--backend", type=click.Choice(["auto", "tensorrt", "pytorch", "torch"]), default="auto", show_default=True
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe's engine section."
+)
 @gpu_option
 @json_option
 def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...], gpu: str, as_json: bool) -> None:
@@ -165,9 +198,18 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
 @click.option("--out", type=click.Path(path_type=Path), help="Write performance.json and records.jsonl here.")
 @json_option
 def bench(
-    artifact: Path, model: str | None, input_tokens: int, output_tokens: int, concurrency: str, requests: int, rounds: int,
-    url: str | None, dense_url: str | None, out: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    artifact: Path,
+    model: str | None,
+    input_tokens: int,
+    output_tokens: int,
+    concurrency: str,
+    requests: int,
+    rounds: int,
+    url: str | None,
+    dense_url: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Measure a build's throughput and latency beside the dense baseline, interleaved, with intervals."""
     from builder import again, output
     from builder.console import Console
@@ -186,7 +228,9 @@ def bench(
 @click.argument("build_dir", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--target", type=click.Choice(["triton"]), default="triton", show_default=True)
 @click.option("--model-name", default="llm", show_default=True)
-@click.option("--streaming/--no-streaming", default=None, help="Stream tokens.  [default: yes, unless responses are cached]")
+@click.option(
+    "--streaming/--no-streaming", default=None, help="Stream tokens.  [default: yes, unless responses are cached]"
+)
 @click.option("--response-cache", is_flag=True, help="Let Triton answer repeated requests from its cache.")
 @click.option("--dynamic-batching", is_flag=True, help="Let Triton group requests; the engine batches either way.")
 @click.option("--max-tokens", default=64, show_default=True, help="Tokens for a request that does not say.")

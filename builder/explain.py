@@ -32,7 +32,9 @@ def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[s
         tactics = predict_tactics(weights, gpu or "H100-SXM")
     names = [name for name in tactics["layers"] if fnmatch.fnmatchcase(name, layers)]
     if not names:
-        raise UserError(f"no linear layer matches '{layers}': layers are named like '{next(iter(tactics['layers']), '')}'")
+        raise UserError(
+            f"no linear layer matches '{layers}': layers are named like '{next(iter(tactics['layers']), '')}'"
+        )
     return {
         "artifact": str(artifact),
         "source": tactics["source"],

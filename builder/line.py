@@ -1,7 +1,7 @@
 """The line of stages, from a model to a measured engine. Each stage is one step whose output the store keeps.
 
-A stage names its inputs (the digests of earlier outputs), its part of the recipe, its version and the tools whose versions
-change its result; the store makes it or finds it. Raise a stage's version when its code gives another output.
+A stage names its inputs (the digests of earlier outputs), its part of the recipe, its version and the tools whose
+versions change its result; the store makes it or finds it. Raise a stage's version when its code gives another output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ ENGINE_TOOLS = ("torch", "transformers", "safetensors", "tensorrt-llm", "tensorr
 class Line:
     """One build's stages. Each method returns the stage's finished output, making what is missing."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, model: Path, store: Store, console: Console, wait: bool = True) -> None:
+    def __init__(
+        self, recipe: Recipe, plan: Plan, model: Path, store: Store, console: Console, wait: bool = True
+    ) -> None:
         self.recipe, self.plan, self.model = recipe, plan, model
         self.store, self.console, self.wait = store, console, wait
         self.model_digest = digest_of(_model_files(model))
@@ -87,8 +89,15 @@ class Line:
         def make(out: Path, work: Path) -> None:
             _write_json(out / "selection.json", select(self, out, work))
 
-        inputs = {"model": self.model_digest, "tokens": self.calibration().digest, "held_out": _data_digest(accuracy.data)}
-        config = {"sparsity": sparsity.model_dump(mode="json"), "accuracy": accuracy.model_dump(mode="json")}
+        inputs = {
+            "model": self.model_digest,
+            "tokens": self.calibration().digest,
+            "held_out": _data_digest(accuracy.data),
+        }
+        config: dict[str, Any] = {
+            "sparsity": sparsity.model_dump(mode="json"),
+            "accuracy": accuracy.model_dump(mode="json"),
+        }
         config["layers"] = self.plan.sparse_layers
         return self._run("selection", 1, inputs, config, CALIBRATION_TOOLS, make)
 
@@ -160,7 +169,11 @@ class Line:
         def make(out: Path, work: Path) -> None:
             backends.build(self.plan.backend, checkpoint.path, out, config, self.plan.predicted["gpu"])
 
-        described = {**config.model_dump(mode="json"), "backend": self.plan.backend, "predicted": self.plan.predicted["gpu"]}
+        described = {
+            **config.model_dump(mode="json"),
+            "backend": self.plan.backend,
+            "predicted": self.plan.predicted["gpu"],
+        }
         described["sm"] = machine.sm()
         return self._run("engine", 1, {"checkpoint": checkpoint.digest}, described, ENGINE_TOOLS, make)
 
@@ -198,7 +211,9 @@ class Line:
 
 def _model_files(model: Path) -> dict[str, str]:
     """sha256 of the files that make a model: weights, config, tokenizer; not the texts that may lie beside them."""
-    kept = [path for path in sorted(model.iterdir()) if path.suffix in (".safetensors", ".json", ".model", ".txt", ".jinja")]
+    kept = [
+        path for path in sorted(model.iterdir()) if path.suffix in (".safetensors", ".json", ".model", ".txt", ".jinja")
+    ]
     return {path.name: sha256(path) for path in kept if path.is_file()}
 
 
@@ -216,5 +231,3 @@ def _tokens(entry: Entry) -> Any:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf8")
-
-

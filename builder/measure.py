@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import roofline
 from benchmarks.config import Benchmark
+from benchmarks.limits import ModelCost, add_limits
+from benchmarks.roofline import Gpu, Layer
+from builder import machine
+from builder.architectures import architecture, read_config
 from builder.engines import backends
+from builder.tactics import read_tactics
 from calibration.config import Accuracy
+from plugins.errors import UserError
 
 if TYPE_CHECKING:
     from benchmarks.compare import Comparison
@@ -29,7 +37,10 @@ def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) ->
     if config.tasks:
         from calibration.tasks import lm_eval_tasks
 
-        found["tasks"] = {"dense": lm_eval_tasks(dense, model, config.tasks), "built": lm_eval_tasks(built, model, config.tasks)}
+        found["tasks"] = {
+            "dense": lm_eval_tasks(dense, model, config.tasks),
+            "built": lm_eval_tasks(built, model, config.tasks),
+        }
     return found
 
 
@@ -38,7 +49,36 @@ def performance(model: Path, engine: Path, config: Benchmark, out: Path, progres
     from benchmarks.compare import compare
 
     dense, built = backends.load_dense(model, engine), backends.load(engine)
-    return _write(compare(dense, built, config, _vocabulary(model), progress), out)
+    measured = compare(dense, built, config, _vocabulary(model), progress)
+    if (costs := _costs(model, engine)) and (card := _this_gpu()):
+        add_limits(measured.points, costs, card)
+    return _write(measured, out)
+
+
+def _this_gpu() -> Gpu | None:
+    """The limits of this machine's GPU. A CPU has none here: what its caches allow depends on the model's size."""
+    try:
+        return roofline.gpu(machine.device()["name"]) if machine.sm() else None
+    except UserError:
+        return None  # a card that gpus.yaml does not describe: figures stand without a share
+
+
+def _costs(model: Path, engine: Path) -> dict[str, ModelCost]:
+    """What one decode step of each side moves and multiplies, from the engine's tactics and the model's config."""
+    tactics = read_tactics(engine)
+    shapes = architecture(read_config(model))
+    if tactics is None:
+        return {}
+    built = [
+        Layer(x["out_features"], x["in_features"], x["format"], x["sparse"], last_token=name == "lm_head")
+        for name, x in tactics["layers"].items()
+    ]
+    dense = [dataclasses.replace(layer, format="bf16", sparse=False) for layer in built]
+    kv_bytes = 1 if backends.engine_facts(engine).get("kv_cache", "none") != "none" else 2
+    return {
+        "dense": ModelCost(dense, 2.0 * shapes.kv_values_per_token),
+        "built": ModelCost(built, float(kv_bytes * shapes.kv_values_per_token)),
+    }
 
 
 def _write(measured: Comparison, out: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -55,14 +56,19 @@ def plan(made: Plan) -> None:
     table(f"{made.model}: {made.architecture}, {made.format}, backend {made.backend}", head, rows, right=(1, 2, 5, 6))
     share = made.built_bytes / made.dense_bytes
     click.echo("")
-    for why in dict.fromkeys((_kind_name(x.name), x.reason) for x in made.layers if not x.sparse and "no sparsity" not in x.reason):
+    for why in dict.fromkeys(
+        (_kind_name(x.name), x.reason) for x in made.layers if not x.sparse and "no sparsity" not in x.reason
+    ):
         click.echo(f"dense         {why[0]}: {why[1]}")
     click.echo(f"weights       {size(made.dense_bytes)} -> {size(made.built_bytes)} ({share:.1%})")
     for stage, needed in made.calibration_bytes.items():
         click.echo(f"memory        about {size(needed)} to {stage}")
     click.echo(f"KV cache      {size(made.kv_bytes_per_token)} a token")
     p = made.predicted
-    for phase, load in (("decode", f"batch {p['batch']}, context {p['context']}"), ("prefill", f"{p['context']} tokens")):
+    for phase, load in (
+        ("decode", f"batch {p['batch']}, context {p['context']}"),
+        ("prefill", f"{p['context']} tokens"),
+    ):
         dense, built = p[phase]["dense"], p[phase]["built"]
         if built.supported:
             gain = built.tokens_per_second / dense.tokens_per_second
@@ -70,6 +76,10 @@ def plan(made: Plan) -> None:
                 f"{phase:<13} at most {built.tokens_per_second:,.0f} tokens/s, {gain:.2f}x dense "
                 f"({load}, {built.bound}-bound; predicted for {p['gpu']})"
             )
+            if built.fits_l2:
+                click.echo(
+                    f"{'':<13} this model fits the L2 cache of {p['gpu']}: the memory's rate is no real limit for it"
+                )
         else:
             click.echo(f"{phase:<13} not on {p['gpu']}: {built.reason}")
     for note in made.notes:
@@ -91,11 +101,13 @@ def _kind_name(name: str) -> str:
 
 def explanation(found: dict[str, Any]) -> None:
     """One block a kind of layer: what it is, then a line for each number of tokens."""
-    click.echo(f"Kernel times are {found['source']} for {found['gpu'] or 'this machine'}"
-               + (" from its roofline: limits, not measurements." if found["source"] == "predicted" else "."))  # fmt: skip
+    limits = " from its roofline: limits, not measurements" if found["source"] == "predicted" else ""
+    click.echo(f"Kernel times are {found['source']} for {found['gpu'] or 'this machine'}{limits}.")
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in found["layers"]:
-        groups.setdefault(json.dumps([_kind_name(row["name"]), row["buckets"], row["sparse"], row.get("valid_2to4")]), []).append(row)
+        groups.setdefault(
+            json.dumps([_kind_name(row["name"]), row["buckets"], row["sparse"], row.get("valid_2to4")]), []
+        ).append(row)
     for rows in groups.values():
         first = rows[0]
         name = first["name"] if len(rows) == 1 else f"{len(rows)} x {_kind_name(first['name'])}"
@@ -136,7 +148,8 @@ def summary(report: dict[str, Any], out: str) -> None:
         click.echo(f"note        {note}")
     for gate in report["gates"]:
         click.echo(f"gate        {'passed' if gate['passed'] else 'FAILED'}  {gate['name']}: {gate['words']}")
-    click.echo(f"\nin {out}: checkpoint/ engine/ triton/ report/report.html")
+    parts = [name for name in ("checkpoint", "checkpoint-trtllm", "engine", "triton") if (Path(out) / name).is_dir()]
+    click.echo(f"\nin {out}: {' '.join(f'{part}/' for part in parts)} report/report.html")
 
 
 def speed(point: dict[str, Any]) -> str:
@@ -162,7 +175,10 @@ def accuracy(found: dict[str, Any]) -> None:
     click.echo(f"increase        {found['perplexity_increase']:+.2%}, 95% interval {low:+.2%} to {high:+.2%}")
     click.echo(f"same top token  {found['top1_agreement']:.2%}")
     click.echo(f"KL              {found['kl']:.4f} nats a token")
-    click.echo(f"on              {found['tokens']:,} tokens of {found['documents']} documents, context {found['context_length']}")
+    click.echo(
+        f"on              {found['tokens']:,} tokens of {found['documents']} documents, "
+        f"context {found['context_length']}"
+    )
     for task, score in found.get("tasks", {}).get("built", {}).items():
         click.echo(f"{task:<15} dense {found['tasks']['dense'][task]}, built {score}")
 
@@ -173,7 +189,10 @@ def verification(found: Verification) -> None:
         sparse = f", {part.sparse_layers} of {part.layers} layers 2:4" if part.sparse_layers else ", dense"
         ranks = f", {part.ranks} ranks" if part.ranks > 1 else ""
         kv_cache = f", {part.kv_cache} KV cache" if part.kv_cache != "none" else ""
-        click.echo(f"checked  {part.directory}: {part.format}{kv_cache}{sparse}{ranks}, {part.tensors} tensors, {size(part.bytes)}")
+        click.echo(
+            f"checked  {part.directory}: {part.format}{kv_cache}{sparse}{ranks}, "
+            f"{part.tensors} tensors, {size(part.bytes)}"
+        )
     for violation in found.violations:
         click.echo(f"FAILED   {violation.message}")
     if found.ok:

@@ -123,7 +123,9 @@ def _sparse(linear: Linear, shapes: Architecture, recipe: Recipe, width: int) ->
     if not matches(linear.name, recipe.sparsity.layers):
         return False, "not among the recipe's layers"
     if linear.name == "lm_head" and shapes.tied_embeddings:
-        raise UserError("'lm_head' shares its weight with the embedding and cannot be pruned: add it to sparsity.exclude")
+        raise UserError(
+            "'lm_head' shares its weight with the embedding and cannot be pruned: add it to sparsity.exclude"
+        )
     alignment = 32 // width
     if linear.in_features % 4 or linear.in_features % alignment:
         what = "2:4 needs a multiple of 4" if linear.in_features % 4 else f"the kernels need a multiple of {alignment}"
@@ -160,8 +162,10 @@ def _calibration_bytes(
         activations = 2 * 2 * 4 * tokens * shapes.hidden_size  # of the dense and the pruned model, in and out
         estimate["sparsify"] = block + hessians + activations
     if recipe.quantization.format != "none" or recipe.quantization.kv_cache != "none":
-        estimate["quantize"] = sum(layer.dense_bytes for layer in layers) + other + 4 * max(
-            layer.out_features * layer.in_features for layer in layers
+        estimate["quantize"] = (
+            sum(layer.dense_bytes for layer in layers)
+            + other
+            + 4 * max(layer.out_features * layer.in_features for layer in layers)
         )
     return estimate
 
@@ -205,5 +209,7 @@ def _notes(recipe: Recipe, layers: Sequence[LayerPlan]) -> list[str]:
     if recipe.sparsity and not any(layer.sparse for layer in layers):
         notes.append("no layer is pruned: sparsity.layers and sparsity.exclude leave none")
     if recipe.sparsity:
-        notes.append("2:4 pays only on a GPU with sparse tensor cores (SM80 and later); on a CPU it saves bytes, not time")
+        notes.append(
+            "2:4 pays only on a GPU with sparse tensor cores (SM80 and later); on a CPU it saves bytes, not time"
+        )
     return notes

@@ -26,8 +26,8 @@ def write_checkpoints(
 ) -> None:
     """Writes out/hf and, for `trtllm` (tensor parallel, pipeline parallel), out/trtllm.
 
-    `layers` are the modules to quantize; `tokens` [samples, length] may be None where nothing is. Raises GateError where
-    a written file is not what it should be.
+    `layers` are the modules to quantize; `tokens` [samples, length] may be None where nothing is.
+    Raises GateError where a written file is not what it should be.
     """
     sparse = _declared(source)
     untouched = config.format == "none" and config.kv_cache == "none"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from benchmarks.config import Benchmark
 from builder.engines.base import EngineConfig
@@ -25,13 +25,13 @@ class Recipe(Config):
     model: str
     revision: str | None = None
     trust_remote_code: bool = False
-    calibration: CalibrationData = Field(default_factory=CalibrationData)
+    calibration: CalibrationData = CalibrationData()
     sparsity: Sparsity | None = None
     recovery: Recovery | None = None
-    quantization: Quantization = Field(default_factory=Quantization)
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    accuracy: Accuracy = Field(default_factory=Accuracy)
-    benchmark: Benchmark | None = Field(default_factory=Benchmark)
+    quantization: Quantization = Quantization()
+    engine: EngineConfig = EngineConfig()
+    accuracy: Accuracy = Accuracy()
+    benchmark: Benchmark | None = Benchmark()
 
     @property
     def format(self) -> str:
@@ -105,7 +105,7 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_neighbours(values: dict[str, Any]) -> dict[str, Any]:
-    """A local model may bring `calibration.jsonl` and `evaluation.jsonl` beside its weights: used where none is named."""
+    """`calibration.jsonl` and `evaluation.jsonl` beside a local model's weights are used where no text is named."""
     model = values.get("model")
     if not isinstance(model, str):
         return values

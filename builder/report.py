@@ -12,11 +12,10 @@ from builder.line import Line
 from builder.tactics import read_tactics
 
 ON_CPU = (
-    "2:4 gives no speed on this machine: a CPU has no sparse matrix instructions, so its kernels multiply the zeros too. "
-    "Here it saves bytes. The gain on a GPU is predicted above, never measured here."
+    "2:4 gives no speed on this machine: a CPU has no sparse matrix instructions, so its kernels multiply the zeros "
+    "too. Here it saves bytes. The gain on a GPU is predicted above, never measured here."
 )
 CPU_FIGURES = "The speeds are real and stand for this CPU alone; they say nothing about a GPU."
-SERIAL = "Dense and built were measured on the same prompts in interleaved rounds; intervals are 95%, from resampled rounds."
 
 
 def assemble(line: Line) -> dict[str, Any]:
@@ -104,8 +103,6 @@ def _notes(line: Line) -> list[str]:
     if machine.device()["type"] == "cpu":
         notes += [ON_CPU] if line.recipe.sparsity else []
         notes += [CPU_FIGURES]
-    if "benchmark" in line.entries:
-        notes.append(SERIAL)
     if "sparsify" in line.entries:
         reports = _read(line.entries["sparsify"].path / "layers.json")
         notes += [f"'{layer['name']}' stayed dense: {layer['note']}" for layer in reports if not layer["pruned"]]

@@ -61,7 +61,9 @@ def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
     except errors.GatedRepoError:
         raise UserError(f"'{model}' is gated: accept its licence on the hub, then set HF_TOKEN") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"no model '{model}' here or on the Hugging Face hub: check the name, or set HF_TOKEN") from None
+        raise UserError(
+            f"no model '{model}' here or on the Hugging Face hub: check the name, or set HF_TOKEN"
+        ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"'{model}' has no revision '{revision}': check it on the hub") from None
     except Exception as error:  # huggingface_hub raises many kinds where the network is closed

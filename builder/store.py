@@ -121,6 +121,7 @@ class Store:
                 work.mkdir(parents=True, exist_ok=True)
                 with PeakMemory() as peak:
                     make(out, work)
+                _readable(out)
                 record = {
                     "stage": stage,
                     "key": key,
@@ -153,3 +154,9 @@ class Store:
 
     def _folder(self, stage: str, key: str) -> Path:
         return self.root / "entries" / stage / key
+
+
+def _readable(directory: Path) -> None:
+    """Lets every user read the files: some libraries write weights for their owner alone, and a server is another."""
+    for path in directory.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)

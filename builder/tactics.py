@@ -43,7 +43,14 @@ def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any
     number_format = "bf16" if layer.format == "fp32" else layer.format
     shape = (card, tokens, layer.out_features, layer.in_features, number_format)
     if card.refuses(number_format, layer.sparse):
-        return {"tokens": tokens, "kernel": "none", "dense_us": None, "sparse_us": None, "ratio": None, "measured": False}
+        return {
+            "tokens": tokens,
+            "kernel": "none",
+            "dense_us": None,
+            "sparse_us": None,
+            "ratio": None,
+            "measured": False,
+        }
     dense = roofline.gemm_time(*shape, sparse=False).seconds * 1e6
     sparse = roofline.gemm_time(*shape, sparse=True).seconds * 1e6
     ratio = dense / sparse

@@ -13,8 +13,8 @@ class CalibrationData(Config):
     """Which text the statistics are taken from."""
 
     data: str | None = None  # .jsonl, .jsonl.gz, .txt, .safetensors (input_ids), or a Hugging Face dataset id
-    samples: int = Field(128, ge=1)
-    sequence_length: int = Field(256, ge=2)
+    samples: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=256, ge=2)
     seed: int = 0
     chat_template: bool | None = None  # None: applied to rows that hold `messages`, when the tokenizer has one
 
@@ -46,17 +46,25 @@ class Quantization(Config):
 class Recovery(Config):
     """Distillation from the dense model after pruning, masks held."""
 
-    minutes: float = Field(15, gt=0)
-    learning_rate: float = Field(1e-4, gt=0)
+    minutes: float = Field(default=15, gt=0)  # of the whole: sampling, training, judging
+    steps: int | None = Field(default=None, ge=1)  # None: as many as fit into the minutes
     data: str | None = None  # None: the calibration data
+    sampled_windows: int = Field(default=0, ge=0)  # that the dense model writes itself, beside the data
+    batch_size: int = Field(default=16, ge=1)  # windows an optimizer step
+    learning_rate: float | None = Field(default=None, gt=0)  # None: 0.2 / hidden size
+    reverse_kl: float = Field(
+        0.0, ge=0, le=1
+    )  # share of KL(pruned || dense) in the loss; the rest is KL(dense || pruned)
+    hidden_states: float = Field(default=0.0, ge=0)  # weight of the relative squared error of the blocks' outputs
+    seed: int = 0
 
 
 class Accuracy(Config):
     """What the built engine is held to, against the dense model."""
 
     data: str | None = None
-    samples: int | None = Field(None, ge=1)  # None: all of it
-    sequence_length: int = Field(256, ge=2)
+    samples: int | None = Field(default=None, ge=1)  # None: all of it
+    sequence_length: int = Field(default=256, ge=2)
     max_perplexity_increase: Percent | None = None
     min_top1_agreement: Percent | None = None
     tasks: tuple[str, ...] = ()  # lm-eval task names

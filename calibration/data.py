@@ -50,8 +50,8 @@ def windows(
 ) -> Windows:
     """Windows of `length` tokens: first the first window of each document, then the second of each, and so on.
 
-    What is left of each document is joined into further windows, so that short documents count too. `samples` None takes
-    all, `seed` None keeps the order of the data. Raises UserError where there are fewer than `samples`.
+    What is left of each document is joined into further windows, so that short documents count too. `samples` None
+    takes all, `seed` None keeps the order of the data. Raises UserError where there are fewer than `samples`.
     """
     vocabulary = _vocabulary(model)
     if data.endswith((".safetensors", ".npy")):
@@ -70,7 +70,9 @@ def windows(
             + (f" (--set calibration.samples={count})" if count else "")
         )
     if found.tokens.min() < 0 or found.tokens.max() >= vocabulary:
-        raise UserError(f"'{data}' holds token {found.tokens.max()}, beyond the vocabulary of {vocabulary}: wrong tokenizer")
+        raise UserError(
+            f"'{data}' holds token {found.tokens.max()}, beyond the vocabulary of {vocabulary}: wrong tokenizer"
+        )
     return Windows(found.tokens[:samples], found.documents[:samples])
 
 
@@ -81,7 +83,9 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model))
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
-        raise UserError(f"'{model}' holds no tokenizer that loads ({type(error).__name__}): add tokenizer.json") from None
+        raise UserError(
+            f"'{model}' holds no tokenizer that loads ({type(error).__name__}): add tokenizer.json"
+        ) from None
     return tokenizer
 
 
@@ -141,7 +145,8 @@ def _token_file(path: Path, length: int) -> Windows:
         raise UserError(f"'{path}' cannot be read as tokens ({error}): write a .npy or .safetensors") from None
     if stored.ndim != 2 or not np.issubdtype(stored.dtype, np.integer) or stored.shape[1] < length:
         raise UserError(
-            f"'{path}' holds {stored.dtype} of shape {list(stored.shape)}: integers [samples, {length} or more] are needed"
+            f"'{path}' holds {stored.dtype} of shape {list(stored.shape)}: "
+            f"integers [samples, {length} or more] are needed"
         )
     tokens = np.ascontiguousarray(stored[:, :length], dtype=np.int64)
     return Windows(tokens, np.arange(len(tokens), dtype=np.int64))

@@ -13,7 +13,6 @@ from torch import nn
 
 from calibration.quiet import quiet
 from calibration.trtllm_config import complete_config
-from calibration.trtllm_config import complete_config
 from plugins.errors import UserError
 
 TOKENIZER_FILES = (
@@ -27,7 +26,12 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-DECODERS = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen", "Qwen3ForCausalLM": "qwen"}
+DECODERS = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen",
+    "Qwen3ForCausalLM": "qwen",
+}
 TRTLLM_NAMES = {  # Hugging Face's name in a block -> TensorRT-LLM's
     "self_attn.q_proj": "attention.qkv",
     "self_attn.k_proj": "attention.qkv",
@@ -44,12 +48,27 @@ def export_hf(model: nn.Module, source: Path, out: Path, sparse: dict[str, Any] 
     from modelopt.torch.export import export_hf_checkpoint
 
     int8_kv_scales = take_int8_kv_scales(model)
+    settle_weights(model)
     with quiet(), torch.inference_mode():
         export_hf_checkpoint(model, export_dir=out, extra_state_dict=int8_kv_scales or None)
     if int8_kv_scales:
         _declare_int8_kv(out)
     copy_tokenizer(source, out)
     write_sparsity(out, sparse)
+
+
+def settle_weights(model: nn.Module) -> None:
+    """Moves every quantized weight to the 8-bit number that fake quantization takes it for.
+
+    ModelOpt's fake quantization multiplies by the inverse scale in float32, its export divides by the scale, for FP8 in
+    16 bits: near a tie they round apart, 0.1% of the weights in INT8 and 4% in FP8. From a weight on its 8-bit number
+    both go to that number, so that the file holds the model that was calibrated and evaluated in memory.
+    """
+    for module in model.modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if quantizer is not None and quantizer.is_enabled:
+            with torch.no_grad():
+                module.weight.copy_(quantizer(module.weight.float()))
 
 
 def take_int8_kv_scales(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -93,9 +112,14 @@ def copy_checkpoint(source: Path, out: Path, sparse: dict[str, Any] | None) -> N
 
 
 def export_trtllm(
-    model: nn.Module, source: Path, out: Path, sparse: dict[str, Any] | None, tensor_parallel: int, pipeline_parallel: int
+    model: nn.Module,
+    source: Path,
+    out: Path,
+    sparse: dict[str, Any] | None,
+    tensor_parallel: int,
+    pipeline_parallel: int,
 ) -> None:
-    """A TensorRT-LLM checkpoint, one rank{N}.safetensors a rank. Run it before `export_hf`: that one packs the model."""
+    """A TensorRT-LLM checkpoint, one rank{N}.safetensors a rank. Run it before `export_hf`, which packs the model."""
     from modelopt.torch.export import export_tensorrt_llm_checkpoint
 
     dtype = next(model.parameters()).dtype

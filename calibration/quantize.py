@@ -29,7 +29,10 @@ def load_model(directory: Path) -> nn.Module:
     try:
         with quiet():
             model: nn.Module = AutoModelForCausalLM.from_pretrained(
-                str(directory), dtype="auto", use_safetensors=True, device_map="auto" if torch.cuda.is_available() else None
+                str(directory),
+                dtype="auto",
+                use_safetensors=True,
+                device_map="auto" if torch.cuda.is_available() else None,
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         words = " ".join(str(error).split())[:200]
@@ -42,8 +45,8 @@ def quantize(
 ) -> nn.Module:
     """Calibrates and inserts quantizers, in place.
 
-    `layers` are the modules to quantize, by full name; every other linear layer stays as it is. `tokens` [samples, length].
-    Raises UserError where a layer's range comes out empty or not finite, which calibration text can cause.
+    `layers` are the modules to quantize, by full name; every other linear layer stays as it is. `tokens` [samples,
+    length]. Raises UserError where a layer's range comes out empty or not finite, which calibration text can cause.
     """
     import modelopt.torch.quantization as mtq
 

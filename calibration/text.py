@@ -17,13 +17,15 @@ DATASET_ROWS = 4096  # of a hub dataset, which may hold billions
 
 
 def read_documents(data: str) -> list[Document]:
-    """All documents of a file (.jsonl, .jsonl.gz, .txt, .md) or of a dataset id. Raises UserError; never returns none."""
+    """All documents, at least one, of a file (.jsonl, .jsonl.gz, .txt, .md) or of a dataset id. Raises UserError."""
     path = Path(data)
     if path.is_dir():
         raise UserError(f"'{data}' is a directory: name a .jsonl or .txt file in it")
     if path.is_file():
         documents = list(_jsonl(path) if ".jsonl" in path.suffixes else _text(path))
-    elif path.suffix in (".jsonl", ".gz", ".txt", ".md", ".json", ".safetensors", ".npy") or data.startswith((".", "/")):
+    elif path.suffix in (".jsonl", ".gz", ".txt", ".md", ".json", ".safetensors", ".npy") or data.startswith(
+        (".", "/")
+    ):
         raise UserError(f"no file at '{data}': check the path")
     else:
         documents = list(_dataset(data))
@@ -34,8 +36,7 @@ def read_documents(data: str) -> list[Document]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines without line ends or byte-order mark."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         try:
             for number, raw in enumerate(file, start=1):
                 try:
@@ -61,7 +62,7 @@ def _jsonl(path: Path) -> Iterator[Document]:
 
 def _document(row: Any, where: str) -> Document:
     if not isinstance(row, dict):
-        raise UserError(f"{where} is not an object: write {{\"text\": \"...\"}}")
+        raise UserError(f'{where} is not an object: write {{"text": "..."}}')
     if isinstance(row.get("text"), str):
         return str(row["text"])
     messages = row.get("messages")
@@ -79,14 +80,16 @@ def _text(path: Path) -> Iterator[Document]:
 
 def _dataset(name: str) -> Iterator[Document]:
     """`id`, `id:config` or `id:config:split` of the Hugging Face hub, streamed."""
-    identity, config, split = (name.split(":") + ["", ""])[:3]
+    identity, config, split = [*name.split(":"), "", ""][:3]
     try:
         from datasets import load_dataset
 
         rows = load_dataset(identity, config or None, split=split or "train", streaming=True)
         taken = list(rows.take(DATASET_ROWS))
     except ImportError:
-        raise UserError(f"'{name}' is no file, and a dataset id needs the package 'datasets': pip install datasets") from None
+        raise UserError(
+            f"'{name}' is no file, and a dataset id needs the package 'datasets': pip install datasets"
+        ) from None
     except Exception as error:  # datasets raises many kinds where the network is closed or the id is wrong
         raise UserError(
             f"no file '{name}' here, and the dataset cannot be fetched ({type(error).__name__}): "

@@ -22,11 +22,11 @@ class EngineConfig(Config):
     """The recipe's `engine:` section."""
 
     backend: Backend = "auto"
-    max_batch_size: int = Field(64, ge=1)
-    max_seq_len: int = Field(2048, ge=2)
-    max_num_tokens: int = Field(8192, ge=1)
-    tensor_parallel: int = Field(1, ge=1)
-    pipeline_parallel: int = Field(1, ge=1)
+    max_batch_size: int = Field(default=64, ge=1)
+    max_seq_len: int = Field(default=2048, ge=2)
+    max_num_tokens: int = Field(default=8192, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
+    pipeline_parallel: int = Field(default=1, ge=1)
     cuda_graphs: bool = True
     chunked_prefill: bool = False
     kv_cache_block_reuse: bool = True
