@@ -302,6 +302,13 @@ def test_what_is_no_engine_is_refused(engine_dir: Path, tmp_path: Path) -> None:
         write_repository(engine_dir, tmp_path / "triton", DeployConfig())
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", 'a"'])
+def test_a_model_name_that_no_url_can_hold_is_refused(engine_dir: Path, name: str) -> None:
+    with pytest.raises(UserError, match="cannot name a model"):
+        write_repository(engine_dir, engine_dir.parent / "triton", DeployConfig(model_name=name))
+    assert not (engine_dir.parent / "triton").exists()
+
+
 def test_another_directory_in_the_way_is_kept(engine_dir: Path) -> None:
     precious = engine_dir.parent / "triton" / "llm" / "notes.txt"
     precious.parent.mkdir(parents=True)

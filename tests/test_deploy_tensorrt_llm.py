@@ -54,6 +54,11 @@ def test_the_inflight_batchers_holes_are_filled(trtllm: Callable[..., Path]) -> 
     assert f'"{repository.parents[1] / "engine"}"' in (repository / "preprocessing" / "config.pbtxt").read_text()
 
 
+def test_the_engines_path_counts_from_the_model_as_in_other_repositories(trtllm: Callable[..., Path]) -> None:
+    repository = trtllm("tensorrt", engine_path="../../engine")
+    assert f'"{repository.parents[1] / "engine"}"' in (repository / "tensorrt_llm" / "config.pbtxt").read_text()
+
+
 def test_the_llm_api_model_loads_the_engine_with_its_settings(trtllm: Callable[..., Path]) -> None:
     repository = trtllm("pytorch")
     model = repository / "tensorrt_llm" / "1"

@@ -10,7 +10,7 @@ from plugins.config import Config
 class DeployConfig(Config):
     """The options of `twofour deploy`."""
 
-    model_name: str = Field(default="llm", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    model_name: str = "llm"
     streaming: bool | None = None  # None: yes, unless the response cache is asked for: Triton cannot do both
     response_cache: bool = False
     dynamic_batching: bool = False  # requests reach the engine in groups; it batches continuously either way

@@ -7,6 +7,7 @@ It has never run there.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,18 @@ def write_repository(engine_dir: Path, engine: dict[str, Any], out: Path, config
         PROGRAM,
         backend=engine["backend"],
         templates=TEMPLATES[engine["backend"]],
-        engine_path=config.engine_path or relative(engine_dir, out, out.parent),
+        engine_path=_engine_path(engine_dir, out, config),
         decoupled=str(streaming).lower(),
         values=holes(engine, streaming, config) if engine["backend"] == "tensorrt" else {},
     )
     replace(out / PROGRAM, page)
+
+
+def _engine_path(engine_dir: Path, out: Path, config: DeployConfig) -> str:
+    """The engine as seen from `out`; the option counts from a model's directory in it."""
+    if config.engine_path is None:
+        return relative(engine_dir, out, out.parent)
+    return os.path.normpath(os.path.join(config.model_name, config.engine_path))
 
 
 def holes(engine: dict[str, Any], streaming: bool, config: DeployConfig) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from builder.deploy import protocol, tensorrt_llm
@@ -29,6 +30,8 @@ def write_repository(engine_dir: Path, out: Path, config: DeployConfig) -> None:
         raise UserError(
             "Triton cannot cache the responses of a streaming (decoupled) model: drop --streaming or --response-cache"
         )
+    if not re.fullmatch(r"\w[\w.-]*", config.model_name, re.ASCII):
+        raise UserError(f"'{config.model_name}' cannot name a model: use letters, digits, '_', '-' and '.'")
     model = out / config.model_name
     if model.exists() and not (model / "config.pbtxt").is_file():
         raise UserError(f"'{model}' holds something other than a Triton model: remove it or set another --model-name")
