@@ -44,6 +44,7 @@ def write_checkpoints(
         else:
             export.export_hf(model, source, out / "hf", sparse)
     for written in sorted(out.iterdir()):
+        checkpoint.normalize_zeros(written)  # rounding to FP8 leaves -0.0 where a kept weight was tiny
         checkpoint.verify(written).require()
 
 
