@@ -21,6 +21,7 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/make_help.py --check
 
 docs: $(READY)
 	$(BIN)/python docs/make_help.py

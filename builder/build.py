@@ -45,10 +45,9 @@ def build(
     gpu: str = "H100-SXM",
     wait: bool = True,
 ) -> dict[str, Any]:
-    """Builds `recipe` into `out` and returns the report.
+    """Builds `recipe` into `out` and returns the report, whose gates may have failed (see `require_gates`).
 
-    Raises UserError for wrong input, with `out` untouched, and GateError where a gate failed, with `out` holding the
-    build and its report.
+    Raises UserError for wrong input and GateError for a checkpoint that does not verify, with `out` untouched.
     """
     started = _now()
     plan = resolve(recipe, gpu)
@@ -58,11 +57,13 @@ def build(
         run(line, until)
         report = assemble(line)
         _publish(line, report, place, until, started)
-    if failed := [gate for gate in report["gates"] if not gate["passed"]]:
-        raise GateError(
-            f"gate failed: {'; '.join(gate['words'] for gate in failed)}; see {out / 'report' / 'report.md'}"
-        )
     return report
+
+
+def require_gates(report: dict[str, Any], out: Path) -> None:
+    """Raises GateError where a gate of the report failed."""
+    if failed := [gate["words"] for gate in report["gates"] if not gate["passed"]]:
+        raise GateError(f"{'; '.join(failed)}: see {out / 'report' / 'report.html'}")
 
 
 def resolve(recipe: Recipe, gpu: str, batch: int = 8, context: int = 1024) -> Plan:

@@ -50,7 +50,10 @@ def cli() -> None:
     """
 
 
-@cli.command(epilog=example("twofour build examples/docs-llama --preset fp8-2of4 --out build/docs-llama"))
+@cli.command(
+    short_help="Build MODEL into a proven, measured, served deployment.",
+    epilog=example("twofour build examples/docs-llama --preset fp8-2of4 --out build/docs-llama"),
+)
 @recipe_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The directory to write.")
 @click.option(
@@ -86,15 +89,20 @@ def build(
     """
     from builder import output, recipe
     from builder.build import build as run
+    from builder.build import require_gates
     from builder.console import Console
 
     loaded = recipe.load(target, preset, _remote_code(overrides, trust_remote_code))
     with Console(quiet=as_json) as console:
         report = run(loaded, out, console, store, until, gpu, wait=not no_wait)
-    output.as_json(report) if as_json else output.summary(report, str(out))
+    output.as_json(report) if as_json else output.summary(report, out)
+    require_gates(report, out)
 
 
-@cli.command(epilog=example("twofour plan examples/docs-llama --preset fp8-2of4 --gpu H200"))
+@cli.command(
+    short_help="Show what a build would do, from config.json alone.",
+    epilog=example("twofour plan examples/docs-llama --preset fp8-2of4 --gpu H200"),
+)
 @recipe_options
 @gpu_option
 @click.option("--batch", default=8, show_default=True, help="Sequences decoded at once, for the prediction.")
@@ -118,7 +126,9 @@ def plan(
     output.as_json(made) if as_json else output.plan(made)
 
 
-@cli.command(epilog=example("twofour verify build/docs-llama"))
+@cli.command(
+    short_help="Check a build or a checkpoint from its files alone.", epilog=example("twofour verify build/docs-llama")
+)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--tensor-parallel", default=1, show_default=True, help="Also check 2:4 after this split of in_features.")
 @json_option
@@ -131,7 +141,10 @@ def verify(directory: Path, tensor_parallel: int, as_json: bool) -> None:
     found.require()
 
 
-@cli.command(epilog=example("twofour explain build/docs-llama --layers '*.mlp.*'"))
+@cli.command(
+    short_help="Say of each layer whether 2:4 runs, what it gains, and why.",
+    epilog=example("twofour explain build/docs-llama --layers '*.mlp.*'"),
+)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--gpu", help="Predict for this GPU where nothing was measured.")
 @click.option("--layers", default="*", show_default=True, metavar="GLOB", help="Only the layers of this name.")
@@ -145,7 +158,10 @@ def explain(artifact: Path, gpu: str | None, layers: str, as_json: bool) -> None
     output.as_json(found) if as_json else output.explanation(found)
 
 
-@cli.command(epilog=example("twofour evaluate build/docs-llama --data examples/docs-llama/evaluation.jsonl"))
+@cli.command(
+    short_help="Measure accuracy against the dense model.",
+    epilog=example("twofour evaluate build/docs-llama --data examples/docs-llama/evaluation.jsonl"),
+)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--model", help="The dense model.  [default: the build's own]")
 @click.option("--data", help="Held-out text.  [default: the build's own]")
@@ -165,7 +181,10 @@ def evaluate(
     output.as_json(found) if as_json else output.accuracy(found)
 
 
-@cli.command(epilog=example("twofour engine build/docs-llama/checkpoint --out build/engine --backend torch"))
+@cli.command(
+    short_help="Build an engine from a CHECKPOINT, without ModelOpt.",
+    epilog=example("twofour engine build/docs-llama/checkpoint --out build/engine --backend torch"),
+)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The engine directory to write.")
 @click.option(
@@ -185,14 +204,17 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
     output.as_json(facts) if as_json else click.echo(f"{facts['backend']} engine in {out}")
 
 
-@cli.command(epilog=example("twofour bench build/docs-llama --input-tokens 128 --output-tokens 64 --concurrency 1,8"))
+@cli.command(
+    short_help="Measure speed beside the dense baseline.",
+    epilog=example("twofour bench build/docs-llama --input-tokens 128 --output-tokens 64 --concurrency 1,8"),
+)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--model", help="The dense model.  [default: the build's own]")
 @click.option("--input-tokens", default=128, show_default=True)
 @click.option("--output-tokens", default=64, show_default=True)
 @click.option("--concurrency", default="1,4", show_default=True, metavar="N,N,...")
-@click.option("--requests", default=16, show_default=True, help="Requests a concurrency level and round.")
-@click.option("--rounds", default=3, show_default=True, help="Interleaved rounds of dense and built.")
+@click.option("--requests", default=8, show_default=True, help="Requests a concurrency level and round.")
+@click.option("--rounds", default=5, show_default=True, help="Interleaved rounds of dense and built.")
 @click.option("--url", help="Measure this OpenAI-compatible endpoint instead of the engine in process.")
 @click.option("--dense-url", help="The endpoint that serves the dense baseline, with --url.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write performance.json and records.jsonl here.")
@@ -224,7 +246,10 @@ def bench(
             click.echo(output.speed(point))
 
 
-@cli.command(epilog=example("twofour deploy build/docs-llama --target triton --model-name docs"))
+@cli.command(
+    short_help="Write a Triton model repository.",
+    epilog=example("twofour deploy build/docs-llama --target triton --model-name docs"),
+)
 @click.argument("build_dir", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--target", type=click.Choice(["triton"]), default="triton", show_default=True)
 @click.option("--model-name", default="llm", show_default=True)
@@ -246,7 +271,10 @@ def deploy(build_dir: Path, target: str, as_json: bool, **options: Any) -> None:
     )
 
 
-@cli.command(epilog=example("twofour serve build/docs-llama --http-port 8000"))
+@cli.command(
+    short_help="Serve a build with Triton until Ctrl-C.",
+    epilog=example("twofour serve build/docs-llama --http-port 8000"),
+)
 @click.argument("build_dir", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--http-port", default=8000, show_default=True)
@@ -263,7 +291,7 @@ def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_po
     run(repository, Ports(http_port, grpc_port, metrics_port), host, say=click.echo)
 
 
-@cli.command(epilog=example("twofour doctor"))
+@cli.command(short_help="Say what this machine has and what it lacks.", epilog=example("twofour doctor"))
 @json_option
 def doctor(as_json: bool) -> None:
     """Say what this machine has, which backends can run, and the one thing that each other one lacks."""
@@ -274,22 +302,25 @@ def doctor(as_json: bool) -> None:
     output.as_json(found) if as_json else output.health(found)
 
 
-@cli.group()
+@cli.group(short_help="Compile the CUDA library of sparse kernels.")
 def plugins() -> None:
     """The CUDA library of sparse kernels."""
 
 
-@plugins.command("build", epilog=example("twofour plugins build --sm 80,90a"))
-@click.option("--sm", default="80,86,89,90a", show_default=True, metavar="SM,SM,...", help="GPUs to compile for.")
+@plugins.command(
+    "build", short_help="Compile libtwofour with nvcc.", epilog=example("twofour plugins build --sm 80,90a")
+)
+@click.option("--sm", metavar="SM,SM,...", help="GPUs to compile for.  [default: the one here, else all]")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to put the library.  [default: beside the package]")
 @json_option
-def plugins_build(sm: str, out: Path | None, as_json: bool) -> None:
+def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
     """Compile libtwofour with nvcc: cuSPARSELt GEMMs and the decode kernel. Needs no GPU."""
     from builder import output
+    from plugins.build import OUT
     from plugins.build import build as compile_library
 
-    library = compile_library(sm.split(","), out)
-    output.as_json({"library": str(library)}) if as_json else click.echo(library)
+    made = compile_library(sm.split(",") if sm else None, out or OUT, progress=lambda line: click.echo(line, err=True))
+    output.as_json(made) if as_json else click.echo(f"{made.library} for SM {', '.join(made.sms)}")
 
 
 def _remote_code(overrides: tuple[str, ...], allowed: bool) -> tuple[str, ...]:

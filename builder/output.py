@@ -129,7 +129,7 @@ def _bucket(bucket: dict[str, Any]) -> str:
     return f"{bucket['tokens']:>5} tokens  {bucket['kernel']:<15} {times}  ({how})"
 
 
-def summary(report: dict[str, Any], out: str) -> None:
+def summary(report: dict[str, Any], out: Path) -> None:
     """The end of a build: accuracy, size and speed, dense and built, then notes and gates."""
     click.echo("")
     if accuracy := report.get("accuracy"):
@@ -148,7 +148,7 @@ def summary(report: dict[str, Any], out: str) -> None:
         click.echo(f"note        {note}")
     for gate in report["gates"]:
         click.echo(f"gate        {'passed' if gate['passed'] else 'FAILED'}  {gate['name']}: {gate['words']}")
-    parts = [name for name in ("checkpoint", "checkpoint-trtllm", "engine", "triton") if (Path(out) / name).is_dir()]
+    parts = [name for name in ("checkpoint", "checkpoint-trtllm", "engine", "triton") if (out / name).is_dir()]
     click.echo(f"\nin {out}: {' '.join(f'{part}/' for part in parts)} report/report.html")
 
 
