@@ -1,0 +1,57 @@
+"""The linear layers of known models, fused as engines run them, for kernel tables. Imports nothing.
+
+Sizes are those of the models' published config.json files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama-like decoder, by the numbers of its config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_hidden_layers: int
+    vocab_size: int
+    head_dim: int = 128
+
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of one block's layers; qkv and gate_up as one product each."""
+        attention = self.num_attention_heads * self.head_dim
+        return {
+            "qkv_proj": (attention + 2 * self.num_key_value_heads * self.head_dim, self.hidden_size),
+            "o_proj": (self.hidden_size, attention),
+            "gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+        }
+
+    def config(self) -> dict[str, object]:
+        """A config.json for the torch engine."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "num_hidden_layers": self.num_hidden_layers,
+            "vocab_size": self.vocab_size,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": False,
+        }
+
+
+MODELS = {
+    "llama-3.1-8b": Model(4096, 14336, 32, 8, 32, 128256),
+    "llama-3.1-70b": Model(8192, 28672, 64, 8, 80, 128256),
+    "llama-2-7b": Model(4096, 11008, 32, 32, 32, 32000),
+    "qwen2.5-7b": Model(3584, 18944, 28, 4, 28, 152064),
+}

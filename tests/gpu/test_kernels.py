@@ -1,0 +1,247 @@
+"""libtwofour on a GPU: every kernel, format and epilogue against float64, graphs, packing, and what must be refused.
+
+No pytest here: `python -m benchmarks.gpu` calls these functions where it is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from plugins import library, ops, reference, skinny, timing
+from plugins.errors import UserError
+from plugins.packing import to_numpy
+
+OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
+    "skinny": ops.skinny_linear,
+    "cusparselt": ops.cusparselt_linear,
+    "cublaslt": ops.dense_linear,
+}
+DEVICE = torch.device("cuda", 0)
+
+
+def formats() -> Iterator[torch.dtype]:
+    sm = library.context(0).info().sm
+    for dtype in ops.FORMATS:
+        if dtype == torch.int8 and sm >= 100:
+            continue  # int8 is being withdrawn from the libraries there
+        if dtype != torch.float8_e4m3fn or sm >= 89:
+            yield dtype
+
+
+def out_of(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def refused(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def check(kernel: str, dtype: torch.dtype, n: int, k: int, tokens: int, scaled: bool, biased: bool) -> None:
+    """One product against float64; integers against exact arithmetic."""
+    what = (kernel, dtype, n, k, tokens, scaled, biased)
+    w, x = timing.random_2to4(n, k, dtype, DEVICE), timing.random_operand(tokens, k, dtype, DEVICE)
+    out, eight_bit = out_of(dtype), dtype in (torch.int8, torch.float8_e4m3fn)
+    scale = 2.0**-9 if eight_bit else 1.0
+    scales = torch.rand(n, device=DEVICE) * scale if scaled and eight_bit else None
+    bias = torch.randn(n, device=DEVICE).to(out) if biased else None
+    y = OPERATORS[kernel](x, ops.prepare(w, kernel), scale, scales, bias, n, out)
+    factor = torch.tensor(scale, device=DEVICE) if scales is None else scales
+    exact = x.double() @ w.double().T * factor.double()
+    if bias is not None:
+        exact = exact + bias.double()
+    if dtype == torch.int8 and (kernel != "cusparselt" or biased):  # our own epilogue: bit for bit
+        sums = (x.double() @ w.double().T).float()  # exact: below 2^53, and float rounds once as the kernel does
+        expected = sums * factor if bias is None else sums * factor + bias.float()
+        assert torch.equal(y, expected.to(out)), what
+        return
+    epsilon = 2.0 ** (-10 if out == torch.float16 else -7)
+    size = x.double().abs() @ w.double().abs().T * factor.double()
+    sums = 2.0**-10 if dtype == torch.float8_e4m3fn else 2.0**-17  # Hopper's own fp8 products keep about 14 bits
+    assert bool(((y.double() - exact).abs() <= epsilon * exact.abs() + sums * size + 1e-4).all()), what
+
+
+def test_products_of_every_kernel_and_epilogue() -> None:
+    for dtype in formats():
+        for kernel in OPERATORS:
+            for scaled in (False, True):
+                for biased in (False, True):
+                    check(kernel, dtype, 512, 1024, 16, scaled, biased)
+
+
+def test_token_counts_on_and_off_alignment() -> None:
+    for dtype in formats():
+        for tokens in (1, 2, 7, 8, 9, 16, 17, 31, 33, 64):
+            check("skinny", dtype, 256, 512, tokens, False, False)
+        for tokens in (1, 7, 16, 33, 100, 257):
+            check("cusparselt", dtype, 256, 512, tokens, False, True)
+            check("cublaslt", dtype, 256, 512, tokens, False, True)
+
+
+def test_shapes_off_the_skinny_kernels_blocks() -> None:
+    for dtype in formats():
+        for n, k in ((16, 16), (17, 272), (100, 528), (1000, 2000), (130, 4112)):
+            check("skinny", dtype, n, k, 5, True, True)
+
+
+def test_shapes_of_real_models() -> None:
+    for dtype in formats():
+        check("skinny", dtype, 14336, 4096, 8, False, False)
+        check("skinny", dtype, 4096, 14336, 33, False, False)
+        check("cusparselt", dtype, 4096, 14336, 512, False, False)
+
+
+def test_every_split_gives_the_same_integers() -> None:
+    context, w = library.context(0), timing.random_2to4(200, 4096, torch.int8, DEVICE)
+    x, packed = timing.random_operand(12, 4096, torch.int8, DEVICE), ops.prepare(w, "skinny")
+    problem = ops.describe("skinny", x, 200, torch.bfloat16, 1e-3)
+    results = []
+    for splits in (1, 2, 3, 5, 8, 16):
+        context.set_algorithm(problem, (splits,) + (0,) * 7)
+        results.append(ops.skinny_linear(x, packed, 1e-3, None, None, 200, torch.bfloat16))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_packing_on_the_device_is_numpys() -> None:
+    for dtype in formats():
+        w = timing.random_2to4(70, 528, dtype, DEVICE)
+        packed = ops.prepare(w, "skinny")
+        expected = skinny.pack(to_numpy(w), ops.FORMATS[dtype])
+        assert torch.equal(packed.cpu(), torch.from_numpy(expected)), dtype
+        unpacked = torch.empty_like(w)
+        problem = library.gemm("skinny", ops.FORMATS[dtype], "bf16", 70, 528)
+        library.context(0).unpack_weight(problem, packed.data_ptr(), unpacked.data_ptr())
+        torch.cuda.synchronize()
+        assert torch.equal(unpacked.view(torch.uint8), w.view(torch.uint8)), dtype
+
+
+def test_negative_zeros_change_nothing() -> None:
+    w = timing.random_2to4(256, 512, torch.float16, DEVICE)
+    negative = torch.where(w == 0, -torch.zeros_like(w), w)
+    x = timing.random_operand(48, 512, torch.float16, DEVICE)
+    for kernel in ("skinny", "cusparselt"):
+        y = [OPERATORS[kernel](x, ops.prepare(v, kernel), 1.0, None, None, 256, torch.float16) for v in (w, negative)]
+        assert torch.equal(*y), kernel
+
+
+def test_weight_that_is_not_2to4_is_named() -> None:
+    w = timing.random_2to4(64, 128, torch.bfloat16, DEVICE)
+    w[9, 20:24] = 1
+    for kernel in ("skinny", "cusparselt"):
+        words = refused(lambda kernel=kernel: ops.prepare(w, kernel))
+        assert "row 9, group 5 (inputs 20 to 23) has more than 2 nonzeros" in words
+
+
+def test_shapes_that_cusparselt_cannot_take_say_what_works() -> None:
+    w = timing.random_2to4(100, 200, torch.bfloat16, DEVICE)
+    assert "[100, 200] would fit as [112, 208]" in refused(lambda: ops.prepare(w, "cusparselt"))
+
+
+def test_stamp_of_another_gpu_is_refused() -> None:
+    context, problem = library.context(0), library.gemm("cusparselt", "bf16", "bf16", 128, 128)
+    stamp = context.stamp(problem)
+    context.check_stamp(problem, stamp)
+    assert stamp.version >= 801
+    stamp.sm = 75
+    assert "prepared for SM 75" in refused(lambda: context.check_stamp(problem, stamp))
+
+
+def test_quantize_is_the_reference() -> None:
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        if dtype not in set(formats()):
+            continue
+        for x_dtype in (torch.float16, torch.bfloat16):
+            x = (torch.randn(37, 128, device=DEVICE) * 200).to(x_dtype)
+            for multiplier in (torch.full((1,), 0.7, device=DEVICE), torch.rand(128, device=DEVICE) + 0.5):
+                rounded = reference.quantize_int8 if dtype == torch.int8 else reference.quantize_fp8
+                expected = rounded(x.float(), multiplier)
+                got = ops.quantize(x, multiplier, dtype)
+                assert torch.equal(got.float(), expected.float()), (dtype, x_dtype)
+
+
+def test_captured_products_replay_bit_for_bit() -> None:
+    for kernel in OPERATORS:
+        w = timing.random_2to4(512, 2048, torch.bfloat16, DEVICE)
+        prepared, x = ops.prepare(w, kernel), timing.random_operand(12, 2048, torch.bfloat16, DEVICE)
+        arguments = (prepared, 1.0, None, None, 512, torch.bfloat16)
+        eager = OPERATORS[kernel](x, *arguments)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = OPERATORS[kernel](x, *arguments)
+        for _ in range(20):
+            y.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(y, eager), kernel
+
+
+def test_capturing_without_a_plan_is_refused_with_words() -> None:
+    context = library.Context(0)  # a fresh one: no plans
+    w, x = (timing.random_2to4(256, 256, torch.bfloat16, DEVICE) for _ in range(2))
+    compressed, y = ops.prepare(w, "cusparselt"), torch.empty(256, 256, dtype=torch.bfloat16, device=DEVICE)
+    problem = ops.describe("cusparselt", x, 256, torch.bfloat16)
+    workspace = torch.empty(64 << 20, dtype=torch.uint8, device=DEVICE)
+    where = (workspace.data_ptr(), workspace.nbytes)
+    words = ""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stream = torch.cuda.current_stream().cuda_stream
+        y.zero_()
+        words = refused(
+            lambda: context.matmul(problem, x.data_ptr(), compressed.data_ptr(), y.data_ptr(), where, stream)
+        )
+    assert "the stream is capturing; call twofour_plan first" in words
+    context.close()
+
+
+def test_search_keeps_an_algorithm_and_counts_what_memory_left_out() -> None:
+    context, w = library.context(0), timing.random_2to4(1024, 1024, torch.bfloat16, DEVICE)
+    x, compressed = timing.random_operand(128, 1024, torch.bfloat16, DEVICE), ops.prepare(w, "cusparselt")
+    y = torch.empty(128, 1024, dtype=torch.bfloat16, device=DEVICE)
+    problem = ops.describe("cusparselt", x, 1024, torch.bfloat16)
+    workspace = torch.empty(64 << 20, dtype=torch.uint8, device=DEVICE)
+    found = context.search(
+        problem, x.data_ptr(), compressed.data_ptr(), y.data_ptr(), (workspace.data_ptr(), workspace.nbytes)
+    )
+    assert found.tried > 0
+    assert found.best_us > 0
+    torch.testing.assert_close(y, (x.float() @ w.float().T).bfloat16(), rtol=2e-2, atol=0.5)
+
+
+def test_layer_compiles_into_one_graph() -> None:
+    from plugins.kernel_linear import SKINNY_THEN_CUSPARSELT, KernelLinear
+
+    w = timing.random_2to4(512, 512, torch.bfloat16, DEVICE)
+    layer = KernelLinear(w, None, None, None, torch.bfloat16, SKINNY_THEN_CUSPARSELT)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for tokens in (4, 128):
+        x = timing.random_operand(tokens, 512, torch.bfloat16, DEVICE)
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_operators_pass_torchs_own_checks() -> None:
+    checks = ("test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
+    for kernel, operator in OPERATORS.items():
+        w, x = (timing.random_2to4(64, 64, torch.bfloat16, DEVICE) for _ in range(2))
+        arguments = (x, ops.prepare(w, kernel), 1.0, None, None, 64, torch.bfloat16)
+        torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
+def test_error_is_no_larger_than_the_dense_kernels() -> None:
+    for dtype in formats():
+        w, x = timing.random_2to4(2048, 4096, dtype, DEVICE), timing.random_operand(64, 4096, dtype, DEVICE)
+        exact, out = x.double() @ w.double().T * 1e-3, out_of(dtype)
+        scale = 1e-3 if dtype in (torch.int8, torch.float8_e4m3fn) else 1.0
+        exact = exact * (scale / 1e-3)
+        error = {}
+        for kernel, operator in OPERATORS.items():
+            y = operator(x, ops.prepare(w, kernel), scale, None, None, 2048, out)
+            error[kernel] = float((y.double() - exact).norm() / exact.norm())
+        for kernel in ("skinny", "cusparselt"):
+            assert error[kernel] <= 1.05 * error["cublaslt"], (dtype, error)
