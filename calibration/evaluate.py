@@ -28,6 +28,7 @@ Gate = dict[str, Any]
 
 RESAMPLES = 2000  # of the documents, for the interval
 CONFIDENCE = 0.95
+LARGEST = 700.0  # nats: what is worse counts as this bad, and its exponential is still a number
 BATCH = 4  # windows: logits of both models at 256 tokens and a vocabulary of 128k take 1 GB
 
 
@@ -98,9 +99,9 @@ def _accuracy(sums: Floats, context_length: int) -> Accuracy:
     total = counts_D.sum()
     dense_loss, built_loss, kl, agreement = (float(value) for value in sums[:4].sum(axis=1) / total)
     return Accuracy(
-        dense=Perplexity(math.exp(dense_loss)),
-        built=Perplexity(math.exp(built_loss)),
-        perplexity_increase=math.expm1(built_loss - dense_loss),
+        dense=Perplexity(math.exp(min(dense_loss, LARGEST))),
+        built=Perplexity(math.exp(min(built_loss, LARGEST))),
+        perplexity_increase=math.expm1(min(built_loss - dense_loss, LARGEST)),
         perplexity_increase_interval=_interval(sums[1] - sums[0], counts_D),
         kl=kl,
         top1_agreement=agreement,
@@ -122,7 +123,7 @@ def perplexity(model: Logits, tokens: Tokens) -> float:
                 loss += _loss(log_PV, target_P)
                 count += len(target_P)
                 window += 1
-    return math.exp(loss / count)
+    return math.exp(min(loss / count, LARGEST))
 
 
 def hf_logits(model: Any) -> Logits:
@@ -207,7 +208,8 @@ def _require_finite(logits_TV: Tensor, which: str, window: int) -> None:
 def _interval(difference_D: Floats, counts_D: Floats) -> tuple[float, float]:
     """Percentile bootstrap over documents of exp(mean loss difference) - 1 (Efron and Tibshirani 1993, chapter 13)."""
     picked = np.random.default_rng(0).integers(len(counts_D), size=(RESAMPLES, len(counts_D)))
-    ratio = np.expm1(difference_D[picked].sum(axis=1) / np.maximum(counts_D[picked].sum(axis=1), 1))
+    mean = difference_D[picked].sum(axis=1) / np.maximum(counts_D[picked].sum(axis=1), 1)
+    ratio = np.expm1(np.minimum(mean, LARGEST))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(ratio, [tail, 1 - tail])
     return float(low), float(high)

@@ -116,6 +116,15 @@ def test_infinite_logits_are_named():
         evaluate(table(np.eye(2)), broken, np.array([[0, 0, 0]] * 5 + [[0, 1, 0]]))
 
 
+def test_a_hopeless_model_gives_numbers_too():
+    sure = table([[0.0, 1e6], [1e6, 0.0]])  # of the wrong token
+    found = evaluate(table(np.eye(2)), sure, np.array([[0, 0, 0], [1, 1, 1]]))
+    assert all(
+        map(math.isfinite, (found.built.perplexity, found.perplexity_increase, *found.perplexity_increase_interval))
+    )
+    assert math.isfinite(perplexity(sure, np.array([[0, 0]])))
+
+
 @pytest.mark.parametrize("tokens", [np.zeros((0, 4), int), np.zeros((3, 1), int), np.array([[-1, 3, -1]])])
 def test_tokens_that_predict_nothing_are_refused(tokens):
     with pytest.raises(UserError, match="predict nothing"):
