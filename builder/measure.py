@@ -37,9 +37,10 @@ def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) ->
     if config.tasks:
         from calibration.tasks import lm_eval_tasks
 
+        limit = config.sequence_length
         found["tasks"] = {
-            "dense": lm_eval_tasks(dense, model, config.tasks),
-            "built": lm_eval_tasks(built, model, config.tasks),
+            name: lm_eval_tasks(engine.logits, model, config.tasks, limit)
+            for name, engine in (("dense", dense), ("built", built))
         }
     return found
 
