@@ -104,11 +104,19 @@ def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
     write_repository(build / "engine", build / "triton", config)
     if is_build(build):
         record_folder(build, "triton")
+    repository = build / "triton"
     return {
-        "repository": str(build / "triton"),
+        "repository": str(repository),
         "model": config.model_name,
-        "files": list(sha256_tree(build / "triton")),
+        "files": list(sha256_tree(repository)),
+        "words": _how_to_start(build, repository, config.model_name),
     }
+
+
+def _how_to_start(build: Path, repository: Path, model: str) -> str:
+    if (repository / "make_repository.py").is_file():
+        return f"run {repository}/make_repository.py in NVIDIA's Triton container, then launch/triton.sh: see docs/deploy.md"
+    return f"{repository} serves '{model}': start it with twofour serve {build}"
 
 
 def _engine(artifact: Path) -> Path:

@@ -114,7 +114,7 @@ def _publish(line: Line, report: dict[str, Any], out: Path, until: Until, starte
         "plan.json": _json(line.plan.to_dict()),
     }
     with tempfile.TemporaryDirectory() as scratch:
-        if until == "deploy" and line.plan.backend == "torch":
+        if until == "deploy":
             _deploy(entries["engine"].path, Path(scratch) / "triton")
         render(report, Path(scratch) / "report")
         files |= {

@@ -258,7 +258,27 @@ def bench(
 )
 @click.option("--response-cache", is_flag=True, help="Let Triton answer repeated requests from its cache.")
 @click.option("--dynamic-batching", is_flag=True, help="Let Triton group requests; the engine batches either way.")
-@click.option("--max-tokens", default=64, show_default=True, help="Tokens for a request that does not say.")
+@click.option(
+    "--max-queue-delay-microseconds",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="How long dynamic batching waits for a group.",
+)
+@click.option(
+    "--max-queue-size",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Waiting requests before one is refused; 0: no limit.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Tokens for a request that does not say.",
+)
 @json_option
 def deploy(build_dir: Path, target: str, as_json: bool, **options: Any) -> None:
     """Write OUT/triton: a Triton model repository that serves the build's engine."""
@@ -266,9 +286,7 @@ def deploy(build_dir: Path, target: str, as_json: bool, **options: Any) -> None:
     from builder.again import deploy as write
 
     written = write(build_dir, options)
-    output.as_json(written) if as_json else click.echo(
-        f"{written['repository']} serves '{written['model']}': start it with twofour serve {build_dir}"
-    )
+    output.as_json(written) if as_json else click.echo(written["words"])
 
 
 @cli.command(
