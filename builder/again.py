@@ -12,7 +12,7 @@ from benchmarks.config import Benchmark, Workload
 from builder import machine, measure, recipe
 from builder.compatibility import check, choose_backend
 from builder.console import Console
-from builder.files import sha256_tree
+from builder.files import remove, sha256_tree
 from builder.manifest import is_build, record_folder
 from builder.publish import claimed, publish
 from builder.source import find_model
@@ -101,10 +101,15 @@ def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
     from builder.deploy.triton import write_repository
 
     config = DeployConfig(**options, engine_path="../../engine")
-    write_repository(build / "engine", build / "triton", config)
-    if is_build(build):
-        record_folder(build, "triton")
     repository = build / "triton"
+    if is_build(build):  # all of its triton/ is ours: the new model replaces the one that the build wrote
+        with tempfile.TemporaryDirectory(dir=build.resolve().parent, prefix=f".{build.name}-triton-") as scratch:
+            write_repository(build / "engine", Path(scratch) / "triton", config)
+            remove(repository)
+            (Path(scratch) / "triton").rename(repository)
+        record_folder(build, "triton")
+    else:
+        write_repository(build / "engine", repository, config)
     return {
         "repository": str(repository),
         "model": config.model_name,
@@ -115,7 +120,7 @@ def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 def _how_to_start(build: Path, repository: Path, model: str) -> str:
     if (repository / "make_repository.py").is_file():
-        return f"run {repository}/make_repository.py in NVIDIA's Triton container, then launch/triton.sh: see docs/deploy.md"
+        return f"run {repository}/make_repository.py in NVIDIA's Triton container (docs/deploy.md says how)"
     return f"{repository} serves '{model}': start it with twofour serve {build}"
 
 
