@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from plugins import ops
-from plugins.linear import InputQuantizer, Linear
+from plugins.linear import InputQuantizer, Linear, Scales
 
 Choices = Sequence[tuple[int, str]]
 """(tokens, kernel) in ascending order: the kernel for up to so many tokens, the last also for more."""
@@ -48,8 +48,7 @@ class KernelLinear(Linear):
     def __init__(
         self,
         w_NK: torch.Tensor,
-        scale: torch.Tensor | None,
-        multiplier: torch.Tensor | None,
+        scales: Scales | None,
         bias_N: torch.Tensor | None,
         dtype: torch.dtype,
         choices: Choices,
@@ -57,13 +56,14 @@ class KernelLinear(Linear):
         super().__init__()
         self.dtype = dtype
         self.bias = None if bias_N is None else nn.Buffer(bias_N.to(dtype))
-        self.scale = 1.0 if scale is None or scale.numel() > 1 else float(scale)
-        self.channel_scales = nn.Buffer(scale.float()) if scale is not None and scale.numel() > 1 else None
-        self.quantizer = None if multiplier is None else InputQuantizer(multiplier, _quantize_to(w_NK.dtype))
+        per_channel = scales is not None and scales.product.numel() > 1
+        self.scale = 1.0 if scales is None or per_channel else float(scales.product)
+        self.channel_scales = nn.Buffer(scales.product) if scales is not None and per_channel else None
+        self.quantizer = None if scales is None else InputQuantizer(scales.multiplier, _quantize_to(w_NK.dtype))
         self.out_features, self.in_features = w_NK.shape
         self._tokens, self._kernels = _runnable(choices)
         self.kernel = " or ".join(dict.fromkeys(self._kernels))
-        w_NK = w_NK if multiplier is not None else w_NK.to(dtype)
+        w_NK = w_NK.to(dtype) if scales is None else w_NK
         self.weights = {kernel: ops.prepare(w_NK, kernel) for kernel in dict.fromkeys(self._kernels)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

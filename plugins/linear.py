@@ -6,6 +6,7 @@ Legend: M tokens, N out_features, K in_features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -43,6 +44,26 @@ class DenseLinear(Linear):
         return F.linear(x, self.weight, self.bias)
 
 
+@dataclass(frozen=True)
+class Scales:
+    """Of an 8-bit layer, float32: weight [1] or [N], input [1], and SmoothQuant's factor on the input, [K] or None."""
+
+    weight: torch.Tensor
+    input: torch.Tensor
+    pre_quant: torch.Tensor | None = None
+
+    @property
+    def product(self) -> torch.Tensor:
+        """What a sum of 8-bit products is multiplied by: [1] or [N]."""
+        return self.weight * self.input
+
+    @property
+    def multiplier(self) -> torch.Tensor:
+        """What an input is multiplied by before it is rounded: [1] or [K]."""
+        inverse = 1 / self.input
+        return inverse if self.pre_quant is None else inverse * self.pre_quant
+
+
 class InputQuantizer:
     """Scales and rounds a layer's input. Layers that `share_input` round their common input once.
 
@@ -50,10 +71,13 @@ class InputQuantizer:
     """
 
     def __init__(
-        self, multiplier: torch.Tensor, quantize: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+        self,
+        multiplier: torch.Tensor,
+        quantize: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        scale: torch.Tensor | None = None,
     ) -> None:
-        self.multiplier = multiplier  # pre_quant_scale / input_scale: [1] or [K]
-        self.quantize = quantize
+        self.multiplier, self.quantize = multiplier, quantize  # multiplier: [1] or [K]
+        self.scale = scale  # [1]: takes the rounded numbers back to the input's range; None leaves them
         self.users = 1
         self._due = 0  # users that have not taken the kept output yet; it is let go at 0
         self._input: torch.Tensor | None = None
@@ -61,36 +85,37 @@ class InputQuantizer:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.users == 1:
-            return self.quantize(x, self.multiplier)
+            return self._round(x)
         output = self._output
         if output is None or x is not self._input:
-            self._input, self._output, self._due = x, self.quantize(x, self.multiplier), self.users
+            self._input, self._output, self._due = x, self._round(x), self.users
             output = self._output
         self._due -= 1
         if self._due == 0:
             self._input = self._output = None
         return output
 
+    def _round(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.quantize(x, self.multiplier)
+        return q if self.scale is None else q.mul_(self.scale)
+
+    def rounds_like(self, other: InputQuantizer) -> bool:
+        """Whether both make the same of any input."""
+        return other.quantize is self.quantize and torch.equal(other.multiplier, self.multiplier)
+
 
 class QuantizedLinear(Linear):
-    """A layer with 8-bit operands; `scale` [1] or [N] is input_scale * weight_scale."""
-
-    def __init__(
-        self,
-        w_NK: torch.Tensor,
-        scale: torch.Tensor,
-        multiplier: torch.Tensor,
-        bias_N: torch.Tensor | None,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.bias = None if bias_N is None else nn.Buffer(bias_N.to(dtype))
-        self.prepare(w_NK, scale, multiplier)
+    """A layer with 8-bit operands."""
 
     quantizer: InputQuantizer
 
-    def prepare(self, w_NK: torch.Tensor, scale: torch.Tensor, multiplier: torch.Tensor) -> None:
+    def __init__(self, w_NK: torch.Tensor, scales: Scales, bias_N: torch.Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.bias = None if bias_N is None else nn.Buffer(bias_N.to(dtype))
+        self.prepare(w_NK, scales)
+
+    def prepare(self, w_NK: torch.Tensor, scales: Scales) -> None:
         """Sets the weight, the scale and the quantizer as the layer's product wants them."""
         raise NotImplementedError
 
@@ -110,10 +135,10 @@ class Int8Linear(QuantizedLinear):
 
     kernel = "int8 x int8 -> int32 (torch._int_mm)"
 
-    def prepare(self, w_NK: torch.Tensor, scale: torch.Tensor, multiplier: torch.Tensor) -> None:
-        self.quantizer = InputQuantizer(multiplier, reference.quantize_int8)
+    def prepare(self, w_NK: torch.Tensor, scales: Scales) -> None:
+        self.quantizer = InputQuantizer(scales.multiplier, reference.quantize_int8)
         self.weight = nn.Buffer(w_NK)
-        self.scale = nn.Buffer(scale.to(torch.promote_types(self.dtype, torch.float32)))
+        self.scale = nn.Buffer(scales.product.to(torch.promote_types(self.dtype, torch.float32)))
 
     def product(self, q_MK: torch.Tensor) -> torch.Tensor:
         return reference.int8_linear(q_MK, self.weight, self.scale)
@@ -124,10 +149,10 @@ class Fp8Linear(QuantizedLinear):
 
     kernel = "fp8 x fp8 (torch._scaled_mm)"
 
-    def prepare(self, w_NK: torch.Tensor, scale: torch.Tensor, multiplier: torch.Tensor) -> None:
-        self.quantizer = InputQuantizer(multiplier, reference.quantize_fp8)
+    def prepare(self, w_NK: torch.Tensor, scales: Scales) -> None:
+        self.quantizer = InputQuantizer(scales.multiplier, reference.quantize_fp8)
         self.weight = nn.Buffer(w_NK)
-        self.scale = nn.Buffer(scale.reshape(()))
+        self.scale = nn.Buffer(scales.product.reshape(()))
 
     def product(self, q_MK: torch.Tensor) -> torch.Tensor:
         return reference.fp8_linear(q_MK, self.weight, self.scale, self.dtype)
@@ -136,14 +161,19 @@ class Fp8Linear(QuantizedLinear):
 class Fp8ValuesLinear(QuantizedLinear):
     """Fp8Linear where float8 has no fast product: on a CPU torch's takes 20 to 50 times as long as float32's.
 
-    Inputs and weights are e4m3 numbers held as floats, which represent them exactly.
+    Inputs and weights are rounded to e4m3, scaled back and multiplied as floats, with the operations of ModelOpt's fake
+    quantization, in their order: the same float32 numbers come out.
     """
 
     kernel = "fp8 values multiplied as floats (torch linear)"
 
-    def prepare(self, w_NK: torch.Tensor, scale: torch.Tensor, multiplier: torch.Tensor) -> None:
-        self.quantizer = InputQuantizer(multiplier, reference.round_to_fp8)
-        self.weight = nn.Buffer(reference.dequantize(w_NK, scale, self.dtype))
+    def prepare(self, w_NK: torch.Tensor, scales: Scales) -> None:
+        inverse = reference.fp8_inverse(scales.input)
+        multiplier = inverse if scales.pre_quant is None else inverse * scales.pre_quant
+        self.quantizer = InputQuantizer(multiplier, reference.round_to_fp8, 1 / inverse)
+        self.weight = nn.Buffer(
+            w_NK.to(self.dtype) * (1 / reference.fp8_inverse(scales.weight)).to(self.dtype)[:, None]
+        )
 
     def product(self, q_MK: torch.Tensor) -> torch.Tensor:
         return F.linear(q_MK.to(self.dtype), self.weight)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from plugins.errors import UserError
-from plugins.linear import DenseLinear, Fp8Linear, Fp8ValuesLinear, Int8Linear, Linear, QuantizedLinear
+from plugins.linear import DenseLinear, Fp8Linear, Fp8ValuesLinear, Int8Linear, Linear, QuantizedLinear, Scales
 from plugins.packing import unpack
 
 FORMATS = {
@@ -50,48 +50,42 @@ def build_linear(
     if stored.dtype not in FORMATS:
         raise UserError(f"a weight of dtype {stored.dtype} is none of {', '.join(FORMATS.values())}: export it again")
     w_NK = unpack(stored, tensors["weight_indices"]) if sparse else stored
-    scale, multiplier = _scales(tensors) if stored.dtype in EIGHT_BIT else (None, None)
+    scales = _scales(tensors) if stored.dtype in EIGHT_BIT else None
     bias_N = tensors.get("bias")
     layer, refused = None, None
     if choices is not None:
-        layer, refused = _on_kernels(w_NK, scale, multiplier, bias_N, dtype, choices)
+        layer, refused = _on_kernels(w_NK, scales, bias_N, dtype, choices)
     if layer is None:
-        layer = _on_torch(w_NK, scale, multiplier, bias_N, dtype)
+        layer = _on_torch(w_NK, scales, bias_N, dtype)
     layer.format, layer.sparse, layer.refused = FORMATS[stored.dtype], sparse, refused
     layer.out_features, layer.in_features = w_NK.shape
     return layer
 
 
-def _scales(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of an 8-bit layer: (input_scale * weight_scale [1] or [N], pre_quant_scale / input_scale [1] or [K]), float32."""
+def _scales(tensors: Mapping[str, torch.Tensor]) -> Scales:
     for name in ("weight_scale", "input_scale"):
         if name not in tensors:
             raise UserError(f"an 8-bit layer has no {name}: export it with static scales")
-    input_scale = tensors["input_scale"].float().reshape(1)
-    scale = tensors["weight_scale"].float().reshape(-1) * input_scale
-    pre_quant_scale = tensors.get("pre_quant_scale")
-    return scale, 1 / input_scale if pre_quant_scale is None else pre_quant_scale.float() / input_scale
+    pre_quant = tensors.get("pre_quant_scale")
+    return Scales(
+        tensors["weight_scale"].float().reshape(-1),
+        tensors["input_scale"].float().reshape(1),
+        None if pre_quant is None else pre_quant.float(),
+    )
 
 
-def _on_torch(
-    w_NK: torch.Tensor,
-    scale: torch.Tensor | None,
-    multiplier: torch.Tensor | None,
-    bias_N: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> Linear:
-    if scale is None or multiplier is None:
+def _on_torch(w_NK: torch.Tensor, scales: Scales | None, bias_N: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+    if scales is None:
         return DenseLinear(w_NK, bias_N, dtype)
     kind: type[QuantizedLinear] = Int8Linear
     if w_NK.dtype == torch.float8_e4m3fn:
         kind = Fp8Linear if w_NK.is_cuda else Fp8ValuesLinear
-    return kind(w_NK, scale, multiplier, bias_N, dtype)
+    return kind(w_NK, scales, bias_N, dtype)
 
 
 def _on_kernels(
     w_NK: torch.Tensor,
-    scale: torch.Tensor | None,
-    multiplier: torch.Tensor | None,
+    scales: Scales | None,
     bias_N: torch.Tensor | None,
     dtype: torch.dtype,
     choices: Sequence[tuple[int, str]],
@@ -101,7 +95,7 @@ def _on_kernels(
     from plugins.library import LibraryError
 
     try:
-        return KernelLinear(w_NK, scale, multiplier, bias_N, dtype, choices), None
+        return KernelLinear(w_NK, scales, bias_N, dtype, choices), None
     except LibraryError as error:
         if error.status not in UNFIT:
             raise
@@ -115,7 +109,7 @@ def share_input(layers: Sequence[Linear]) -> None:
         return
     for layer in layers[1:]:
         own = layer.quantizer
-        if own is not None and own.quantize is first.quantize and torch.equal(own.multiplier, first.multiplier):
+        if own is not None and own.rounds_like(first):
             layer.quantizer = first
             first.users += 1
 

@@ -65,6 +65,6 @@ def fp8_linear(q_MK: torch.Tensor, w_NK: torch.Tensor, scale: torch.Tensor, dtyp
     return torch._scaled_mm(q_MK, w_NK.t(), scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=dtype)
 
 
-def dequantize(w_NK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An int8 or fp8 weight [N, K] as numbers in `dtype`; `scale` is [1] or [N]."""
-    return (w_NK.float() * scale.float()[:, None]).to(dtype)
+def fp8_inverse(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale by the float32 steps of ModelOpt's fake quantization, which goes through the range 448 * scale."""
+    return FP8_MAX / (scale * FP8_MAX)

@@ -136,7 +136,7 @@ def test_layers_of_one_input_round_it_once(kind: str) -> None:
 
     layers = [build_linear(stored(kind), torch.float32, CPU) for _ in range(3)]
     for layer in layers:
-        layer.quantizer = InputQuantizer(layer.quantizer.multiplier, counted)
+        layer.quantizer = InputQuantizer(layer.quantizer.multiplier, counted, layer.quantizer.scale)
     share_input(layers)
     for x in (torch.randn(4, K), torch.randn(4, K)):
         alone = build_linear(stored(kind), torch.float32, CPU)(x)
