@@ -317,7 +317,7 @@ def doctor(as_json: bool) -> None:
     from builder.doctor import examine
 
     found = examine()
-    output.as_json(found) if as_json else output.health(found)
+    output.as_json(found.to_dict()) if as_json else output.health(found)
 
 
 @cli.group(short_help="Compile the CUDA library of sparse kernels.")

@@ -6,14 +6,16 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from builder.checkpoint import Verification
-from builder.plan import Plan
+if TYPE_CHECKING:
+    from builder.checkpoint import Verification
+    from builder.doctor import Examination
+    from builder.plan import Plan
 
 
 def as_json(value: Any) -> None:
@@ -197,3 +199,16 @@ def verification(found: Verification) -> None:
         click.echo(f"FAILED   {violation.message}")
     if found.ok:
         click.echo(f"ok       every check holds ({found.seconds:.1f} s)")
+
+
+def health(found: Examination) -> None:
+    """What was found, then what can be done with it."""
+    width = max(len(finding.name) for finding in found.findings) + 2
+    for finding in found.findings:
+        told = " ".join(part for part in (finding.version, finding.words) if part)
+        click.echo(f"{finding.name:<{width}}{finding.state:<9}{told}")
+    click.echo("")
+    width = max(len(ability.name) for ability in found.abilities) + 2
+    for ability in found.abilities:
+        words = "can run" if ability.able else f"cannot run: {ability.missing}; {ability.fix}"
+        click.echo(f"{ability.name:<{width}}{words}" + (f"; {ability.note}" if ability.note else ""))

@@ -89,7 +89,7 @@ def take_int8_kv_scales(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _declare_int8_kv(out: Path) -> None:
-    quantization = {"quant_algo": None, "kv_cache_quant_algo": "INT8", "exclude_modules": []}
+    quantization: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": "INT8", "exclude_modules": []}
     path = out / "hf_quant_config.json"
     written = json.loads(path.read_text()) if path.is_file() else {"producer": {"name": "modelopt"}}
     written["quantization"] = {**quantization, **written.get("quantization", {}), "kv_cache_quant_algo": "INT8"}
