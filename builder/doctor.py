@@ -16,7 +16,7 @@ NEEDS = {
     "pytorch": ("GPU", "TensorRT-LLM"),
     "torch": ("torch", "transformers"),
     "calibration": ("torch", "transformers", "ModelOpt"),
-    "deploy to triton": ("Triton",),
+    "deploy": ("Triton",),
 }
 KERNELS = ("GPU", "CUDA driver", "cuSPARSELt", "libtwofour")  # the torch backend without them: reference numerics
 

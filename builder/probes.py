@@ -121,9 +121,12 @@ def kernels() -> Finding:
         return Finding("libtwofour", "broken", None, f"'{path}' cannot be loaded", "twofour plugins build")
     try:
         built = json.loads((path.parent / "build.json").read_text())
-        return Finding("libtwofour", "ok", None, f"{path}, for SM {', '.join(built['sms'])}, nvcc {built['nvcc']}")
-    except (OSError, ValueError, KeyError, TypeError):
+        sms, words = built["sms"], f"{path}, for SM {', '.join(built['sms'])}, nvcc {built['nvcc']}"
+    except (OSError, ValueError, KeyError, TypeError):  # a library from elsewhere brings no record
         return Finding("libtwofour", "ok", None, str(path))
+    if gpus() and not any(sm.rstrip("af") == str(gpus()[0].sm) for sm in sms):
+        return Finding("libtwofour", "unfit", None, f"{words}: not for this GPU", "twofour plugins build")
+    return Finding("libtwofour", "ok", None, words)
 
 
 def tensorrt() -> Finding:

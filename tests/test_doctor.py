@@ -70,6 +70,19 @@ def test_a_driver_that_is_broken(nvidia_smi: Path, monkeypatch: pytest.MonkeyPat
 # Libraries
 
 
+def test_kernels_that_were_compiled_for_another_gpu(
+    nvidia_smi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi.write_text("#!/bin/sh\necho 'NVIDIA B200, 10.0, 183359, 183000, 580.65'\n")
+    monkeypatch.setattr(probes, "_child", lambda command, seconds: (0, ""))  # no such GPU here to load it for
+    (tmp_path / "libtwofour.so").touch()
+    (tmp_path / "build.json").write_text('{"sms": ["80", "90a"], "nvcc": "13.0.88"}')
+    monkeypatch.setenv("TWOFOUR_LIBRARY", str(tmp_path / "libtwofour.so"))
+    found = probes.kernels()
+    assert found.state == "unfit"
+    assert found.words.endswith("for SM 80, 90a, nvcc 13.0.88: not for this GPU")
+
+
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the probe looks first for cuSPARSELt."""
