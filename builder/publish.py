@@ -94,7 +94,7 @@ def _place(source: Path, target: Path) -> None:
             return
         except OSError:
             pass  # another disk, or one without links
-    shutil.copyfile(source, target)
+    shutil.copy(source, target)  # with its permission to be run
 
 
 def _swap(new: Path, out: Path) -> None:

@@ -5,19 +5,25 @@ two ranks of TensorRT-LLM. What the torch engine makes of the first, the stand-i
 must make of the second, with its layers native and with them swapped for our plugin.
 """
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_pytorch_backend import LINEARS, MODEL, ROOT, STAND_IN, prune, token_ids
 
 from builder import checkpoint
-from builder.engines import tensorrt, torch_engine, trtllm_checkpoint
+from builder.engines import evidence, lock, tensorrt, torch_engine, trtllm_checkpoint
 from builder.engines.base import EngineConfig
+from builder.engines.gpu import Gpu
+from plugins import tactics
+from plugins.errors import UserError
 from plugins.tensorrt_llm import inspector
 
 FORMATS = ("none", "fp8", "int8")
@@ -151,27 +157,83 @@ def test_plugin_and_native_layers_agree(told, number_format):
     assert kl(told[number_format, False]["logits"], told[number_format, True]["logits"]) < 0.01
 
 
-def child(code: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": f"{STAND_IN}:{ROOT}"}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    ).stderr
+# -- the whole build, two ranks in processes of their own
 
 
-def test_missing_plugin_library_is_said_with_what_to_preload():
-    code = "import tensorrt; tensorrt.get_plugin_registry().preloaded = False\n"
-    code += "from plugins.tensorrt_llm.network import add_plugin; add_plugin(None, None, None)"
-    assert "TensorRT knows no plugin TwofourGemm: preload libtwofour_tensorrt.so" in child(code)
+@pytest.fixture
+def with_stand_in(monkeypatch):
+    """This process as if it stood in TensorRT-LLM's container, on two GPUs; the ranks import the stand-in."""
+    monkeypatch.setenv("PYTHONPATH", f"{STAND_IN}:{ROOT}")
+    monkeypatch.setattr(lock, "installed", {"tensorrt_llm": "1.2.1", "tensorrt": "10.14.1"}.get)
+    cards = (Gpu("NVIDIA H100", 90, 80 << 30, 79 << 30, "580.1"),) * 2
+    for module in (tensorrt, evidence, lock):
+        monkeypatch.setattr(module, "gpus", lambda: cards)
 
 
-def test_layer_that_the_model_lacks_is_refused(exports):
-    code = f"""
+def test_build_runs_every_rank_and_says_what_was_picked(exports, tmp_path, with_stand_in):
+    engine = tmp_path / "engine"
+    tensorrt.build(exports["fp8"] / "trtllm", engine, CONFIG)
+    assert {path.name for path in engine.glob("rank*.engine")} == {"rank0.engine", "rank1.engine"}
+    told = json.loads((engine / "sparsity_log.json").read_text())
+    assert [rank["log"] for rank in told["ranks"]] == ["picked"] * RANKS
+    assert {layer["status"] for layer in told["layers"].values()} == {"picked"}
+    layers = tactics.read(engine).layers
+    assert sum(layer.sparse for layer in layers.values()) == 6 * 5
+    assert layers["lm_head"].reason.startswith("dense")
+    assert "timing a tactic" not in (engine / "build-rank1.log").read_text()
+    locked = lock.read(engine)
+    assert (locked.tensorrt_llm, locked.sm) == ("1.2.1", 90)
+    assert (engine / "tokenizer.json").is_file()  # from the unified checkpoint beside it
+
+
+def test_layers_on_our_plugin_are_hidden_from_tensorrt(exports, tmp_path, with_stand_in):
+    engine, library = tmp_path / "engine", tmp_path / "libtwofour_tensorrt.so"
+    library.write_bytes(b"")
+    names = trtllm_checkpoint.read(exports["int8"] / "trtllm").sparse_layers
+    tensorrt.build(exports["int8"] / "trtllm", engine, CONFIG, ratios=dict.fromkeys(names, 1.4), plugin=library)
+    told = json.loads((engine / "sparsity_log.json").read_text())
+    assert [rank["log"] for rank in told["ranks"]] == ["none"] * RANKS
+    assert {layer["route"] for layer in told["layers"].values()} == {"plugin"}
+    assert lock.read(engine).plugin_sha256 == hashlib.sha256(b"").hexdigest()
+    with pytest.raises(UserError, match="plugin library it was built with"):
+        lock.require(engine)
+
+
+def test_rank_that_fails_is_named_with_its_cause(exports, tmp_path, with_stand_in):
+    broken = tmp_path / "trtllm"
+    shutil.copytree(exports["fp8"] / "trtllm", broken)
+    tensors = load_file(broken / "rank1.safetensors")
+    del tensors["transformer.layers.3.mlp.proj.weight"]
+    save_file(tensors, broken / "rank1.safetensors")
+    with pytest.raises(UserError, match=r"rank 1 ended with status 1, 'Required but not provided tensors.*mlp\.proj"):
+        tensorrt.build(broken, tmp_path / "engine", CONFIG)
+    assert not (tmp_path / "engine/tactics.json").exists()
+
+
+REFUSALS = """
+import sys, tensorrt
+from plugins.errors import UserError
+from plugins.tensorrt_llm.network import add_plugin, swap
 from tensorrt_llm.models import LLaMAForCausalLM, PretrainedConfig
-from plugins.tensorrt_llm.network import swap
-config = PretrainedConfig.from_json_file({str(exports["fp8"] / "trtllm/config.json")!r})
-swap(LLaMAForCausalLM(config), {{"transformer.layers.0.mlp.fused_fc"}})
+tensorrt.get_plugin_registry().preloaded = False
+model = LLaMAForCausalLM(PretrainedConfig.from_json_file(sys.argv[1]))
+for refused in (lambda: add_plugin(None, None, None), lambda: swap(model, {"transformer.layers.0.mlp.fused_fc"})):
+    try:
+        refused()
+    except UserError as error:
+        print(error)
 """
-    assert "'transformer.layers.0.mlp.fused_fc' is no layer in this model" in child(code)
+
+
+def test_missing_plugin_library_and_unknown_layer_are_refused_in_words(exports):
+    config = str(exports["fp8"] / "trtllm/config.json")
+    environment = {**os.environ, "PYTHONPATH": f"{STAND_IN}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSALS, config], capture_output=True, text=True, env=environment, check=True
+    )
+    missing, unknown = done.stdout.splitlines()
+    assert missing.startswith("TensorRT knows no plugin TwofourGemm: preload libtwofour_tensorrt.so")
+    assert unknown.startswith("'transformer.layers.0.mlp.fused_fc' is no layer in this model")
 
 
 def test_inspector_names_sparse_tactics_by_module():

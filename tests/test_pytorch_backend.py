@@ -273,11 +273,15 @@ def test_transformers_4_finds_the_rotary_base_and_the_tokenizer_class(checkpoint
 
 def test_measured_kernels_reach_the_module(checkpoints, tmp_path):
     layer = "model.layers.0.mlp.down_proj"
-    choices = {layer: [(16, "skinny"), (256, "cusparselt")]}
-    pytorch.build(checkpoints[False, True], tmp_path / "engine", CONFIG, choices=choices)
-    layers = json.loads((tmp_path / "engine" / pytorch.MODULE / "layers.json").read_text())["layers"]
-    assert layers[layer] == [[16, "skinny"], [256, "cusparselt"]]
-    assert layers["model.layers.1.mlp.down_proj"] is None
+    buckets = [{"tokens": 16, "kernel": "skinny"}, {"tokens": 256, "kernel": "dense-cublaslt"}]
+    for source, expected in (("measured", [[16, "skinny"], [256, "dense-cublaslt"]]), ("predicted", None)):
+        tactics = {"source": source, "layers": {layer: {"buckets": buckets}}}
+        engine = tmp_path / source
+        pytorch.build(checkpoints[False, True], engine, CONFIG, tactics=tactics)
+        layers = json.loads((engine / pytorch.MODULE / "layers.json").read_text())["layers"]
+        assert layers[layer] == expected
+        assert layers["model.layers.1.mlp.down_proj"] is None
+        assert json.loads((engine / "tactics.json").read_text()) == tactics
 
 
 def test_int8_is_refused_with_what_to_use_instead(checkpoints, tmp_path):

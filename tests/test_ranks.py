@@ -65,6 +65,11 @@ def test_failure_is_explained(log, words):
     assert words in failures.explain(log)
 
 
+def test_code_that_a_traceback_quotes_is_not_what_happened():
+    log = 'Traceback:\n  File "x.py", line 3\n    raise MemoryError("out of memory")\n    ^^^^^\nValueError: the real one\n'
+    assert failures.explain(log) == "'ValueError: the real one'"
+
+
 def test_the_first_cause_is_told_not_its_consequence():
     log = "CUDA out of memory\n" + "x\n" * 10 + "getPluginCreator could not find plugin: Gemm"
     assert "ran out of memory" in failures.explain(log)

@@ -12,6 +12,7 @@ from builder.engines import evidence, gpu_memory, lock, tensorrt, trtllm_checkpo
 from builder.engines.base import EngineConfig
 from builder.engines.gpu import Gpu
 from plugins.errors import UserError
+from plugins.tensorrt_llm.inspector import SparseTactic
 from plugins.tensorrt_llm.log import parse
 
 CONFIG = EngineConfig(backend="tensorrt", max_batch_size=8, max_seq_len=512, max_num_tokens=1024)
@@ -220,26 +221,26 @@ def test_fewer_gpus_than_ranks_is_refused_when_serving():
 # -- evidence
 
 
-def test_tactics_say_what_every_rank_picked():
+def rank(log: str, sparse=None) -> evidence.Rank:
+    return evidence.Rank(parse(log), sparse)
+
+
+def test_layer_counts_as_picked_only_where_every_rank_picked_it():
     name = "LLaMAForCausalLM/transformer/layers/0/{}/MATRIX_MULTIPLY_0"
-    log = (
-        "(Sparsity) Found 2 layer(s) eligible to use sparse tactics: {a}, {b}\n"
-        "(Sparsity) Chose {n} layer(s) using sparse tactics{p}"
-    )
     a, b = name.format("mlp/fused_fc"), name.format("mlp/proj")
-    both = parse(log.format(a=a, b=b, n=2, p=f": {a}, {b}"))
-    one = parse(log.format(a=a, b=b, n=1, p=f": {a}"))
-    told = evidence.tactics([both, one], {f"transformer.layers.0.mlp.{n}": "native" for n in ("fc", "gate", "proj")})
-    layers = told["layers"]
-    assert layers["transformer.layers.0.mlp.fc"]["status"] == "picked"  # under its fused name
-    assert layers["transformer.layers.0.mlp.gate"]["status"] == "picked"
-    assert layers["transformer.layers.0.mlp.proj"]["status"] == "eligible"  # rank 1 did not pick it
-    assert [rank["picked"] for rank in told["ranks"]] == [2, 1]
+    found = f"(Sparsity) Found 2 layer(s) eligible to use sparse tactics: {a}, {b}\n"
+    both = rank(f"{found}(Sparsity) Chose 2 layer(s) using sparse tactics: {a}, {b}")
+    one = rank(f"{found}(Sparsity) Chose 1 layer(s) using sparse tactics: {a}")
+    status = {n: evidence.judge(f"transformer.layers.0.mlp.{n}", "native", [both, one]) for n in ("fc", "gate", "proj")}
+    assert status == {"fc": "picked", "gate": "picked", "proj": "eligible"}  # fc and gate under their fused name
 
 
-def test_silent_log_claims_nothing():
-    told = evidence.tactics([parse("Engine generation completed")], {"transformer.layers.0.mlp.fc": "native"})
-    assert told["layers"]["transformer.layers.0.mlp.fc"]["status"] == "unknown"
+def test_silent_log_claims_nothing_and_the_inspector_may_know_more():
+    silent, layer = "Engine generation completed", "transformer.layers.0.mlp.fc"
+    assert evidence.judge(layer, "native", [rank(silent)]) == "unknown"
+    seen = SparseTactic("transformer/layers/0/mlp/fused_fc/MATRIX_MULTIPLY_0", "sm90_xmma_sparse_gemm")
+    assert evidence.judge(layer, "native", [rank(silent, [seen])]) == "picked"
+    assert evidence.judge("transformer.layers.0.mlp.proj", "native", [rank(silent, [seen])]) == "unknown"
 
 
 def test_trimmed_log_keeps_sparsity_lines_and_errors(tmp_path):

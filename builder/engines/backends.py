@@ -22,8 +22,9 @@ def build(backend: str, checkpoints: Path, out: Path, config: EngineConfig, gpu:
         torch_engine.build(checkpoints / "hf", out, config, predict_tactics(checkpoints / "hf", gpu))
     elif backend == "pytorch":
         from builder.engines import pytorch
+        from builder.tactics import predict_tactics
 
-        pytorch.build(checkpoints / "hf", out, config)
+        pytorch.build(checkpoints / "hf", out, config, tactics=predict_tactics(checkpoints / "hf", gpu))
     elif backend == "tensorrt":
         from builder.engines import tensorrt
 

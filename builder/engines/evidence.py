@@ -1,65 +1,130 @@
-"""What a finished TensorRT build proves of sparsity: its ranks' logs, read layer by layer into tactics.json."""
+"""What a finished TensorRT build proves of sparsity, rank by rank and layer by layer.
+
+tactics.json        each linear layer in the form of plugins/tactics.py; TensorRT's times are not known, so no buckets
+sparsity_log.json   what each rank's build log and engine inspector say, and each 2:4 layer's status
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from builder import machine
 from builder.engines import artifact
+from builder.engines.gpu import gpus
+from plugins import tactics
+from plugins.tensorrt_llm import inspector
+from plugins.tensorrt_llm.inspector import SparseTactic
 from plugins.tensorrt_llm.log import SparsityLog, Status, parse
 
+FILE = "sparsity_log.json"
 REASONS: dict[Status, str] = {
-    "picked": "TensorRT timed a sparse tactic faster and picked it",
-    "eligible": "TensorRT found it eligible and timed a dense tactic faster",
-    "none": "TensorRT did not find it eligible: its weight reaches TensorRT through a plugin or is not 2:4",
-    "unknown": "the build log does not say which tactic runs",
+    "picked": "2:4: TensorRT timed a sparse tactic faster and picked it",
+    "eligible": "runs dense: TensorRT found it eligible and timed a dense tactic faster",
+    "none": "runs dense: TensorRT did not find it eligible; its weight reaches it through a plugin or is not 2:4",
+    "unknown": "2:4, but neither the build log nor the inspector says which tactic runs",
 }
-PLUGIN_REASON = "our plugin: it measured faster than the dense kernel"
-# TensorRT-LLM may fuse these two into one layer of another name.
-FUSED_MLP = {"mlp.fc": "mlp.fused_fc", "mlp.gate": "mlp.fused_fc"}
+PLUGIN_REASON = "2:4: our plugin, which measured faster than the dense kernel"
+DENSE_REASON = "dense: the weight is not 2:4"
+FUSED_MLP = ("fc", "gate")  # which TensorRT-LLM may fuse into one layer named fused_fc
+WEAKEST_FIRST: tuple[Status, ...] = ("unknown", "none", "eligible", "picked")
 
 
-def write(engine: Path, logs: Sequence[Path], routes: Mapping[str, str]) -> None:
-    """Writes `tactics.json` from the ranks' logs, and cuts the logs to what a person reads."""
-    ranks = [parse(log.read_text(encoding="utf8", errors="replace")) for log in logs]
-    artifact.write_json(engine / "tactics.json", tactics(ranks, routes))
-    for log in logs:
-        trim(log)
+class LinearLayer(Protocol):
+    """What is read of a checkpoint's layer (builder.checkpoint.LayerFacts)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def format(self) -> str: ...
 
 
-def tactics(ranks: Sequence[SparsityLog], routes: Mapping[str, str]) -> dict[str, Any]:
-    """What each rank's log says as a whole, and of each 2:4 layer: picked only where every rank picked it."""
+@dataclass(frozen=True)
+class Rank:
+    """What one rank's build says: its log, and its inspector where there is one."""
+
+    log: SparsityLog
+    sparse: list[SparseTactic] | None
+
+    def of(self, layer: str) -> Status:
+        """The inspector's word where it names the layer on a sparse tactic, else the log's."""
+        if self.sparse and any(tactic.is_of(name) for tactic in self.sparse for name in aliases(layer)):
+            return "picked"
+        return max((self.log.of(name) for name in aliases(layer)), key=WEAKEST_FIRST.index)
+
+
+def read_rank(engine: Path, rank: int) -> Rank:
+    """Reads build-rank{R}.log and inspector-rank{R}.json."""
+    log = (engine / f"build-rank{rank}.log").read_text(encoding="utf8", errors="replace")
+    inspection = engine / f"inspector-rank{rank}.json"
+    return Rank(parse(log), inspector.parse(inspection.read_text(encoding="utf8")) if inspection.is_file() else None)
+
+
+def write(engine: Path, ranks: int, layers: Sequence[LinearLayer], routes: Mapping[str, str]) -> None:
+    """Writes both files from what the ranks left in the engine directory, and cuts their logs."""
+    found = [read_rank(engine, rank) for rank in range(ranks)]
+    status = {layer: judge(layer, route, found) for layer, route in routes.items()}
+    artifact.write_json(
+        engine / FILE,
+        {
+            "ranks": [
+                {"log": rank.log.status, "words": rank.log.words, "inspector": _listed(rank.sparse)} for rank in found
+            ],
+            "layers": {layer: {"route": routes[layer], "status": word} for layer, word in status.items()},
+        },
+    )
+    tactics.write(describe(layers, routes, status), engine)
+    for rank in range(ranks):
+        trim(engine / f"build-rank{rank}.log")
+
+
+def judge(layer: str, route: str, ranks: Sequence[Rank]) -> Status:
+    """The weakest of what the ranks say: picked only where every rank picked it."""
+    return "picked" if route == "plugin" else min((rank.of(layer) for rank in ranks), key=WEAKEST_FIRST.index)
+
+
+def aliases(layer: str) -> tuple[str, ...]:
+    """The layer's name, and the one that it has when TensorRT-LLM fuses it."""
+    block, _, name = layer.rpartition(".")
+    return (layer, f"{block}.fused_fc") if block.endswith("mlp") and name in FUSED_MLP else (layer,)
+
+
+def describe(layers: Sequence[LinearLayer], routes: Mapping[str, str], status: Mapping[str, Status]) -> dict[str, Any]:
+    """tactics.json's content."""
+
+    def reason(name: str) -> str:
+        if name not in routes:
+            return DENSE_REASON
+        return PLUGIN_REASON if routes[name] == "plugin" else REASONS[status[name]]
+
+    device = gpus()[0] if gpus() else None
     return {
-        "ranks": [
-            {
-                "status": log.status,
-                "eligible": log.eligible.count if log.eligible else None,
-                "picked": log.picked.count if log.picked else None,
-                "words": log.words,
+        "device": {"name": device.name, "sm": device.sm, "driver": device.driver} if device else None,
+        "source": "measured",
+        "gpu": device.name if device else None,
+        "versions": machine.versions("tensorrt-llm", "tensorrt", "twofour"),
+        "layers": {
+            layer.name: {
+                "out_features": layer.out_features,
+                "in_features": layer.in_features,
+                "format": layer.format,
+                "sparse": layer.name in routes,
+                "reason": reason(layer.name),
+                "buckets": [],
             }
-            for log in ranks
-        ],
-        "layers": {layer: _layer(layer, route, ranks) for layer, route in routes.items()},
+            for layer in layers
+        },
     }
 
 
-def _layer(layer: str, route: str, ranks: Sequence[SparsityLog]) -> dict[str, str]:
-    if route == "plugin":
-        return {"route": route, "status": "picked", "reason": PLUGIN_REASON}
-    weakest: tuple[Status, ...] = ("unknown", "none", "eligible", "picked")
-    status = min((_of(log, layer) for log in ranks), key=weakest.index)
-    return {"route": route, "status": status, "reason": REASONS[status]}
-
-
-def _of(log: SparsityLog, layer: str) -> Status:
-    """The log's word on a layer, under its own name or the one it has when fused."""
-    status = log.of(layer)
-    block, _, name = layer.partition(".mlp.")
-    fused = FUSED_MLP.get(f"mlp.{name}") if name else None
-    if status == "none" and fused:
-        status = log.of(f"{block}.{fused}")
-    return status
+def _listed(sparse: list[SparseTactic] | None) -> list[dict[str, str]] | None:
+    return None if sparse is None else [asdict(tactic) for tactic in sparse]
 
 
 def trim(log: Path) -> None:

@@ -41,12 +41,14 @@ CAUSES: tuple[tuple[str, str], ...] = (
     ),
     (r"(?P<what>No space left on device)", "the disk is full: free some space and run again"),
 )
+_SOURCE_LINE = re.compile(r'^ *File ".*\n(?: {4,}.*\n)*', re.MULTILINE)  # a traceback quotes code, not what happened
 _CAUSES = tuple((re.compile(pattern), words) for pattern, words in CAUSES)
 _ERROR = re.compile(r"\[E\]|\bERROR\b|error:|\w*(Error|Exception)\b")
 
 
 def explain(log: str) -> str:
     """The cause in one line: a known one, else the first line that looks like an error, else the last line."""
+    log = _SOURCE_LINE.sub("", log)
     matches = [(found.start(), found, words) for pattern, words in _CAUSES if (found := pattern.search(log))]
     if matches:
         _, found, words = min(matches, key=lambda match: match[0])

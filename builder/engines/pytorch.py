@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from builder import compatibility
 from builder.checkpoint import Checkpoint, read
@@ -55,12 +56,12 @@ def build(
     out: Path,
     config: EngineConfig,
     *,
-    choices: Mapping[str, Sequence[tuple[int, str]]] | None = None,
+    tactics: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the engine directory from a unified Hugging Face checkpoint. Needs neither a GPU nor TensorRT-LLM.
 
-    `choices` are measured kernels by layer, (tokens, kernel) in ascending order; without them the skinny kernel takes
-    few tokens and cuSPARSELt more. Raises UserError where the PyTorch backend cannot serve the checkpoint.
+    `tactics` is kept as tactics.json; where it was measured, it also chooses the kernels, else the skinny one takes few
+    tokens and cuSPARSELt more. Raises UserError where the PyTorch backend cannot serve the checkpoint.
     """
     found = read(checkpoint)
     _check(found, config)
@@ -73,7 +74,9 @@ def build(
     artifact.write_json(out / "config.json", for_transformers_4(found.config))
     artifact.copy_tokenizer(checkpoint, out)
     if found.sparse_layers:
-        _write_module(out / MODULE, found, choices or {})
+        _write_module(out / MODULE, found, tactics)
+    if tactics is not None:
+        artifact.write_json(out / "tactics.json", tactics)
     artifact.write_llm_args(out, config, "pytorch", found.kv_cache)
     artifact.write_facts(out, "pytorch", found.format, found.kv_cache, checkpoint, config)
     here = lock.current("pytorch")
@@ -100,14 +103,20 @@ def _check(found: Checkpoint, config: EngineConfig) -> None:
     compatibility.check_shards(found.layers(), config.tensor_parallel).require()
 
 
-def _write_module(directory: Path, found: Checkpoint, choices: Mapping[str, Sequence[tuple[int, str]]]) -> None:
+def _write_module(directory: Path, found: Checkpoint, tactics: Mapping[str, Any] | None) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     architecture = found.architecture.name
     page = _INIT_PY.format(architecture=architecture, module=MODEL_MODULE[architecture])
     (directory / "__init__.py").write_text(page, encoding="utf8")
-    artifact.write_json(
-        directory / "layers.json", {"layers": {name: choices.get(name) for name in found.sparse_layers}}
-    )
+    layers = {name: _choices(tactics, name) for name in found.sparse_layers}
+    artifact.write_json(directory / "layers.json", {"layers": layers})
+
+
+def _choices(tactics: Mapping[str, Any] | None, layer: str) -> list[tuple[int, str]] | None:
+    """(tokens, kernel) of a layer that was measured; None where nothing was."""
+    if tactics is None or tactics["source"] != "measured" or layer not in tactics["layers"]:
+        return None
+    return [(bucket["tokens"], bucket["kernel"]) for bucket in tactics["layers"][layer]["buckets"]] or None
 
 
 def _serve(config: EngineConfig, sparse: bool) -> list[str]:

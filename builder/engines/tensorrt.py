@@ -6,7 +6,7 @@
       hooks/{models.py, routes.json}    the model class that swaps layers for our plugin, and which layers
       launch/  llm_args.yaml            how to serve it; tokenizer files
       rank{r}.engine  config.json       TensorRT-LLM's own, once built
-      timing.cache  build-rank{r}.log  tactics.json
+      build-rank{r}.log  inspector-rank{r}.json  sparsity_log.json  tactics.json      what TensorRT picked
 
 `prepare` writes all that needs no GPU and no TensorRT-LLM; `build` goes on from there.
 """
@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
 from builder import compatibility
+from builder.checkpoint import read
 from builder.engines import artifact, evidence, gpu_memory, launch, lock, ranks, trtllm_checkpoint
 from builder.engines.base import EngineConfig
 from builder.engines.gpu import gpus
@@ -78,7 +79,7 @@ def prepare(
         artifact.write_json(out / HOOKS / "routes.json", {"layers": chosen})
         shutil.copyfile(checkpoint / "sparsity.json", out / "sparsity.json")
     artifact.write_json(out / "build_config.json", settings)
-    artifact.copy_tokenizer(tokenizer or checkpoint.parent / "hf", out)
+    artifact.copy_tokenizer(tokenizer or _tokenizer(checkpoint), out)
     artifact.write_llm_args(out, config, "tensorrt", found.kv_cache)
     artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config)
     launch.write(out, config, _serve(config), HOOKS, lock.SUPPORTED_CONTAINER, preload="plugin" in chosen.values())
@@ -118,8 +119,14 @@ def build(
         "building the TensorRT engine",
         progress,
     )
-    evidence.write(out, logs, routes(found, ratios))
+    evidence.write(out, found.ranks, read(checkpoint).layers(), routes(found, ratios))
     lock.write(out, lock.current("tensorrt", preload))
+
+
+def _tokenizer(checkpoint: Path) -> Path:
+    """The unified checkpoint beside this one, as builds lay them; else this one, which may have a tokenizer."""
+    beside = [checkpoint.parent / "hf", checkpoint.resolve().parent / "checkpoint"]
+    return next((path for path in beside if path.is_dir()), checkpoint)
 
 
 def _check(found: TrtllmCheckpoint, config: EngineConfig) -> None:

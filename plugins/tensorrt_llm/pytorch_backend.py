@@ -101,8 +101,8 @@ def chosen(model: Any, layers: Mapping[str, Sequence[Any] | None]) -> Iterator[t
     """The model's Linear modules that are 2:4 as a whole: a fused one only where each of its parts is."""
     for name, module in model.named_modules():
         if isinstance(module, Linear) and all(part in layers for part in parts(name)):
-            choices = layers[parts(name)[0]]
-            yield name, module, tuple((int(m), str(kernel)) for m, kernel in choices or SKINNY_THEN_CUSPARSELT)
+            choices = layers[parts(name)[0]] or SKINNY_THEN_CUSPARSELT
+            yield name, module, [(int(tokens), str(kernel).removeprefix("dense-")) for tokens, kernel in choices]
 
 
 def parts(name: str) -> tuple[str, ...]:

@@ -5,6 +5,9 @@ class Logger:
     def __init__(self):
         self.lines = []
 
+    def set_level(self, level):
+        assert level in ("verbose", "info", "warning", "error")
+
     def info(self, text):
         self.lines.append(f"[TRT-LLM] [I] {text}")
 

@@ -1,6 +1,5 @@
 """STAND-IN: Llama for TensorRT engines: TensorRT-LLM's names and call order, attention on torch tensors."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -9,24 +8,9 @@ from torch.nn import functional
 
 from tensorrt_llm.functional import Tensor
 from tensorrt_llm.layers import ColumnLinear, RowLinear
-from tensorrt_llm.mapping import Mapping
-from tensorrt_llm.models.modeling_utils import QuantConfig
+from tensorrt_llm.models.modeling_utils import PretrainedConfig
 from tensorrt_llm.module import Module, ModuleList, Parameter
 from tensorrt_llm.quantization.quantize import quantize
-
-
-class PretrainedConfig:
-    def __init__(self, **values):
-        self.__dict__.update(values)
-        self.mapping = Mapping.from_dict(values["mapping"])
-        self.quantization = QuantConfig.from_dict(values["quantization"])
-
-    @classmethod
-    def from_json_file(cls, path):
-        return cls(**json.loads(Path(path).read_text()))
-
-    def set_rank(self, rank):
-        self.mapping.rank = rank
 
 
 class RmsNorm(Module):
@@ -166,3 +150,5 @@ class LLaMAForCausalLM(PretrainedModel):
 
 
 MODEL_MAP = {"LlamaForCausalLM": LLaMAForCausalLM}
+
+__all__ = ["MODEL_MAP", "LLaMAForCausalLM", "PretrainedConfig"]

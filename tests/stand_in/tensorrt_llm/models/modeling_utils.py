@@ -1,8 +1,11 @@
-"""STAND-IN: QuantConfig, shared by both backends. Unknown keys are refused, as in the later releases."""
+"""STAND-IN: a model's config, and QuantConfig, where unknown keys are refused, as in the later releases."""
 
 import fnmatch
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
+from tensorrt_llm.mapping import Mapping
 from tensorrt_llm.quantization import QuantAlgo, QuantMode
 
 
@@ -36,3 +39,17 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values):
         return cls(**values)
+
+
+class PretrainedConfig:
+    def __init__(self, **values):
+        self.__dict__.update(values)
+        self.mapping = Mapping.from_dict(values["mapping"])
+        self.quantization = QuantConfig.from_dict(values["quantization"])
+
+    @classmethod
+    def from_json_file(cls, path):
+        return cls(**json.loads(Path(path).read_text()))
+
+    def set_rank(self, rank):
+        self.mapping.rank = rank
