@@ -6,6 +6,7 @@ Suffixes: B samples, T tokens of a sample, D hidden size.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from calibration.weights import Weights
 from plugins.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+RESIDUAL_BEFORE = {  # a layer that adds to the residual stream: the module that reads the stream as it was before
+    "self_attn.o_proj": "input_layernorm",
+    "mlp.down_proj": "post_attention_layernorm",
+}
 SAMPLES_AT_ONCE = 8  # that go through a block together; fixed, as sums in another order round otherwise
 
 
@@ -69,6 +74,14 @@ class _Remember(nn.Module):
         return hidden_BTD
 
 
-def run(block: nn.Module, hidden_BTD: Tensor, arguments: dict[str, Any]) -> Tensor:
+@dataclass
+class Stream:
+    """One form of a block, pruned or dense, with the hidden states [B, T, D] that enter it."""
+
+    block: nn.Module
+    hidden: Tensor
+
+
+def run(stream: Stream, arguments: dict[str, Any]) -> Tensor:
     """The block's output [B, T, D], a few samples at a time."""
-    return torch.cat([block(part, **arguments) for part in hidden_BTD.split(SAMPLES_AT_ONCE)])
+    return torch.cat([stream.block(part, **arguments) for part in stream.hidden.split(SAMPLES_AT_ONCE)])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks import Blocks, run
+from calibration.blocks import Blocks, Stream, run
 from calibration.config import Sparsity
 from calibration.inputs import gather, shared_inputs
 from calibration.resume import Finished
@@ -115,11 +115,11 @@ class _Walk:
     ) -> tuple[dict[str, Tensor], list[LayerReport], dict[str, Tensor]]:
         """The pruned weights by tensor name, the reports, and the hidden states that enter the next block."""
         block, arguments = self.blocks.load(number), self.arguments[number]
-        dense = (copy.deepcopy(block), states["dense"]) if "dense" in states else None
+        streams = {name: Stream(copy.deepcopy(block) if name == "dense" else block, states[name]) for name in states}
         prefix = f"model.layers.{number}."
         weights: dict[str, Tensor] = {}
         reports = []
-        for group in self._groups(block, self.layers_of[number], states, arguments):
+        for group in self._groups(self.layers_of[number], streams, arguments):
             statistics: Statistics | None = None
             for name in group:
                 layer = block.get_submodule(name)
@@ -127,7 +127,7 @@ class _Walk:
                     reports.append(_report(prefix + name, layer.weight, note=note))
                     continue
                 if statistics is None and self.solver.needs_inputs:
-                    statistics = gather(block, name, states["pruned"], arguments, dense)
+                    statistics = gather(name, streams["pruned"], arguments, streams.get("dense"))
                 started = time.perf_counter()
                 stored = self._prune(prefix + name, layer, statistics)
                 weights[f"{prefix}{name}.weight"] = stored
@@ -137,17 +137,10 @@ class _Walk:
                     )
                 )
                 layer.weight.copy_(stored)
-        states = {
-            name: run(dense[0] if dense and name == "dense" else block, states[name], arguments) for name in states
-        }
-        return weights, reports, states
+        return weights, reports, {name: run(stream, arguments) for name, stream in streams.items()}
 
-    def _groups(
-        self, block: nn.Module, names: list[str], states: dict[str, Tensor], arguments: dict[str, Any]
-    ) -> list[list[str]]:
-        if not self.solver.needs_inputs:
-            return [names]
-        return shared_inputs(block, names, states["pruned"], arguments)
+    def _groups(self, names: list[str], streams: dict[str, Stream], arguments: dict[str, Any]) -> list[list[str]]:
+        return shared_inputs(streams["pruned"], names, arguments) if self.solver.needs_inputs else [names]
 
     def _reason_to_keep(self, layer: nn.Linear) -> str:
         if not self.pattern.fits(layer.in_features):

@@ -5,6 +5,7 @@ Suffixes: N out_features, K in_features.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -32,6 +33,10 @@ class Pattern:
             return cls(1 - float(found[1]) / 100, 0)
         raise UserError(f"'{text}' is no sparsity pattern: write 2:4, another n:m with n < m, or a share such as 50%")
 
+    def choices(self) -> int:
+        """How many masks one group can have; 0 where there are no groups."""
+        return math.comb(self.group, int(self.keep)) if self.group else 0
+
     def fits(self, in_features: int) -> bool:
         """Whether rows of `in_features` divide into whole groups."""
         return self.group == 0 or in_features % self.group == 0
@@ -52,7 +57,7 @@ class Pattern:
     def holds(self, weight_NK: Tensor) -> bool:
         """Whether the weight is sparse in this pattern already."""
         if self.group == 0:
-            return int(weight_NK.count_nonzero()) <= round(self.keep * weight_NK.numel())
+            return bool(weight_NK.count_nonzero() <= round(self.keep * weight_NK.numel()))
         return bool((weight_NK.unflatten(1, (-1, self.group)) != 0).sum(2).max() <= self.keep)
 
 

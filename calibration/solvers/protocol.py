@@ -5,31 +5,41 @@ Suffixes: N out_features, K in_features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
+from calibration.solvers.hessian import inverse_factor
 from calibration.solvers.masks import Pattern
 
 
 @dataclass
 class Statistics:
-    """Second moments of one layer's inputs over the calibration tokens, float32 [K, K], divided by their number.
+    """Second moments of one layer's inputs over the calibration tokens, float32, divided by their number.
 
-    With X [tokens, K] the inputs that the pruned part of the model gives, and X_d those of the dense model:
-    `hessian` is X'X / tokens, `cross` is X_d'X / tokens.
+    With X [tokens, K] the inputs that the pruned part of the model gives and X_d those of the dense model, `hessian`
+    [K, K] is X'X and `cross` [K, K] is X_d'X. With R and R_d [tokens, N] the residual streams that the layer's output
+    is added to, `residual` [N, K] is (R_d - R)'X; None where the output goes elsewhere.
     """
 
     hessian: Tensor
     cross: Tensor | None = None
+    residual: Tensor | None = None
+    _factor: Tensor | None = field(default=None, repr=False)
+
+    def factor(self, name: str) -> Tensor:
+        """The upper triangular U [K, K] with U'U = (hessian + damping)^-1, found once for all layers that share it."""
+        if self._factor is None:
+            self._factor = inverse_factor(name, self.hessian)
+        return self._factor
 
 
 class Solver(Protocol):
     """A pruning method. The weight that it returns is sparse in the pattern and holds no -0."""
 
     needs_inputs: bool  # whether it reads `hessian`
-    needs_dense_inputs: bool  # whether it reads `cross`
+    needs_dense_inputs: bool  # whether it reads `cross` and `residual`
 
     def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
         """The pruned weight, float32 [N, K]. `name` is the layer's, for errors and warnings."""

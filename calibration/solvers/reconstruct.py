@@ -1,0 +1,131 @@
+"""Our own: finds the sparse weight whose outputs come nearest to the dense model's, given inputs already changed.
+
+With X the inputs that the pruned part of the model gives, X_d the dense model's, R and R_d the residual streams that
+the output is added to, and H = X'X, the sparse V is to minimise |XV' - T|^2 for the target outputs
+
+    T = (1 - a) XW' + a X_d W' + b (R_d - R),
+
+between what the layer gave for these inputs and what it would have to give to undo the changes made before it. Up to a
+constant that is tr(V H V') - 2 tr(V B') with B = T'X, which the second moments hold whole. Then, in turn:
+
+1. target: the dense weight that minimises it, B H^-1;
+2. mask: SparseGPT's sweep on that weight, each group's mask chosen by the joint cost of what it prunes;
+3. refit: the kept weights that minimise it, by conjugate gradients, all rows at once;
+4. swap: in each row, the groups where one pruned and one kept weight would gain most by changing places; a row keeps
+   its swaps only if its exact error fell after a refit.
+
+The pruned and dense inputs in one target: Li et al., GPTAQ, 2025, arXiv:2504.02692. A refit on a fixed mask by
+projected conjugate gradients: Meng et al., ALPS, NeurIPS 2024, arXiv:2406.07831.
+
+Suffixes: N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calibration.solvers.hessian import damped
+from calibration.solvers.masks import Pattern, apply
+from calibration.solvers.protocol import Statistics
+from calibration.solvers.sparsegpt import prune_in_turn, prune_together, sweep
+
+DENSE_INPUTS = 0.5  # a
+RESIDUAL = 0.5  # b
+REFIT_STEPS = 60
+SWAP_ROUNDS = 3
+SWAP_STEPS = 30
+SWAP_SHARE = 1 / 16  # of a row's groups that change in a round
+TINY = 1e-30  # keeps a row that is solved already from dividing by zero
+MOST_CHOICES = 70  # masks of a group that are tried one by one: as many as 4:8 has
+
+
+class Reconstruct:
+    """Raises UserError where the inputs are not finite."""
+
+    needs_inputs = True
+    needs_dense_inputs = True
+
+    def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
+        """Accepts statistics without the dense model's part: the target is then the layer's own output."""
+        assert statistics is not None
+        upper_KK = statistics.factor(name)
+        hessian_KK = damped(statistics.hessian)
+        target_NK = _target(weight_NK, statistics, hessian_KK)
+
+        weight_KN = (target_NK @ upper_KK.T @ upper_KK).T.contiguous()
+        joint = 0 < pattern.choices() <= MOST_CHOICES
+        mask_NK = sweep(weight_KN, upper_KK, pattern, prune_together if joint else prune_in_turn).T.contiguous()
+        pruned_NK = refit(weight_KN.T * mask_NK, mask_NK, target_NK, hessian_KK, REFIT_STEPS)
+        if pattern.group:
+            pruned_NK, mask_NK = swap(pruned_NK, mask_NK, target_NK, hessian_KK, pattern.group)
+        return apply(pruned_NK, mask_NK)
+
+
+def _target(weight_NK: Tensor, statistics: Statistics, hessian_KK: Tensor) -> Tensor:
+    """B [N, K]: the target outputs' moments with the inputs. The damping pulls the weight to what it was."""
+    target_NK = weight_NK @ hessian_KK
+    if statistics.cross is not None:
+        target_NK += DENSE_INPUTS * (weight_NK @ (statistics.cross - statistics.hessian))
+    if statistics.residual is not None:
+        target_NK += RESIDUAL * statistics.residual
+    return target_NK
+
+
+def refit(weight_NK: Tensor, mask_NK: Tensor, target_NK: Tensor, hessian_KK: Tensor, steps: int) -> Tensor:
+    """Minimises tr(V H V') - 2 tr(V B') over the V that are zero off the mask, from `weight_NK` on.
+
+    Conjugate gradients with the Hessian's diagonal as preconditioner; each row has its own step.
+    """
+    diagonal_K = hessian_KK.diagonal()
+    gradient_NK = (target_NK - weight_NK @ hessian_KK).mul_(mask_NK)
+    scaled_NK = gradient_NK / diagonal_K
+    direction_NK = scaled_NK.clone()
+    slope_N1 = (gradient_NK * scaled_NK).sum(1, keepdim=True)
+    weight_NK = weight_NK.clone()
+    for _ in range(steps):
+        curved_NK = (direction_NK @ hessian_KK).mul_(mask_NK)
+        step_N1 = slope_N1 / (direction_NK * curved_NK).sum(1, keepdim=True).clamp_min(TINY)
+        weight_NK.addcmul_(step_N1, direction_NK)
+        gradient_NK.addcmul_(step_N1, curved_NK, value=-1)
+        torch.div(gradient_NK, diagonal_K, out=scaled_NK)
+        next_N1 = (gradient_NK * scaled_NK).sum(1, keepdim=True)
+        direction_NK.mul_(next_N1 / slope_N1.clamp_min(TINY)).add_(scaled_NK)
+        slope_N1 = next_N1
+    return weight_NK
+
+
+def swap(
+    weight_NK: Tensor, mask_NK: Tensor, target_NK: Tensor, hessian_KK: Tensor, group: int
+) -> tuple[Tensor, Tensor]:
+    """Improves the mask row by row; returns weight and mask. No row's error rises."""
+    error_N = _error(weight_NK, target_NK, hessian_KK)
+    for _ in range(SWAP_ROUNDS):
+        tried_mask_NK = _exchange(weight_NK, mask_NK, target_NK - weight_NK @ hessian_KK, hessian_KK.diagonal(), group)
+        tried_NK = refit(weight_NK * tried_mask_NK, tried_mask_NK, target_NK, hessian_KK, SWAP_STEPS)
+        tried_error_N = _error(tried_NK, target_NK, hessian_KK)
+        better_N1 = (tried_error_N < error_N)[:, None]
+        weight_NK = torch.where(better_N1, tried_NK, weight_NK)
+        mask_NK = torch.where(better_N1, tried_mask_NK, mask_NK)
+        error_N = torch.minimum(tried_error_N, error_N)
+    return weight_NK, mask_NK
+
+
+def _exchange(weight_NK: Tensor, mask_NK: Tensor, gradient_NK: Tensor, diagonal_K: Tensor, group: int) -> Tensor:
+    """The mask with one pair exchanged in each row's most promising groups: gain of one in, cost of one out."""
+    gain_NK = (gradient_NK.square() / diagonal_K).masked_fill(mask_NK, -torch.inf)
+    cost_NK = (weight_NK.square() * diagonal_K).masked_fill(~mask_NK, torch.inf)
+    gain, enters = gain_NK.unflatten(1, (-1, group)).max(2, keepdim=True)
+    cost, leaves = cost_NK.unflatten(1, (-1, group)).min(2, keepdim=True)
+    promise = (gain - cost)[..., 0]
+    best = promise.topk(max(1, int(promise.shape[1] * SWAP_SHARE)), dim=1).indices
+    chosen = torch.zeros_like(promise, dtype=torch.bool).scatter_(1, best, True).logical_and_(promise > 0)[..., None]
+    mask = mask_NK.unflatten(1, (-1, group)).clone()
+    mask.scatter_(2, leaves, mask.gather(2, leaves) & ~chosen)
+    mask.scatter_(2, enters, mask.gather(2, enters) | chosen)
+    return mask.flatten(1)
+
+
+def _error(weight_NK: Tensor, target_NK: Tensor, hessian_KK: Tensor) -> Tensor:
+    """tr(V H V') - 2 tr(V B'), row by row [N]."""
+    return (weight_NK * (weight_NK @ hessian_KK - 2 * target_NK)).sum(1)
