@@ -52,8 +52,7 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
     """
     model_config = _read_json(checkpoint / "config.json", "a unified Hugging Face checkpoint")
     _check_architecture(checkpoint, model_config)
-    sparsity = checkpoint / "sparsity.json"
-    sparse_layers = _read_json(sparsity, "a checkpoint")["layers"] if sparsity.is_file() else []
+    sparse_layers = _sparse_layers(checkpoint / "sparsity.json")
     tensors = weights.Tensors(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     weights.write(weights.packed(tensors, sparse_layers), out)
@@ -140,6 +139,14 @@ def _check_architecture(directory: Path, config: Mapping[str, Any]) -> None:
     name = (config.get("architectures") or ["none"])[0]
     if name not in CONFIGS:
         raise UserError(f"'{directory}' has the architecture '{name}', not supported: use one of {', '.join(CONFIGS)}")
+
+
+def _sparse_layers(path: Path) -> list[str]:
+    """The declared 2:4 layers; none where there is no such file."""
+    layers = _read_json(path, "a checkpoint").get("layers") if path.is_file() else []
+    if not isinstance(layers, list):
+        raise UserError(f"'{path}' holds no list of 'layers': export the checkpoint again")
+    return layers
 
 
 def _max_seq_len(asked: int, config: Mapping[str, Any]) -> int:

@@ -66,7 +66,7 @@ def replace_linears(
         linears[name] = layer = build_linear(stored, dtype, device, kernels.choices(name, stored))
         if (layer.out_features, layer.in_features) != (module.out_features, module.in_features):
             raise UserError(
-                f"'{name}' has the shape [{layer.out_features}, {layer.in_features}], but config.json says "
+                f"'{name}' has shape [{layer.out_features}, {layer.in_features}], but config.json says "
                 f"[{module.out_features}, {module.in_features}]: they do not belong together"
             )
         model.set_submodule(name, layer)
