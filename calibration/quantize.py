@@ -15,6 +15,7 @@ from torch import nn
 
 from calibration.config import Quantization
 from calibration.data import Tokens
+from calibration.fused import share_weight_scales
 from calibration.quiet import quiet
 from plugins.errors import UserError
 
@@ -60,6 +61,7 @@ def quantize(
 
     with quiet(), torch.inference_mode():
         model = mtq.quantize(model, modelopt_config(config, layers), calibrate)
+    share_weight_scales(model)
     _check_ranges(model, layers)
     return model
 

@@ -130,6 +130,18 @@ def test_exported_config_says_the_rotary_base(exports, number_format):
     assert config["attn_bias"] is False
 
 
+def test_fused_layers_share_one_fp8_scale_so_that_nothing_is_rounded_twice(exports):
+    hf = load_file(exports["fp8"] / "hf/model.safetensors")
+    for rank in range(RANKS):
+        trtllm = load_file(exports["fp8"] / f"trtllm/rank{rank}.safetensors")
+        for block in range(6):
+            names = [f"model.layers.{block}.self_attn.{part}_proj" for part in "qkv"]
+            assert len({float(hf[f"{name}.weight_scale"]) for name in names}) == 1
+            shards = [hf[f"{name}.weight"].view(torch.uint8).chunk(RANKS)[rank] for name in names]
+            fused = trtllm[f"transformer.layers.{block}.attention.qkv.weight"].view(torch.uint8)
+            assert torch.equal(torch.cat(shards), fused)  # both formats, bit by bit
+
+
 @pytest.mark.parametrize("on_plugin", [False, True], ids=["native", "plugin"])
 @pytest.mark.parametrize("number_format", FORMATS)
 def test_network_says_what_the_torch_engine_says(exports, told, tmp_path, number_format, on_plugin):

@@ -66,7 +66,7 @@ def test_failure_is_explained(log, words):
 
 
 def test_code_that_a_traceback_quotes_is_not_what_happened():
-    log = 'Traceback:\n  File "x.py", line 3\n    raise MemoryError("out of memory")\n    ^^^^^\nValueError: the real one\n'
+    log = 'Traceback:\n  File "x.py", line 3\n    raise Oh("out of memory")\n    ^^^^^\nValueError: the real one\n'
     assert failures.explain(log) == "'ValueError: the real one'"
 
 
