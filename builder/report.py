@@ -106,6 +106,8 @@ def _notes(line: Line) -> list[str]:
     if "sparsify" in line.entries:
         reports = _read(line.entries["sparsify"].path / "layers.json")
         notes += [f"'{layer['name']}' stayed dense: {layer['note']}" for layer in reports if not layer["pruned"]]
+        kept = sum(layer["pruned"] and bool(layer["note"]) for layer in reports)
+        notes += [f"{kept} layers were 2:4 already: their masks were kept"] if kept else []
     if line.recipe.trust_remote_code:
         notes.append("The model's own code was allowed to run (trust_remote_code).")
     return notes

@@ -34,7 +34,7 @@ class LayerReport:
     name: str
     out_features: int
     in_features: int
-    pruned: bool  # false: `note` says why it stayed as it was
+    pruned: bool  # holds the pattern now; false: `note` says why it stayed as it was
     zeros: float  # share of the weight
     error: float | None
     seconds: float
@@ -124,7 +124,15 @@ class _Walk:
             for name in group:
                 layer = block.get_submodule(name)
                 if note := self._reason_to_keep(layer):
-                    reports.append(_report(prefix + name, layer.weight, note=note))
+                    reports.append(_report(prefix + name, layer.weight, pruned=False, note=note))
+                    continue
+                if self.pattern.holds(layer.weight):
+                    stored, note = (
+                        self._stored(prefix + name, layer.weight),
+                        f"{self.config.pattern} already: mask kept",
+                    )
+                    weights[f"{prefix}{name}.weight"] = stored
+                    reports.append(_report(prefix + name, stored, pruned=True, note=note))
                     continue
                 if statistics is None and self.solver.needs_inputs:
                     statistics = gather(name, streams["pruned"], arguments, streams.get("dense"))
@@ -133,7 +141,11 @@ class _Walk:
                 weights[f"{prefix}{name}.weight"] = stored
                 reports.append(
                     _report(
-                        prefix + name, stored, _error(layer.weight, stored, statistics), time.perf_counter() - started
+                        prefix + name,
+                        stored,
+                        pruned=True,
+                        error=_error(layer.weight, stored, statistics),
+                        seconds=time.perf_counter() - started,
                     )
                 )
                 layer.weight.copy_(stored)
@@ -145,13 +157,13 @@ class _Walk:
     def _reason_to_keep(self, layer: nn.Linear) -> str:
         if not self.pattern.fits(layer.in_features):
             return f"{layer.in_features} inputs do not divide into groups of {self.pattern.group}"
-        if self.pattern.holds(layer.weight):
-            return f"is {self.config.pattern} already: kept as it is"
         return ""
 
     def _prune(self, name: str, layer: nn.Linear, statistics: Statistics | None) -> Tensor:
         """The pruned weight as it is stored: rounded to the source's dtype, where a tiny weight may become zero."""
-        pruned_NK = self.solver.prune(name, layer.weight, statistics, self.pattern)
+        return self._stored(name, self.solver.prune(name, layer.weight, statistics, self.pattern))
+
+    def _stored(self, name: str, pruned_NK: Tensor) -> Tensor:
         stored_NK = pruned_NK.to(self.blocks.weights.dtype(f"{name}.weight")) + 0.0
         if not torch.isfinite(stored_NK).all():
             raise UserError(
@@ -185,7 +197,7 @@ def _error(before_NK: Tensor, after_NK: Tensor, statistics: Statistics | None) -
 
 
 def _report(
-    name: str, weight_NK: Tensor, error: float | None = None, seconds: float = 0.0, note: str = ""
+    name: str, weight_NK: Tensor, *, pruned: bool, error: float | None = None, seconds: float = 0.0, note: str = ""
 ) -> LayerReport:
     zeros = 1 - int(weight_NK.count_nonzero()) / weight_NK.numel()
-    return LayerReport(name, weight_NK.shape[0], weight_NK.shape[1], not note, zeros, error, seconds, note)
+    return LayerReport(name, weight_NK.shape[0], weight_NK.shape[1], pruned, zeros, error, seconds, note)
