@@ -45,17 +45,17 @@ class Build:
 
 def build(
     sms: Sequence[str] | None = None,
-    out: Path = OUT,
+    out: Path | None = None,
     tensorrt_include: Path | None = None,
     progress: Progress = lambda line: None,
     use_cmake: bool | None = None,
 ) -> Build:
-    """Compiles for `sms` ("90a", "sm_90", "9.0"; None: the GPU here, else all of SMS) into the directory `out`.
+    """Compiles for `sms` ("90a", "sm_90", "9.0"; None: the GPU here, else all of SMS) into the directory `out` (OUT).
 
     `tensorrt_include` (or the environment variable TENSORRT_INCLUDE) names TensorRT 10's headers and adds
     libtwofour_tensorrt.so. Raises UserError where the compiler or a header is missing, or the compilation fails.
     """
-    nvcc = find_nvcc()
+    nvcc, out = find_nvcc(), out or OUT
     chosen = tuple(dict.fromkeys(parse_sm(sm) for sm in sms)) if sms else gpu_sms() or SMS
     includes = find_includes()
     if tensorrt_include is None and os.environ.get("TENSORRT_INCLUDE"):

@@ -169,6 +169,7 @@ def load() -> ctypes.CDLL:
     library.twofour_destroy.argtypes = (c_void_p,)
     problem, pointer, number = POINTER(Gemm), c_void_p, c_int64
     signatures: dict[str, tuple[object, ...]] = {
+        "library_version": (c_int, POINTER(c_int32)),
         "create": (c_int, POINTER(c_void_p)),
         "get_info": (pointer, POINTER(_Info)),
         "check": (pointer, c_int, number, number, pointer, pointer, POINTER(number), POINTER(number)),
@@ -188,6 +189,16 @@ def load() -> ctypes.CDLL:
     for name, arguments in signatures.items():
         getattr(library, f"twofour_{name}").argtypes = arguments
     return library
+
+
+def version(kernel: str) -> int:
+    """The version of what `kernel` runs on, found without a GPU: 801 is cuSPARSELt 0.8.1.
+
+    Raises UserError where it is missing or too old.
+    """
+    number = c_int32()
+    _check(load().twofour_library_version(KERNELS.index(kernel), byref(number)))
+    return number.value
 
 
 class Context:
@@ -295,9 +306,12 @@ class Context:
 
     def _call(self, name: str, *arguments: object, handle: bool = True) -> None:
         first = (self._handle,) if handle else ()
-        status = getattr(self._library, f"twofour_{name}")(*first, *arguments)
-        if status != 0:
-            raise LibraryError(status, self._library.twofour_last_error().decode(errors="replace"))
+        _check(getattr(self._library, f"twofour_{name}")(*first, *arguments))
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise LibraryError(status, load().twofour_last_error().decode(errors="replace"))
 
 
 @cache

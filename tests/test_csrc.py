@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -273,21 +274,44 @@ def test_no_gpu_is_said() -> None:
     assert caught.value.status == "no GPU"
 
 
-def versions(environment: dict[str, str]) -> str:
+def version_or_words(kernel: str, **environment: str) -> str:
+    """What a fresh process is told of a library's version."""
     code = (
-        "from plugins import library; i = library.Context(-1).info(); print(i.cusparselt_version, i.cublaslt_version)"
+        "from plugins import errors, library\n"
+        f"try: print(library.version('{kernel}'))\n"
+        "except errors.UserError as error: print(error)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
-def test_libraries_of_the_wheels_are_found_and_missing_ones_are_zero() -> None:
-    cusparselt, cublaslt = map(int, versions({}).split())
-    assert cusparselt >= 801
-    assert cublaslt >= 120000
-    assert versions({"TWOFOUR_CUSPARSELT": "/nowhere.so", "TWOFOUR_CUBLASLT": "/nowhere.so"}) == "0 0"
+def test_libraries_of_the_wheels_are_found() -> None:
+    assert library.version("cusparselt") >= 801
+    assert library.version("cublaslt") >= 120000
+    assert library.version("skinny") == 1
+
+
+def test_missing_library_names_the_wheel() -> None:
+    words = version_or_words("cusparselt", TWOFOUR_CUSPARSELT="/nowhere.so")
+    assert "/nowhere.so" in words
+    assert words.endswith("pip install nvidia-cusparselt-cu13, or set TWOFOUR_CUSPARSELT")
+
+
+def test_cusparselt_0_8_0_is_refused(tmp_path: Path) -> None:
+    """0.8.0 regressed on H100 and L4. A stand-in library says that it is one."""
+    names = re.findall(r"F\((cusparseLt\w+)\)", (build.SOURCES / "src" / "cusparselt.cpp").read_text())
+    stubs = "".join(f"int {name}() {{ return 0; }}\n" for name in names if name != "cusparseLtGetProperty")
+    stubs += "int cusparseLtGetProperty(int which, int *value) { *value = which == 1 ? 8 : 0; return 0; }\n"
+    (tmp_path / "old.c").write_text(stubs)
+    subprocess.run(["gcc", "-shared", "-fPIC", "old.c", "-o", "old.so"], cwd=tmp_path, check=True)
+    words = version_or_words("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "old.so"))
+    assert words.startswith("cuSPARSELt 0.8.0 is too old: 0.8.0 is slow on H100 and L4; pip install")
+    (tmp_path / "empty.c").write_text("int nothing;\n")
+    subprocess.run(["gcc", "-shared", "-fPIC", "empty.c", "-o", "empty.so"], cwd=tmp_path, check=True)
+    words = version_or_words("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "empty.so"))
+    assert "undefined symbol: cusparseLtInit: install a newer version" in words
 
 
 def test_library_that_is_not_built_says_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -138,6 +138,23 @@ def test_algorithms_are_given_back_only_to_the_same_gpu_and_libraries(monkeypatc
     assert len(given) == 1
 
 
+def test_workspace_shrinks_with_memory_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def small(size: int, **kwargs: object) -> torch.Tensor:
+        if size > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(size, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", small)
+    limit = 40 << 20
+    workspace, notes = tuner._workspace(torch.device("cpu"))
+    assert (workspace.nbytes, notes) == (32 << 20, ("only 32 MiB of GPU memory for a workspace",))
+    limit = 100
+    with pytest.raises(UserError, match="no GPU memory is left for a workspace"):
+        tuner._workspace(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 def test_random_weights_have_exactly_two_nonzeros_a_group(dtype: torch.dtype) -> None:
     weight = timing.random_2to4(32, 256, dtype, torch.device("cpu"))

@@ -93,6 +93,9 @@ typedef struct twofour_context twofour_context;
 TWOFOUR_API int twofour_version(void);
 TWOFOUR_API const char* twofour_status_name(twofour_status status);
 TWOFOUR_API const char* twofour_last_error(void);
+/* The version of the library that a kernel runs on, loaded without a GPU: 801 is cuSPARSELt 0.8.1. Says what is wrong
+ * where it is missing or too old. For TWOFOUR_SKINNY it is the version of the packed layout. */
+TWOFOUR_API twofour_status twofour_library_version(twofour_kernel kernel, int32_t* version);
 
 /* device: a CUDA ordinal, or TWOFOUR_HOST. */
 TWOFOUR_API twofour_status twofour_create(int device, twofour_context** context);

@@ -81,6 +81,19 @@ int twofour_version(void) { return TWOFOUR_VERSION; }
 const char* twofour_status_name(twofour_status status) { return status_name(status); }
 const char* twofour_last_error(void) { return last_error(); }
 
+twofour_status twofour_library_version(twofour_kernel kernel, int32_t* version) {
+  return guard([&] {
+    require({version});
+    *version = 0;
+    switch (kernel) {
+      case TWOFOUR_SKINNY: *version = kLayoutVersion; return;
+      case TWOFOUR_CUSPARSELT: *version = cusparselt_version(); return;
+      case TWOFOUR_CUBLASLT: *version = cublaslt_version(); return;
+    }
+    fail(TWOFOUR_INVALID_ARGUMENT, "kernel %d is not one of skinny (0), cusparselt (1), cublaslt (2)", kernel);
+  });
+}
+
 twofour_status twofour_create(int device, twofour_context** context) {
   return guard([&] {
     require({context});
