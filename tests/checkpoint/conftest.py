@@ -15,8 +15,8 @@ from builder.checkpoint import normalize_zeros
 
 @pytest.fixture(scope="session")
 def exports(docs_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """docs-llama pruned by ModelOpt, then quantized and exported: fp8/ and int8/ (unified HF), their -trt/ at tensor
-    parallel 2, fp8-kv/ (unpruned), and unfolded/ (fp8 without mts.export)."""
+    """Two blocks of docs-llama, pruned, quantized and exported by ModelOpt: fp8/ and int8/ (unified HF), their -trt/ at
+    tensor parallel 2, fp8-kv/ (unpruned), unfolded/ (fp8 without mts.export), fp8-raw/ (fp8 before -0.0 was mended)."""
     import modelopt.torch.quantization as mtq
     import modelopt.torch.sparsity as mts
     import torch
@@ -30,7 +30,7 @@ def exports(docs_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy.deepcopy(mtq.FP8_DEFAULT_CFG), mtq.FP8_KV_CFG["quant_cfg"]
     )
     for name, config in configs.items():
-        model = AutoModelForCausalLM.from_pretrained(docs_llama, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(docs_llama, dtype=torch.bfloat16, num_hidden_layers=2)
         layers = [name for name, _ in model.named_modules() if name.endswith("_proj")]
         if name != "fp8-kv":
             model = mts.sparsify(model, "sparse_magnitude")
@@ -46,12 +46,15 @@ def exports(docs_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             export_hf_checkpoint(model, export_dir=root / name)
         if name != "fp8-kv":
             declare(root / name, layers)
+    shutil.copytree(root / "fp8", root / "fp8-raw")
+    for name in ("fp8", "fp8-trt"):
+        normalize_zeros(root / name)
     return root
 
 
 def trtllm_layers() -> list[str]:
     parts = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
-    return [f"transformer.layers.{block}.{part}" for block in range(6) for part in parts]
+    return [f"transformer.layers.{block}.{part}" for block in range(2) for part in parts]
 
 
 @pytest.fixture
@@ -59,7 +62,6 @@ def copy_of(exports: Path, tmp_path: Path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         directory = tmp_path / "checkpoint"
         shutil.copytree(exports / name, directory)
-        normalize_zeros(directory)
         return directory
 
     return make

@@ -59,8 +59,8 @@ RANK = "rank1.safetensors"
 ATTACKS: dict[str, tuple[str, Attack, Code, str, str | None, int | None, int | None, str]] = {
     "3-of-4 group": ("fp8", third_of_four, Code.SPARSITY, MODEL, f"{UP}.weight", 700, 5, "3 of 4 values are nonzero"),
     "3-of-4 group on the second rank": (
-        "int8-trt", edit(RANK, "transformer.layers.2.mlp.proj.weight", 3 * 384 + 8, b"\1\1\1\0"),
-        Code.SPARSITY, RANK, "transformer.layers.2.mlp.proj.weight", 3, 2, "3 of 4 values are nonzero",
+        "int8-trt", edit(RANK, "transformer.layers.1.mlp.proj.weight", 3 * 384 + 8, b"\1\1\1\0"),
+        Code.SPARSITY, RANK, "transformer.layers.1.mlp.proj.weight", 3, 2, "3 of 4 values are nonzero",
     ),
     "-0.0": (
         "fp8", edit(MODEL, f"{UP}.weight", 256 * 9 + 4, FP8_NEGATIVE_ZERO + b"\0\0\0"),
