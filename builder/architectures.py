@@ -79,9 +79,10 @@ class Architecture:
 
     @property
     def other_parameters(self) -> int:
-        """Parameters outside the linear layers: embedding and norms (also the per-head norms of Qwen3)."""
+        """Parameters that are no linear weight: embedding, biases and norms (also the per-head norms of Qwen3)."""
+        biases = sum(linear.out_features for linear in self.linears() if linear.bias)
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.name == "Qwen3ForCausalLM" else 0)
-        return self.vocab_size * self.hidden_size + self.num_blocks * norms + self.hidden_size
+        return self.vocab_size * self.hidden_size + self.num_blocks * norms + self.hidden_size + biases
 
 
 def read_config(model: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
         raise UserError(
             f"'{model}' holds no tokenizer that loads ({type(error).__name__}): add tokenizer.json"
@@ -90,9 +91,8 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
 
 
 def _vocabulary(model: Path) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(str(model)).vocab_size)
+    config = json.loads((model / "config.json").read_text(encoding="utf8"))
+    return int(config["vocab_size"])
 
 
 def _encode(documents: list[Document], tokenizer: Any, chat_template: bool | None) -> list[list[int]]:
