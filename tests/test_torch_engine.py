@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from builder.engines import torch_engine
 from builder.engines.request import Request, Token
 from builder.engines.torch import weights
+from builder.engines.torch.graphs import DecodeSteps
 from builder.engines.torch_engine import Limits, TorchEngine
 from plugins.errors import UserError
 
@@ -144,6 +145,30 @@ def test_requests_may_join_while_others_run(tiny: Path) -> None:
     for token in tokens:
         joined.setdefault(token.request_id, []).append(token.token)
     assert joined == alone
+
+
+@pytest.mark.parametrize("budget", [4, 60])
+def test_decode_steps_of_fixed_shape_change_no_token(tiny: Path, budget: int) -> None:
+    """What CUDA graphs replay, here without the graph: padded rows beside a half prefilled prompt, rounded lengths."""
+    requests = requests_of_all_kinds(13)
+    settings = {"max_batch_size": 5, "max_num_tokens": budget, "chunked_prefill": True}
+    engine = torch_engine.load_hf(tiny, dtype=torch.float64, **settings)
+    expected = collect(engine, requests)
+    engine._graphs = DecodeSteps(engine.model, engine._cache, 5, 64)
+    assert collect(engine, requests) == expected
+    assert {rows for rows, _ in engine._graphs._steps} == ({1, 2, 4} if budget == 4 else {1, 2, 4, 5})
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_change_no_token(tiny: Path) -> None:
+    requests = requests_of_all_kinds(13)
+    tokens = []
+    for cuda_graphs in (True, False):
+        engine = torch_engine.load_hf(
+            tiny, device="cuda", dtype=torch.float64, max_batch_size=5, cuda_graphs=cuda_graphs
+        )
+        tokens.append(collect(engine, requests))
+    assert tokens[0] == tokens[1]
 
 
 def test_tokens_are_numbered_timed_and_ended(tiny: Path) -> None:

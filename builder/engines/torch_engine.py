@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
         "max_seq_len": _max_seq_len(config.max_seq_len, model_config),
         "max_num_tokens": config.max_num_tokens,
         "chunked_prefill": config.chunked_prefill,
+        "cuda_graphs": config.cuda_graphs,
     }
     _write_json(out / "engine.json", engine)
 
@@ -91,11 +93,11 @@ def load(engine_dir: Path, *, device: str | None = None, dtype: torch.dtype | No
         raise UserError(
             f"'{engine_dir}' has layout {engine.get('layout')}, and this twofour reads {LAYOUT}: build the engine again"
         )
-    names = ("max_batch_size", "max_seq_len", "max_num_tokens", "chunked_prefill", "kv_cache")
-    missing = [name for name in names if name not in engine]
+    limits = [field.name for field in fields(Limits)]
+    missing = [name for name in (*limits, "kv_cache") if name not in engine]
     if missing:
         raise UserError(f"'{engine_dir / 'engine.json'}' lacks '{missing[0]}': build the engine again")
-    return _open(engine_dir, Limits(*(engine[name] for name in names[:4])), engine["kv_cache"], device, dtype)
+    return _open(engine_dir, Limits(**{name: engine[name] for name in limits}), engine["kv_cache"], device, dtype)
 
 
 def load_hf(
@@ -105,12 +107,14 @@ def load_hf(
     max_seq_len: int = Limits.max_seq_len,
     max_num_tokens: int = Limits.max_num_tokens,
     chunked_prefill: bool = Limits.chunked_prefill,
+    cuda_graphs: bool = Limits.cuda_graphs,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> TorchEngine:
     """The dense baseline: a 16-bit Hugging Face directory as an engine; the rest as `load` has it."""
     length = _max_seq_len(max_seq_len, _read_json(model_dir / "config.json", "a Hugging Face model directory"))
-    return _open(model_dir, Limits(max_batch_size, length, max_num_tokens, chunked_prefill), "none", device, dtype)
+    limits = Limits(max_batch_size, length, max_num_tokens, chunked_prefill, cuda_graphs)
+    return _open(model_dir, limits, "none", device, dtype)
 
 
 def _open(

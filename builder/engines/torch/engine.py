@@ -14,6 +14,7 @@ import torch
 
 from builder.engines.request import Request, Token
 from builder.engines.torch.attention import Decode, Prefill, Whole
+from builder.engines.torch.graphs import DecodeSteps
 from builder.engines.torch.kv_cache import KVCache
 from builder.engines.torch.limits import Limits
 from builder.engines.torch.model import Decoder
@@ -39,6 +40,10 @@ class TorchEngine:
             kind=kv_cache,
             dtype=model.dtype,
             device=model.device,
+        )
+        use_graphs = limits.cuda_graphs and model.device.type == "cuda"
+        self._graphs = (
+            DecodeSteps(model, self._cache, limits.max_batch_size, limits.max_seq_len) if use_graphs else None
         )
         self._scheduler = Scheduler(limits.max_batch_size, limits.max_num_tokens, limits.chunked_prefill)
 
@@ -125,14 +130,18 @@ class TorchEngine:
         return self._emit(logits, [sequence for sequence, _ in done])
 
     def _decode(self, running: list[Sequence]) -> list[Token]:
-        lengths = [sequence.cached for sequence in running]
-        positions_B = self._tensor(lengths)
-        ids_B = self._tensor([sequence.tokens[-1] for sequence in running])
-        batch = Decode(self._cache, positions_B, max(lengths) + 1, ragged=min(lengths) != max(lengths))
-        hidden = self.model.hidden(ids_B[:, None], positions_B[:, None], batch)
+        ids, positions = [sequence.tokens[-1] for sequence in running], [sequence.cached for sequence in running]
+        decode = self._decode_eagerly if self._graphs is None else self._graphs.run
+        logits = decode(ids, positions)
         for sequence in running:
             sequence.cached += 1
-        return self._emit(self.model.logits(hidden[:, 0]), running)
+        return self._emit(logits, running)
+
+    def _decode_eagerly(self, ids: list[int], positions: list[int]) -> torch.Tensor:
+        positions_B = self._tensor(positions)
+        batch = Decode(self._cache, positions_B, max(positions) + 1, ragged=min(positions) != max(positions))
+        hidden = self.model.hidden(self._tensor(ids)[:, None], positions_B[:, None], batch)
+        return self.model.logits(hidden[:, 0])
 
     def _emit(self, logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[Token]:
         requests, indices = [s.request for s in sequences], [len(s.tokens) for s in sequences]

@@ -16,6 +16,7 @@ class Limits:
     max_seq_len: int = 2048
     max_num_tokens: int = 8192
     chunked_prefill: bool = False
+    cuda_graphs: bool = True
 
     def check(self, request: Request, vocabulary: int) -> None:
         """Raises UserError where a request cannot run."""
