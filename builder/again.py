@@ -13,7 +13,7 @@ from builder import machine, measure, recipe
 from builder.compatibility import check, choose_backend
 from builder.console import Console
 from builder.files import remove, sha256_tree
-from builder.manifest import is_build, record_folder
+from builder.manifest import MANIFEST, as_bytes, is_build, make_manifest, now, record_folder
 from builder.publish import claimed, publish
 from builder.source import find_model
 from calibration.config import Accuracy
@@ -72,6 +72,7 @@ def build_engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str
     from builder import checkpoint as checkpoints
     from builder.engines import backends
 
+    started = now()
     found = checkpoints.read(checkpoint)
     checkpoints.verify(checkpoint).require()
     config = recipe.load("any/model", overrides=[f"engine.{override}" for override in overrides]).engine
@@ -89,9 +90,20 @@ def build_engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str
         folder = Path(scratch) / "checkpoints"
         folder.mkdir()
         (folder / wanted).symlink_to(checkpoint.resolve())
-        backends.build(backend, folder, Path(scratch) / "engine", config, gpu)
-        facts = backends.engine_facts(Path(scratch) / "engine")
-        publish({path.name: path for path in (Path(scratch) / "engine").iterdir()}, place, {})
+        engine = Path(scratch) / "engine"
+        backends.build(backend, folder, engine, config, gpu)
+        facts = backends.engine_facts(engine)
+        manifest = make_manifest(
+            sha256_tree(engine),
+            recipe={"engine": config.model_dump(mode="json")},
+            tools=machine.versions(),
+            gpu=machine.gpu(),
+            sources={"checkpoint": checkpoints.digest(checkpoint)},
+            stages=[],
+            started=started,
+            finished=now(),
+        )
+        publish({path.name: path for path in engine.iterdir()}, place, {MANIFEST: as_bytes(manifest)})
     return facts
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from builder.compatibility import check, check_shards, choose_backend
 from builder.console import Console
 from builder.files import sha256_tree
 from builder.line import Line
-from builder.manifest import MANIFEST, make_manifest
+from builder.manifest import MANIFEST, as_bytes, make_manifest, now
 from builder.plan import Plan, make_plan
 from builder.publish import claimed, publish
 from builder.recipe import Recipe
@@ -49,7 +48,7 @@ def build(
 
     Raises UserError for wrong input and GateError for a checkpoint that does not verify, with `out` untouched.
     """
-    started = _now()
+    started = now()
     plan = resolve(recipe, gpu)
     model = find_model(recipe.model, recipe.revision, recipe.trust_remote_code)
     with claimed(out) as place:
@@ -111,18 +110,22 @@ def _publish(line: Line, report: dict[str, Any], out: Path, until: Until, starte
         parts["report/records.jsonl"] = entries["benchmark"].path / "records.jsonl"
     files = {
         "recipe.yaml": yaml.safe_dump(line.recipe.model_dump(mode="json"), sort_keys=False).encode(),
-        "plan.json": _json(line.plan.to_dict()),
+        "plan.json": as_bytes(line.plan.to_dict()),
     }
     with tempfile.TemporaryDirectory() as scratch:
         if until == "deploy":
             _deploy(entries["engine"].path, Path(scratch) / "triton")
+        if "checkpoint-trtllm" in parts and "engine" not in parts:
+            from builder.engines import tensorrt
+
+            tensorrt.prepare(checkpoints / "trtllm", Path(scratch) / "engine", line.recipe.engine)
         render(report, Path(scratch) / "report")
         files |= {
             path.relative_to(scratch).as_posix(): path.read_bytes()
             for path in sorted(Path(scratch).rglob("*"))
             if path.is_file()
         }
-    files[MANIFEST] = _json(_manifest(line, parts, files, started))
+    files[MANIFEST] = as_bytes(_manifest(line, parts, files, started))
     publish(parts, out, files)
 
 
@@ -146,27 +149,18 @@ def _manifest(line: Line, parts: dict[str, Path], files: dict[str, bytes], start
     if "calibration" in line.entries:
         calibration = json.loads((line.entries["calibration"].path / "calibration.json").read_text())
         sources["calibration"] = calibration["sha256"]
-    device = machine.device()
     return make_manifest(
         subjects,
         recipe=line.recipe.model_dump(mode="json"),
         tools=machine.versions(),
-        gpu=device if device["type"] == "gpu" else None,
+        gpu=machine.gpu(),
         sources=sources,
         stages=list(line.entries.values()),
         started=started,
-        finished=_now(),
+        finished=now(),
     )
 
 
 def _engine_format(plan: Plan) -> str:
     formats = {layer.format for layer in plan.layers} & {"int8", "fp8"}
     return formats.pop() if formats else ("fp16" if plan.layers[0].format == "fp16" else "bf16")
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -19,6 +19,11 @@ def device() -> dict[str, Any]:
     return _gpu() or {"type": "cpu", "name": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
 
 
+def gpu() -> dict[str, Any] | None:
+    """The same, where it is a GPU."""
+    return device() if device()["type"] == "gpu" else None
+
+
 def sm() -> int | None:
     """The GPU's compute capability as TensorRT writes it (90 for 9.0), or None without a GPU."""
     found = device().get("sm")

@@ -9,6 +9,7 @@ The subjects are all files of the build, by sha256; tools that sign or check suc
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -58,6 +59,16 @@ def make_manifest(
             },
         },
     }
+
+
+def as_bytes(value: Any) -> bytes:
+    """A JSON file's content, for people to read."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def now() -> str:
+    """The time as in RFC 3339, UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _stage(entry: Entry) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which module builds and loads the engine of each backend. A closed list: nothing is imported by a name from a file."""
+"""Which module builds and loads each backend's engine. A closed list: nothing is imported by a name from a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from plugins.errors import UserError
 def build(backend: str, checkpoints: Path, out: Path, config: EngineConfig, gpu: str) -> None:
     """Builds the engine of `backend` into `out` from a folder of checkpoints (hf/, trtllm/).
 
-    `gpu` is the card that kernel times are predicted for where none can be measured. Raises UserError for what is missing.
+    `gpu` is the card that kernel times are predicted for where none can be measured. Raises UserError for what is
+    missing.
     """
     if backend == "torch":
         from builder.engines import torch_engine
