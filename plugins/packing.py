@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from plugins import pattern
+from plugins.errors import UserError
 
-_INTEGERS = {1: torch.int8, 2: torch.int16}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
 def pack(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,8 +20,23 @@ def pack(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unpack(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The weight [N, K] that `pack` took, on the device of `values`. Raises UserError where the two are damaged."""
-    return from_numpy(pattern.unpack(to_numpy(values), to_numpy(indices)), values.dtype).to(values.device)
+    """The weight [N, K] that `pack` took, made on the device of `values`, where it may be a GPU.
+
+    Raises UserError for shapes that do not belong together, or indices that do not ascend within a group.
+    """
+    rows, groups = values.shape[0], values.shape[1] // 2
+    if values.shape[1] % 2 or indices.dtype != torch.uint8 or indices.shape != (rows, (groups + 1) // 2):
+        raise UserError(
+            f"values {list(values.shape)} and indices {indices.dtype} {list(indices.shape)} do not belong together: "
+            "build the engine again"
+        )
+    nibbles = torch.stack([indices & 15, indices >> 4], dim=-1).view(rows, -1)[:, :groups]
+    places = torch.stack([nibbles & 3, nibbles >> 2], dim=-1)
+    if not bool((places[..., 0] < places[..., 1]).all()):
+        raise UserError("the indices of a 2:4 weight do not ascend: the file is damaged, build the engine again")
+    kept = values.view(_INTEGERS[values.element_size()]).view(rows, groups, 2)
+    dense = torch.zeros(rows, groups, 4, dtype=kept.dtype, device=values.device).scatter_(2, places.long(), kept)
+    return dense.view(rows, groups * 4).view(values.dtype)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

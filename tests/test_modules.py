@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins import reference
+from plugins import pattern, reference
 from plugins.errors import UserError
 from plugins.kernel_linear import KernelLinear, choices_of
 from plugins.linear import InputQuantizer
@@ -190,12 +190,18 @@ def test_an_unknown_weight_dtype_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn])
-def test_packing_keeps_dtype_and_bits(dtype: torch.dtype) -> None:
-    w = stored("bf16", sparse=True)["weight"].float().to(dtype)
+@pytest.mark.parametrize("groups", [1, 2, 15])
+def test_packing_keeps_dtype_and_bits(dtype: torch.dtype, groups: int) -> None:
+    w = stored("bf16", sparse=True)["weight"][:, : 4 * groups].float().to(dtype)
     values, indices = pack(w)
+    assert torch.equal(unpack(values, indices), from_numpy(pattern.unpack(to_numpy(values), indices.numpy()), dtype))
     assert values.dtype == dtype
     assert indices.dtype == torch.uint8
     assert torch.equal(unpack(values, indices).float(), w.float())
+    with pytest.raises(UserError, match="do not ascend"):
+        unpack(values, torch.zeros_like(indices))
+    with pytest.raises(UserError, match="do not belong together"):
+        unpack(values[:, :1], indices)
     assert torch.equal(from_numpy(to_numpy(w), dtype).float(), w.float())
 
 
