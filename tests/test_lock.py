@@ -101,7 +101,7 @@ def test_serve_script_preloads_the_plugin_and_says_when_it_is_missing(tmp_path):
 
 def test_sixteen_ranks_take_two_nodes(tmp_path):
     config = EngineConfig(tensor_parallel=8, pipeline_parallel=2)
-    launch.write(tmp_path, config, ["trtllm-serve", "$engine"], "hooks", "image", preload=False)
+    launch.write(tmp_path, config, ["trtllm-serve", "$engine"], "image", modules=False, preload=False)
     slurm = (tmp_path / "launch/slurm.sh").read_text()
     assert "#SBATCH --nodes=2" in slurm
     assert "#SBATCH --ntasks-per-node=8" in slurm

@@ -186,6 +186,8 @@ def test_build_runs_every_rank_and_says_what_was_picked(exports, tmp_path, with_
     engine = tmp_path / "engine"
     tensorrt.build(exports["fp8"] / "trtllm", engine, CONFIG)
     assert {path.name for path in engine.glob("rank*.engine")} == {"rank0.engine", "rank1.engine"}
+    facts = json.loads((engine / "engine.json").read_text())
+    assert (facts["backend"], facts["format"], facts["kv_cache"]) == ("tensorrt", "fp8", "none")
     told = json.loads((engine / "sparsity_log.json").read_text())
     assert [rank["log"] for rank in told["ranks"]] == ["picked"] * RANKS
     assert {layer["status"] for layer in told["layers"].values()} == {"picked"}

@@ -73,8 +73,7 @@ def test_prepare_writes_all_that_needs_no_gpu(tmp_path):
     out = tmp_path / "engine"
     command = tensorrt.prepare(checkpoint, out, CONFIG)
     assert command == tensorrt.build_command(checkpoint, out, CONFIG, sparse=True)
-    facts = json.loads((out / "engine.json").read_text())
-    assert (facts["backend"], facts["format"], facts["kv_cache"]) == ("tensorrt", "fp8", "none")
+    assert not (out / "engine.json").exists()  # it is no engine yet
     assert (out / "tokenizer.json").is_file()
     assert json.loads((out / "hooks/routes.json").read_text())["layers"] == dict.fromkeys(LAYERS, "native")
     compile((out / "hooks/models.py").read_text(), "models.py", "exec")

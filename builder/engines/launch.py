@@ -19,8 +19,11 @@ PLUGIN_LIBRARY = "libtwofour_tensorrt.so"
 _ENVIRONMENT = """\
 # What every process that runs this engine needs. Source it; do not run it.
 engine=$(cd "$(dirname "${{BASH_SOURCE[0]}}")/.." && pwd)
-export PYTHONPATH="$engine/{modules}${{PYTHONPATH:+:$PYTHONPATH}}"
-{preload}"""
+{modules}{preload}"""
+
+_MODULES = """\
+export PYTHONPATH="$engine${{PYTHONPATH:+:$PYTHONPATH}}"  # where Python's workers find the model's module
+"""
 
 _PRELOAD = """\
 # The plugin library registers itself on loading. TWOFOUR_PLUGIN_LIBRARY names another copy, built for this machine.
@@ -73,21 +76,20 @@ def write(
     out: Path,
     config: EngineConfig,
     serve: Sequence[str],
-    modules: str,
     container: str,
+    modules: bool,
     preload: bool,
 ) -> None:
     """Writes `out/launch/`. `serve` is trtllm-serve's command with `$engine` for the engine directory.
 
-    `modules` is the directory in the engine that Python's workers import from; `preload` whether a plugin library is
-    needed.
+    `modules` is whether Python's workers import a module from the engine, `preload` whether a plugin library is needed.
     """
     ranks = config.tensor_parallel * config.pipeline_parallel
     tasks = min(ranks, GPUS_A_NODE)
     nodes = -(-ranks // tasks)
     preloaded = _PRELOAD.format(library=PLUGIN_LIBRARY) if preload else ""
     pages: Mapping[str, str] = {
-        "env.sh": _ENVIRONMENT.format(modules=modules, preload=preloaded),
+        "env.sh": _ENVIRONMENT.format(modules=_MODULES.format() if modules else "", preload=preloaded),
         "serve.sh": _SERVE.format(command=shell(serve), ranks=ranks, s="s" if ranks > 1 else ""),
         "slurm.sh": _SLURM.format(
             name="slurm.sh",

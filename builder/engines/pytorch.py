@@ -81,7 +81,9 @@ def build(
     artifact.write_facts(out, "pytorch", found.format, found.kv_cache, checkpoint, config)
     here = lock.current("pytorch")
     lock.write(out, here)
-    launch.write(out, config, _serve(config, bool(found.sparse_layers)), ".", here.container, preload=False)
+    launch.write(
+        out, config, _serve(config, bool(found.sparse_layers)), here.container, bool(found.sparse_layers), preload=False
+    )
 
 
 def _check(found: Checkpoint, config: EngineConfig) -> None:

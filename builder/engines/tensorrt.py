@@ -51,6 +51,7 @@ _BUILD_SH = """\
 set -euo pipefail
 source "$(dirname "${{BASH_SOURCE[0]}}")/launch/env.sh"
 checkpoint=${{CHECKPOINT:-$engine/../checkpoint-trtllm}}
+export PYTHONPATH="$engine/{hooks}${{PYTHONPATH:+:$PYTHONPATH}}"  # its workers import the model class from there
 {command}
 """
 
@@ -81,11 +82,12 @@ def prepare(
     artifact.write_json(out / "build_config.json", settings)
     artifact.copy_tokenizer(tokenizer or _tokenizer(checkpoint), out)
     artifact.write_llm_args(out, config, "tensorrt", found.kv_cache)
-    artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config)
-    launch.write(out, config, _serve(config), HOOKS, lock.SUPPORTED_CONTAINER, preload="plugin" in chosen.values())
+    launch.write(
+        out, config, _serve(config), lock.SUPPORTED_CONTAINER, modules=False, preload="plugin" in chosen.values()
+    )
     by_hand = build_command(PurePath("$checkpoint"), PurePath("$engine"), config, bool(chosen), settings)
     script = out / "build.sh"
-    page = _BUILD_SH.format(container=lock.SUPPORTED_CONTAINER, command=launch.shell(by_hand))
+    page = _BUILD_SH.format(container=lock.SUPPORTED_CONTAINER, hooks=HOOKS, command=launch.shell(by_hand))
     script.write_text(page, encoding="utf8")
     script.chmod(0o755)
     return build_command(checkpoint, out, config, bool(chosen), settings)
@@ -121,6 +123,7 @@ def build(
     )
     evidence.write(out, found.ranks, read(checkpoint).layers(), routes(found, ratios))
     lock.write(out, lock.current("tensorrt", preload))
+    artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config)
 
 
 def _tokenizer(checkpoint: Path) -> Path:
@@ -146,7 +149,7 @@ def _check(found: TrtllmCheckpoint, config: EngineConfig) -> None:
     ):
         if have != want:
             raise UserError(
-                f"'{found.directory}' was exported for {key} {have} and engine.{key} is {want}: "
+                f"'{found.directory.resolve()}' was exported for {key} {have} and engine.{key} is {want}: "
                 f"set engine.{key}={have}, or export it again"
             )
 
