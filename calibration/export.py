@@ -12,20 +12,10 @@ import torch
 from torch import nn
 
 from calibration.quiet import quiet
+from calibration.tokenizer_files import copy_tokenizer
 from calibration.trtllm_config import complete_config
 from plugins.errors import UserError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 DECODERS = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
@@ -157,10 +147,3 @@ def write_sparsity(out: Path, sparse: dict[str, Any] | None) -> None:
     """`sparsity.json`: which modules are declared 2:4. No file where none is."""
     if sparse and sparse["layers"]:
         (out / "sparsity.json").write_text(json.dumps(sparse, indent=1) + "\n", encoding="utf8")
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """The tokenizer's files as they are: nothing added, embeddings untouched."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)

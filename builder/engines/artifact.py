@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,8 @@ import yaml
 from builder import machine
 from builder.checkpoint import digest
 from builder.engines.base import EngineConfig
+from calibration import tokenizer_files
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 KV_CACHE_FRACTION = 0.9  # of the memory left after loading; TensorRT-LLM's own default, written so that it is seen
 
 
@@ -32,19 +21,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copies the tokenizer's files that `source` has: trtllm-serve finds no other in an engine directory.
+    """Carries the tokenizer along: trtllm-serve finds no other in an engine directory.
 
     The class that transformers 5 names is unknown to transformers 4, which TensorRT-LLM 1.0 to 1.2 pins: both know the
     other name that it has.
     """
-    for name in TOKENIZER_FILES:
-        if not (source / name).is_file():
-            continue
-        shutil.copyfile(source / name, out / name)
-        if name == "tokenizer_config.json":
-            config = json.loads((source / name).read_text(encoding="utf8"))
-            if config.get("tokenizer_class") == "TokenizersBackend":
-                write_json(out / name, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    tokenizer_files.copy_tokenizer(source, out)
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def weight_bytes(checkpoint: Path) -> int:

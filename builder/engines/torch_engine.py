@@ -11,7 +11,6 @@ The dense baseline is the same engine, loaded from a 16-bit Hugging Face directo
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from builder.engines.torch import weights
 from builder.engines.torch.engine import TorchEngine
 from builder.engines.torch.limits import Limits
 from builder.engines.torch.model import CONFIGS, Decoder
+from calibration.tokenizer_files import copy_tokenizer
 from plugins.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,17 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["LAYOUT", "Limits", "TorchEngine", "build", "load", "load_hf"]
 
 LAYOUT = 1  # of the engine directory; an engine of another layout is refused
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: Mapping[str, Any] | None = None) -> None:
@@ -58,9 +47,7 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
     out.mkdir(parents=True, exist_ok=True)
     weights.write(weights.packed(tensors, sparse_layers), out)
     _write_json(out / "config.json", {k: v for k, v in model_config.items() if k != "quantization_config"})
-    for name in TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, out / name)
+    copy_tokenizer(checkpoint, out)
     if tactics is not None:
         _write_json(out / "tactics.json", tactics)
     engine = {
