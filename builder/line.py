@@ -85,9 +85,10 @@ class Line:
         assert sparsity is not None
         if accuracy.data is None:
             raise UserError("a budget needs text to measure the loss on: set accuracy.data")
+        tokens = self.calibration()
 
         def make(out: Path, work: Path) -> None:
-            _write_json(out / "selection.json", select(self, out, work))
+            _write_json(out / "selection.json", select(self, _tokens(tokens), work))
 
         inputs = {
             "model": self.model_digest,
@@ -98,6 +99,7 @@ class Line:
             "sparsity": sparsity.model_dump(mode="json"),
             "accuracy": accuracy.model_dump(mode="json"),
         }
+        config |= {"quantization": self.recipe.quantization.model_dump(mode="json"), "gpu": self.plan.predicted["gpu"]}
         config["layers"] = self.plan.sparse_layers
         return self._run("selection", 1, inputs, config, CALIBRATION_TOOLS, make)
 

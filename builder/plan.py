@@ -19,6 +19,7 @@ from plugins.errors import UserError
 SPARSE_SHARE = {2: 0.5625, 1: 0.625}  # bytes of a 2:4 weight against the dense one, by bytes a value
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FORMAT_NAME = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+FORMAT_DTYPE = {name: dtype for dtype, name in FORMAT_NAME.items()}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class LayerPlan:
     dense_bytes: int
     built_bytes: int
     reason: str
+
+    @property
+    def bytes_saved_by_pruning(self) -> int:
+        """Of the weight at its own format: 0 for a dense layer."""
+        width = 1 if self.format in ("int8", "fp8") else DTYPE_BYTES[FORMAT_DTYPE[self.format]]
+        values = self.out_features * self.in_features * width
+        return round(values * (1 - SPARSE_SHARE.get(width, 1.0))) if self.sparse else 0
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def assemble(line: Line) -> dict[str, Any]:
     if "benchmark" in entries:
         report["performance"] = _read(entries["benchmark"].path / "performance.json")
     if "selection" in entries:
-        report["pareto"] = _read(entries["selection"].path / "selection.json").get("pareto", [])
+        report["pareto"] = _pareto(line, report)
     report["gates"] = gates(line, report)
     return report
 
@@ -56,6 +56,11 @@ def gates(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
         from calibration import evaluate
 
         found += evaluate.gates(evaluate.Accuracy.from_dict(report["accuracy"]), line.recipe.accuracy)
+        budget = line.recipe.sparsity and line.recipe.sparsity.budget
+        if budget:
+            value, limit = report["accuracy"]["perplexity_increase"], budget.perplexity_increase
+            words = f"perplexity {value:+.2%} under a budget of {limit:.2%}"
+            found.append({"name": "budget", "limit": limit, "value": value, "passed": value <= limit, "words": words})
     benchmark = line.recipe.benchmark
     if benchmark and benchmark.min_speedup and report.get("performance"):
         for point in report["performance"]:
@@ -71,6 +76,24 @@ def gates(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
 def weight_bytes(directory: Path) -> int:
     """Bytes of the safetensors of a model or an engine."""
     return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+
+
+def _pareto(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The measured selections as points of size and perplexity. Predicted ones stay in selection.json."""
+    if "accuracy" not in report:
+        return []
+    dense = report["accuracy"]["dense"]["perplexity"]
+    most = line.plan.built_bytes + sum(layer.bytes_saved_by_pruning for layer in line.plan.layers)
+    return [
+        {
+            "label": f"{len(point['layers'])} layers 2:4",
+            "bytes": most - point["bytes"],
+            "perplexity": dense * (1 + point["increase"]),
+            "chosen": point["chosen"],
+        }
+        for point in _read(line.entries["selection"].path / "selection.json")["pareto"]
+        if point["measured"]
+    ]
 
 
 def _layers(line: Line) -> list[dict[str, Any]]:

@@ -1,0 +1,117 @@
+"""Chooses, under the recipe's budget, the layers whose pruning saves the most predicted time.
+
+Every layer is pruned once, and what each costs alone is measured on the held-out text; the integer program proposes
+sets of layers; each set is pruned, quantized as the recipe says and measured in earnest, until the best one holds the
+budget.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import roofline
+from builder.plan import LayerPlan
+from calibration.sparsify import sparsify
+
+if TYPE_CHECKING:
+    from builder.line import Line
+    from calibration.data import Tokens
+
+
+def select(line: Line, tokens: Tokens, work: Path) -> dict[str, Any]:
+    """selection.json: {layers, measured_increase, proven, pareto}. `work` keeps what a killed run had measured.
+
+    Raises GateError, which names the smallest increase reached, where nothing fits under the budget.
+    """
+    from calibration.select import select_layers
+
+    search = _Search(line, tokens, work)
+    candidates = [layer for layer in line.plan.layers if layer.sparse]
+    sparsity = line.recipe.sparsity
+    assert sparsity is not None
+    assert sparsity.budget is not None
+    chosen = select_layers(
+        search.costs(),
+        {layer.name: _seconds_saved(line, layer) for layer in candidates},
+        sparsity.budget.perplexity_increase,
+        search.increase,
+        {layer.name: layer.bytes_saved_by_pruning for layer in candidates},
+    )
+    return chosen.to_dict() | {"layers": sorted(chosen.layers, key=search.names.index)}
+
+
+def _seconds_saved(line: Line, layer: LayerPlan) -> float:
+    """Predicted: the roofline's time of the layer dense less its time at 2:4, at the workload's decode batch."""
+    card = roofline.gpu(line.plan.predicted["gpu"])
+    benchmark = line.recipe.benchmark
+    batch = max(max(load.concurrency) for load in benchmark.workloads) if benchmark else 1
+    shape = (card, batch, layer.out_features, layer.in_features, "bf16" if layer.format == "fp32" else layer.format)
+    return roofline.gemm_time(*shape, sparse=False).seconds - roofline.gemm_time(*shape, sparse=True).seconds
+
+
+class _Search:
+    """Measures costs and selections for one recipe, remembering both in `work`."""
+
+    def __init__(self, line: Line, tokens: Tokens, work: Path) -> None:
+        from calibration.data import windows
+        from calibration.evaluate import hf_logits, perplexity
+        from calibration.quantize import load_model
+
+        accuracy = line.recipe.accuracy
+        assert accuracy.data is not None
+        self.line, self.tokens, self.work = line, tokens, work
+        self.names = line.plan.sparse_layers
+        self.held_out = windows(accuracy.data, line.model, accuracy.sequence_length, accuracy.samples).tokens
+        self.dense = load_model(line.model)
+        self.dense_perplexity = perplexity(hf_logits(self.dense), self.held_out)
+        self.record = work / "measured.json"
+        self.measured: dict[str, float] = json.loads(self.record.read_text()) if self.record.is_file() else {}
+
+    def costs(self) -> dict[str, float]:
+        """Nats a token that each layer's pruning costs alone."""
+        import torch
+        from safetensors.torch import load_file
+
+        from calibration.sensitivity import measure_costs, pruning
+
+        pruned = self._prune(self.names, "all")
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(pruned.glob("*.safetensors")):
+            tensors |= load_file(file)
+        changes = pruning(self.dense, {name: tensors[f"{name}.weight"] for name in self.names})
+        own = {name: name for name in self.names}
+        found = measure_costs(self.dense, changes, own, self.held_out, self.line.console.progress)
+        return {name: cost.loss for name, cost in found.items()}
+
+    def increase(self, layers: Sequence[str]) -> float:
+        """The perplexity increase with `layers` pruned, and everything quantized as the recipe says."""
+        key = " ".join(layers)
+        if key not in self.measured:
+            self.measured[key] = self._measure(layers)
+            self.record.write_text(json.dumps(self.measured))
+            self.line.console.say(f"  {len(layers)} layers pruned: perplexity {self.measured[key]:+.2%}")
+        return self.measured[key]
+
+    def _measure(self, layers: Sequence[str]) -> float:
+        from calibration.evaluate import hf_logits, perplexity
+        from calibration.quantize import load_model, quantize
+
+        model = load_model(self._prune(layers, "try"))
+        config = self.line.recipe.quantization
+        if config.format != "none" or config.kv_cache != "none":
+            quantized = [layer.name for layer in self.line.plan.layers if layer.format in ("int8", "fp8")]
+            model = quantize(model, config, quantized, self.tokens)
+        return perplexity(hf_logits(model), self.held_out) / self.dense_perplexity - 1
+
+    def _prune(self, layers: Sequence[str], name: str) -> Path:
+        from builder.files import remove
+
+        sparsity = self.line.recipe.sparsity
+        assert sparsity is not None
+        out = self.work / name
+        remove(out)
+        sparsify(self.line.model, self.tokens, sparsity, layers, out, self.work / f"{name}.work", lambda *_: None)
+        return out
