@@ -157,9 +157,13 @@ def tensorrt_plugin_path() -> Path:
 
 @cache
 def load() -> ctypes.CDLL:
-    """The library, loaded once. Raises UserError where it is not built or another version."""
+    """The library, loaded once. Raises UserError where it is not built."""
     _point_at_wheels()
-    file = path()
+    return open_library(path())
+
+
+def open_library(file: Path) -> ctypes.CDLL:
+    """A library's functions with their argument types. Raises UserError where the file cannot be loaded."""
     try:
         library = ctypes.CDLL(str(file))
     except OSError as error:

@@ -119,6 +119,9 @@ class Cusparselt final : public Backend {
     if (element_bytes(g.type) == 2 && g.out_type != g.type)
       fail(TWOFOUR_UNSUPPORTED, "cuSPARSELt writes %s for %s weights, not %s", type_name(g.type), type_name(g.type),
            type_name(g.out_type));
+    if (element_bytes(g.type) == 2 && g.channel_scales != nullptr)  // no fp32 output to scale afterwards either
+      fail(TWOFOUR_UNSUPPORTED, "cuSPARSELt takes no channel_scales with %s weights; fold them into the weight",
+           type_name(g.type));
   }
 
   size_t weight_bytes(const twofour_gemm& g) override {

@@ -1,0 +1,128 @@
+// Stands in for the CUDA runtime and for our own device kernels, so that everything else of libtwofour runs on a CPU:
+// device memory is the host's, streams run at once. STAND_IN_SM describes the GPU, STAND_IN_MEMORY (bytes) the largest
+// allocation that succeeds; the stream 0xC counts as capturing, where synchronising is an error.
+#include <cuda_fp8.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+
+#include "simt.h"
+#include "skinny.h"
+#include "skinny_problem.h"
+#include "weights.h"
+
+namespace {
+
+size_t used = 0;
+std::map<void*, size_t> allocations;
+
+long setting(const char* name, long otherwise) {
+  const char* text = std::getenv(name);
+  return text != nullptr ? std::atol(text) : otherwise;
+}
+
+bool capturing(cudaStream_t stream) { return stream == reinterpret_cast<cudaStream_t>(0xC); }
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) size_t stand_in_used() { return used; }  // bytes allocated and not freed
+
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {};
+  std::strcpy(properties->name, "Stand-in");
+  const int sm = static_cast<int>(setting("STAND_IN_SM", 90));
+  properties->major = sm / 10, properties->minor = sm % 10;
+  properties->multiProcessorCount = 4;
+  properties->l2CacheSize = 1 << 20;
+  return cudaSuccess;
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "out of memory" : "stand-in error";
+}
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  if (bytes > static_cast<size_t>(setting("STAND_IN_MEMORY", 1L << 33))) return cudaErrorMemoryAllocation;
+  *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  allocations[*memory] = bytes;
+  used += bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) {
+  if (memory == nullptr) return cudaSuccess;
+  const auto found = allocations.find(memory);
+  if (found == allocations.end()) return cudaErrorInvalidValue;
+  used -= found->second;
+  allocations.erase(found);
+  std::free(memory);
+  return cudaSuccess;
+}
+cudaError_t cudaMemset(void* memory, int value, size_t bytes) { return std::memset(memory, value, bytes), cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) { return cudaMemset(memory, value, bytes); }
+cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcpyKind) {
+  return std::memcpy(target, source, bytes), cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  return cudaMemcpy(target, source, bytes, kind);
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return capturing(stream) ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = capturing(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return *event = nullptr, cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
+  static float last = 0;
+  return *ms = last = last == 0 ? 2.0f : last * 0.99f, cudaSuccess;  // each algorithm looks faster than the one before
+}
+
+}  // extern "C"
+
+namespace twofour {
+
+void skinny_configure() {}
+void skinny_launch(int type, const SkinnyProblem& problem, cudaStream_t) {
+  skinny_simulate(type, problem, packed_bytes(type, problem.out_features, problem.in_features));
+}
+int64_t first_violation_device(int type, int64_t n, int64_t k, const void* weight, cudaStream_t) {
+  return first_violation_host(type, n, k, weight);
+}
+void pack_device(int type, int64_t n, int64_t k, const void* weight, uint8_t* packed, cudaStream_t) {
+  pack_host(type, n, k, weight, packed);
+}
+void unpack_device(int type, int64_t n, int64_t k, const uint8_t* packed, void* weight, cudaStream_t) {
+  unpack_host(type, n, k, packed, weight);
+}
+void copy_canonical(int type, int64_t elements, const void* source, void* target, cudaStream_t) {
+  const int size = element_bytes(type);
+  for (int64_t i = 0; i < elements; ++i) {
+    const unsigned value = load_element(type, source, i), clean = is_zero(type, value) ? 0 : value;
+    std::memcpy(static_cast<uint8_t*>(target) + i * size, &clean, static_cast<size_t>(size));
+  }
+}
+void apply_epilogue(const twofour_gemm& g, const void* sums, void* y, cudaStream_t) {
+  for (int64_t i = 0; i < g.tokens * g.out_features; ++i) {
+    const int64_t n = i % g.out_features;
+    const float sum = g.type == TWOFOUR_INT8 ? static_cast<float>(static_cast<const int*>(sums)[i])
+                                             : static_cast<const float*>(sums)[i];
+    float value = sum * (g.channel_scales != nullptr ? g.channel_scales[n] : g.scale);
+    if (g.bias != nullptr) value += gpu::load_float(g.out_type, g.bias, n);
+    gpu::store_float(g.out_type, y, i, value);
+  }
+}
+void quantize(int, int, int64_t, int64_t, const void*, const float*, int64_t, uint8_t*, cudaStream_t) {
+  fail(TWOFOUR_UNSUPPORTED, "the stand-in has no quantize");
+}
+
+}  // namespace twofour

@@ -1,0 +1,282 @@
+"""libtwofour's host side (plans, padding, epilogues, algorithms, workspaces, errors) on a stand-in GPU with stand-in
+libraries, which refuse what the real ones are known to refuse. The kernels' speed and the real libraries need a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import ml_dtypes
+import native
+import numpy as np
+import pytest
+
+from plugins import build, library
+
+HERE = Path(__file__).parent / "stand_in_cuda"
+DTYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
+CAPTURING = 0xC  # a stream
+
+
+@cache
+def directory() -> Path:
+    """libtwofour without its device code, and the stand-ins. Skips where a header is missing."""
+    sources = [*sorted(HERE.iterdir()), *sorted((build.SOURCES / "src").iterdir()), build.SOURCES / "include/twofour.h"]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    out = native.ROOT / "build" / f"stand-in-{digest}"
+    if not (out / "libcublaslt.so").exists():
+        try:
+            includes = [*build.find_includes(), Path("/usr/local/cuda/include")]
+        except library.UserError as error:
+            pytest.skip(f"the stand-ins cannot be compiled here: {error}")
+        out.mkdir(parents=True, exist_ok=True)
+        search = [f"-I{build.SOURCES / part}" for part in ("include", "src")]
+        search += [option for path in includes for option in ("-isystem", str(path))]
+        common = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *search]
+        core = [*sorted((build.SOURCES / "src").glob("*.cpp")), HERE / "cuda.cpp"]
+        for name, parts in {
+            "libtwofour.so": ["-fvisibility=hidden", *core, "-ldl"],
+            "libcusparselt.so": [HERE / "cusparselt.cpp"],
+            "libcublaslt.so": [HERE / "cublaslt.cpp"],
+        }.items():
+            subprocess.run([*common, *map(str, parts), "-o", str(out / name)], check=True)
+    return out
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> library.Context:
+    """A context on the stand-in GPU: an H100 unless STAND_IN_SM says otherwise."""
+    return open_gpu(monkeypatch)
+
+
+def open_gpu(monkeypatch: pytest.MonkeyPatch, sm: int = 90, **settings: str) -> library.Context:
+    for name, value in {"STAND_IN_SM": str(sm), **settings}.items():
+        set_environment(monkeypatch, name, value)
+    set_environment(monkeypatch, "TWOFOUR_CUSPARSELT", str(directory() / "libcusparselt.so"))
+    set_environment(monkeypatch, "TWOFOUR_CUBLASLT", str(directory() / "libcublaslt.so"))
+    opened = library.open_library(directory() / "libtwofour.so")
+    monkeypatch.setattr(library, "load", lambda: opened)
+    return library.Context(0)
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+
+
+class Layer:
+    """Operands of a layer, and y by numpy."""
+
+    def __init__(self, format: str, n: int, k: int, tokens: int, out: str = "bf16", seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.format, self.n, self.k, self.tokens, self.out = format, n, k, tokens, out
+        self.w = native.aligned(native.prune(self.numbers((n, k), rng), rng))
+        self.x = native.aligned(self.numbers((tokens, k), rng))
+        self.scales = native.aligned(rng.uniform(1e-3, 2e-3, n).astype(np.float32))
+        self.bias = native.aligned(rng.standard_normal(n).astype(DTYPES[out]))
+
+    def numbers(self, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        if self.format == "int8":
+            return rng.integers(-128, 128, shape).astype(np.int8)
+        return rng.standard_normal(shape).astype(DTYPES[self.format])
+
+    def problem(self, kernel: str, scale: float = 1.0, scaled: bool = False, biased: bool = False) -> library.Gemm:
+        sizes = (self.n, self.k, self.tokens)
+        addresses = (self.scales.ctypes.data if scaled else 0, self.bias.ctypes.data if biased else 0)
+        return library.gemm(kernel, self.format, self.out, *sizes, scale, *addresses)
+
+    def prepare(self, gpu: library.Context, kernel: str) -> np.ndarray:
+        problem = self.problem(kernel)
+        prepared = native.aligned(np.zeros(gpu.weight_bytes(problem), np.uint8))
+        gpu.prepare_weight(problem, self.w.ctypes.data, prepared.ctypes.data)
+        return prepared
+
+    def run(self, gpu: library.Context, kernel: str, problem: library.Gemm, stream: int = 0) -> np.ndarray:
+        prepared = self.prepare(gpu, kernel)
+        y = native.aligned(np.full((self.tokens + 1, self.n), 99, DTYPES[self.out]))  # the last row must stay
+        workspace = native.aligned(np.full(gpu.workspace_bytes(problem) + 16, 0xCD, np.uint8))
+        place = (workspace.ctypes.data, workspace.nbytes - 16)
+        gpu.matmul(problem, self.x.ctypes.data, prepared.ctypes.data, y.ctypes.data, place, stream)
+        assert (workspace[-16:] == 0xCD).all()
+        assert (y[-1].astype(np.float32) == 99).all()
+        return y[:-1]
+
+    def expected(self, scale: float, scaled: bool, biased: bool) -> np.ndarray:
+        wide = np.int64 if self.format == "int8" else np.float64
+        sums = (self.x.astype(wide) @ self.w.astype(wide).T).astype(np.float32)
+        y = sums * (self.scales if scaled else np.float32(scale))
+        return (y + self.bias.astype(np.float32)) if biased else y
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "channels"])
+@pytest.mark.parametrize("kernel", library.KERNELS)
+@pytest.mark.parametrize(("format", "out"), [("bf16", "bf16"), ("fp16", "fp16"), ("int8", "fp16"), ("fp8", "bf16")])
+def test_every_kernel_and_epilogue(
+    gpu: library.Context, kernel: str, format: str, out: str, scaled: bool, biased: bool
+) -> None:
+    layer = Layer(format, 64, 96, 24, out)
+    if (kernel, format in ("bf16", "fp16"), scaled) == ("cusparselt", True, True):
+        with pytest.raises(library.LibraryError, match="takes no channel_scales with .* fold them into the weight"):
+            gpu.plan(layer.problem(kernel, scaled=True))
+        return
+    scale = 2e-3 if format in ("int8", "fp8") else 1.0
+    y = layer.run(gpu, kernel, layer.problem(kernel, scale, scaled, biased)).astype(np.float32)
+    expected = layer.expected(scale, scaled, biased)
+    np.testing.assert_allclose(y, expected, rtol=2.0 ** (-10 if out == "fp16" else -7), atol=2e-2)
+    if format == "int8":
+        np.testing.assert_array_equal(y, expected.astype(DTYPES[out]).astype(np.float32))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 15, 16, 17, 33])
+@pytest.mark.parametrize("format", sorted(DTYPES))
+def test_cusparselt_pads_tokens_in_the_workspace(gpu: library.Context, format: str, tokens: int) -> None:
+    """x and y are padded where the library needs it, and its own workspace, which it scribbles over, is apart."""
+    layer = Layer(format, 32, 64, tokens, format if format in ("fp16", "bf16") else "bf16", seed=tokens)
+    for biased in (False, True):
+        scale = 1e-2 if format in ("int8", "fp8") else 1.0
+        y = layer.run(gpu, "cusparselt", layer.problem("cusparselt", scale, biased=biased)).astype(np.float32)
+        np.testing.assert_allclose(y, layer.expected(scale, False, biased), rtol=2**-7, atol=2e-2)
+
+
+def test_fp8_to_fp32_alone_still_gives_16_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = open_gpu(monkeypatch, STAND_IN_FP8="fp32")
+    layer = Layer("fp8", 64, 64, 9)
+    y = layer.run(gpu, "cusparselt", layer.problem("cusparselt", 0.5, biased=True)).astype(np.float32)
+    np.testing.assert_allclose(y, layer.expected(0.5, False, True), rtol=2**-7, atol=2e-2)
+
+
+def test_negative_zeros_never_reach_the_compression(gpu: library.Context) -> None:
+    layer = Layer("fp16", 32, 64, 8, "fp16")
+    before = layer.run(gpu, "cusparselt", layer.problem("cusparselt"))
+    layer.w[layer.w == 0] = -0.0
+    np.testing.assert_array_equal(before, layer.run(gpu, "cusparselt", layer.problem("cusparselt")))
+
+
+def test_layers_of_one_shape_share_plans_but_not_scales(gpu: library.Context) -> None:
+    for seed, scale in ((1, 0.5), (2, 0.25)):
+        layer = Layer("fp8", 64, 64, 16, seed=seed)
+        y = layer.run(gpu, "cusparselt", layer.problem("cusparselt", scale)).astype(np.float32)
+        np.testing.assert_allclose(y, layer.expected(scale, False, False), rtol=2**-7, atol=2e-2)
+
+
+def search(gpu: library.Context, layer: Layer, kernel: str, bytes_: int) -> library.Search:
+    prepared = layer.prepare(gpu, kernel)
+    y = native.aligned(np.zeros((layer.tokens, layer.n), DTYPES[layer.out]))
+    workspace = native.aligned(np.zeros(bytes_, np.uint8))
+    place = (workspace.ctypes.data, workspace.nbytes)
+    return gpu.search(layer.problem(kernel), layer.x.ctypes.data, prepared.ctypes.data, y.ctypes.data, place)
+
+
+def test_search_takes_the_fastest_that_fits_and_counts_the_rest(gpu: library.Context) -> None:
+    """The stand-in's later algorithms are faster, and want more workspace."""
+    layer = Layer("bf16", 64, 64, 16)
+    found = search(gpu, layer, "cusparselt", 250_000)
+    assert (found.tried, found.over_workspace) == (9, 0)  # 3 configurations x split-K of 1, and -1 in 2 modes
+    assert gpu.algorithm(layer.problem("cusparselt"))[0] == 2
+    found = search(gpu, layer, "cusparselt", 150_000)
+    assert (found.tried, found.over_workspace) == (6, 3)
+    assert gpu.algorithm(layer.problem("cusparselt"))[0] == 1
+    with pytest.raises(library.LibraryError, match="no algorithm of cusparselt ran; 9 want more workspace than 100"):
+        search(gpu, layer, "cusparselt", 100)
+    assert search(gpu, layer, "cublaslt", 250_000).tried == 3
+    assert search(gpu, layer, "skinny", 1 << 20).tried == 1  # K of one block cannot be split
+
+
+def test_split_k_before_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = open_gpu(monkeypatch, sm=86)
+    assert search(gpu, Layer("bf16", 64, 64, 16), "cusparselt", 1 << 20).tried == 12
+
+
+def test_algorithm_serves_its_whole_bucket_of_tokens(gpu: library.Context) -> None:
+    chosen, other = Layer("bf16", 64, 64, 33), Layer("bf16", 64, 64, 65)
+    gpu.set_algorithm(chosen.problem("cusparselt"), (2, 1) + (0,) * 6)
+    same = Layer("bf16", 64, 64, 64)
+    assert gpu.algorithm(same.problem("cusparselt"))[0] == 2
+    assert gpu.algorithm(other.problem("cusparselt"))[0] == 0
+    np.testing.assert_allclose(
+        same.run(gpu, "cusparselt", same.problem("cusparselt")).astype(np.float32),
+        same.expected(1.0, False, False),
+        rtol=2**-7,
+        atol=2e-2,
+    )
+    with pytest.raises(library.LibraryError, match="cusparseLtMatmulAlgSetAttribute"):
+        gpu.set_algorithm(chosen.problem("cusparselt"), (77, 1) + (0,) * 6)
+
+
+def test_capture_needs_a_plan_and_then_neither_allocates_nor_waits(gpu: library.Context) -> None:
+    for kernel in library.KERNELS:
+        layer = Layer("bf16", 64, 64, 16)
+        problem = layer.problem(kernel)
+        prepared = layer.prepare(gpu, kernel)
+        y, workspace = (native.aligned(np.zeros(1 << 20, np.uint8)) for _ in range(2))
+        call = (problem, layer.x.ctypes.data, prepared.ctypes.data, y.ctypes.data)
+        place = (workspace.ctypes.data, workspace.nbytes)
+        if kernel != "skinny":
+            with pytest.raises(library.LibraryError, match="no plan for 16 tokens .* call twofour_plan first"):
+                gpu.matmul(*call, place, CAPTURING)
+        gpu.plan(problem)
+        gpu.matmul(*call, place, CAPTURING)
+
+
+def test_shapes_that_a_library_cannot_take_say_what_works(gpu: library.Context) -> None:
+    for kernel, format, words in (
+        ("cusparselt", "bf16", r"multiples of 16: \[100, 200\] would fit as \[112, 208\]; use the skinny"),
+        ("cusparselt", "fp8", r"multiples of 32: \[100, 200\] would fit as \[128, 224\]"),
+        ("cublaslt", "fp8", r"multiples of 16: \[100, 200\] would fit as \[112, 208\]"),
+    ):
+        with pytest.raises(library.LibraryError, match=words) as caught:
+            gpu.weight_bytes(library.gemm(kernel, format, "bf16", 100, 200))
+        assert caught.value.status == "misaligned"
+    with pytest.raises(library.LibraryError, match="cuSPARSELt writes bf16 for bf16 weights, not fp16"):
+        gpu.plan(library.gemm("cusparselt", "bf16", "fp16", 64, 64, 8))
+
+
+def test_gpu_without_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(library.LibraryError, match=r"Stand-in has compute capability 7\.5: .* begin at 8\.0") as caught:
+        open_gpu(monkeypatch, sm=75)
+    assert caught.value.status == "SM unsupported"
+
+
+def test_fp8_before_ada(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = open_gpu(monkeypatch, sm=80)
+    for kernel in library.KERNELS:
+        with pytest.raises(library.LibraryError, match=r"fp8 needs compute capability 8\.9 .* has 8\.0; use int8"):
+            gpu.weight_bytes(library.gemm(kernel, "fp8", "bf16", 64, 64))
+
+
+def test_compressed_weight_of_another_gpu_or_version(gpu: library.Context) -> None:
+    problem = library.gemm("cusparselt", "bf16", "bf16", 64, 64)
+    stamp = gpu.stamp(problem)
+    assert (stamp.sm, stamp.version) == (90, 801)
+    gpu.check_stamp(problem, stamp)
+    for field, value in (("sm", 89), ("version", 800)):
+        wrong = library.Stamp.from_buffer_copy(stamp)
+        setattr(wrong, field, value)
+        with pytest.raises(library.LibraryError, match="prepare it again from the dense weight"):
+            gpu.check_stamp(problem, wrong)
+
+
+def test_memory_that_runs_out_while_compressing_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = open_gpu(monkeypatch)
+    used = library.load().stand_in_used
+    before = used()
+    set_environment(monkeypatch, "STAND_IN_MEMORY", "30000")
+    with pytest.raises(library.LibraryError, match="cudaMalloc of compression scratch: out of memory") as caught:
+        Layer("bf16", 128, 128, 8).prepare(gpu, "cusparselt")
+    assert caught.value.status == "out of memory"
+    Layer("bf16", 64, 64, 8).prepare(gpu, "cusparselt")
+    assert used() == before
+    gpu.close()
+    assert used() < before
+
+
+def test_two_contexts_are_apart(gpu: library.Context) -> None:
+    other = library.Context(0)
+    problem = Layer("bf16", 64, 64, 16).problem("cusparselt")
+    other.set_algorithm(problem, (2, 1) + (0,) * 6)
+    assert gpu.algorithm(problem)[0] == 0
+    other.close()
+    assert ctypes.c_void_p.from_buffer(other._handle).value is None
