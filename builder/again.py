@@ -24,14 +24,14 @@ def evaluate(
     artifact: Path, model: str | None, data: str | None, samples: int | None, tasks: tuple[str, ...], console: Console
 ) -> dict[str, Any]:
     """The accuracy block of an engine, on the build's own text and against its own dense model unless named."""
-    built = _recipe(artifact)
+    engine, built = _engine(artifact), _recipe(artifact)
     config = built.accuracy if built else Accuracy()
     config = config.model_copy(
         update={"data": data or config.data, "samples": samples or config.samples, "tasks": tasks}
     )
     if config.data is None:
         raise UserError("no text to evaluate on: name it with --data")
-    return measure.accuracy(_dense(built, model), _engine(artifact), config, console.progress)
+    return measure.accuracy(_dense(built, model), engine, config, console.progress)
 
 
 def benchmark_config(input_tokens: int, output_tokens: int, concurrency: str, requests: int, rounds: int) -> Benchmark:
@@ -57,11 +57,12 @@ def bench(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measures an engine in process, or two OpenAI-compatible endpoints; writes the raw records into `out`."""
     built = _recipe(artifact)
+    engine = _engine(artifact) if url is None else artifact
     with tempfile.TemporaryDirectory() as scratch:
         place = out or Path(scratch)
         place.mkdir(parents=True, exist_ok=True)
         if url is None:
-            return measure.performance(_dense(built, model), _engine(artifact), config, place, console.progress)
+            return measure.performance(_dense(built, model), engine, config, place, console.progress)
         if dense_url is None:
             raise UserError(f"--url '{url}' is measured beside the dense baseline: name its endpoint with --dense-url")
         return measure.endpoints(dense_url, url, _dense(built, model), config, place, console.progress)
@@ -137,7 +138,11 @@ def _how_to_start(build: Path, repository: Path, model: str) -> str:
 
 
 def _engine(artifact: Path) -> Path:
-    return artifact if (artifact / "engine.json").is_file() else artifact / "engine"
+    """The engine directory that `artifact` is or holds. Raises UserError where it is neither."""
+    for place in (artifact, artifact / "engine"):
+        if (place / "engine.json").is_file():
+            return place
+    raise UserError(f"'{artifact}' is neither a build nor an engine: name the --out of twofour build or twofour engine")
 
 
 def _recipe(artifact: Path) -> recipe.Recipe | None:

@@ -89,11 +89,13 @@ def read_config(model: Path) -> dict[str, Any]:
     """The model's `config.json`. Raises UserError where there is none or it is not JSON."""
     path = model / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        config = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError:
         raise UserError(f"'{model}' holds no config.json: name a Hugging Face model directory or id") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is not JSON ({error}): fetch the model again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"'{path}' is not a JSON object: fetch the model again")
     return config
 
 

@@ -23,6 +23,7 @@ from builder.recipe import Recipe
 from builder.report import assemble
 from builder.source import find_model
 from builder.store import Store
+from calibration.text import find_file
 from plugins.errors import GateError
 
 Until = Literal["checkpoint", "engine", "evaluate", "benchmark", "deploy"]
@@ -51,6 +52,9 @@ def build(
     started = now()
     plan = resolve(recipe, gpu)
     model = find_model(recipe.model, recipe.revision, recipe.trust_remote_code)
+    for data in (recipe.calibration.data, recipe.accuracy.data):
+        if data is not None:
+            find_file(data)  # a wrong path is told now, not after the stages before it
     with claimed(out) as place:
         line = Line(recipe, plan, model, Store(store or default_store(), console.say), console, wait)
         run(line, until)

@@ -348,7 +348,7 @@ def _remote_code(overrides: tuple[str, ...], allowed: bool) -> tuple[str, ...]:
 def main() -> None:
     """Runs the command line; a user's error is one line and exit status 2, a failed gate exit status 1."""
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name="twofour", standalone_mode=False)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         status = 2
@@ -356,7 +356,8 @@ def main() -> None:
         click.echo(f"failed: {error}", err=True)
         status = 1
     except click.ClickException as error:
-        error.show()
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "twofour"
+        click.echo(f"error: {' '.join(error.format_message().split())}: see {command} --help", err=True)
         status = 2
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped; the same command goes on from here", err=True)

@@ -124,7 +124,8 @@ def _validated(values: dict[str, Any]) -> Recipe:
 
 
 def _in_words(error: ValidationError) -> str:
-    first = error.errors()[0]
+    found = error.errors()
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])  # a misspelt key also lacks
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"][:-1])

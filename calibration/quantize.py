@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from calibration.config import Quantization
@@ -35,7 +36,7 @@ def load_model(directory: Path) -> nn.Module:
                 use_safetensors=True,
                 device_map="auto" if torch.cuda.is_available() else None,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         words = " ".join(str(error).split())[:200]
         raise UserError(f"'{directory}' cannot be loaded ({words}): check its files") from None
     return model.eval()

@@ -13,25 +13,32 @@ from plugins.errors import UserError
 Document = str | list[dict[str, str]]  # text, or the messages of a conversation
 
 TEXT_COLUMNS = ("text", "content", "article", "document", "prompt")
+FILE_SUFFIXES = (".jsonl", ".gz", ".txt", ".md", ".json", ".safetensors", ".npy")
 DATASET_ROWS = 4096  # of a hub dataset, which may hold billions
 
 
 def read_documents(data: str) -> list[Document]:
     """All documents, at least one, of a file (.jsonl, .jsonl.gz, .txt, .md) or of a dataset id. Raises UserError."""
+    path = find_file(data)
+    if path is None:
+        documents = list(_dataset(data))
+    else:
+        documents = list(_jsonl(path) if ".jsonl" in path.suffixes else _text(path))
+    if not documents:
+        raise UserError(f"'{data}' holds no text: it must hold at least one document")
+    return documents
+
+
+def find_file(data: str) -> Path | None:
+    """The file that `data` names; None where it can only be a dataset id. Raises UserError for a file that lacks."""
     path = Path(data)
     if path.is_dir():
         raise UserError(f"'{data}' is a directory: name a .jsonl or .txt file in it")
     if path.is_file():
-        documents = list(_jsonl(path) if ".jsonl" in path.suffixes else _text(path))
-    elif path.suffix in (".jsonl", ".gz", ".txt", ".md", ".json", ".safetensors", ".npy") or data.startswith(
-        (".", "/")
-    ):
+        return path
+    if path.suffix in FILE_SUFFIXES or data.startswith((".", "/")):
         raise UserError(f"no file at '{data}': check the path")
-    else:
-        documents = list(_dataset(data))
-    if not documents:
-        raise UserError(f"'{data}' holds no text: it must hold at least one document")
-    return documents
+    return None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

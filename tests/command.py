@@ -40,8 +40,7 @@ def twofour(*arguments: object) -> Outcome:
         try:
             cli.main()
         except SystemExit as end:
-            assert isinstance(end.code, int), end.code
-            return Outcome(end.code, out.getvalue(), err.getvalue())
+            return Outcome(int(end.code or 0), out.getvalue(), err.getvalue())
     raise AssertionError("main() did not end with an exit status")
 
 

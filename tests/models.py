@@ -1,4 +1,4 @@
-"""Small models on disk: the example's with fewer blocks, and random ones of each family; texts and a recipe for them."""
+"""Small models on disk: the example's with fewer blocks, random ones of each family; texts and a recipe for them."""
 
 from __future__ import annotations
 
