@@ -17,6 +17,7 @@ Legend: M tokens, N out_features, K in_features.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,6 +109,30 @@ def _(x: torch.Tensor, multiplier: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return q
 
 
+def launch(
+    kernel: str,
+    x_MK: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+    channel_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """What the operators do on CUDA: one call of libtwofour on torch's current stream."""
+    x_MK = x_MK.contiguous()
+    y_MN = torch.empty((x_MK.shape[0], out_features), dtype=out_dtype, device=x_MK.device)
+    if x_MK.shape[0] == 0:
+        return y_MN
+    problem = describe(kernel, x_MK, out_features, out_dtype, scale, channel_scales, bias)
+    context = library.context(x_MK.device.index)
+    # From torch's allocator: inside a CUDA graph it comes from the graph's own pool.
+    workspace = torch.empty(context.workspace_bytes(problem), dtype=torch.uint8, device=x_MK.device)
+    place = (workspace.data_ptr(), workspace.nbytes)
+    context.matmul(problem, x_MK.data_ptr(), weight.data_ptr(), y_MN.data_ptr(), place, _stream(x_MK))
+    return y_MN
+
+
 def _register(op: Any, kernel: str) -> None:
     @op.register_fake  # type: ignore[untyped-decorator]
     def _(
@@ -121,29 +146,7 @@ def _register(op: Any, kernel: str) -> None:
     ) -> torch.Tensor:
         return x_MK.new_empty((x_MK.shape[0], out_features), dtype=out_dtype)
 
-    @op.register_kernel("cuda")  # type: ignore[untyped-decorator]
-    def _(
-        x_MK: torch.Tensor,
-        weight: torch.Tensor,
-        scale: float,
-        channel_scales: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        out_features: int,
-        out_dtype: torch.dtype,
-    ) -> torch.Tensor:
-        x_MK = x_MK.contiguous()
-        y_MN = torch.empty((x_MK.shape[0], out_features), dtype=out_dtype, device=x_MK.device)
-        if x_MK.shape[0] == 0:
-            return y_MN
-        problem = describe(kernel, x_MK, out_features, out_dtype, scale, channel_scales, bias)
-        context = library.context(x_MK.device.index)
-        # From torch's allocator: inside a CUDA graph it comes from the graph's own pool.
-        size = context.workspace_bytes(problem)
-        workspace = torch.empty(size, dtype=torch.uint8, device=x_MK.device)
-        context.matmul(
-            problem, x_MK.data_ptr(), weight.data_ptr(), y_MN.data_ptr(), (workspace.data_ptr(), size), _stream(x_MK)
-        )
-        return y_MN
+    op.register_kernel("cuda")(partial(launch, kernel))
 
 
 for _op, _kernel in ((skinny_linear, "skinny"), (cusparselt_linear, "cusparselt"), (dense_linear, "cublaslt")):
@@ -183,16 +186,20 @@ def prepare(w_NK: torch.Tensor, kernel: str) -> torch.Tensor:
 
     Raises UserError naming the first row and group that is not 2:4, or sizes the kernel cannot take and what works.
     """
-    if kernel == "cublaslt":
-        return w_NK.contiguous()
     w_NK = w_NK.detach().contiguous()
-    if not w_NK.is_cuda:
-        if kernel != "skinny":
-            raise UserError("cuSPARSELt compresses for the GPU it runs on: move the weight to CUDA")
-        return torch.from_numpy(skinny.pack(to_numpy(w_NK), FORMATS[w_NK.dtype]))
-    n, k = w_NK.shape
+    if kernel == "cublaslt":
+        return w_NK
+    if w_NK.is_cuda:
+        return prepare_on_device(w_NK, kernel)
+    if kernel != "skinny":
+        raise UserError("cuSPARSELt compresses for the GPU it runs on: move the weight to CUDA")
+    return torch.from_numpy(skinny.pack(to_numpy(w_NK), FORMATS[w_NK.dtype]))
+
+
+def prepare_on_device(w_NK: torch.Tensor, kernel: str) -> torch.Tensor:
+    """`prepare` by libtwofour."""
     out = "fp16" if w_NK.dtype == torch.float16 else "bf16"
-    problem = library.gemm(kernel, FORMATS[w_NK.dtype], out, n, k)
+    problem = library.gemm(kernel, FORMATS[w_NK.dtype], out, *w_NK.shape)
     context = library.context(w_NK.device.index)
     prepared = torch.empty(context.weight_bytes(problem), dtype=torch.uint8, device=w_NK.device)
     context.prepare_weight(problem, w_NK.data_ptr(), prepared.data_ptr(), _stream(w_NK))

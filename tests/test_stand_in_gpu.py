@@ -6,19 +6,24 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import subprocess
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import native
 import numpy as np
 import pytest
+import torch
 
-from plugins import build, library
+from benchmarks import gemm
+from plugins import build, library, ops, tactics, timing, tuner
 
 HERE = Path(__file__).parent / "stand_in_cuda"
 DTYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
 CAPTURING = 0xC  # a stream
+CPU = torch.device("cpu")
 
 
 @cache
@@ -280,3 +285,71 @@ def test_two_contexts_are_apart(gpu: library.Context) -> None:
     assert gpu.algorithm(problem)[0] == 0
     other.close()
     assert ctypes.c_void_p.from_buffer(other._handle).value is None
+
+
+@pytest.fixture
+def torch_on_stand_in(gpu: library.Context, monkeypatch: pytest.MonkeyPatch) -> library.Context:
+    """torch's CPU tensors as the stand-in's device memory: what the operators and the tuner do on CUDA, done here."""
+    monkeypatch.setattr(library, "context", lambda device: gpu)
+    monkeypatch.setattr(
+        ops, "prepare", lambda w, kernel: w if kernel == "cublaslt" else ops.prepare_on_device(w, kernel)
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    return gpu
+
+
+@pytest.mark.parametrize("dtype", list(ops.FORMATS))
+@pytest.mark.parametrize("kernel", library.KERNELS)
+def test_operators_hand_over_what_libtwofour_needs(
+    torch_on_stand_in: library.Context, kernel: str, dtype: torch.dtype
+) -> None:
+    w, x = (
+        timing.random_2to4(64, 96, dtype, torch.device("cpu")),
+        timing.random_operand(13, 96, dtype, torch.device("cpu")),
+    )
+    out = dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    scales = torch.rand(64) * 1e-3 if dtype == torch.int8 else None
+    rest = (0.5, scales, torch.randn(64).to(out), 64, out)
+    y = ops.launch(kernel, x, ops.prepare(w, kernel), *rest)
+    expected = ops.dense_linear(x, w, *rest)
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=2e-2)
+    assert ops.launch(kernel, x[:0], ops.prepare(w, kernel), *rest).shape == (0, 64)
+
+
+def test_tuner_times_every_kernel(torch_on_stand_in: library.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From shapes to tactics.json; every kernel takes as long as every other, so dense stays."""
+    called: list[int] = []
+
+    def measure(call: Callable[[int], None], copies: int) -> timing.Time:
+        call(copies - 1)
+        called.append(copies)
+        return timing.Time(5.0, 5.0, 5.0)
+
+    facts = {"name": "Stand-in", "sm": 90, "driver": None, "clocks": {}}
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(timing, "device_facts", lambda device: facts)
+    monkeypatch.setattr(tuner, "WORKSPACE", 1 << 20)
+    monkeypatch.setattr(torch, "device", lambda *_: CPU)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    layers = {"a": tuner.Shape(64, 96, "bf16"), "b": tuner.Shape(64, 96, "bf16"), "c": tuner.Shape(100, 96, "int8")}
+    found = tactics.Tactics.model_validate(tuner.tune(layers, buckets=(8, 96)))
+    assert found.layers["a"] == found.layers["b"]
+    assert {b.kernel for b in found.layers["a"].buckets} == {"dense-cublaslt"}
+    assert found.layers["a"].buckets[0].algorithm == (2, 0, 0, 0, 0, 0, 0, 0)
+    assert found.layers["a"].reason.startswith("stays dense: no sparse kernel is faster by 2% on Stand-in; the best is")
+    assert found.layers["c"].buckets[0].sparse_us is not None  # the skinny kernel takes 100 rows
+    assert found.layers["c"].buckets[1].sparse_us is None  # cuSPARSELt does not
+    assert (found.versions["cusparselt"], found.versions["cublaslt"]) == (801, 130000)
+    assert min(called) >= 2  # weights that the cache does not hold
+
+
+def test_row_of_the_table_measures_errors(torch_on_stand_in: library.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "measure", lambda call, copies: timing.Time(5.0, 5.0, 5.0))
+    monkeypatch.setattr(tuner, "WORKSPACE", 1 << 20)
+    for name in ("skinny", "cusparselt"):
+        operator = partial(ops.launch, name)
+        monkeypatch.setattr(ops, f"{name}_linear", operator)
+    bench = tuner.Bench(tuner.Shape(64, 96, "bf16"), CPU, 16, 1 << 20)
+    row = gemm.row(bench, 16, gemm.Ceilings(1e9, {"bf16": 1e12}), peers=False, timer=tuner.time_kernel)
+    assert set(row["kernels_us"]) == {"cublaslt", "torch", "cusparselt", "skinny"}
+    assert 0 < row["error"]["sparse"] < 1.05 * row["error"]["dense"]
