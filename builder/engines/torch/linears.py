@@ -32,10 +32,11 @@ class Kernels:
         self._usable = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
         self.remarks: list[str] = []
         if self._usable:
-            from plugins import library
+            from plugins import library, tuner
 
             try:
                 library.context(device.index or 0)
+                tuner.apply(tactics or {}, device.index or 0)
             except UserError as error:
                 self._usable = False
                 self.remarks.append(f"2:4 layers run as dense ones: {error}")
