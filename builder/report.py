@@ -132,7 +132,9 @@ def _notes(line: Line) -> list[str]:
         kept = sum(layer["pruned"] and bool(layer["note"]) for layer in reports)
         notes += [f"{kept} layers were 2:4 already: their masks were kept"] if kept else []
     if line.recipe.trust_remote_code:
-        notes.append("The model's own code was allowed to run (trust_remote_code).")
+        notes.append(
+            "The model's own code was allowed (trust_remote_code); of a supported architecture transformers' code ran."
+        )
     return notes
 
 

@@ -126,6 +126,7 @@ def test_remote_code_allowed_is_recorded(broken: Path, tmp_path: Path) -> None:
                   "--out", out, "--store", tmp_path / "store", "--json").json  # fmt: skip
     assert report["recipe"]["trust_remote_code"] is True
     assert any("trust_remote_code" in note for note in report["notes"])
+    assert not (broken / "ran").exists()  # transformers has the architecture itself
     assert "trust_remote_code: true" in (out / "recipe.yaml").read_text()
     assert "trust_remote_code" in (out / "manifest.json").read_text()
 
