@@ -112,7 +112,9 @@ def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Writes build/triton and notes it in the manifest."""
     from builder.deploy.config import DeployConfig
     from builder.deploy.triton import write_repository
+    from builder.engines import lock
 
+    lock.require(build / "engine")
     config = DeployConfig(**options, engine_path="../../engine")
     repository = build / "triton"
     if is_build(build):  # all of its triton/ is ours: the new model replaces the one that the build wrote

@@ -13,7 +13,7 @@ from torch import nn
 
 from calibration.quiet import quiet
 from calibration.tokenizer_files import copy_tokenizer
-from calibration.trtllm_config import complete_config
+from calibration.trtllm_config import complete_config, for_transformers_4
 from plugins.errors import UserError
 
 DECODERS = {
@@ -43,6 +43,7 @@ def export_hf(model: nn.Module, source: Path, out: Path, sparse: dict[str, Any] 
         export_hf_checkpoint(model, export_dir=out, extra_state_dict=int8_kv_scales or None)
     if int8_kv_scales:
         _declare_int8_kv(out)
+    _name_rotary_twice(out / "config.json")
     copy_tokenizer(source, out)
     write_sparsity(out, sparse)
 
@@ -91,12 +92,20 @@ def _declare_int8_kv(out: Path) -> None:
     path.write_text(json.dumps(config, indent=4))
 
 
+def _name_rotary_twice(path: Path) -> None:
+    """Readers on transformers 4 (TensorRT-LLM, vLLM) know no `rope_parameters`, and take a base of 10000 in silence."""
+    config = json.loads(path.read_text(encoding="utf8"))
+    if "rope_parameters" in config:
+        path.write_text(json.dumps(for_transformers_4(config), indent=2) + "\n", encoding="utf8")
+
+
 def copy_checkpoint(source: Path, out: Path, sparse: dict[str, Any] | None) -> None:
     """A checkpoint that quantization leaves alone: the same files, 16 bit."""
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         if path.suffix == ".safetensors" or path.name in ("config.json", "model.safetensors.index.json"):
             shutil.copyfile(path, out / path.name)
+    _name_rotary_twice(out / "config.json")
     copy_tokenizer(source, out)
     write_sparsity(out, sparse)
 

@@ -128,6 +128,8 @@ def test_exported_config_says_the_rotary_base(exports, number_format):
     config = json.loads((exports[number_format] / "trtllm/config.json").read_text())
     assert config["rotary_base"] == 10000.0
     assert config["attn_bias"] is False
+    config = json.loads((exports[number_format] / "hf/config.json").read_text())
+    assert number_format == "none" or config["rope_theta"] == 10000.0  # transformers 4 looks here
 
 
 def test_fused_layers_share_one_fp8_scale_so_that_nothing_is_rounded_twice(exports):

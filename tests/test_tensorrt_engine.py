@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from stand_in_checkpoint import LAYERS, write_checkpoint
 
-from builder.engines import evidence, gpu_memory, lock, tensorrt, trtllm_checkpoint
+from builder.engines import evidence, gpu_memory, lock, tensorrt, trtllm_checkpoint, tuned
 from builder.engines.base import EngineConfig
 from builder.engines.gpu import Gpu
 from plugins.errors import UserError
@@ -61,6 +61,30 @@ def test_a_layer_goes_to_our_plugin_only_where_it_measured_faster(tmp_path):
     settings = tensorrt.build_config(found, CONFIG, swapped)
     assert not settings["plugin_config"]["use_fused_mlp"]  # fusing would throw the swapped layers away
     assert not settings["weight_sparsity"]
+    mixed = tensorrt.routes(found, dict.fromkeys(LAYERS, 2.0), picked=LAYERS[:2])
+    assert [mixed[layer] for layer in LAYERS[:3]] == [
+        "native",
+        "native",
+        "plugin",
+    ]  # TensorRT's own sparse tactic stays
+
+
+def test_measured_ratios_count_only_where_a_sparse_kernel_was_kept_at_the_engines_batch():
+    def layer(*buckets):
+        named = ("tokens", "kernel", "ratio", "measured")
+        return {"buckets": [dict(zip(named, bucket, strict=True)) for bucket in buckets]}
+
+    tactics = {
+        "layers": {
+            "faster": layer((8, "skinny", 1.4, True), (64, "dense-cublaslt", 0.9, True)),
+            "slower": layer((8, "dense-cublaslt", 0.8, True)),
+            "predicted": layer((8, "skinny", 1.4, False)),
+            "unfit": layer((8, "reference", None, True)),
+        }
+    }
+    assert tuned.ratios(tactics, 8) == {"faster": 1.4}
+    assert tuned.ratios(tactics, 9) == {}  # at 64 tokens dense was kept
+    assert tuned.measure([], CONFIG, "bf16") == {}  # no GPU here: nothing is claimed
 
 
 # -- what prepare writes

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from builder.engines import lock
 from builder.engines.base import Engine, EngineConfig
 from plugins.errors import UserError
 
@@ -37,6 +38,7 @@ def build(backend: str, checkpoints: Path, out: Path, config: EngineConfig, gpu:
 def load(engine: Path) -> Engine:
     """Opens an engine directory. Raises UserError for a foreign directory or a backend that cannot run here."""
     backend = engine_facts(engine).get("backend")
+    lock.require(engine)
     if backend == "torch":
         from builder.engines import torch_engine
 

@@ -66,8 +66,8 @@ def read_rank(engine: Path, rank: int) -> Rank:
     return Rank(parse(log), inspector.parse(inspection.read_text(encoding="utf8")) if inspection.is_file() else None)
 
 
-def write(engine: Path, ranks: int, layers: Sequence[LinearLayer], routes: Mapping[str, str]) -> None:
-    """Writes both files from what the ranks left in the engine directory, and cuts their logs."""
+def write(engine: Path, ranks: int, layers: Sequence[LinearLayer], routes: Mapping[str, str]) -> dict[str, Status]:
+    """Writes both files from what the ranks left there, cuts their logs, and returns what became of each 2:4 layer."""
     found = [read_rank(engine, rank) for rank in range(ranks)]
     status = {layer: judge(layer, route, found) for layer, route in routes.items()}
     artifact.write_json(
@@ -82,6 +82,7 @@ def write(engine: Path, ranks: int, layers: Sequence[LinearLayer], routes: Mappi
     tactics.write(describe(layers, routes, status), engine)
     for rank in range(ranks):
         trim(engine / f"build-rank{rank}.log")
+    return status
 
 
 def judge(layer: str, route: str, ranks: Sequence[Rank]) -> Status:

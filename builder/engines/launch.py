@@ -29,7 +29,7 @@ _PRELOAD = """\
 # The plugin library registers itself on loading. TWOFOUR_PLUGIN_LIBRARY names another copy, built for this machine.
 library=${{TWOFOUR_PLUGIN_LIBRARY:-$engine/{library}}}
 if [ ! -f "$library" ]; then
-  echo "'$library' is missing: build it with 'twofour plugins', or set TWOFOUR_PLUGIN_LIBRARY" >&2
+  echo "'$library' is missing: build it with 'twofour plugins build', or set TWOFOUR_PLUGIN_LIBRARY" >&2
   exit 2
 fi
 export LD_PRELOAD="$library${{LD_PRELOAD:+:$LD_PRELOAD}}"

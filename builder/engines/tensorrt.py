@@ -20,12 +20,14 @@ from pathlib import Path, PurePath
 
 from builder import compatibility
 from builder.checkpoint import read
-from builder.engines import artifact, evidence, gpu_memory, launch, lock, ranks, trtllm_checkpoint
+from builder.engines import artifact, evidence, gpu_memory, launch, lock, ranks, trtllm_checkpoint, tuned
 from builder.engines.base import EngineConfig
 from builder.engines.gpu import gpus
 from builder.engines.trtllm_build import HOOKS, MODEL_CLASS, build_command, build_config, routes
 from builder.engines.trtllm_checkpoint import TrtllmCheckpoint
+from plugins import library
 from plugins.errors import UserError
+from plugins.tensorrt_llm.log import Status
 
 __all__ = ["build", "build_command", "build_config", "prepare", "routes"]
 
@@ -71,26 +73,7 @@ def prepare(
     """
     found = trtllm_checkpoint.read(checkpoint)
     _check(found, config)
-    chosen = routes(found, ratios)
-    settings = build_config(found, config, chosen)
-    (out / HOOKS).mkdir(parents=True, exist_ok=True)
-    if chosen:
-        base = compatibility.TENSORRT_CLASS[found.architecture]
-        (out / HOOKS / "models.py").write_text(_MODELS_PY.format(base=base, name=MODEL_CLASS), encoding="utf8")
-        artifact.write_json(out / HOOKS / "routes.json", {"layers": chosen})
-        shutil.copyfile(checkpoint / "sparsity.json", out / "sparsity.json")
-    artifact.write_json(out / "build_config.json", settings)
-    artifact.copy_tokenizer(tokenizer or _tokenizer(checkpoint), out)
-    artifact.write_llm_args(out, config, "tensorrt", found.kv_cache)
-    launch.write(
-        out, config, _serve(config), lock.SUPPORTED_CONTAINER, modules=False, preload="plugin" in chosen.values()
-    )
-    by_hand = build_command(PurePath("$checkpoint"), PurePath("$engine"), config, bool(chosen), settings)
-    script = out / "build.sh"
-    page = _BUILD_SH.format(container=lock.SUPPORTED_CONTAINER, hooks=HOOKS, command=launch.shell(by_hand))
-    script.write_text(page, encoding="utf8")
-    script.chmod(0o755)
-    return build_command(checkpoint, out, config, bool(chosen), settings)
+    return _prepare(found, out, config, routes(found, ratios), tokenizer)
 
 
 def build(
@@ -105,25 +88,74 @@ def build(
 ) -> None:
     """Builds the engine, one process a rank, and writes what TensorRT picked into tactics.json.
 
-    `plugin` is our TensorRT plugin library; needed where a layer is routed to it. Raises UserError, before the build
-    for what is missing (TensorRT-LLM, a GPU, memory, the library), after it for the rank that failed, with the cause.
+    First every 2:4 layer is left to TensorRT, which times its own sparse tactics. Where it picks none and our kernels
+    measure faster (`ratios`, dense over sparse; measured here where not given), the engine is built again with those
+    layers on `plugin`, our TensorRT plugin library. INT8 layers, for which TensorRT has no such tactic, go there first.
+
+    Raises UserError, before the build for what is missing (TensorRT-LLM, a GPU, memory, the library), after it for the
+    rank that failed, with the cause.
     """
     found = trtllm_checkpoint.read(checkpoint)
     _check(found, config)
     _require_machine(found, config)
-    prepare(checkpoint, out, config, tokenizer=tokenizer, ratios=ratios)
-    preload = _place_plugin(plugin, out) if "plugin" in routes(found, ratios).values() else None
-    logs = [out / f"build-rank{rank}.log" for rank in range(found.ranks)]
+    given = ratios is not None
+    plugin = plugin or _installed_plugin()
+    if ratios is None:
+        out_dtype = trtllm_checkpoint.DTYPES[found.dtype]
+        ratios = tuned.measure(read(checkpoint).layers(), config, out_dtype) if plugin else {}
+    chosen = routes(found, ratios if given or found.format == "int8" else None)
+    status = _build_ranks(found, out, config, chosen, tokenizer, plugin, progress)
+    better = routes(found, ratios, [layer for layer, word in status.items() if word == "picked"])
+    if "plugin" in better.values() and chosen != better and not given:
+        chosen = better
+        _build_ranks(found, out, config, chosen, tokenizer, plugin, progress)
+    lock.write(out, lock.current("tensorrt", plugin if "plugin" in chosen.values() else None))
+    artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config)
+
+
+def _prepare(
+    found: TrtllmCheckpoint, out: Path, config: EngineConfig, chosen: Mapping[str, str], tokenizer: Path | None
+) -> list[str]:
+    settings = build_config(found, config, chosen)
+    (out / HOOKS).mkdir(parents=True, exist_ok=True)
+    if chosen:
+        base = compatibility.TENSORRT_CLASS[found.architecture]
+        (out / HOOKS / "models.py").write_text(_MODELS_PY.format(base=base, name=MODEL_CLASS), encoding="utf8")
+        artifact.write_json(out / HOOKS / "routes.json", {"layers": chosen})
+        shutil.copyfile(found.directory / "sparsity.json", out / "sparsity.json")
+    artifact.write_json(out / "build_config.json", settings)
+    artifact.copy_tokenizer(tokenizer or _tokenizer(found.directory), out)
+    artifact.write_llm_args(out, config, "tensorrt", found.kv_cache)
+    preload = "plugin" in chosen.values()
+    launch.write(out, config, _serve(config), lock.SUPPORTED_CONTAINER, modules=False, preload=preload)
+    by_hand = build_command(PurePath("$checkpoint"), PurePath("$engine"), config, bool(chosen), settings)
+    script = out / "build.sh"
+    page = _BUILD_SH.format(container=lock.SUPPORTED_CONTAINER, hooks=HOOKS, command=launch.shell(by_hand))
+    script.write_text(page, encoding="utf8")
+    script.chmod(0o755)
+    return build_command(found.directory, out, config, bool(chosen), settings)
+
+
+def _build_ranks(
+    found: TrtllmCheckpoint,
+    out: Path,
+    config: EngineConfig,
+    chosen: Mapping[str, str],
+    tokenizer: Path | None,
+    plugin: Path | None,
+    progress: ranks.Progress | None,
+) -> dict[str, Status]:
+    """Builds all ranks and returns what became of each 2:4 layer."""
+    _prepare(found, out, config, chosen, tokenizer)
+    preload = _place_plugin(plugin, out) if "plugin" in chosen.values() else None
     ranks.run_ranks(
-        [_rank_command(checkpoint, out, rank) for rank in range(found.ranks)],
-        logs,
+        [_rank_command(found.directory, out, rank) for rank in range(found.ranks)],
+        [out / f"build-rank{rank}.log" for rank in range(found.ranks)],
         [_rank_environment(out, rank, preload) for rank in range(found.ranks)],
         "building the TensorRT engine",
         progress,
     )
-    evidence.write(out, found.ranks, read(checkpoint).layers(), routes(found, ratios))
-    lock.write(out, lock.current("tensorrt", preload))
-    artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config)
+    return evidence.write(out, found.ranks, read(found.directory).layers(), chosen)
 
 
 def _tokenizer(checkpoint: Path) -> Path:
@@ -168,12 +200,19 @@ def _require_machine(found: TrtllmCheckpoint, config: EngineConfig) -> None:
     gpu_memory.require(need, gpus(), found.ranks, building=True)
 
 
+def _installed_plugin() -> Path | None:
+    try:
+        return library.tensorrt_plugin_path()
+    except UserError:
+        return None
+
+
 def _place_plugin(plugin: Path | None, out: Path) -> Path:
     """Copies the plugin library into the engine, where its launch files look for it."""
     if plugin is None or not plugin.is_file():
         raise UserError(
             f"the plugin library {launch.PLUGIN_LIBRARY} is missing{f' at {plugin}' if plugin else ''}: "
-            "build it with 'twofour plugins'"
+            "build it with 'twofour plugins build'"
         )
     return Path(shutil.copyfile(plugin, out / launch.PLUGIN_LIBRARY))
 

@@ -5,7 +5,7 @@ One set of settings makes both, so that the command built by hand is the build t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,14 +18,17 @@ MODEL_CLASS = "TwofourForCausalLM"
 TIMING_CACHE = "timing.cache"
 
 
-def routes(checkpoint: TrtllmCheckpoint, ratios: Mapping[str, float] | None = None) -> dict[str, str]:
+def routes(
+    checkpoint: TrtllmCheckpoint, ratios: Mapping[str, float] | None = None, picked: Collection[str] = ()
+) -> dict[str, str]:
     """How each 2:4 layer runs: "native" (TensorRT times sparse against dense itself) or "plugin" (our kernels).
 
-    `ratios` are measured times, dense over sparse, of our kernels: where ours wins, it is taken. With none measured all
-    layers stay native, which is never slower by TensorRT's own timing.
+    `ratios` are measured times, dense over sparse, of our kernels: where ours wins, it is taken, but for layers that
+    TensorRT `picked` a sparse tactic of its own for. With none measured all layers stay native, which is never slower
+    by TensorRT's own timing.
     """
-    ratios = ratios or {}
-    return {layer: "plugin" if ratios.get(layer, 0) > 1 else "native" for layer in checkpoint.sparse_layers}
+    ours = {layer for layer, ratio in (ratios or {}).items() if ratio > 1} - set(picked)
+    return {layer: "plugin" if layer in ours else "native" for layer in checkpoint.sparse_layers}
 
 
 def build_config(checkpoint: TrtllmCheckpoint, config: EngineConfig, chosen: Mapping[str, str]) -> dict[str, Any]:

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Calibrates here, where ModelOpt is, and builds the engine inside TensorRT-LLM's container, where it is not needed: the
+# two pin different versions of ModelOpt and transformers.
+#   examples/two-environments/build.sh RECIPE OUT [tensorrt|pytorch]
+set -euo pipefail
+recipe=${1:?name a recipe} out=${2:?name the directory to write} backend=${3:-tensorrt}
+image=${IMAGE:-twofour-tensorrt-llm:1.2.1}
+
+twofour build "$recipe" --set "engine.backend=$backend" --until checkpoint --out "$out"
+
+case $backend in
+  tensorrt) checkpoint=$out/checkpoint-trtllm ;;
+  pytorch) checkpoint=$out/checkpoint ;;
+  *) echo "'$backend' is neither tensorrt nor pytorch" >&2; exit 2 ;;
+esac
+twofour verify "$checkpoint"
+
+# The ranks as the checkpoint was split; a unified checkpoint has none, and is split when it is served.
+ranks=()
+if [ "$backend" = tensorrt ]; then
+  read -r tp pp < <(python3 -c 'import json, sys; m = json.load(open(sys.argv[1]))["mapping"]; print(m["tp_size"], m["pp_size"])' "$checkpoint/config.json")
+  ranks=(--set "tensor_parallel=$tp" --set "pipeline_parallel=$pp")
+fi
+out=$(cd "$out" && pwd)
+docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$out:$out" "$image" \
+  twofour engine "$out/$(basename "$checkpoint")" --backend "$backend" "${ranks[@]}" --out "$out/engine-$backend"
+echo "serve it in the same image: $out/engine-$backend/launch/serve.sh"
