@@ -4,6 +4,7 @@ The package itself cannot be installed here. The file was read from its public s
 with `since` is not in every release, and we emit none of it.
 """
 
+import ast
 import itertools
 import json
 import shlex
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from stand_in_checkpoint import CONFIG, LAYERS, write_checkpoint
 
-from builder.engines import artifact, tensorrt, trtllm_checkpoint
+from builder.engines import artifact, pytorch, tensorrt, trtllm_checkpoint
 from builder.engines.base import EngineConfig
 from calibration.trtllm_config import complete_config
 
@@ -134,6 +135,22 @@ def test_serve_flags_are_in_the_contract(tmp_path):
         assert model.endswith(("$engine", "$ENGINE"))
         check_flags(words, known)
         assert words[words.index("--backend") + 1] in CONTRACT["trtllm-serve_notes"]["--backend"]
+
+
+def test_serve_flags_of_a_pytorch_engine_are_in_the_contract():
+    known = set(CONTRACT["trtllm-serve"])
+    for sparse in (True, False):
+        model, *words = pytorch._serve(EngineConfig(tensor_parallel=2), sparse)[1:]
+        assert model == "$engine"
+        check_flags(words, known)
+        assert ("--custom_module_dirs" in words) == sparse
+
+
+def test_the_stand_ins_quant_config_is_the_contracts():
+    source = (Path(__file__).parent / "stand_in/tensorrt_llm/models/modeling_utils.py").read_text()
+    (section,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "QuantConfig"]
+    fields = {node.target.id for node in section.body if isinstance(node, ast.AnnAssign)}
+    assert fields == {name for name, field in CONTRACT["QuantConfig"].items() if "since" not in field}
 
 
 def test_completed_checkpoint_config_has_only_keys_that_the_model_config_reads():
