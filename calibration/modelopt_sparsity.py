@@ -36,9 +36,8 @@ def prune(
 
     with quiet(), torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(str(source), dtype="auto", use_safetensors=True).eval()
-        device = str(next(model.parameters()).device)
-        mode = (MODES[method], {"nn.Linear": _only(layers)})
-        model = mts.export(mts.sparsify(model, [mode], {"forward_loop": forward, "device": device}))
+        search = {"forward_loop": forward, "device": "cpu"} if method == "modelopt-sparsegpt" else {}
+        model = mts.export(mts.sparsify(model, [(MODES[method], {"nn.Linear": _only(layers)})], search))
     return {name: model.get_submodule(name).weight + 0.0 for name in layers}
 
 

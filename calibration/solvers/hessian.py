@@ -27,14 +27,14 @@ def check_finite(name: str, hessian_KK: Tensor) -> None:
 
 def damped(hessian_KK: Tensor, damping: float = DAMPING) -> Tensor:
     """A copy with `damping` times the diagonal's mean added to the diagonal; the identity if the Hessian is zero."""
-    mean = float(hessian_KK.diagonal().mean())
+    size = float(hessian_KK.diagonal().abs().mean())
     copy = hessian_KK.clone()
-    copy.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    copy.diagonal().add_(damping * size if size > 0 else 1.0)
     return copy
 
 
-def inverse_factor(name: str, hessian_KK: Tensor, damping: float = DAMPING) -> Tensor:
-    """The upper triangular U [K, K] with U'U = (H + damping)^-1.
+def inverse_factor(name: str, hessian_KK: Tensor, damping: float = DAMPING) -> tuple[Tensor, float]:
+    """The upper triangular U [K, K] with U'U = (H + damping)^-1, and the damping.
 
     Where H is so near singular that it cannot be factored, the damping is raised tenfold at a time, with a warning that
     names the layer. Raises UserError where H is not finite.
@@ -53,4 +53,4 @@ def inverse_factor(name: str, hessian_KK: Tensor, damping: float = DAMPING) -> T
         )
     upper_KK = factor.flip(0, 1)
     identity = torch.eye(len(upper_KK), dtype=upper_KK.dtype, device=upper_KK.device)
-    return torch.linalg.solve_triangular(upper_KK, identity, upper=True)
+    return torch.linalg.solve_triangular(upper_KK, identity, upper=True), damping

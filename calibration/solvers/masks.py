@@ -33,6 +33,9 @@ class Pattern:
             return cls(1 - float(found[1]) / 100, 0)
         raise UserError(f"'{text}' is no sparsity pattern: write 2:4, another n:m with n < m, or a share such as 50%")
 
+    def __str__(self) -> str:
+        return f"{int(self.keep)}:{self.group}" if self.group else f"{1 - self.keep:.3g} unstructured"
+
     def choices(self) -> int:
         """How many masks one group can have; 0 where there are no groups."""
         return math.comb(self.group, int(self.keep)) if self.group else 0
@@ -58,6 +61,8 @@ class Pattern:
         """Whether the weight is sparse in this pattern already."""
         if self.group == 0:
             return bool(weight_NK.count_nonzero() <= round(self.keep * weight_NK.numel()))
+        if not self.fits(weight_NK.shape[1]):
+            return False
         return bool((weight_NK.unflatten(1, (-1, self.group)) != 0).sum(2).max() <= self.keep)
 
 

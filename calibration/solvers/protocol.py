@@ -26,10 +26,13 @@ class Statistics:
     hessian: Tensor
     cross: Tensor | None = None
     residual: Tensor | None = None
-    _factor: Tensor | None = field(default=None, repr=False)
+    _factor: tuple[Tensor, float] | None = field(default=None, repr=False)
 
-    def factor(self, name: str) -> Tensor:
-        """The upper triangular U [K, K] with U'U = (hessian + damping)^-1, found once for all layers that share it."""
+    def factor(self, name: str) -> tuple[Tensor, float]:
+        """The upper triangular U [K, K] with U'U = (hessian + damping)^-1, and the damping that this took.
+
+        Found once for all the layers that share the statistics.
+        """
         if self._factor is None:
             self._factor = inverse_factor(name, self.hessian)
         return self._factor

@@ -49,8 +49,8 @@ class Reconstruct:
     def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
         """Accepts statistics without the dense model's part: the target is then the layer's own output."""
         assert statistics is not None
-        upper_KK = statistics.factor(name)
-        hessian_KK = damped(statistics.hessian)
+        upper_KK, damping = statistics.factor(name)
+        hessian_KK = damped(statistics.hessian, damping)
         target_NK = _target(weight_NK, statistics, hessian_KK)
 
         weight_KN = (target_NK @ upper_KK.T @ upper_KK).T.contiguous()

@@ -33,8 +33,9 @@ class SparseGPT:
     def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
         """Raises UserError where the inputs are not finite."""
         assert statistics is not None
+        upper_KK, _ = statistics.factor(name)
         weight_KN = weight_NK.T.contiguous()
-        mask_KN = sweep(weight_KN, statistics.factor(name), pattern, prune_in_turn)
+        mask_KN = sweep(weight_KN, upper_KK, pattern, prune_in_turn)
         return apply(weight_KN, mask_KN).T.contiguous()
 
 
