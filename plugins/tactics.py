@@ -67,7 +67,7 @@ def read(path: Path) -> Tactics:
     try:
         return Tactics.model_validate_json(file.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"no '{file}': tune the engine first (twofour engine --tune)") from None
+        raise UserError(f"no '{file}': build the engine again with twofour engine") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
