@@ -108,7 +108,7 @@ def test_damaged_file_is_named(tmp_path: Path, change: dict, words: str) -> None
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tune the engine first"):
+    with pytest.raises(UserError, match="build the engine again with twofour engine"):
         tactics.read(tmp_path)
 
 
