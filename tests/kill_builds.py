@@ -8,10 +8,10 @@ that a build takes its own time and not python's.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -42,6 +42,19 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def kill_at(moment: float, arguments: list[str], store: Path) -> dict[str, list[str]] | None:
+    """Kills a build `moment` seconds after its start. Returns what its store holds then; None where it had ended."""
+    pid = start(arguments)
+    time.sleep(moment)
+    os.kill(pid, signal.SIGKILL)  # of one that ended it finds the process not yet waited for
+    if ended(pid) != -signal.SIGKILL:
+        return None
+    return {
+        "finished": sorted(path.parent.name for path in store.glob("entries/*/*")),
+        "begun": sorted(path.name for path in store.glob("work/*/**/*") if path.is_file()),
+    }
+
+
 def main(recipe: str, preset: str, folder: Path, kills: int) -> None:
     torch.set_num_threads(1)
 
@@ -55,16 +68,15 @@ def main(recipe: str, preset: str, folder: Path, kills: int) -> None:
     found = {"undisturbed": _tree(folder / "out0"), "status": status, "seconds": seconds, "kills": []}
     random.seed(24)
     for number in range(1, kills + 1):
-        pid = start(arguments(number))
-        time.sleep(random.uniform(0.02, 0.95) * seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        killed = ended(pid) == -signal.SIGKILL
-        finished = sorted(path.parent.name for path in folder.glob(f"store{number}/entries/*/*"))
-        half = (folder / f"out{number}").exists() and not (folder / f"out{number}" / "manifest.json").exists()
-        again = ended(start(arguments(number)))
-        tree = _tree(folder / f"out{number}")
-        found["kills"].append({"killed": killed, "finished": finished, "half": half, "status": again, "tree": tree})
+        out = folder / f"out{number}"
+        moment = (number - random.random()) / kills * seconds  # one in each tenth of a build
+        while not (killed := kill_at(moment, arguments(number), folder / f"store{number}")):
+            moment /= 2  # the build was faster this time
+            shutil.rmtree(out)
+            shutil.rmtree(folder / f"store{number}")
+        half = out.exists() and not (out / "manifest.json").exists()
+        status = ended(start(arguments(number)))
+        found["kills"].append({**killed, "half": half, "status": status, "tree": _tree(out)})
     print(json.dumps(found))
 
 

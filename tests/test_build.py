@@ -178,23 +178,22 @@ def test_a_damaged_output_is_made_again(recipe: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again" / "checkpoint" / "model.safetensors").read_bytes() == before
 
 
-def test_ten_kills_leave_the_same_checkpoint(recipe: Path, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("kill_builds.py")
+def test_ten_kills_leave_the_same_checkpoint(model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", model, sparsity={"method": "sparsegpt"})
+    command = [sys.executable, str(Path(__file__).with_name("kill_builds.py")), str(recipe), "fp8-2of4", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run(
-        [sys.executable, script, recipe, "fp8-2of4", tmp_path, "10"], env=environment, capture_output=True, text=True
-    )
+    ended = subprocess.run([*command, "10"], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     found = json.loads(ended.stdout)
     assert found["status"] == 0
-    assert found["undisturbed"]
+    assert "model.safetensors" in found["undisturbed"]
+    assert len(found["kills"]) == 10
     for kill in found["kills"]:
         assert not kill["half"]
         assert kill["status"] == 0
         assert kill["tree"] == found["undisturbed"]
-    killed = [kill for kill in found["kills"] if kill["killed"]]
-    assert len(killed) >= 7, "most kills must meet a running build"
-    assert len({tuple(kill["finished"]) for kill in killed}) > 1, "kills must meet different stages"
+    states = {(*kill["finished"], *kill["begun"]) for kill in found["kills"]}
+    assert len(states) > 1, "the kills must meet builds that came differently far"
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
