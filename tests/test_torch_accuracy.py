@@ -32,19 +32,20 @@ CASES = {  # format, 2:4, KV cache
 }
 # What the logits are held to. Both sides compute from the same 8-bit weights: fp8 in the same float32 operations, int8
 # in exact sums where ModelOpt adds floats. A last bit that differs takes an activation next to a tie to the other side,
-# and what that sets off behind it is far larger: on these tokens ModelOpt's own int8 model agrees with itself, computed
-# in float64 and in float32, on 99.4% with an error of 0.0056. A quantized KV cache rounds two more activations a layer.
-# Measured, error and agreement: int8 0.0055, 99.4%; fp8 0.0036, 99.95%; int8-2of4 0.0048, 99.1%; fp8-2of4 0, 100%;
-# fp8-2of4-kv 0.0064, 99.0%; int8-kv 0.0075, 98.6%.
+# and what that sets off behind it is far larger: ModelOpt's own model, computed in float64 and in float32, agrees with
+# itself on 98.3 to 99.4% of these tokens. So 99% is asked, or what ModelOpt's model reaches against itself, less SLACK.
+# Measured, error and agreement: int8 0.0055, 99.4%; fp8 0.0041, 99.6%; int8-2of4 0.0048, 99.1%; fp8-2of4 0, 100%;
+# fp8-2of4-kv 0.0073, 98.8%; int8-kv 0.0075, 98.6%.
 MAX_ERROR = 0.01  # relative, in the Frobenius norm
-MIN_AGREEMENT = {"none": 0.99, "int8": 0.98, "fp8": 0.98}  # by KV cache
+SLACK = 0.01
 
 
 @dataclass
 class Built:
-    """One case: ModelOpt's logits [B, T, V] of the evaluation tokens, and the engine directory."""
+    """One case: ModelOpt's logits [B, T, V] of the evaluation tokens, their agreement with float64, the engine."""
 
     modelopt: torch.Tensor
+    agrees_with_itself: float
     directory: Path
 
 
@@ -87,10 +88,11 @@ def build(docs_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         model = quantize.quantize(model, Quantization(format=number_format, kv_cache=kv_cache), layers, calibration)
         with torch.inference_mode():
             logits = copy.deepcopy(model).float()(evaluation).logits
+            itself = agreement(copy.deepcopy(model).double()(evaluation).logits, logits)
         declared = {"pattern": "2:4", "method": "magnitude", "layers": layers} if sparse else None
         export.export_hf(model, docs_llama, out / "checkpoint", declared)
         torch_engine.build(out / "checkpoint", out / "engine", Limits(max_batch_size=4))
-        known[case] = Built(logits, out / "engine")
+        known[case] = Built(logits, itself, out / "engine")
         return known[case]
 
     return make
@@ -112,12 +114,17 @@ def test_logits_are_modelopts(
 ) -> None:
     built = build(case)
     logits = torch_engine.load(built.directory).logits(evaluation)
-    agreement = (logits.argmax(-1) == built.modelopt.argmax(-1)).float().mean().item()
-    error = relative_error(logits, built.modelopt)
-    print(f"{case}: relative error {error:.5f}, top-1 agreement {agreement:.4f} on {evaluation.numel()} tokens")
-    assert agreement >= MIN_AGREEMENT[CASES[case][2]]
+    agreed, error = agreement(logits, built.modelopt), relative_error(logits, built.modelopt)
+    print(f"{case}: relative error {error:.5f}, top-1 agreement {agreed:.4f} on {evaluation.numel()} tokens")
+    print(f"{case}: ModelOpt's model in float64 and float32 agrees on {built.agrees_with_itself:.4f}")
+    assert agreed >= min(0.99, built.agrees_with_itself - SLACK)
     assert error < MAX_ERROR
     assert relative_error(logits, dense) > 2 * MAX_ERROR, "an engine that rounded nothing would pass otherwise"
+
+
+def agreement(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """The share of tokens with the same most probable next one."""
+    return (logits.argmax(-1) == reference.argmax(-1)).double().mean().item()
 
 
 def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
@@ -163,6 +170,7 @@ def test_kernels_and_bytes_are_described(build: Callable[[str], Built]) -> None:
     facts = engine.describe()
     assert facts["kernels"]["int8 x int8 -> int32 (torch._int_mm)"] == 42
     assert any("no CPU kernel gains from 2:4" in words for words in facts["remarks"])
+    assert any("computes in float32" in words for words in facts["remarks"])
 
 
 def _request(name: str, prompt: torch.Tensor, new: int) -> Request:

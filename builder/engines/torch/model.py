@@ -49,6 +49,9 @@ class Decoder:
         kernels = Kernels(tactics, dtype, device)
         self.linears = replace_linears(model, tensors, dtype, device, kernels)
         self.remarks = [*kernels.remarks, *remarks(self.linears.values())]
+        if device.type == "cpu":
+            name = str(dtype).removeprefix("torch.")
+            self.remarks.append(f"what is not 8 bit computes in {name}, dense and built alike")
         _put_rest(model, tensors, dtype, device)
         body = model.model
         self._embed, self._layers, self._norm = body.embed_tokens, list(body.layers), body.norm
