@@ -54,7 +54,8 @@ def load_dense(model: Path, engine: Path) -> Engine:
     from builder.engines import torch_engine
 
     facts = engine_facts(engine)
-    return torch_engine.load_hf(model, max_batch_size=facts["max_batch_size"], max_seq_len=facts["max_seq_len"])
+    same = ("max_batch_size", "max_seq_len", "max_num_tokens", "chunked_prefill")
+    return torch_engine.load_hf(model, **{limit: facts[limit] for limit in same if limit in facts})
 
 
 def engine_facts(engine: Path) -> dict[str, Any]:
