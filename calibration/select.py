@@ -103,9 +103,9 @@ def select(
 ) -> Selection:
     """The options, at most one a layer, that save most while `measure`, the perplexity increase, is within `budget`.
 
-    Stops after `tries` measurements, or when whatever would save more (by `worth`, relative) is predicted to be over the
-    budget by more than `margin`. With an infinite margin, no `worth` and enough tries the result is proven. What saves
-    nothing is never taken.
+    Stops after `tries` measurements, or when whatever would save more (by `worth`, relative) is predicted to be over
+    the budget by more than `margin`. With an infinite margin, no `worth` and enough tries the result is proven. What
+    saves nothing is never taken.
     Raises GateError with the smallest increase measured where nothing fits.
     """
     search = _Search([option for option in options if option.gain > 0], budget, measure, tries, worth)
