@@ -83,8 +83,8 @@ def recover(
         report = _finish(job, work, plan, out, started)
     if not report.kept:
         warnings.warn(
-            f"recovery did not help (held-out KL {report.kl_before:.4g} before, {report.kl_after or 'not finite'} after):"
-            " the pruned weights stay; try a lower recovery.learning_rate or more text",
+            f"recovery did not help (held-out KL {report.kl_before:.4g} before, "
+            f"{report.kl_after or 'not finite'} after): the pruned weights stay; try a lower recovery.learning_rate or more text",
             stacklevel=2,
         )
     return report
