@@ -82,9 +82,10 @@ def recover(
             train(work, progress)
         report = _finish(job, work, plan, out, started)
     if not report.kept:
+        after = "not finite" if report.kl_after is None else f"{report.kl_after:.4g}"
         warnings.warn(
-            f"recovery did not help (held-out KL {report.kl_before:.4g} before, "
-            f"{report.kl_after or 'not finite'} after): the pruned weights stay; try a lower recovery.learning_rate or more text",
+            f"recovery did not help (held-out KL {report.kl_before:.4g} before, {after} after): the pruned weights "
+            "stay; try a lower recovery.learning_rate or more text",
             stacklevel=2,
         )
     return report
