@@ -315,6 +315,6 @@ def test_serve_says_where_and_leaves_nothing_behind(build: Path, tmp_path: Path)
     answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert "text_output" in json.loads(answer.stdout)
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0  # a loaded machine stops slowly
     assert "stopping" in process.stdout.read()
     Ports.check(ports, "127.0.0.1")

@@ -20,6 +20,7 @@ from builder.deploy.installation import Installation, find, lay_out
 from plugins.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
+STOP_SECONDS = 30  # a server that is still stopping then is killed
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Server:
         assert self._process is not None, "the server was not started"
         self._process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(timeout=60)
+            self._process.wait(timeout=STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
