@@ -306,7 +306,10 @@ def test_serve_says_where_and_leaves_nothing_behind(build: Path, tmp_path: Path)
     code = "import sys; from pathlib import Path; from builder.deploy.server import Ports, serve; "
     code += f"serve(Path(sys.argv[1]), {ports!r})"
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", code, str(tmp_path / "triton")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-u", "-c", code, str(tmp_path / "triton")],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell's background job starts
     )
     assert process.stdout is not None
     said = [next(process.stdout) for _ in range(6)]
@@ -315,6 +318,6 @@ def test_serve_says_where_and_leaves_nothing_behind(build: Path, tmp_path: Path)
     answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert "text_output" in json.loads(answer.stdout)
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=120) == 0  # a loaded machine stops slowly
+    assert process.wait(timeout=45) == 0
     assert "stopping" in process.stdout.read()
     Ports.check(ports, "127.0.0.1")

@@ -170,6 +170,7 @@ def serve(
     **options: Any,
 ) -> None:
     """Serves a model repository for a person: says where and how to ask, and runs until Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     with Server(repository, ports, host, **options) as server:
         say(welcome(server))
         try:
