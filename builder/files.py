@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from plugins.errors import UserError
 
 CHUNK = 1 << 20
+HOLDER_SECONDS, HOLDER_READS = 2.0, 100  # how long, and how often, an unnamed lock is asked for its holder
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -83,9 +85,9 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                if not told:
+                if not told and (holder := _holder(path)) is not None:
                     told = True
-                    busy(path.read_text().strip() or "unknown")
+                    busy(holder)
                 fcntl.flock(file, fcntl.LOCK_EX)
             continue
         if _is_open_at(file.fileno(), path):  # else the holder before us removed it: what we hold is no longer the lock
@@ -99,6 +101,21 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _holder(path: Path) -> str | None:
+    """The pid in a lock file; None where the holder has just let go and removed it.
+
+    A holder writes its pid just after it takes the lock, so an empty file is read again.
+    """
+    for _ in range(HOLDER_READS):
+        try:
+            if pid := path.read_text().strip():
+                return pid
+        except FileNotFoundError:
+            return None
+        time.sleep(HOLDER_SECONDS / HOLDER_READS)
+    return "unknown"
 
 
 def _is_open_at(descriptor: int, path: Path) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from builder.files import locked
 from builder.store import Entry, Store, key
 from plugins.errors import UserError
 
@@ -335,3 +338,24 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(small_disk: Pat
     assert store.find("export", KEY) is None
     assert names(store.root / "tmp") == []
     assert not store.run("export", KEY, {}, write_one(b"fits")).reused
+
+
+def test_a_holder_that_has_not_written_its_name_yet_is_named_all_the_same(tmp_path: Path) -> None:
+    lock, told = tmp_path / "lock", []
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def write_late() -> None:
+            time.sleep(0.2)
+            lock.write_text("4321")
+
+        def give_up(pid: str) -> None:
+            told.append(pid)
+            raise UserError(pid)
+
+        late = threading.Thread(target=write_late)
+        late.start()
+        with pytest.raises(UserError), locked(lock, give_up):
+            pass
+        late.join()
+    assert told == ["4321"]
