@@ -104,6 +104,11 @@ def weight_bytes(out_features: int, in_features: int, format: str, sparse: bool 
     return values * (dense / 2 + 1 / 8) if sparse else float(values * dense)
 
 
+def tensor_core_format(format: str) -> str:
+    """The format that a layer's product runs in: float32 weights are multiplied as bf16 on tensor cores."""
+    return "bf16" if format == "fp32" else format
+
+
 def gemm_time(
     gpu: Gpu, tokens: int, out_features: int, in_features: int, format: str, sparse: bool = False
 ) -> GemmTime:
@@ -121,14 +126,12 @@ def gemm_time(
     return GemmTime(max(memory, math), "memory" if memory >= math else "math", moved, flops)
 
 
-def decode_ceiling(
-    gpu: Gpu, layers: Sequence[Layer], batch: int, context: int, kv_bytes_per_token: float, embedding_bytes: float = 0
-) -> Ceiling:
+def decode_ceiling(gpu: Gpu, layers: Sequence[Layer], batch: int, context: int, kv_bytes_per_token: float) -> Ceiling:
     """The most tokens a second of `batch` sequences that each read a KV cache of `context` tokens a step.
 
     Attention's arithmetic, norms, launches and collectives are left out: a real engine stays below.
     """
-    kv_bytes = batch * context * kv_bytes_per_token + embedding_bytes
+    kv_bytes = batch * context * kv_bytes_per_token
     return _ceiling(gpu, layers, [batch] * len(layers), kv_bytes, produced=batch)
 
 

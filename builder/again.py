@@ -10,7 +10,7 @@ import yaml
 
 from benchmarks.config import Benchmark, Workload
 from builder import machine, measure, recipe
-from builder.compatibility import check, choose_backend
+from builder.build import pick_backend
 from builder.console import Console
 from builder.files import remove, sha256_tree
 from builder.manifest import MANIFEST, as_bytes, is_build, make_manifest, now, record_folder
@@ -77,12 +77,7 @@ def build_engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str
     found = checkpoints.read(checkpoint)
     checkpoints.verify(checkpoint).require()
     config = recipe.load("any/model", overrides=[f"engine.{override}" for override in overrides]).engine
-    trtllm = machine.versions("tensorrt-llm").get("tensorrt-llm")
-    number_format, sparse = found.format, bool(found.sparse_layers)
-    if backend == "auto":
-        backend, _ = choose_backend(number_format, sparse, machine.sm(), trtllm, kv_cache=found.kv_cache)
-    else:
-        check(number_format, sparse, backend, machine.sm(), kv_cache=found.kv_cache).require()
+    backend, _ = pick_backend(backend, found.format, bool(found.sparse_layers), found.kv_cache)
     wanted = "trtllm" if backend == "tensorrt" else "hf"
     if found.kind != wanted:
         kinds = {"hf": "a unified Hugging Face", "trtllm": "a TensorRT-LLM"}

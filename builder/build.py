@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,6 @@ import yaml
 from builder import machine
 from builder.compatibility import check, check_shards, choose_backend
 from builder.console import Console
-from builder.files import sha256_tree
 from builder.line import Line
 from builder.manifest import MANIFEST, as_bytes, make_manifest, now
 from builder.plan import Plan, make_plan
@@ -22,7 +23,7 @@ from builder.publish import claimed, publish
 from builder.recipe import Recipe
 from builder.report import assemble
 from builder.source import find_model
-from builder.store import Store
+from builder.store import Entry, Store
 from calibration.text import find_file
 from plugins.errors import GateError
 
@@ -72,19 +73,26 @@ def require_gates(report: dict[str, Any], out: Path) -> None:
 def resolve(recipe: Recipe, gpu: str, batch: int = 8, context: int = 1024) -> Plan:
     """The plan with its backend chosen. Raises UserError where no backend can run what the recipe asks for."""
     plan = make_plan(recipe, gpu, batch, context)
-    engine, kv_cache = recipe.engine, recipe.quantization.kv_cache
-    parallel = engine.tensor_parallel * engine.pipeline_parallel
-    number_format = _engine_format(plan)
+    engine = recipe.engine
     check_shards(plan.layers, engine.tensor_parallel).require()
-    sparse = bool(plan.sparse_layers)
-    if engine.backend == "auto":
+    backend, words = pick_backend(
+        engine.backend,
+        _engine_format(plan),
+        bool(plan.sparse_layers),
+        recipe.quantization.kv_cache,
+        engine.tensor_parallel * engine.pipeline_parallel,
+    )
+    notes = (*plan.notes, f"backend {words}") if engine.backend == "auto" else plan.notes
+    return dataclasses.replace(plan, backend=backend, notes=notes)
+
+
+def pick_backend(asked: str, number_format: str, sparse: bool, kv_cache: str, parallel: int = 1) -> tuple[str, str]:
+    """The backend to build for on this machine, and why. Raises UserError where `asked`, or with "auto" any, cannot."""
+    if asked == "auto":
         trtllm = machine.versions("tensorrt-llm").get("tensorrt-llm")
-        backend, words = choose_backend(
-            number_format, sparse, machine.sm(), trtllm, kv_cache=kv_cache, parallel=parallel
-        )
-        return dataclasses.replace(plan, backend=backend, notes=(*plan.notes, f"backend {words}"))
-    check(number_format, sparse, engine.backend, machine.sm(), kv_cache=kv_cache, parallel=parallel).require()
-    return plan
+        return choose_backend(number_format, sparse, machine.sm(), trtllm, kv_cache=kv_cache, parallel=parallel)
+    verdict = check(number_format, sparse, asked, machine.sm(), kv_cache=kv_cache, parallel=parallel).require()
+    return asked, verdict.reason
 
 
 def run(line: Line, until: Until) -> None:
@@ -105,13 +113,13 @@ def _publish(line: Line, report: dict[str, Any], out: Path, until: Until, starte
 
     entries = line.entries
     checkpoints = entries["checkpoint"].path
-    parts = {"checkpoint": checkpoints / "hf"}
+    parts = {"checkpoint": Part(entries["checkpoint"], "hf")}
     if (checkpoints / "trtllm").is_dir():
-        parts["checkpoint-trtllm"] = checkpoints / "trtllm"
+        parts["checkpoint-trtllm"] = Part(entries["checkpoint"], "trtllm")
     if "engine" in entries:
-        parts["engine"] = entries["engine"].path
+        parts["engine"] = Part(entries["engine"])
     if "benchmark" in entries:
-        parts["report/records.jsonl"] = entries["benchmark"].path / "records.jsonl"
+        parts["report/records.jsonl"] = Part(entries["benchmark"], "records.jsonl")
     files = {
         "recipe.yaml": yaml.safe_dump(line.recipe.model_dump(mode="json"), sort_keys=False).encode(),
         "plan.json": as_bytes(line.plan.to_dict()),
@@ -130,7 +138,7 @@ def _publish(line: Line, report: dict[str, Any], out: Path, until: Until, starte
             if path.is_file()
         }
     files[MANIFEST] = as_bytes(_manifest(line, parts, files, started))
-    publish(parts, out, files)
+    publish({name: part.path for name, part in parts.items()}, out, files)
 
 
 def _deploy(engine: Path, triton: Path) -> None:
@@ -140,15 +148,30 @@ def _deploy(engine: Path, triton: Path) -> None:
     write_repository(engine, triton, DeployConfig(engine_path="../../engine"))
 
 
-def _manifest(line: Line, parts: dict[str, Path], files: dict[str, bytes], started: str) -> dict[str, Any]:
-    import hashlib
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What of a stage's output goes into OUT: all of it, or the file or folder named `inner`."""
 
+    entry: Entry
+    inner: str = ""
+
+    @property
+    def path(self) -> Path:
+        return self.entry.path / self.inner
+
+    def digests(self, name: str) -> dict[str, str]:
+        """sha256 by path in OUT, where the part is called `name`: as the store found them when it read the entry."""
+        found = self.entry.files
+        if self.inner in found:
+            return {name: found[self.inner]}
+        prefix = f"{self.inner}/" if self.inner else ""
+        return {f"{name}/{path[len(prefix) :]}": found[path] for path in found if path.startswith(prefix)}
+
+
+def _manifest(line: Line, parts: Mapping[str, Part], files: Mapping[str, bytes], started: str) -> dict[str, Any]:
     subjects = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    for name, path in parts.items():
-        if path.is_dir():
-            subjects |= {f"{name}/{inner}": digest for inner, digest in sha256_tree(path).items()}
-        else:
-            subjects[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for name, part in parts.items():
+        subjects |= part.digests(name)
     sources = {"model": line.model_digest}
     if "calibration" in line.entries:
         calibration = json.loads((line.entries["calibration"].path / "calibration.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from plugins.errors import UserError
 
@@ -43,6 +45,18 @@ def sha256_tree(directory: Path) -> dict[str, str]:
             path.relative_to(directory).as_posix(): digest
             for path, digest in zip(paths, threads.map(sha256, paths), strict=True)
         }
+
+
+def checkpoint_digest(directory: Path) -> str:
+    """One hash for a checkpoint's content: of its weights, config.json and sparsity.json by name. Engines record it."""
+    paths = [*directory.glob("*.safetensors"), directory / "config.json", directory / "sparsity.json"]
+    found = {path.name: sha256(path) for path in sorted(paths) if path.is_file()}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON value as people read it."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf8")
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from builder import machine
 from builder.console import Console
-from builder.files import sha256
+from builder.files import sha256, write_json
 from builder.plan import Plan
 from builder.recipe import Recipe
 from builder.store import Entry, Store, digest_of, key
@@ -64,7 +64,7 @@ class Line:
 
             windows = calibration_windows(config, self.model)
             np.save(out / "tokens.npy", windows.tokens)
-            _write_json(out / "calibration.json", {"sha256": windows.sha256, **config.model_dump(mode="json")})
+            write_json(out / "calibration.json", {"sha256": windows.sha256, **config.model_dump(mode="json")})
 
         inputs = {"model": self.model_digest, "data": _data_digest(config.data)}
         return self._run("calibration", 1, inputs, config.model_dump(mode="json"), ("transformers", "datasets"), make)
@@ -88,19 +88,20 @@ class Line:
         tokens = self.calibration()
 
         def make(out: Path, work: Path) -> None:
-            _write_json(out / "selection.json", select(self, _tokens(tokens), work))
+            write_json(out / "selection.json", select(self, _tokens(tokens), work))
 
         inputs = {
             "model": self.model_digest,
-            "tokens": self.calibration().digest,
+            "tokens": tokens.digest,
             "held_out": _data_digest(accuracy.data),
         }
-        config: dict[str, Any] = {
+        config = {
             "sparsity": sparsity.model_dump(mode="json"),
             "accuracy": accuracy.model_dump(mode="json"),
+            "quantization": self.recipe.quantization.model_dump(mode="json"),
+            "gpu": self.plan.predicted["gpu"],
+            "layers": self.plan.sparse_layers,
         }
-        config |= {"quantization": self.recipe.quantization.model_dump(mode="json"), "gpu": self.plan.predicted["gpu"]}
-        config["layers"] = self.plan.sparse_layers
         return self._run("selection", 1, inputs, config, CALIBRATION_TOOLS, make)
 
     def pruned(self) -> Entry | None:
@@ -116,7 +117,7 @@ class Line:
             reports = sparsify.sparsify(
                 self.model, _tokens(tokens), sparsity, layers, out / "model", work, self.console.progress
             )
-            _write_json(out / "layers.json", [vars(report) for report in reports])
+            write_json(out / "layers.json", [vars(report) for report in reports])
 
         inputs = {"model": self.model_digest, "tokens": tokens.digest, **chosen}
         config = {"method": sparsity.method, "pattern": sparsity.pattern, "layers": layers}
@@ -146,9 +147,8 @@ class Line:
         weights = self.recovered()
         source = weights.path / "model" if weights else self.model
         quantization, engine = self.recipe.quantization, self.recipe.engine
-        needs_tokens = quantization.format != "none" or quantization.kv_cache != "none"
-        tokens = self.calibration() if needs_tokens else None
-        quantized = [layer.name for layer in self.plan.layers if layer.format in ("int8", "fp8")]
+        tokens = self.calibration() if quantization.wanted else None
+        quantized = self.plan.quantized_layers
         trtllm = (engine.tensor_parallel, engine.pipeline_parallel) if self.plan.backend == "tensorrt" else None
 
         def make(out: Path, work: Path) -> None:
@@ -175,8 +175,8 @@ class Line:
             **config.model_dump(mode="json"),
             "backend": self.plan.backend,
             "predicted": self.plan.predicted["gpu"],
+            "sm": machine.sm(),
         }
-        described["sm"] = machine.sm()
         return self._run("engine", 1, {"checkpoint": checkpoint.digest}, described, ENGINE_TOOLS, make)
 
     def accuracy(self) -> Entry | None:
@@ -189,7 +189,7 @@ class Line:
         def make(out: Path, work: Path) -> None:
             from builder.measure import accuracy
 
-            _write_json(out / "accuracy.json", accuracy(self.model, engine.path, config, self.console.progress))
+            write_json(out / "accuracy.json", accuracy(self.model, engine.path, config, self.console.progress))
 
         inputs = {"model": self.model_digest, "engine": engine.digest, "data": _data_digest(config.data)}
         return self._run("evaluate", 1, inputs, config.model_dump(mode="json"), ENGINE_TOOLS, make)
@@ -229,7 +229,3 @@ def _tokens(entry: Entry) -> Any:
     import numpy as np
 
     return np.load(entry.path / "tokens.npy")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf8")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import subprocess
 from functools import cache
-from pathlib import Path
 from typing import Any
+
+from benchmarks.environment import processor
+from builder.engines.gpu import gpus
 
 TOOLS = ("torch", "transformers", "safetensors", "numpy", "nvidia-modelopt", "tensorrt-llm", "tensorrt", "twofour")
 
@@ -16,7 +17,7 @@ TOOLS = ("torch", "transformers", "safetensors", "numpy", "nvidia-modelopt", "te
 @cache
 def device() -> dict[str, Any]:
     """The GPU where there is one (name, sm, driver, memory), else the CPU (name, cores)."""
-    return _gpu() or {"type": "cpu", "name": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    return _gpu() or {"type": "cpu", "name": processor(), "cores": len(os.sched_getaffinity(0))}
 
 
 def gpu() -> dict[str, Any] | None:
@@ -52,26 +53,15 @@ def environment() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any] | None:
-    query = "name,compute_cap,driver_version,memory.total"
-    try:
-        asked = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-        lines = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
-        name, capability, driver, memory = (field.strip() for field in lines[0].split(","))
-        return {
-            "type": "gpu",
-            "name": name,
-            "sm": int(capability.replace(".", "")),
-            "driver": driver,
-            "memory_bytes": int(memory) << 20,
-            "count": len(lines),
-        }
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+    found = gpus()
+    if not found:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    first = found[0]
+    return {
+        "type": "gpu",
+        "name": first.name,
+        "sm": first.sm,
+        "driver": first.driver,
+        "memory_bytes": first.memory_total,
+        "count": len(found),
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from benchmarks.roofline import Gpu, Layer
 from builder import machine
 from builder.architectures import architecture, read_config
 from builder.engines import backends
+from builder.files import write_json
 from builder.tactics import read_tactics
 from calibration.config import Accuracy
 from plugins.errors import UserError
@@ -83,13 +83,13 @@ def _costs(model: Path, engine: Path) -> dict[str, ModelCost]:
 
 
 def _write(measured: Comparison, out: Path) -> list[dict[str, Any]]:
-    (out / "performance.json").write_text(json.dumps(measured.points, indent=1) + "\n", encoding="utf8")
+    write_json(out / "performance.json", measured.points)
     measured.write_records(out / "records.jsonl")
     return measured.points
 
 
 def _vocabulary(model: Path) -> int:
-    return int(json.loads((model / "config.json").read_text())["vocab_size"])
+    return int(read_config(model)["vocab_size"])
 
 
 def endpoints(

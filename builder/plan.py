@@ -16,10 +16,7 @@ from builder.recipe import Recipe
 from builder.source import find_config
 from plugins.errors import UserError
 
-SPARSE_SHARE = {2: 0.5625, 1: 0.625}  # bytes of a 2:4 weight against the dense one, by bytes a value
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FORMAT_NAME = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-FORMAT_DTYPE = {name: dtype for dtype, name in FORMAT_NAME.items()}
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,8 @@ class LayerPlan:
     @property
     def bytes_saved_by_pruning(self) -> int:
         """Of the weight at its own format: 0 for a dense layer."""
-        width = 1 if self.format in ("int8", "fp8") else DTYPE_BYTES[FORMAT_DTYPE[self.format]]
-        values = self.out_features * self.in_features * width
-        return round(values * (1 - SPARSE_SHARE.get(width, 1.0))) if self.sparse else 0
+        shape = (self.out_features, self.in_features, self.format)
+        return round(roofline.weight_bytes(*shape) - roofline.weight_bytes(*shape, self.sparse))
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,10 @@ class Plan:
     def sparse_layers(self) -> list[str]:
         return [layer.name for layer in self.layers if layer.sparse]
 
+    @property
+    def quantized_layers(self) -> list[str]:
+        return [layer.name for layer in self.layers if layer.format in ("int8", "fp8")]
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -73,7 +73,7 @@ def make_plan(recipe: Recipe, gpu: str = "H100-SXM", batch: int = 8, context: in
     shapes = architecture(config, source)
     layers = tuple(_layer(linear, shapes, recipe) for linear in shapes.linears())
     _check_globs(recipe, [layer.name for layer in layers])
-    other = shapes.other_parameters * DTYPE_BYTES.get(shapes.dtype, 2)
+    other = shapes.other_parameters * roofline.VALUE_BYTES[_dense_format(shapes)]
     head = layers[-1].dense_bytes if shapes.tied_embeddings else 0
     kv_bytes = shapes.kv_values_per_token * (1 if recipe.quantization.kv_cache != "none" else 2)
     return Plan(
@@ -97,23 +97,25 @@ def matches(name: str, globs: Sequence[str]) -> bool:
 
 
 def _layer(linear: Linear, shapes: Architecture, recipe: Recipe) -> LayerPlan:
-    bytes_a_value = DTYPE_BYTES.get(shapes.dtype, 2)
-    dense = linear.out_features * linear.in_features * bytes_a_value
+    shape, dense_format = (linear.out_features, linear.in_features), _dense_format(shapes)
     quantized = recipe.quantization.format != "none" and not matches(linear.name, recipe.quantization.exclude)
-    number_format = recipe.quantization.format if quantized else FORMAT_NAME.get(shapes.dtype, shapes.dtype)
-    width = 1 if quantized else bytes_a_value
-    sparse, reason = _sparse(linear, shapes, recipe, width)
-    built = linear.out_features * linear.in_features * width * (SPARSE_SHARE.get(width, 1.0) if sparse else 1.0)
+    number_format = recipe.quantization.format if quantized else dense_format
+    sparse, reason = _sparse(linear, shapes, recipe, number_format)
+    built = roofline.weight_bytes(*shape, number_format, sparse)
     return LayerPlan(
         name=linear.name,
         out_features=linear.out_features,
         in_features=linear.in_features,
         format=number_format,
         sparse=sparse,
-        dense_bytes=dense,
+        dense_bytes=round(roofline.weight_bytes(*shape, dense_format)),
         built_bytes=round(built) + (_scale_bytes(linear, recipe) if quantized else 0),
         reason=reason,
     )
+
+
+def _dense_format(shapes: Architecture) -> str:
+    return FORMAT_NAME.get(shapes.dtype, "bf16")
 
 
 def _scale_bytes(linear: Linear, recipe: Recipe) -> int:
@@ -123,7 +125,7 @@ def _scale_bytes(linear: Linear, recipe: Recipe) -> int:
     return 4 * linear.out_features + 4 + 2 * linear.in_features
 
 
-def _sparse(linear: Linear, shapes: Architecture, recipe: Recipe, width: int) -> tuple[bool, str]:
+def _sparse(linear: Linear, shapes: Architecture, recipe: Recipe, number_format: str) -> tuple[bool, str]:
     if recipe.sparsity is None:
         return False, "the recipe asks for no sparsity"
     if matches(linear.name, recipe.sparsity.exclude):
@@ -134,7 +136,7 @@ def _sparse(linear: Linear, shapes: Architecture, recipe: Recipe, width: int) ->
         raise UserError(
             "'lm_head' shares its weight with the embedding and cannot be pruned: add it to sparsity.exclude"
         )
-    alignment = 32 // width
+    alignment = 32 // roofline.VALUE_BYTES[number_format]
     if linear.in_features % 4 or linear.in_features % alignment:
         what = "2:4 needs a multiple of 4" if linear.in_features % 4 else f"the kernels need a multiple of {alignment}"
         last = linear.name.rsplit(".", 1)[-1]
@@ -169,7 +171,7 @@ def _calibration_bytes(
         hessians = sum(2 * 4 * width * width for width in inputs)  # H and the mixed target's, float32
         activations = 2 * 2 * 4 * tokens * shapes.hidden_size  # of the dense and the pruned model, in and out
         estimate["sparsify"] = block + hessians + activations
-    if recipe.quantization.format != "none" or recipe.quantization.kv_cache != "none":
+    if recipe.quantization.wanted:
         estimate["quantize"] = (
             sum(layer.dense_bytes for layer in layers)
             + other
@@ -181,19 +183,21 @@ def _calibration_bytes(
 def predict(
     gpu: str, shapes: Architecture, layers: Sequence[LayerPlan], kv_bytes: int, batch: int, context: int
 ) -> dict[str, Any]:
-    """Decode and prefill ceilings of the dense model and of the build on `gpu`. Predicted, never measured."""
+    """Decode and prefill ceilings of the dense model and of the build on `gpu`. Predicted, never measured.
+
+    The embedding is left out: decode reads one row of it a sequence, which is nothing beside the layers.
+    """
     card = roofline.gpu(gpu)
-    embedding = 0  # decode reads one row of the embedding, which is nothing beside the layers
     built = [_roofline_layer(x, x.format, x.sparse) for x in layers]
-    dense = [_roofline_layer(x, FORMAT_NAME.get(shapes.dtype, "bf16"), False) for x in layers]
+    dense = [_roofline_layer(x, _dense_format(shapes), False) for x in layers]
     kv_dense = shapes.kv_values_per_token * 2
     return {
         "gpu": card.name,
         "batch": batch,
         "context": context,
         "decode": {
-            "dense": roofline.decode_ceiling(card, dense, batch, context, kv_dense, embedding),
-            "built": roofline.decode_ceiling(card, built, batch, context, kv_bytes, embedding),
+            "dense": roofline.decode_ceiling(card, dense, batch, context, kv_dense),
+            "built": roofline.decode_ceiling(card, built, batch, context, kv_bytes),
         },
         "prefill": {
             "dense": roofline.prefill_ceiling(card, dense, context),
@@ -206,7 +210,7 @@ def _roofline_layer(layer: LayerPlan, number_format: str, sparse: bool) -> roofl
     return roofline.Layer(
         layer.out_features,
         layer.in_features,
-        "bf16" if number_format == "fp32" else number_format,
+        roofline.tensor_core_format(number_format),
         sparse,
         last_token=layer.name == "lm_head",  # prefill needs the logits of each prompt's last token only
     )

@@ -30,19 +30,18 @@ def write_checkpoints(
     Raises GateError where a written file is not what it should be.
     """
     sparse = _declared(source)
-    untouched = config.format == "none" and config.kv_cache == "none"
-    if untouched and trtllm is None:
+    if not config.wanted and trtllm is None:
         export.copy_checkpoint(source, out / "hf", sparse)
     else:
         model = load_model(source)
-        if not untouched:
+        if config.wanted:
             model = quantize(model, config, layers, tokens, progress)
         if trtllm is not None:
             export.export_trtllm(model, source, out / "trtllm", sparse, *trtllm)
-        if untouched:
-            export.copy_checkpoint(source, out / "hf", sparse)
-        else:
+        if config.wanted:
             export.export_hf(model, source, out / "hf", sparse)
+        else:
+            export.copy_checkpoint(source, out / "hf", sparse)
     for written in sorted(out.iterdir()):
         checkpoint.normalize_zeros(written)  # rounding to FP8 leaves -0.0 where a kept weight was tiny
         checkpoint.verify(written).require()

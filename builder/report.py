@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 from builder import machine
 from builder.line import Line
+from builder.manifest import now
 from builder.tactics import read_tactics
 
 ON_CPU = (
@@ -30,7 +30,7 @@ def assemble(line: Line) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json"),
         "backend": plan.backend,
         "device": machine.device(),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": now(),
         "predicted": plan.predicted,
         "environment": machine.environment(),
         "gates": [],

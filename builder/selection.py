@@ -48,7 +48,7 @@ def _seconds_saved(line: Line, layer: LayerPlan) -> float:
     card = roofline.gpu(line.plan.predicted["gpu"])
     benchmark = line.recipe.benchmark
     batch = max(max(load.concurrency) for load in benchmark.workloads) if benchmark else 1
-    shape = (card, batch, layer.out_features, layer.in_features, "bf16" if layer.format == "fp32" else layer.format)
+    shape = (card, batch, layer.out_features, layer.in_features, roofline.tensor_core_format(layer.format))
     return roofline.gemm_time(*shape, sparse=False).seconds - roofline.gemm_time(*shape, sparse=True).seconds
 
 
@@ -101,9 +101,8 @@ class _Search:
 
         model = load_model(self._prune(layers, "try"))
         config = self.line.recipe.quantization
-        if config.format != "none" or config.kv_cache != "none":
-            quantized = [layer.name for layer in self.line.plan.layers if layer.format in ("int8", "fp8")]
-            model = quantize(model, config, quantized, self.tokens)
+        if config.wanted:
+            model = quantize(model, config, self.line.plan.quantized_layers, self.tokens)
         return perplexity(hf_logits(model), self.held_out) / self.dense_perplexity - 1
 
     def _prune(self, layers: Sequence[str], name: str) -> Path:

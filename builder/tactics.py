@@ -40,7 +40,7 @@ def predict_tactics(checkpoint: Path, gpu: str) -> dict[str, Any]:
 
 def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any]:
     """The roofline's times of one layer at one number of tokens, dense and 2:4, in microseconds."""
-    number_format = "bf16" if layer.format == "fp32" else layer.format
+    number_format = roofline.tensor_core_format(layer.format)
     shape = (card, tokens, layer.out_features, layer.in_features, number_format)
     if card.refuses(number_format, layer.sparse):
         return {

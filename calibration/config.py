@@ -42,6 +42,11 @@ class Quantization(Config):
     kv_cache: Literal["none", "int8", "fp8"] = "none"
     exclude: tuple[str, ...] = ("lm_head",)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is quantized: layers, KV cache or both."""
+        return self.format != "none" or self.kv_cache != "none"
+
 
 class Recovery(Config):
     """Distillation from the dense model after pruning, masks held."""

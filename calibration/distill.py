@@ -20,9 +20,7 @@ from typing import Any
 import modelopt.torch.distill as mtd
 import numpy as np
 import torch
-from modelopt.torch.opt.conversion import apply_mode
 from modelopt.torch.quantization import model_calib
-from modelopt.torch.sparsity.weight_sparsity.mode import SparsityModeRegistry
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -82,16 +80,6 @@ class Sum(mtd.DistillationLossBalancer):  # type: ignore[misc]
     def forward(self, losses: dict[str, Tensor]) -> Tensor:
         """Their sum."""
         return torch.stack(list(losses.values())).sum()
-
-
-def hold_masks(model: nn.Module, layers: Sequence[str]) -> nn.Module:
-    """Makes the zeros of `layers` a ModelOpt sparse state, in place. `mts.export` folds it."""
-    rules = {"nn.Linear": {"*": None, **{layer: {} for layer in layers}}, "nn.Conv2d": {"*": None}}
-    model = apply_mode(model, [("sparse_magnitude", rules)], registry=SparsityModeRegistry)
-    for layer in layers:
-        module: Any = model.get_submodule(layer)
-        module.set_mask(module.weight != 0)
-    return model
 
 
 def add_teacher(student: nn.Module, teacher: nn.Module, config: Recovery) -> nn.Module:

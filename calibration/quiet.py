@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,11 +19,9 @@ def quiet() -> Iterator[io.StringIO]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     text = io.StringIO()
-    logging.captureWarnings(True)
     try:
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield text
     finally:
-        logging.captureWarnings(False)
         transformers.utils.logging.set_verbosity(shown)

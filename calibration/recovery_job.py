@@ -63,11 +63,12 @@ class Job:
     def models(self, work: Path) -> tuple[Any, Any]:
         """The dense model, and the pruned one in float32 with its masks held (and fake quantizers, if any)."""
         from calibration import distill
+        from calibration.modelopt_sparsity import hand_over
 
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         dense = _load(self.dense, torch.bfloat16 if torch.cuda.is_available() else torch.float32).to(device)
-        student = distill.hold_masks(_load(self.pruned, torch.float32).to(device), self.layers())
-        if self.quantization.format != "none" or self.quantization.kv_cache != "none":
+        student = hand_over(_load(self.pruned, torch.float32).to(device), self.layers())
+        if self.quantization.wanted:
             text = np.load(work / "text.npy")[:CALIBRATION]
             student = distill.fake_quantize(student, self.quantization, self.quantized, text)
         return dense.requires_grad_(False), student

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from command import done, nothing_left, refused
 from models import change_config, cut_llama, write_recipe
+from small_disk import mounted
 
 FEW_TOKENS = ("--set", "calibration.samples=8", "--set", "calibration.sequence_length=64")
 FAST = ("--set", "sparsity.method=magnitude")
@@ -346,12 +347,7 @@ def test_an_output_directory_that_holds_something_else(model: Path, tmp_path: Pa
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MB: enough for the calibration stage, too little for the weights."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    yield from mounted(tmp_path / "disk", 3)
 
 
 @pytest.mark.parametrize("preset", ["fp8", "2of4"])

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from builder import recipe
 from builder.plan import Plan, make_plan, matches
 from plugins.errors import UserError
+from plugins.pattern import pack
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -101,6 +103,14 @@ def test_the_built_bytes_of_llama_8b(tmp_path: Path, preset: str, linear_bytes: 
     plan = planned(tmp_path, LLAMA_8B, preset)
     assert plan.built_bytes == linear_bytes + 2 * LLAMA_8B_REST
     assert len(plan.sparse_layers) == (224 if "2of4" in preset else 0)
+
+
+def test_a_float32_weight_is_counted_as_it_is_packed(tmp_path: Path) -> None:
+    plan = planned(tmp_path, LLAMA_8B | {"dtype": "float32", "torch_dtype": "float32"}, "2of4")
+    values, indices = pack(np.tile(np.array([1, 0, 2, 0], np.float32), (8, 16)))
+    share = (values.nbytes + indices.nbytes) / (8 * 64 * 4)
+    assert plan.built_bytes == LLAMA_8B_LINEAR * 4 * share + 4 * LLAMA_8B_REST
+    assert sum(layer.bytes_saved_by_pruning for layer in plan.layers) == plan.dense_bytes - plan.built_bytes
 
 
 def test_decode_is_predicted_from_the_bytes_that_it_reads(tmp_path: Path) -> None:

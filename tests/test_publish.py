@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_disk import mounted
 
 from builder.manifest import make_manifest, read_manifest, record_folder, verify_manifest
 from builder.publish import claimed, publish
@@ -48,12 +49,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    yield from mounted(tmp_path / "disk", 2)
 
 
 def build(entry: Entry, out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -18,7 +17,6 @@ from builder.checkpoint import config as configs
 from builder.checkpoint import layout
 from builder.checkpoint.safetensors_file import HeaderError, Tensor, read_header
 from builder.checkpoint.violations import Code, VerificationError, Violation
-from builder.files import sha256
 from plugins.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -128,13 +126,6 @@ def read(directory: Path) -> Checkpoint:
     checkpoint = open_checkpoint(directory, refuse)
     assert checkpoint is not None
     return checkpoint
-
-
-def digest(directory: Path) -> str:
-    """One hash for a checkpoint's content: of its weights, config.json and sparsity.json by name. Engines record it."""
-    paths = [*directory.glob("*.safetensors"), directory / "config.json", directory / "sparsity.json"]
-    found = {path.name: sha256(path) for path in sorted(paths) if path.is_file()}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def open_checkpoint(directory: Path, report: Report) -> Checkpoint | None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from builder.checkpoint.checks import check_names, check_presence, check_split, check_types, check_values
-from builder.checkpoint.reading import Checkpoint, digest, open_checkpoint
+from builder.checkpoint.reading import Checkpoint, open_checkpoint
 from builder.checkpoint.violations import Code, VerificationError, Violation
+from builder.files import checkpoint_digest
 from builder.manifest import is_build, verify_manifest
 
 PARTS = ("checkpoint", "checkpoint-trtllm")  # of a build
@@ -152,6 +153,6 @@ def _check_engine_record(directory: Path) -> list[Violation]:
         recorded = json.loads(record.read_bytes()).get("checkpoint_sha256") if directory.name == PARTS[0] else None
     except (OSError, ValueError, AttributeError):
         return []
-    if recorded is None or recorded == digest(directory):
+    if recorded is None or recorded == checkpoint_digest(directory):
         return []
     return [Violation(Code.DIGEST, "engine/engine.json was built from other files than these", directory.name)]

@@ -11,13 +11,10 @@ import yaml
 from builder import machine
 from builder.checkpoint import digest
 from builder.engines.base import EngineConfig
+from builder.files import write_json
 from calibration import tokenizer_files
 
 KV_CACHE_FRACTION = 0.9  # of the memory left after loading; TensorRT-LLM's own default, written so that it is seen
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from builder import machine
-from builder.engines import artifact
 from builder.engines.gpu import gpus
+from builder.engines.tuned import Sized
+from builder.files import write_json
 from plugins import tactics
 from plugins.tensorrt_llm import inspector
 from plugins.tensorrt_llm.inspector import SparseTactic
@@ -30,19 +31,6 @@ PLUGIN_REASON = "2:4: our plugin, which measured faster than the dense kernel"
 DENSE_REASON = "dense: the weight is not 2:4"
 FUSED_MLP = ("fc", "gate")  # which TensorRT-LLM may fuse into one layer named fused_fc
 WEAKEST_FIRST: tuple[Status, ...] = ("unknown", "none", "eligible", "picked")
-
-
-class LinearLayer(Protocol):
-    """What is read of a checkpoint's layer (builder.checkpoint.LayerFacts)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def format(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -66,11 +54,11 @@ def read_rank(engine: Path, rank: int) -> Rank:
     return Rank(parse(log), inspector.parse(inspection.read_text(encoding="utf8")) if inspection.is_file() else None)
 
 
-def write(engine: Path, ranks: int, layers: Sequence[LinearLayer], routes: Mapping[str, str]) -> dict[str, Status]:
+def write(engine: Path, ranks: int, layers: Sequence[Sized], routes: Mapping[str, str]) -> dict[str, Status]:
     """Writes both files from what the ranks left there, cuts their logs, and returns what became of each 2:4 layer."""
     found = [read_rank(engine, rank) for rank in range(ranks)]
     status = {layer: judge(layer, route, found) for layer, route in routes.items()}
-    artifact.write_json(
+    write_json(
         engine / FILE,
         {
             "ranks": [
@@ -96,7 +84,7 @@ def aliases(layer: str) -> tuple[str, ...]:
     return (layer, f"{block}.fused_fc") if block.endswith("mlp") and name in FUSED_MLP else (layer,)
 
 
-def describe(layers: Sequence[LinearLayer], routes: Mapping[str, str], status: Mapping[str, Status]) -> dict[str, Any]:
+def describe(layers: Sequence[Sized], routes: Mapping[str, str], status: Mapping[str, Status]) -> dict[str, Any]:
     """tactics.json's content."""
 
     def reason(name: str) -> str:

@@ -22,6 +22,7 @@ from builder.checkpoint import Checkpoint, read
 from builder.engines import artifact, launch, lock
 from builder.engines.base import EngineConfig
 from builder.engines.gpu import gpus
+from builder.files import write_json
 from calibration.trtllm_config import for_transformers_4
 from plugins.errors import UserError
 
@@ -71,12 +72,12 @@ def build(
             _link(path, out / path.name)
         elif path.name in ("hf_quant_config.json", "model.safetensors.index.json", "sparsity.json"):
             shutil.copyfile(path, out / path.name)
-    artifact.write_json(out / "config.json", for_transformers_4(found.config))
+    write_json(out / "config.json", for_transformers_4(found.config))
     artifact.copy_tokenizer(checkpoint, out)
     if found.sparse_layers:
         _write_module(out / MODULE, found, tactics)
     if tactics is not None:
-        artifact.write_json(out / "tactics.json", tactics)
+        write_json(out / "tactics.json", tactics)
     artifact.write_llm_args(out, config, "pytorch", found.kv_cache)
     artifact.write_facts(out, "pytorch", found.format, found.kv_cache, checkpoint, config)
     here = lock.current("pytorch")
@@ -111,7 +112,7 @@ def _write_module(directory: Path, found: Checkpoint, tactics: Mapping[str, Any]
     page = _INIT_PY.format(architecture=architecture, module=MODEL_MODULE[architecture])
     (directory / "__init__.py").write_text(page, encoding="utf8")
     layers = {name: _choices(tactics, name) for name in found.sparse_layers}
-    artifact.write_json(directory / "layers.json", {"layers": layers})
+    write_json(directory / "layers.json", {"layers": layers})
 
 
 def _choices(tactics: Mapping[str, Any] | None, layer: str) -> list[tuple[int, str]] | None:

@@ -25,6 +25,7 @@ from builder.engines.base import EngineConfig
 from builder.engines.gpu import gpus
 from builder.engines.trtllm_build import HOOKS, MODEL_CLASS, build_command, build_config, routes
 from builder.engines.trtllm_checkpoint import TrtllmCheckpoint
+from builder.files import write_json
 from plugins import library
 from plugins.errors import UserError
 from plugins.tensorrt_llm.log import Status
@@ -121,9 +122,9 @@ def _prepare(
     if chosen:
         base = compatibility.TENSORRT_CLASS[found.architecture]
         (out / HOOKS / "models.py").write_text(_MODELS_PY.format(base=base, name=MODEL_CLASS), encoding="utf8")
-        artifact.write_json(out / HOOKS / "routes.json", {"layers": chosen})
+        write_json(out / HOOKS / "routes.json", {"layers": chosen})
         shutil.copyfile(found.directory / "sparsity.json", out / "sparsity.json")
-    artifact.write_json(out / "build_config.json", settings)
+    write_json(out / "build_config.json", settings)
     artifact.copy_tokenizer(tokenizer or _tokenizer(found.directory), out)
     artifact.write_llm_args(out, config, "tensorrt", found.kv_cache)
     preload = "plugin" in chosen.values()

@@ -23,6 +23,7 @@ from builder.engines.torch import weights
 from builder.engines.torch.engine import TorchEngine
 from builder.engines.torch.limits import Limits
 from builder.engines.torch.model import CONFIGS, Decoder
+from builder.files import checkpoint_digest
 from calibration.tokenizer_files import copy_tokenizer
 from plugins.errors import UserError
 
@@ -56,7 +57,7 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
         "format": weights.number_format(tensors),
         "kv_cache": _kv_cache(model_config, tensors),
         "sparse_layers": len(sparse_layers),
-        "checkpoint_sha256": weights.sha256(checkpoint),
+        "checkpoint_sha256": checkpoint_digest(checkpoint),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "max_batch_size": config.max_batch_size,
         "max_seq_len": _max_seq_len(config.max_seq_len, model_config),

@@ -15,19 +15,11 @@ from builder.engines.gpu import gpus
 from plugins.errors import UserError
 
 
-class Sized(Protocol):
+class Sized(compatibility.Shardable, Protocol):
     """What is read of a checkpoint's layer (builder.checkpoint.LayerFacts), of all ranks together."""
 
     @property
-    def name(self) -> str: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def in_features(self) -> int: ...
-    @property
     def format(self) -> str: ...
-    @property
-    def sparse(self) -> bool: ...
 
 
 def measure(layers: Iterable[Sized], config: EngineConfig, dtype: str) -> dict[str, float]:

@@ -70,12 +70,6 @@ def test_verify_imports_no_torch(docs_llama: Path) -> None:
     assert subprocess.run([sys.executable, "-c", script, docs_llama]).returncode == 0
 
 
-def test_the_digest_is_the_one_that_the_torch_engine_records(docs_llama: Path) -> None:
-    from builder.engines.torch.weights import sha256
-
-    assert digest(docs_llama) == sha256(docs_llama)
-
-
 def test_normalizing_zeros_changes_no_value(exports: Path, tmp_path: Path) -> None:
     directory = tmp_path / "c"
     shutil.copytree(exports / "fp8-raw", directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from builder import files
 from plugins.errors import UserError
 from plugins.packing import pack
 
@@ -130,10 +128,3 @@ def number_format(tensors: Tensors) -> str:
     """ "int8" or "fp8" where a layer's weight is, else what the weights are."""
     found = {tensors.dtype(name) for name in tensors if name.endswith("_proj.weight")}
     return next((name for dtype, name in FORMATS.items() if dtype in found), "fp32")
-
-
-def sha256(directory: Path) -> str:
-    """One hash over a checkpoint's weights, config.json and sparsity.json: of their names and their own hashes."""
-    paths = [*_weight_files(directory), directory / "config.json", directory / "sparsity.json"]
-    digests = {path.name: files.sha256(path) for path in paths if path.is_file()}
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -5,28 +5,13 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-#include "twofour.h"
+#include "registers.h"
 
 #define TWOFOUR_DEVICE __device__ __forceinline__
 #define TWOFOUR_UNROLL _Pragma("unroll")
 
 namespace twofour {
 namespace gpu {
-
-struct Fragment {
-  uint32_t r[4];
-};
-struct Pair {
-  uint32_t r[2];
-};
-template <int kType>
-struct Accumulator {
-  using Type = float;
-};
-template <>
-struct Accumulator<TWOFOUR_INT8> {
-  using Type = int;
-};
 
 TWOFOUR_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 TWOFOUR_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }

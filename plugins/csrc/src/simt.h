@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "registers.h"
 #include "status.h"
 
 #define TWOFOUR_DEVICE inline
@@ -24,21 +25,6 @@
 
 namespace twofour {
 namespace gpu {
-
-struct Fragment {
-  uint32_t r[4];
-};
-struct Pair {
-  uint32_t r[2];
-};
-template <int kType>
-struct Accumulator {
-  using Type = float;
-};
-template <>
-struct Accumulator<TWOFOUR_INT8> {
-  using Type = int;
-};
 
 struct Copy {
   uint8_t* target;
