@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,17 @@ from torch import Tensor, nn
 from calibration.blocks import Blocks, Stream, run
 from calibration.inputs import gather, shared_inputs
 from calibration.solvers import Pattern, Solver, Statistics
+from calibration.tune import tune
 from plugins.errors import UserError
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer. `error` is the squared change of its output over the calibration tokens, relative."""
+    """What became of one layer.
+
+    `error` is the squared change of the layer's output over the calibration tokens by its own pruning, relative; what a
+    tuning of the whole block changes after it is not in it.
+    """
 
     name: str
     out_features: int
@@ -65,35 +71,55 @@ class Walk:
         block, arguments = self.blocks.load(number), self.arguments[number]
         streams = {name: Stream(copy.deepcopy(block) if name == "dense" else block, states[name]) for name in states}
         names, prefix = self.layers_of[number], f"model.layers.{number}."
+        reports = self._prune_layers(prefix, block, names, streams, arguments)
+        left = {"dense": run(streams["dense"], arguments)} if "dense" in streams else {}
+        if self.solver.tunes_blocks and (tuned := [name for name in names if not reports[name].note]):
+            tune(streams["pruned"], tuned, left["dense"], arguments)
+            for name in tuned:
+                block.get_submodule(name).weight.copy_(self._as_stored(prefix + name, block.get_submodule(name).weight))
+        if "pruned" in streams:
+            left["pruned"] = run(streams["pruned"], arguments)
+        weights = {
+            f"{prefix}{name}.weight": self._as_stored(prefix + name, block.get_submodule(name).weight) for name in names
+        }
+        return weights, list(reports.values()), left
+
+    def _prune_layers(
+        self,
+        prefix: str,
+        block: nn.Module,
+        names: list[str],
+        streams: dict[str, Stream],
+        arguments: dict[str, Any],
+    ) -> dict[str, LayerReport]:
+        """Prunes the block's layers one by one in the order of the forward pass, in place."""
         groups = shared_inputs(streams["pruned"], names, arguments) if self.solver.needs_inputs else [names]
-        weights: dict[str, Tensor] = {}
-        reports = []
+        reports = {}
         for group in groups:
             statistics: Statistics | None = None
             for name in group:
-                layer = block.get_submodule(name)
-                note = self._reason_to_keep(layer.weight)
+                weight_NK = block.get_submodule(name).weight
+                note = self._reason_to_keep(weight_NK)
                 if self.solver.needs_inputs and not statistics and not note:
                     statistics = gather(name, streams["pruned"], arguments, streams.get("dense"))
                 started = time.perf_counter()
-                stored_NK = self._stored(prefix + name, layer.weight, statistics, note)
-                error = None if note or not statistics else _error(layer.weight, stored_NK, statistics)
+                kept_NK = weight_NK if note else self.solver.prune(prefix + name, weight_NK, statistics, self.pattern)
+                stored_NK = self._as_stored(prefix + name, kept_NK)
+                error = None if note or not statistics else _error(weight_NK, stored_NK, statistics)
                 seconds = time.perf_counter() - started
-                reports.append(report(prefix + name, stored_NK, self.pattern.holds(stored_NK), error, seconds, note))
-                weights[f"{prefix}{name}.weight"] = stored_NK
-                layer.weight.copy_(stored_NK)
-        return weights, reports, {name: run(stream, arguments) for name, stream in streams.items()}
+                reports[name] = report(prefix + name, stored_NK, self.pattern.holds(stored_NK), error, seconds, note)
+                weight_NK.copy_(stored_NK)
+        return reports
 
     def _reason_to_keep(self, weight_NK: Tensor) -> str:
         if not self.pattern.fits(weight_NK.shape[1]):
             return f"{weight_NK.shape[1]} inputs do not divide into groups of {self.pattern.group}"
         return f"{self.pattern} already: mask kept" if self.pattern.holds(weight_NK) else ""
 
-    def _stored(self, name: str, weight_NK: Tensor, statistics: Statistics | None, note: str) -> Tensor:
-        """The weight, pruned unless there is a reason not to, in the source's dtype: there a small one may become 0."""
+    def _as_stored(self, name: str, weight_NK: Tensor) -> Tensor:
+        """The weight in the source's dtype, in which a small one may become 0; never -0."""
         dtype = self.blocks.weights.dtype(f"{name}.weight")
-        kept_NK = weight_NK if note else self.solver.prune(name, weight_NK, statistics, self.pattern)
-        stored_NK = kept_NK.to(dtype) + 0.0  # no -0
+        stored_NK = weight_NK.to(dtype) + 0.0
         if not torch.isfinite(stored_NK).all():
             raise UserError(f"pruning '{name}' gave weights that are not finite as {dtype}: leave it out with exclude")
         return stored_NK

@@ -25,7 +25,11 @@ from transformers import (
 
 from calibration.blocks import Blocks, Stream, run
 from calibration.config import Sparsity
-from calibration.sparsify import LayerReport, sparsify
+from calibration.solvers import Pattern
+from calibration.solvers.masks import apply
+from calibration.sparsify import sparsify
+from calibration.tune import tune
+from calibration.walk import LayerReport
 from plugins.errors import UserError
 
 SIZES = {
@@ -165,6 +169,26 @@ def test_pickled_weights_are_left_behind(llama: Path, tmp_path: Path) -> None:
     (source / "pytorch_model.bin").write_bytes(b"weights of before")
     prune(source, tmp_path / "out", names(0))
     assert not (tmp_path / "out/pytorch_model.bin").exists()
+
+
+def test_tuning_brings_the_block_nearer_to_the_dense_one_and_keeps_the_mask(tmp_path: Path) -> None:
+    blocks = Blocks(make_model(tmp_path / "model", dtype=torch.float32))
+    hidden, arguments = blocks.embed(torch.from_numpy(TOKENS)), blocks.arguments(TOKENS.shape[1])[0]
+    pruned = Stream(blocks.load(0), hidden)
+    names = [name for name in LINEARS if "v_proj" not in name]
+    with torch.no_grad():
+        target = run(Stream(blocks.load(0), hidden), arguments)
+        for name in names:
+            weight = pruned.block.get_submodule(name).weight
+            weight.copy_(apply(weight, Pattern.parse("2:4").select(weight.abs())))
+        masks = {name: pruned.block.get_submodule(name).weight != 0 for name in names}
+        untouched = pruned.block.get_submodule("self_attn.v_proj").weight.clone()
+        before = (run(pruned, arguments) - target).square().mean()
+        tune(pruned, names, target, arguments)
+        after = (run(pruned, arguments) - target).square().mean()
+    assert after < before
+    assert all((pruned.block.get_submodule(name).weight[~mask] == 0).all() for name, mask in masks.items())
+    assert torch.equal(pruned.block.get_submodule("self_attn.v_proj").weight, untouched)
 
 
 # layers that stay as they are

@@ -43,6 +43,7 @@ class Solver(Protocol):
 
     needs_inputs: bool  # whether it reads `hessian`
     needs_dense_inputs: bool  # whether it reads `cross` and `residual`
+    tunes_blocks: bool  # whether a block's layers are tuned together once each is pruned; needs the dense inputs
 
     def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
         """The pruned weight, float32 [N, K]. `name` is the layer's, for errors and warnings."""

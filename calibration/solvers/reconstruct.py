@@ -45,6 +45,7 @@ class Reconstruct:
 
     needs_inputs = True
     needs_dense_inputs = True
+    tunes_blocks = True
 
     def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
         """Accepts statistics without the dense model's part: the target is then the layer's own output."""
