@@ -16,6 +16,8 @@ from benchmarks import roofline
 from builder.plan import LayerPlan
 from calibration.sparsify import sparsify
 
+COST_WINDOWS = 64  # of held-out text that a layer's own cost is measured on: KL needs few
+
 if TYPE_CHECKING:
     from builder.line import Line
     from calibration.data import Tokens
@@ -83,8 +85,8 @@ class _Search:
             tensors |= load_file(file)
         changes = pruning(self.dense, {name: tensors[f"{name}.weight"] for name in self.names})
         own = {name: name for name in self.names}
-        found = measure_costs(self.dense, changes, own, self.held_out, self.line.console.progress)
-        return {name: cost.loss for name, cost in found.items()}
+        found = measure_costs(self.dense, changes, own, self.held_out[:COST_WINDOWS], self.line.console.progress)
+        return {name: cost.kl for name, cost in found.items()}
 
     def increase(self, layers: Sequence[str]) -> float:
         """The perplexity increase with `layers` pruned, and everything quantized as the recipe says."""
