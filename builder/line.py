@@ -128,17 +128,32 @@ class Line:
         pruned, recovery = self.pruned(), self.recipe.recovery
         if pruned is None or recovery is None:
             return pruned
-        tokens = self.calibration()
+        text = recovery.data or self.recipe.calibration.data
+        if text is None:
+            raise UserError("recovery needs text: set recovery.data or calibration.data")
+        calibration, quantization = self.recipe.calibration, self.recipe.quantization
+        quantized = self.plan.quantized_layers if quantization.wanted else []
 
         def make(out: Path, work: Path) -> None:
+            from calibration.data import windows
             from calibration.recover import recover
 
+            tokens = windows(
+                text, self.model, calibration.sequence_length, chat_template=calibration.chat_template
+            ).tokens  # all there are: recovery is held back by too little text first
             recover(
-                self.model, pruned.path / "model", _tokens(tokens), recovery, out / "model", work, self.console.progress
-            )
+                self.model, pruned.path / "model", tokens, recovery, out / "model", work, self.console.progress,
+                quantization, quantized,
+            )  # fmt: skip
 
-        inputs = {"model": self.model_digest, "pruned": pruned.digest, "tokens": tokens.digest}
-        return self._run("recover", 1, inputs, recovery.model_dump(mode="json"), CALIBRATION_TOOLS, make)
+        inputs = {"model": self.model_digest, "pruned": pruned.digest, "text": _data_digest(text)}
+        config = {
+            "recovery": recovery.model_dump(mode="json"),
+            "calibration": calibration.model_dump(mode="json"),
+            "quantization": quantization.model_dump(mode="json"),
+            "quantized": quantized,
+        }
+        return self._run("recover", 2, inputs, config, CALIBRATION_TOOLS, make)
 
     def checkpoint(self) -> Entry:
         """hf/, and trtllm/ for the tensorrt backend: quantized, written by ModelOpt and verified on the files."""

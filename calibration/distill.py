@@ -27,6 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from calibration.config import Quantization, Recovery
 from calibration.data import Tokens
+from calibration.device import has_bfloat16
 from calibration.quantize import quantize
 
 LOGITS_AT_ONCE = 2**26  # B x T x V of one forward pass: 256 MB in float32, of which training holds about six
@@ -201,13 +202,6 @@ def _arguments(model: Any, length: int, config: Recovery, steps: int, work: Path
         dataloader_pin_memory=torch.cuda.is_available(),
         average_tokens_across_devices=False,
     )
-
-
-def has_bfloat16() -> bool:
-    """Whether matrix products in bfloat16 are faster here than in float32."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def last_checkpoint(work: Path) -> Path | None:
