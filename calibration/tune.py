@@ -19,7 +19,7 @@ from calibration.blocks import Stream
 from calibration.device import has_bfloat16
 from calibration.states import States, samples_at_once
 
-PASSES = 3  # over the calibration samples
+PASSES = 2  # over the calibration samples
 SAMPLES_A_STEP = 4
 LEARNING_RATE = 0.03  # of the root mean square of a layer's weights
 WARM_UP = 0.1  # share of the steps over which the rate rises; it then falls to 0 along a cosine
