@@ -67,7 +67,30 @@ class Line:
             write_json(out / "calibration.json", {"sha256": windows.sha256, **config.model_dump(mode="json")})
 
         inputs = {"model": self.model_digest, "data": _data_digest(config.data)}
-        return self._run("calibration", 1, inputs, config.model_dump(mode="json"), ("transformers", "datasets"), make)
+        tools = ("transformers", "datasets")
+        entry = self._run("calibration", 1, inputs, config.model_dump(mode="json"), tools, make)
+        self._check_text(entry)
+        return entry
+
+    def _check_text(self, calibration: Entry) -> None:
+        """Warns of calibration text that the dense model finds far less likely than the evaluation text."""
+        from calibration.text_check import compare_text, words
+
+        accuracy = self.recipe.accuracy
+        if accuracy.data is None or "text_check" in self.entries:
+            return
+        data = accuracy.data
+
+        def make(out: Path, work: Path) -> None:
+            from calibration.data import windows
+
+            held_out = windows(data, self.model, accuracy.sequence_length)
+            write_json(out / "perplexity.json", compare_text(self.model, _tokens(calibration), held_out.tokens))
+
+        inputs = {"model": self.model_digest, "tokens": calibration.digest, "held_out": _data_digest(data)}
+        entry = self._run("text_check", 1, inputs, accuracy.sequence_length, CALIBRATION_TOOLS, make)
+        if said := words(json.loads((entry.path / "perplexity.json").read_text())):
+            self.console.warn(said)
 
     def layers(self) -> tuple[list[str], dict[str, str]]:
         """The layers to prune, and the digest of the selection where a budget made one."""

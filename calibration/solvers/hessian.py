@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from plugins.errors import UserError
+from plugins.errors import Caution, UserError
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as SparseGPT and GPTQ have it
 STEP = 10.0  # by which the damping grows while the Hessian cannot be factored
@@ -49,7 +49,9 @@ def inverse_factor(name: str, hessian_KK: Tensor, damping: float = DAMPING) -> t
         damping *= STEP
     if damping != first:
         warnings.warn(
-            f"the Hessian of '{name}' is singular: its damping was raised from {first:g} to {damping:g}", stacklevel=2
+            f"the Hessian of '{name}' is singular: its damping was raised from {first:g} to {damping:g}",
+            Caution,
+            stacklevel=2,
         )
     upper_KK = factor.flip(0, 1)
     del factor  # at 8192 inputs each of these is 268 MB
