@@ -39,7 +39,7 @@ def test_mismatch_is_named(here, words):
 
 def test_engine_for_another_gpu_names_the_container_and_the_gpu(tmp_path, monkeypatch):
     lock.write(tmp_path, locked())
-    monkeypatch.setattr(lock, "current", lambda backend, plugin=None: locked(sm=80, gpu="NVIDIA A100"))
+    monkeypatch.setattr(lock, "current", lambda backend, plugin: locked(sm=80, gpu="NVIDIA A100"))
     with pytest.raises(
         UserError, match=r"needs SM 90 \(here: 80\): use the container .*release:1\.2\.1 on a GPU with SM 90"
     ):
