@@ -245,7 +245,7 @@ def test_fewer_gpus_than_ranks_is_refused_when_serving():
 
 
 def rank(log: str, sparse=None) -> evidence.Rank:
-    return evidence.Rank(parse(log), sparse)
+    return evidence.Rank(parse(log), sparse, range(2), 2)
 
 
 def test_layer_counts_as_picked_only_where_every_rank_picked_it():
@@ -264,6 +264,17 @@ def test_silent_log_claims_nothing_and_the_inspector_may_know_more():
     seen = SparseTactic("transformer/layers/0/mlp/fused_fc/MATRIX_MULTIPLY_0", "sm90_xmma_sparse_gemm")
     assert evidence.judge(layer, "native", [rank(silent, [seen])]) == "picked"
     assert evidence.judge("transformer.layers.0.mlp.proj", "native", [rank(silent, [seen])]) == "unknown"
+
+
+def test_layers_of_a_pipeline_stage_are_looked_up_by_the_stages_own_numbers():
+    first = SparseTactic("transformer/layers/0/mlp/proj/MATRIX_MULTIPLY_0", "sm90_xmma_sparse_gemm")
+    stages = [
+        evidence.Rank(parse("(Sparsity) Chose 0 layer(s) using sparse tactics"), [], range(2), 4),
+        evidence.Rank(parse("silent"), [first], range(2, 4), 4),  # its block 0 is the model's block 2
+    ]
+    status = {n: evidence.judge(f"transformer.layers.{n}.mlp.proj", "native", stages) for n in range(4)}
+    assert status == {0: "unknown", 1: "unknown", 2: "picked", 3: "unknown"}
+    assert evidence.judge("lm_head", "native", stages) == "unknown"
 
 
 def test_trimmed_log_keeps_sparsity_lines_and_errors(tmp_path):

@@ -156,7 +156,7 @@ def _build_ranks(
         "building the TensorRT engine",
         progress,
     )
-    return evidence.write(out, found.ranks, read(found.directory).layers(), chosen)
+    return evidence.write(out, found, read(found.directory).layers(), chosen)
 
 
 def _tokenizer(checkpoint: Path) -> Path:
