@@ -15,7 +15,6 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from builder.checkpoint import VerificationError
 from builder.engines import pytorch, torch_engine
 from builder.engines.base import EngineConfig
 from plugins.errors import UserError
@@ -306,5 +305,5 @@ def test_unknown_algorithm_of_a_newer_modelopt_is_refused(checkpoints, tmp_path)
         (checkpoint / path.name).write_bytes(path.read_bytes())
     path = checkpoint / "config.json"
     path.write_text(path.read_text().replace('"FP8"', '"NVFP9"'))
-    with pytest.raises(VerificationError, match="NVFP9"):
+    with pytest.raises(UserError, match="quant_algo is 'NVFP9': only NO_QUANT, FP8"):
         pytorch.build(checkpoint, tmp_path / "engine", CONFIG)

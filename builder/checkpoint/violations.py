@@ -57,6 +57,10 @@ class Violation:
         return {**vars(self), "code": self.code.value, "message": self.message}
 
 
+class Unsupported(Violation):
+    """Not damage: what this release does not know, such as the format of a newer ModelOpt."""
+
+
 class VerificationError(GateError):
     """A checkpoint is not what it says it is."""
 
