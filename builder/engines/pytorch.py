@@ -104,6 +104,8 @@ def _check(found: Checkpoint, config: EngineConfig) -> None:
         tensorrt_llm=lock.installed("tensorrt_llm"),
     ).require()
     compatibility.check_shards(found.layers(), config.tensor_parallel).require()
+    sizes = (found.architecture.num_heads, found.architecture.num_blocks)
+    compatibility.check_mapping(*sizes, config.tensor_parallel, config.pipeline_parallel, "pytorch").require()
 
 
 def _write_module(directory: Path, found: Checkpoint, tactics: Mapping[str, Any] | None) -> None:
