@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from stand_in_checkpoint import LAYERS, write_checkpoint
 
 from builder.engines import evidence, gpu_memory, lock, tensorrt, trtllm_checkpoint, tuned
@@ -85,6 +86,25 @@ def test_measured_ratios_count_only_where_a_sparse_kernel_was_kept_at_the_engine
     assert tuned.ratios(tactics, 8) == {"faster": 1.4}
     assert tuned.ratios(tactics, 9) == {}  # at 64 tokens dense was kept
     assert tuned.measure([], CONFIG, "bf16") == {}  # no GPU here: nothing is claimed
+
+
+@pytest.mark.parametrize(
+    ("weights", "cache", "paged"),
+    [("FP8", None, True), ("FP8", "FP8", True), ("FP8", "INT8", False), (None, "FP8", False), (None, None, True)],
+)
+def test_block_reuse_and_chunked_prefill_only_where_prompts_can_read_the_paged_cache(tmp_path, weights, cache, paged):
+    quantization = {"quant_algo": weights, "kv_cache_quant_algo": cache}
+    checkpoint = write_checkpoint(tmp_path / "trtllm", quantization=quantization)
+    command = tensorrt.prepare(checkpoint, tmp_path / "engine", CONFIG)
+    assert option(command, "--use_paged_context_fmha") == ("enable" if paged else "disable")
+    args = yaml.safe_load((tmp_path / "engine/llm_args.yaml").read_text())
+    assert args["kv_cache_config"]["enable_block_reuse"] == paged
+    chunked = CONFIG.model_copy(update={"chunked_prefill": True})
+    if paged:
+        tensorrt.prepare(checkpoint, tmp_path / "chunked", chunked)
+    else:
+        with pytest.raises(UserError, match=r"engine\.chunked_prefill is not possible with quantization\.kv_cache="):
+            tensorrt.prepare(checkpoint, tmp_path / "chunked", chunked)
 
 
 # -- what prepare writes

@@ -271,3 +271,46 @@ def test_a_rank_that_ends_takes_the_others_with_it_and_leaves_nothing(
     log = Path(told.split("its log: '")[1].rstrip("')"))
     assert log.is_file()
     shutil.rmtree(log.parent)
+
+
+def test_a_tensorrt_build_goes_to_its_end_and_reports_what_was_proven(
+    model: Path, tmp_path: Path, container: None
+) -> None:
+    recipe, out = write_recipe(tmp_path / "recipe.yaml", model), tmp_path / "out"
+    done("build", recipe, *BUILD, "--out", out, "--store", tmp_path / "store")
+    report = json.loads((out / "report/report.json").read_text())
+    notes = " ".join(report["notes"])
+    assert "of 10 2:4 layers: 10 picked." in notes
+    assert "TensorRT picked sparse tactics for 10 layers of 10 eligible." in notes
+    assert "our plugin's kernels were not timed" in notes
+    assert "is that of the same checkpoint on the torch engine. Speed is not measured" in notes
+    reasons = {layer["name"]: layer["reason"] for layer in report["layers"]}
+    assert reasons["model.layers.1.self_attn.v_proj"] == "2:4: TensorRT timed a sparse tactic faster and picked it"
+    assert reasons["lm_head"].startswith("dense")
+    assert {layer["kernel"] for layer in report["layers"]} == {None}
+    assert "performance" not in report
+    assert report["size"]["built_bytes"] == sum(path.stat().st_size for path in (out / "engine").glob("rank*.engine"))
+    assert report["accuracy"]["built"]["perplexity"] > 0
+    assert (out / "triton/make_repository.py").is_file()
+    assert done("verify", out, "--json").json["violations"] == []
+    change(out / "engine/engine.json", lambda facts: facts.update(checkpoint_sha256="0" * 64))
+    assert (
+        "checkpoint-trtllm: engine/engine.json was built from other files than these" in twofour("verify", out).stdout
+    )
+    (layer,) = done("explain", out, "--layers", "*.0.attention.qkv", "--json").json["layers"]
+    assert layer["valid_2to4"]
+    assert "picked" in layer["reason"]
+
+
+def test_a_speed_gate_that_cannot_be_measured_here_has_not_passed(model: Path, tmp_path: Path) -> None:
+    benchmark = {"workloads": [{"input_tokens": 8, "output_tokens": 4, "concurrency": [1]}], "min_speedup": 1.2}
+    recipe = write_recipe(tmp_path / "recipe.yaml", model, benchmark=benchmark)
+    ended = twofour("build", recipe, *BUILD, "--set", "engine.backend=pytorch", "--out", tmp_path / "out",
+                    "--store", tmp_path / "store", "--json")  # fmt: skip
+    assert ended.status == 1
+    assert ended.stderr.startswith(
+        "failed: not measured, and at least 1.20x is asked for: measure it with twofour bench"
+    )
+    assert (tmp_path / "out/engine/twofour_sparse/layers.json").is_file()
+    assert done("verify", tmp_path / "out", "--json").json["violations"] == []
+    assert any("the sparse kernels were not timed" in note for note in ended.json["notes"])

@@ -157,12 +157,12 @@ def _check_locks(directory: Path) -> list[Violation]:
 
 
 def _check_engine_record(directory: Path) -> list[Violation]:
-    """Where an engine lies beside the checkpoint: whether it was built from these very files."""
-    record = directory.parent / "engine" / "engine.json"
+    """Where an engine lies beside the checkpoint that it is built from: whether it was built from these very files."""
     try:
-        recorded = json.loads(record.read_bytes()).get("checkpoint_sha256") if directory.name == PARTS[0] else None
+        engine = json.loads((directory.parent / "engine" / "engine.json").read_bytes())
+        source, recorded = PARTS[engine.get("backend") == "tensorrt"], engine.get("checkpoint_sha256")
     except (OSError, ValueError, AttributeError):
         return []
-    if recorded is None or recorded == checkpoint_digest(directory):
+    if directory.name != source or recorded is None or recorded == checkpoint_digest(directory):
         return []
     return [Violation(Code.DIGEST, "engine/engine.json was built from other files than these", directory.name)]

@@ -6,6 +6,8 @@ sparsity_log.json   what each rank's build log and engine inspector say, and eac
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +85,18 @@ def write(
     for rank in ranks:
         trim(engine / f"build-rank{rank}.log")
     return status
+
+
+def remarks(engine: Path) -> list[str]:
+    """What the build proved of sparsity, for the report: a sentence, and one a rank where they differ."""
+    told = json.loads((engine / FILE).read_text(encoding="utf8"))
+    if not told["layers"]:
+        return []
+    count = Counter("our plugin" if x["route"] == "plugin" else x["status"] for x in told["layers"].values())
+    listed = ", ".join(f"{number} {word}" for word, number in sorted(count.items()))
+    said = {rank["words"]: number for number, rank in reversed(list(enumerate(told["ranks"])))}
+    logs = [words if len(said) == 1 else f"rank {number}: {words}" for words, number in sorted(said.items())]
+    return [f"of {len(told['layers'])} 2:4 layers: {listed}", *logs]
 
 
 def judge(layer: str, route: str, ranks: Sequence[Rank]) -> Status:
