@@ -1,7 +1,10 @@
 """The version lock, the launch files and what GPUs there are: all without a GPU."""
 
+import json
+import os
+import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from stand_in_checkpoint import LAYERS, write_checkpoint
@@ -58,10 +61,19 @@ def test_torch_engines_and_engines_without_a_lock_run_anywhere(tmp_path):
     lock.require(tmp_path)
 
 
-def test_damaged_lock_is_refused(tmp_path):
-    (tmp_path / "lock.json").write_text('{"backend": "tensorrt"}')
+@pytest.mark.parametrize("text", ['{"backend": "tensorrt"}', "[]", "{", json.dumps({**asdict(BUILT), "backend": "x"})])
+def test_damaged_lock_is_refused(tmp_path, text):
+    (tmp_path / "lock.json").write_text(text)
     with pytest.raises(UserError, match="is not a version lock"):
         lock.read(tmp_path)
+
+
+def test_cuda_is_the_toolkits_where_no_wheel_brings_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "installed", lambda name: None)
+    monkeypatch.setattr(lock, "CUDA_TOOLKIT", tmp_path / "version.json")
+    assert lock.current("tensorrt").cuda is None
+    (tmp_path / "version.json").write_text('{"cuda": {"name": "CUDA SDK", "version": "13.0.1"}}')
+    assert lock.current("tensorrt").cuda == "13.0.1"
 
 
 def test_nvidia_smi_answers_are_read_and_strange_lines_passed_over():
@@ -97,6 +109,46 @@ def test_serve_script_preloads_the_plugin_and_says_when_it_is_missing(tmp_path):
         check=True,
     )
     assert done.stdout == f"{out}/{launch.PLUGIN_LIBRARY}"
+
+
+STUBS = {  # each says with what it was started, and goes on as the real one does
+    "srun": 'while [ "$1" != bash ]; do shift; done\nexec "$@"',
+    "mpirun": 'while [ "$1" != tritonserver ]; do shift; done\nexec "$@"',
+    "trtllm-llmapi-launch": "exec $@",  # the real one splits at spaces too
+    "trtllm-serve": 'printf "%s\\n" trtllm-serve "$@" "$LD_PRELOAD" "$PYTHONPATH"',
+    "tritonserver": 'printf "%s\\n" tritonserver "$@" "$LD_PRELOAD" "$PYTHONPATH"',
+}
+
+
+@pytest.mark.parametrize("script", ["serve.sh", "slurm.sh", "triton.sh"])
+def test_launch_scripts_start_the_server_with_the_library_and_the_module(tmp_path, script):
+    """Run whole on stand-ins of ours for the programs that they start."""
+    tools, engine = tmp_path / "bin", tmp_path / "engine"
+    tools.mkdir()
+    for name, body in STUBS.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    serve = ["trtllm-serve", "$engine", "--extra_llm_api_options", "$engine/llm_args.yaml"]
+    launch.write(engine, EngineConfig(tensor_parallel=2), serve, "image", modules=True, preload=True)
+    library = engine / launch.PLUGIN_LIBRARY
+    compile_empty(library)
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "ENGINE": str(engine)}
+    command = [engine / "launch" / script, *(["repository"] if script == "triton.sh" else [])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    program, *words, preload, modules = done.stdout.splitlines()
+    assert (preload, modules) == (str(library), str(engine))
+    if script == "triton.sh":
+        assert (program, words) == ("tritonserver", ["--model-repository=repository"])
+    else:
+        assert (program, words[0]) == ("trtllm-serve", str(engine))
+        assert words[words.index("--extra_llm_api_options") + 1] == f"{engine}/llm_args.yaml"
+        assert words[words.index("--port") + 1] == "8000"
+
+
+def compile_empty(library):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ to make a library")
+    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", library], input="", text=True, check=True)
 
 
 def test_sixteen_ranks_take_two_nodes(tmp_path):
