@@ -89,7 +89,6 @@ def test_launch_scripts_are_valid_bash_and_pass_the_environment_on(tmp_path):
     tensorrt.prepare(checkpoint, out, CONFIG.model_copy(update={"tensor_parallel": 2}), ratios={LAYERS[0]: 2.0})
     for script in (out / "launch").iterdir():
         subprocess.run(["bash", "-n", script], check=True)
-    assert "-x LD_PRELOAD -x PYTHONPATH" in (out / "launch/triton.sh").read_text()
     slurm = (out / "launch/slurm.sh").read_text()
     assert "#SBATCH --ntasks=2" in slurm
     assert "trtllm-llmapi-launch trtllm-serve" in slurm
@@ -129,7 +128,7 @@ def test_launch_scripts_start_the_server_with_the_library_and_the_module(tmp_pat
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
     serve = ["trtllm-serve", "$engine", "--extra_llm_api_options", "$engine/llm_args.yaml"]
-    launch.write(engine, EngineConfig(tensor_parallel=2), serve, "image", modules=True, preload=True)
+    launch.write(engine, EngineConfig(tensor_parallel=2), serve, "image", "pytorch", modules=True, preload=True)
     library = engine / launch.PLUGIN_LIBRARY
     compile_empty(library)
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "ENGINE": str(engine)}
@@ -145,6 +144,27 @@ def test_launch_scripts_start_the_server_with_the_library_and_the_module(tmp_pat
         assert words[words.index("--port") + 1] == "8000"
 
 
+def test_triton_starts_one_server_a_rank_of_a_tensorrt_engine(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "mpirun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tools / "mpirun").chmod(0o755)
+    config = EngineConfig(tensor_parallel=2)
+    launch.write(tmp_path, config, ["trtllm-serve", "$engine"], "image", "tensorrt", modules=False, preload=False)
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [tmp_path / "launch/triton.sh", "a repository", "--http-port=9000"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    words = done.stdout.splitlines()
+    cut = words.index(":")
+    first, second = words[1:cut], words[cut + 1 :]
+    assert words[0] == "--allow-run-as-root"
+    common = ["-n", "1", "-x", "LD_PRELOAD", "-x", "PYTHONPATH", "tritonserver", "--model-repository=a repository"]
+    assert first[: len(common)] == second[: len(common)] == common
+    assert [side[-1] for side in (first, second)] == ["--http-port=9000"] * 2
+    assert "--backend-config=python,shm-region-prefix-name=prefix1_" in second
+    assert set(second) - set(first) >= {"--model-control-mode=explicit", "--load-model=tensorrt_llm"}
+
+
 def compile_empty(library):
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to make a library")
@@ -153,7 +173,7 @@ def compile_empty(library):
 
 def test_sixteen_ranks_take_two_nodes(tmp_path):
     config = EngineConfig(tensor_parallel=8, pipeline_parallel=2)
-    launch.write(tmp_path, config, ["trtllm-serve", "$engine"], "image", modules=False, preload=False)
+    launch.write(tmp_path, config, ["trtllm-serve", "$engine"], "image", "tensorrt", modules=False, preload=False)
     slurm = (tmp_path / "launch/slurm.sh").read_text()
     assert "#SBATCH --nodes=2" in slurm
     assert "#SBATCH --ntasks-per-node=8" in slurm

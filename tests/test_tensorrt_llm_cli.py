@@ -239,6 +239,26 @@ def test_an_engine_runs_where_it_was_built_and_nowhere_else(
     assert "needs TensorRT-LLM 1.2.1 (here: 1.1.0), TensorRT 10.14.1 (here: 10.13.3)" in refused("bench", engine)
 
 
+@pytest.mark.parametrize(("part", "backend"), [("checkpoint-trtllm", "tensorrt"), ("checkpoint", "pytorch")])
+def test_engine_needs_neither_modelopt_nor_the_calibration_extra(
+    built: Path, tmp_path: Path, part: str, backend: str
+) -> None:
+    """A process of its own, which finds the stand-in, a driver's nvidia-smi of ours, and none of those packages."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nyes 'NVIDIA H100, 9.0, 81559, 81000, 580.65' | head -2\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    hide = "import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(',')))"
+    extra = "modelopt,accelerate,datasets,pulp,pyarrow,requests"
+    script = f"{hide}; from builder.cli import main; main()"
+    words = [script, extra, "engine", built / part, "--out", tmp_path / "e", "--set", "tensor_parallel=2"]
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT / 'tests' / 'stand_in'}:{ROOT}",
+    }
+    ran = subprocess.run([sys.executable, "-c", *words], env=environment, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, f"{backend} engine in {tmp_path / 'e'}\n"), ran.stderr
+    assert json.loads((tmp_path / "e/lock.json").read_text())["tensorrt_llm"] == "1.2.1+standin"
+
+
 def test_too_little_gpu_memory_is_told_before(built: Path, tmp_path: Path, machine: Callable[..., None]) -> None:
     machine((replace(H100, memory_free=1 << 20),) * 2, tensorrt_llm="1.2.1")
     words = refused("engine", built / "checkpoint-trtllm", "--out", tmp_path / "e")

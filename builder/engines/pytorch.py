@@ -88,9 +88,8 @@ def build(
     artifact.write_facts(out, "pytorch", found.format, found.kv_cache, checkpoint, config, remarks)
     here = lock.current("pytorch")
     lock.write(out, here)
-    launch.write(
-        out, config, _serve(config, bool(found.sparse_layers)), here.container, bool(found.sparse_layers), preload=False
-    )
+    sparse = bool(found.sparse_layers)
+    launch.write(out, config, _serve(config, sparse), here.container, "pytorch", modules=sparse, preload=False)
 
 
 def _check(found: Checkpoint, config: EngineConfig) -> None:

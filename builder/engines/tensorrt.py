@@ -140,7 +140,7 @@ def _prepare(
     artifact.copy_tokenizer(tokenizer or _tokenizer(found.directory), out)
     artifact.write_llm_args(out, config, "tensorrt", found.kv_cache, reuse=pages_context(found))
     preload = "plugin" in chosen.values()
-    launch.write(out, config, _serve(config), lock.SUPPORTED_CONTAINER, modules=False, preload=preload)
+    launch.write(out, config, _serve(config), lock.SUPPORTED_CONTAINER, "tensorrt", modules=False, preload=preload)
     by_hand = build_command(PurePath("$checkpoint"), PurePath("$engine"), config, bool(chosen), settings)
     script = out / "build.sh"
     page = _BUILD_SH.format(container=lock.SUPPORTED_CONTAINER, hooks=HOOKS, command=launch.shell(by_hand))
