@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from benchmarks import roofline
 from builder import machine
 from builder.compatibility import BACKENDS, check, check_mapping, check_shards, choose_backend
 from builder.console import Console
@@ -83,8 +84,14 @@ def resolve(recipe: Recipe, gpu: str, batch: int = 8, context: int = 1024) -> Pl
         engine.tensor_parallel * engine.pipeline_parallel,
     )
     check_mapping(plan.heads, plan.blocks, engine.tensor_parallel, engine.pipeline_parallel, backend).require()
-    notes = (*plan.notes, f"backend {words}") if engine.backend == "auto" else plan.notes
-    return dataclasses.replace(plan, backend=backend, notes=notes)
+    notes = [*plan.notes, *([f"backend {words}"] if engine.backend == "auto" else [])]
+    card = roofline.gpu(gpu)
+    if machine.sm() is None:  # it will run elsewhere: such as on the card that times are predicted for
+        there = check(
+            _engine_format(plan), bool(plan.sparse_layers), backend, card.sm, kv_cache=recipe.quantization.kv_cache
+        )
+        notes += [] if there.ok else [f"not on {card.name}: {there.reason}; {there.instead}"]
+    return dataclasses.replace(plan, backend=backend, notes=tuple(notes))
 
 
 def pick_backend(

@@ -196,6 +196,7 @@ def test_build_runs_every_rank_and_says_what_was_picked(exports, tmp_path, with_
     layers = tactics.read(engine).layers
     assert sum(layer.sparse for layer in layers.values()) == 6 * 5
     assert layers["lm_head"].reason.startswith("dense")
+    assert (engine / "rank0-timing.cache").is_file()
     assert "timing a tactic" not in (engine / "build-rank1.log").read_text()
     locked = lock.read(engine)
     assert (locked.tensorrt_llm, locked.sm) == ("1.2.1", 90)

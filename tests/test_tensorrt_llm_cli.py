@@ -147,6 +147,17 @@ def test_a_split_that_cannot_be_is_refused_at_plan(
     assert nothing_left(tmp_path / "out")
 
 
+def test_what_the_backend_or_the_card_cannot_do_is_told_at_plan(model: Path) -> None:
+    words = refused("plan", model, "--preset", "int8-2of4", "--set", "engine.backend=pytorch")
+    assert words.startswith(
+        "the PyTorch backend of TensorRT-LLM has no INT8 W8A8 linear layer ('unsupported quant mode')"
+    )
+    keys = ("--preset", "int8-2of4", "--set", "engine.backend=tensorrt", "--json")
+    notes = done("plan", model, *keys, "--gpu", "B200").json["notes"]
+    assert any(note.startswith("not on B200 ") and "refuses SmoothQuant INT8 on SM100" in note for note in notes)
+    assert not any(note.startswith("not on") for note in done("plan", model, *keys, "--gpu", "A100").json["notes"])
+
+
 # checkpoints that this release does not know
 
 

@@ -41,4 +41,6 @@ def test_the_script_calibrates_outside_and_builds_the_engine_inside(tmp_path, ba
     assert build == f"twofour build recipe.yaml --set engine.backend={backend} --until checkpoint --out {out}"
     assert verify == f"twofour verify {out}/{part}"
     assert inside.startswith("docker run --rm --gpus all")
-    assert inside.endswith(f"twofour engine {out}/{part} --backend {backend} --out {out}/engine-{backend}")
+    assert f"-v {out}:{out}:ro -v {out}-{backend}:{out}-{backend}" in inside
+    assert inside.endswith(f"twofour engine {out}/{part} --backend {backend} --out {out}-{backend}/engine")
+    assert (tmp_path / f"out-{backend}").is_dir()

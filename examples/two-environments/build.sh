@@ -15,7 +15,10 @@ case $backend in
 esac
 twofour verify "$checkpoint"
 
+# Beside OUT, which holds what its manifest lists and nothing else.
 out=$(cd "$out" && pwd)
-docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$out:$out" "$image" \
-  twofour engine "$out/$(basename "$checkpoint")" --backend "$backend" --out "$out/engine-$backend"
-echo "serve it in the same image: $out/engine-$backend/launch/serve.sh"
+engine=$out-$backend/engine
+mkdir -p "$out-$backend"
+docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$out:$out:ro" -v "$out-$backend:$out-$backend" "$image" \
+  twofour engine "$out/$(basename "$checkpoint")" --backend "$backend" --out "$engine"
+echo "serve it in the same image: $engine/launch/serve.sh"
