@@ -126,9 +126,11 @@ def _quantization(algorithm: Any, kv_cache: Any, exclude: Any, written: dict[str
 
 
 def _known(key: str, value: Any, known: Collection[str | None], config: dict[str, Any]) -> None:
-    """Raises UnsupportedError for a value that is none of `known`."""
-    if not isinstance(value, str | None) or value not in known:
-        names = ", ".join(name for name in known if name)
+    """Raises UnsupportedError for a name that is none of `known`, ConfigError for what is no name."""
+    names = ", ".join(name for name in known if name)
+    if not isinstance(value, str | None):
+        raise ConfigError(f"{key} is {str(value)[:40]!r}: only {names} are known here")
+    if value not in known:
         raise UnsupportedError(f"{key} is {str(value)[:40]!r}: only {names} are known here{_written_by(config)}")
 
 
