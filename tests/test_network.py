@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -257,7 +258,8 @@ def write_stages(source: Path, out: Path) -> Path:
     return out
 
 
-def test_rank_that_fails_is_named_with_its_cause(exports, tmp_path, with_stand_in):
+def test_rank_that_fails_is_named_with_its_cause(exports, tmp_path, with_stand_in, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the failed rank's log is kept
     broken = tmp_path / "trtllm"
     shutil.copytree(exports["fp8"] / "trtllm", broken)
     tensors = load_file(broken / "rank1.safetensors")

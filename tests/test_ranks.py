@@ -13,6 +13,12 @@ from builder.engines import failures, ranks
 from plugins.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def kept_logs(tmp_path, monkeypatch):
+    """Logs of failed ranks are kept in the test's own folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 def run(tmp_path: Path, *codes: str) -> list[Path]:
     logs = [tmp_path / f"rank{rank}.log" for rank in range(len(codes))]
     ranks.run_ranks([[sys.executable, "-c", code] for code in codes], logs, [{}] * len(codes), "building")
@@ -39,8 +45,7 @@ def test_killed_rank_is_named_with_its_signal(tmp_path):
         run(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "import time; time.sleep(30)")
 
 
-def test_the_log_of_a_failed_rank_outlives_the_engine_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_the_log_of_a_failed_rank_outlives_the_engine_directory(tmp_path):
     engine = tmp_path / "engine"
     engine.mkdir()
     with pytest.raises(UserError) as refused:
