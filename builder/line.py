@@ -33,6 +33,7 @@ class Line:
         self.store, self.console, self.wait = store, console, wait
         self.model_digest = digest_of(_model_files(model))
         self.entries: dict[str, Entry] = {}
+        self.unmeasured = False  # whether speed was asked for, and could not be measured here
 
     def _run(
         self, stage: str, version: int, inputs: Mapping[str, str], config: Any, tools: tuple[str, ...],
@@ -202,27 +203,37 @@ class Line:
 
     def engine(self) -> Entry:
         """The backend's engine directory."""
+        return self._engine("engine", self.plan.backend)
+
+    def opened(self) -> Entry:
+        """The engine, where this process can open it; else a torch engine of the same checkpoint.
+
+        Only TensorRT-LLM's own server opens an engine of its backends.
+        """
+        return self.engine() if self.plan.backend == "torch" else self._engine("reference", "torch")
+
+    def _engine(self, stage: str, backend: str) -> Entry:
         from builder.engines import backends
 
         checkpoint, config = self.checkpoint(), self.recipe.engine
 
         def make(out: Path, work: Path) -> None:
-            backends.build(self.plan.backend, checkpoint.path, out, config, self.plan.predicted["gpu"])
+            backends.build(backend, checkpoint.path, out, config, self.plan.predicted["gpu"])
 
         described = {
             **config.model_dump(mode="json"),
-            "backend": self.plan.backend,
+            "backend": backend,
             "predicted": self.plan.predicted["gpu"],
             "sm": machine.sm(),
         }
-        return self._run("engine", 1, {"checkpoint": checkpoint.digest}, described, ENGINE_TOOLS, make)
+        return self._run(stage, 2, {"checkpoint": checkpoint.digest}, described, ENGINE_TOOLS, make)
 
     def accuracy(self) -> Entry | None:
         """accuracy.json: the engine against the dense model on held-out text; None where the recipe names no text."""
         config = self.recipe.accuracy
         if config.data is None:
             return None
-        engine = self.engine()
+        engine = self.opened()
 
         def make(out: Path, work: Path) -> None:
             from builder.measure import accuracy
@@ -230,12 +241,18 @@ class Line:
             write_json(out / "accuracy.json", accuracy(self.model, engine.path, config, self.console.progress))
 
         inputs = {"model": self.model_digest, "engine": engine.digest, "data": _data_digest(config.data)}
-        return self._run("evaluate", 1, inputs, config.model_dump(mode="json"), ENGINE_TOOLS, make)
+        return self._run("evaluate", 2, inputs, config.model_dump(mode="json"), ENGINE_TOOLS, make)
 
     def performance(self) -> Entry | None:
-        """performance.json and records.jsonl: dense and built, interleaved on this machine."""
+        """performance.json and records.jsonl: dense and built, interleaved on this machine.
+
+        None where the recipe asks for none, or only TensorRT-LLM's server opens the engine.
+        """
         config = self.recipe.benchmark
         if config is None:
+            return None
+        if self.plan.backend != "torch":
+            self.unmeasured = True
             return None
         engine = self.engine()
 
@@ -246,7 +263,7 @@ class Line:
 
         inputs = {"model": self.model_digest, "engine": engine.digest}
         described = {"benchmark": config.model_dump(mode="json"), "device": machine.device()}
-        return self._run("benchmark", 1, inputs, described, ENGINE_TOOLS, make)
+        return self._run("benchmark", 2, inputs, described, ENGINE_TOOLS, make)
 
 
 def _model_files(model: Path) -> dict[str, str]:
