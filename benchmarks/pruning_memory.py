@@ -8,25 +8,18 @@ calls of linear layers, products, attention, factoring and triangular solves, by
 from __future__ import annotations
 
 import argparse
-import cProfile
 import json
-import pstats
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
-from benchmarks.accuracy_peers import RESULTS, write_result
+from benchmarks.accuracy_peers import RESULTS, run_script, write_result
 from benchmarks.environment import describe
 
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
     "vocab_size": 128256, "tie_word_embeddings": True,
 }  # fmt: skip
-PRODUCTS = ("nn.linear", "addmm_", "scaled_dot_product_attention", "cholesky_ex", "solve_triangular")
-LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
 
 def make_model(directory: Path, blocks: int) -> int:
@@ -57,30 +50,6 @@ def make_model(directory: Path, blocks: int) -> int:
     return sum(4 * shape.numel() for shape in shapes.values())
 
 
-def prune(directory: Path, blocks: int, samples: int, length: int, method: str) -> dict[str, Any]:
-    """Runs in the measured process: seconds, the share of products, and the peak of resident memory, bytes."""
-    import numpy as np
-
-    from calibration.config import Sparsity
-    from calibration.sparsify import sparsify
-
-    tokens = np.random.default_rng(0).integers(SHAPE["vocab_size"], size=(samples, length))
-    layers = [f"model.layers.{block}.{name}" for block in range(blocks) for name in LINEARS]
-    profile, started = cProfile.Profile(), time.perf_counter()
-    profile.enable()
-    sparsify(
-        directory / "model", tokens, Sparsity(method=method), layers, directory / "out", directory / "work",  # type: ignore[arg-type]
-        lambda stage, done, total: print(f"{stage} {done}/{total}", file=sys.stderr, flush=True),
-    )  # fmt: skip
-    profile.disable()
-    rows = pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
-    products = sum(row[2] for (_, _, name), row in rows if any(product in name for product in PRODUCTS))
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "share_in_products": products / seconds, "peak_bytes": peak}
-
-
 def main() -> None:
     """Makes the model, prunes it in a process, prints and writes the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning_memory", description=__doc__)
@@ -89,19 +58,15 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--prune", type=Path, help=argparse.SUPPRESS)  # the measured process
     arguments = parser.parse_args()
-    size = (arguments.blocks, arguments.samples, arguments.sequence_length, arguments.method)
-    if arguments.prune:
-        print(json.dumps(prune(arguments.prune, *size)))
-        return
     with tempfile.TemporaryDirectory() as work:
         stored = make_model(Path(work) / "model", arguments.blocks)
-        command = [sys.executable, "-m", "benchmarks.pruning_memory", *sys.argv[1:], "--prune", work]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        size = (str(arguments.blocks), str(arguments.samples), str(arguments.sequence_length), str(SHAPE["vocab_size"]))
+        run_script(sys.executable, "prune_memory.py", arguments.method, work, *size, f"{work}/measured.json")
+        measured = json.loads((Path(work) / "measured.json").read_text())
     settings = {**SHAPE, "blocks": arguments.blocks, "samples": arguments.samples, "method": arguments.method}
     settings["sequence_length"] = arguments.sequence_length
-    found = {"environment": describe(), "settings": settings, "model_bytes": stored, **json.loads(done.stdout)}
+    found = {"environment": describe(), "settings": settings, "model_bytes": stored, **measured}
     peak, share = found["peak_bytes"] / 2**30, found["share_in_products"]
     print(
         f"{stored / 2**30:.2f} GiB of weights: peak {peak:.2f} GiB, {found['seconds']:.0f} s, {share:.0%} in products"

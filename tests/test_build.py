@@ -135,7 +135,7 @@ def test_a_second_build_makes_nothing_again(recipe: Path, store: Path, tmp_path:
     first, second = tmp_path / "first", tmp_path / "second"
     built(recipe, store, first, "--preset", "fp8")
     said = built(recipe, store, second, "--preset", "fp8").stderr
-    stages = ("calibration", "checkpoint", "engine", "evaluate", "benchmark")
+    stages = ("calibration", "text_check", "checkpoint", "engine", "evaluate", "benchmark")
     assert [line for line in said.splitlines() if line.endswith("kept from an earlier build")] == [
         f"{stage}: kept from an earlier build" for stage in stages
     ]
