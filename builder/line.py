@@ -79,6 +79,7 @@ class Line:
 
     def selection(self) -> Entry:
         """selection.json: the layers that fit under the budget, and the Pareto front they were chosen from."""
+        from builder.engines import tuned
         from builder.selection import select
 
         sparsity, accuracy = self.recipe.sparsity, self.recipe.accuracy
@@ -101,6 +102,7 @@ class Line:
             "quantization": self.recipe.quantization.model_dump(mode="json"),
             "gpu": self.plan.predicted["gpu"],
             "layers": self.plan.sparse_layers,
+            **tuned.fingerprint(),
         }
         return self._run("selection", 1, inputs, config, CALIBRATION_TOOLS, make)
 
@@ -164,7 +166,7 @@ class Line:
 
     def engine(self) -> Entry:
         """The backend's engine directory."""
-        from builder.engines import backends
+        from builder.engines import backends, tuned
 
         checkpoint, config = self.checkpoint(), self.recipe.engine
 
@@ -176,6 +178,7 @@ class Line:
             "backend": self.plan.backend,
             "predicted": self.plan.predicted["gpu"],
             "sm": machine.sm(),
+            **tuned.fingerprint(),
         }
         return self._run("engine", 1, {"checkpoint": checkpoint.digest}, described, ENGINE_TOOLS, make)
 
