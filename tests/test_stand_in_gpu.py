@@ -157,6 +157,11 @@ def test_algorithm_serves_its_whole_bucket_of_tokens(gpu: library.Context) -> No
     same = Layer("bf16", 64, 64, 64)
     assert gpu.algorithm(same.problem("cusparselt"))[0] == 2
     assert gpu.algorithm(other.problem("cusparselt"))[0] == 0
+    one, eight = Layer("bf16", 64, 64, 1), Layer("bf16", 64, 64, 8)
+    gpu.set_algorithm(one.problem("cublaslt"), gpu.algorithm(eight.problem("cublaslt")))
+    fast = search(gpu, eight, "cublaslt", 250_000)
+    assert fast.tried == 3
+    assert gpu.algorithm(one.problem("cublaslt")) != gpu.algorithm(eight.problem("cublaslt")), "decode keeps its own"
     np.testing.assert_allclose(
         same.run(gpu, "cusparselt", same.problem("cusparselt")).astype(np.float32),
         same.expected(1.0, False, False),
@@ -180,6 +185,25 @@ def test_capture_needs_a_plan_and_then_neither_allocates_nor_waits(gpu: library.
                 gpu.matmul(*call, place, CAPTURING)
         gpu.plan(problem)
         gpu.matmul(*call, place, CAPTURING)
+
+
+def test_token_counts_padded_to_the_same_share_a_plan(gpu: library.Context) -> None:
+    for format, planned, shared, other in (("bf16", 17, 24, 25), ("int8", 17, 32, 33)):
+        layer = Layer(format, 64, 64, shared)
+        prepared = layer.prepare(gpu, "cusparselt")
+        gpu.plan(library.gemm("cusparselt", format, "bf16", 64, 64, planned, 0.01))
+        y, workspace = (native.aligned(np.zeros(1 << 20, np.uint8)) for _ in range(2))
+        addresses = (
+            layer.x.ctypes.data,
+            prepared.ctypes.data,
+            y.ctypes.data,
+            (workspace.ctypes.data, workspace.nbytes),
+        )
+        gpu.matmul(library.gemm("cusparselt", format, "bf16", 64, 64, shared, 0.01), *addresses, CAPTURING)
+        with pytest.raises(library.LibraryError, match=f"no plan for {other} tokens"):
+            gpu.matmul(library.gemm("cusparselt", format, "bf16", 64, 64, other, 0.01), *addresses, CAPTURING)
+        made = y[: shared * 64 * 2].view(DTYPES["bf16"]).reshape(shared, 64).astype(np.float32)
+        np.testing.assert_allclose(made, layer.expected(0.01, False, False), rtol=2**-7, atol=2e-2)
 
 
 def test_shapes_that_a_library_cannot_take_say_what_works(gpu: library.Context) -> None:
