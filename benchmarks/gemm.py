@@ -4,8 +4,8 @@
 
 For each shape and number of tokens: the best dense time (cuBLASLt by our search, or torch), the best 2:4 time
 (cuSPARSELt, the skinny kernel), their ratio, TFLOP/s and GB/s of the 2:4 kernel, its share of ceilings measured on this
-very GPU, and both kernels' errors against float64. `--peers` adds torch's own 2:4 products. Weights are cold
-(plugins/timing.py).
+very GPU, and both kernels' errors against float64. Under each line stand torch's own 2:4 products
+(benchmarks/peers.py). Weights are cold (plugins/timing.py).
 
 TFLOP/s count the multiplications of the dense product; a 2:4 kernel skips half of them, so its ceiling is twice dense.
 Needs torch alone: no pydantic, no yaml.
@@ -75,7 +75,7 @@ def row(bench: tuner.Bench, tokens: int, ceilings: Ceilings, peers: bool, timer:
         try:
             times[kernel] = timer(bench, kernel, tokens)
         except (UserError, RuntimeError) as error:
-            left_out[kernel] = str(error).splitlines()[0]
+            left_out[kernel] = next(iter(str(error).splitlines()), type(error).__name__)
     bucket = tuner.choose(tokens, times.values())
     best = {side: _fastest(times, side == "dense") for side in ("dense", "sparse")}
     made = {"kernels_us": {kernel: round(t.us, 3) for kernel, t in times.items()}, "left_out": left_out}
@@ -132,15 +132,19 @@ def table(
     device: int = 0,
     report: Callable[[str], None] = print,
     expired: Callable[[], bool] = lambda: False,
-    ceilings: Ceilings | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """The table of one model; stops early, and says so, once `expired()`. Raises UserError where there is no GPU."""
-    ceilings = ceilings or measure_ceilings(formats, device)
+    """The table of one model, the largest layers first. Stops early, and says so, once `expired()`.
+
+    `keep` gets the rows so far after each one: a kernel that ends the process takes only its own with it. Raises
+    UserError where there is no GPU.
+    """
+    ceilings = measure_ceilings(formats, device)
     l2 = library.context(device).info().l2_bytes
     rows: list[dict[str, Any]] = []
     report(HEADER)
     for format in formats:
-        for layer, (n, k) in MODELS[model].layers().items():
+        for layer, (n, k) in sorted(MODELS[model].layers().items(), key=lambda item: -item[1][0] * item[1][1]):
             shape = tuner.Shape(n, k, format, per_channel=format == "int8")
             bench = tuner.Bench(shape, torch.device("cuda", device), max(tokens), l2)
             for count in tokens:
@@ -149,6 +153,7 @@ def table(
                     return rows
                 facts = {"model": model, "layer": layer, "out_features": n, "in_features": k, "format": format}
                 rows.append({**facts, "tokens": count, **row(bench, count, ceilings, peers, tuner.time_kernel)})
+                keep(rows)
                 report(line(rows[-1]))
             del bench
             torch.cuda.empty_cache()
@@ -163,6 +168,13 @@ HEADER = (
 
 def line(row: dict[str, Any]) -> str:
     """A row as text, under HEADER."""
+    text = _ours(row)
+    for name, us in row.get("peers_us", {}).items():
+        text += f"\n{'':26}{name}: " + (f"{us:.2f} us" if isinstance(us, float) else us)
+    return text
+
+
+def _ours(row: dict[str, Any]) -> str:
     us, dense, sparse = row["kernels_us"], row["dense"], row["sparse"]
     errors = row["error"]
     text = f"{row['model']:14}{row['layer']:14}{row['format']:5}{row['tokens']:>7}"
@@ -175,13 +187,19 @@ def line(row: dict[str, Any]) -> str:
 
 
 def save(kind: str, content: dict[str, Any], device: int = 0) -> Path:
-    """Writes `content` with the machine and the versions to results/, named by kind, GPU and date. Returns the file."""
+    """Writes `content` with the machine and the versions to results/, named by kind, GPU and date. Returns the file.
+
+    Also where there is no library: what failed is a result.
+    """
     facts = timing.device_facts(device)
     now = datetime.datetime.now(datetime.timezone.utc)
     gpu = re.sub(r"[^a-z0-9]+", "-", facts["name"].lower().removeprefix("nvidia ")).strip("-")
     file = RESULTS / f"{kind}-{gpu}-{now:%Y-%m-%d-%H%M}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    versions = {**tuner.versions(library.context(device).info()), "torch": torch.__version__}
+    try:
+        versions = tuner.versions(library.context(device).info())
+    except UserError as error:
+        versions = {"libtwofour": str(error), "torch": torch.__version__, "cuda": torch.version.cuda}
     whole = {"kind": kind, "device": facts, "versions": versions, "environment": environment.describe(), **content}
     file.write_text(json.dumps(whole, indent=1) + "\n")
     return file
@@ -204,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
     parser.add_argument("--dtype", default="fp8", help="bf16, fp16, int8, fp8; more with commas")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--peers", action="store_true", help="time torch's own 2:4 products too")
+    parser.add_argument("--no-peers", action="store_true", help="leave out torch's own 2:4 products")
     chosen = parser.parse_args(arguments)
     formats = chosen.dtype.split(",")
     try:
@@ -212,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if format not in library.FORMATS:
                 raise UserError(f"'{format}' is no number format here: {', '.join(library.FORMATS)}")
         tokens = [int(count) for count in chosen.tokens.split(",")]
-        rows = table(chosen.model, formats, tokens, peers=chosen.peers)
+        rows = table(chosen.model, formats, tokens, peers=not chosen.no_peers)
         print(save("gemm", {"rows": rows}))
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

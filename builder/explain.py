@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,14 @@ def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[s
     """
     weights, engine = _places(artifact)
     tactics = read_tactics(engine) if engine else None
-    if weights is None:
-        assert tactics is not None, "an engine directory without a checkpoint must bring tactics"
-        facts: dict[str, LayerFacts] = {}
-    else:
+    facts: dict[str, LayerFacts] = {}
+    if weights is not None:
         facts = {layer.name: layer for layer in checkpoint.read(weights).layers()}
     if tactics is None or (gpu is not None and tactics["source"] == "predicted"):
         if weights is None:
             raise UserError(f"'{artifact}' holds no checkpoint to predict from: name the build that holds the engine")
         tactics = predict_tactics(weights, gpu or "H100-SXM")
+    why_dense = _why_dense(artifact)
     names = [name for name in tactics["layers"] if fnmatch.fnmatchcase(name, layers)]
     if not names:
         raise UserError(
@@ -39,7 +39,7 @@ def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[s
         "artifact": str(artifact),
         "source": tactics["source"],
         "gpu": tactics["gpu"],
-        "layers": [_row(name, tactics["layers"][name], facts.get(name)) for name in names],
+        "layers": [_row(name, tactics["layers"][name], facts.get(name), why_dense.get(name)) for name in names],
     }
 
 
@@ -55,14 +55,26 @@ def _places(artifact: Path) -> tuple[Path | None, Path | None]:
     raise UserError(f"'{artifact}' is neither a build, an engine nor a checkpoint: name the --out of a build")
 
 
-def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None) -> dict[str, Any]:
+def _why_dense(artifact: Path) -> dict[str, str]:
+    """Why a build's recipe left layers unpruned, by their names, from its plan.json; nothing where there is none."""
+    try:
+        layers = json.loads((artifact / "plan.json").read_text(encoding="utf8"))["layers"]
+        return {x["name"]: "its pruning does not fit the budget" if x["sparse"] else x["reason"] for x in layers}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # a checkpoint or an engine on its own
+
+
+def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None, why_dense: str | None) -> dict[str, Any]:
+    reason = tactic["reason"]
+    cannot = any(bucket["kernel"] == "none" for bucket in tactic["buckets"])
     row = {
         "name": name,
         "out_features": tactic["out_features"],
         "in_features": tactic["in_features"],
         "format": tactic["format"],
         "sparse": tactic["sparse"],
-        "reason": tactic["reason"],
+        "runs_dense": not (cannot or reason.startswith("2:4")),  # as every reason begins of what a sparse kernel takes
+        "reason": reason if tactic["sparse"] or why_dense is None else f"dense: {why_dense}",
         "buckets": tactic["buckets"],
     }
     if facts is not None:

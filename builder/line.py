@@ -103,6 +103,7 @@ class Line:
 
     def selection(self) -> Entry:
         """selection.json: the layers that fit under the budget, and the Pareto front they were chosen from."""
+        from builder.engines import tuned
         from builder.selection import select
 
         sparsity, accuracy = self.recipe.sparsity, self.recipe.accuracy
@@ -125,6 +126,7 @@ class Line:
             "quantization": self.recipe.quantization.model_dump(mode="json"),
             "gpu": self.plan.predicted["gpu"],
             "layers": self.plan.sparse_layers,
+            **tuned.fingerprint(),
         }
         return self._run("selection", 1, inputs, config, CALIBRATION_TOOLS, make)
 
@@ -213,7 +215,7 @@ class Line:
         return self.engine() if self.plan.backend == "torch" else self._engine("reference", "torch")
 
     def _engine(self, stage: str, backend: str) -> Entry:
-        from builder.engines import backends
+        from builder.engines import backends, tuned
 
         checkpoint, config = self.checkpoint(), self.recipe.engine
 
@@ -225,6 +227,7 @@ class Line:
             "backend": backend,
             "predicted": self.plan.predicted["gpu"],
             "sm": machine.sm(),
+            **tuned.fingerprint(),
         }
         return self._run(stage, 2, {"checkpoint": checkpoint.digest}, described, ENGINE_TOOLS, make)
 

@@ -102,33 +102,46 @@ def _kind_name(name: str) -> str:
 
 
 def explanation(found: dict[str, Any]) -> None:
-    """One block a kind of layer: what it is, then a line for each number of tokens."""
+    """One block a kind of layer: what it is, then a line for each number of tokens; last, what runs dense and why."""
     limits = " from its roofline: limits, not measurements" if found["source"] == "predicted" else ""
     click.echo(f"Kernel times are {found['source']} for {found['gpu'] or 'this machine'}{limits}.")
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in found["layers"]:
         groups.setdefault(
-            json.dumps([_kind_name(row["name"]), row["buckets"], row["sparse"], row.get("valid_2to4")]), []
+            json.dumps([_kind_name(row["name"]), row["reason"], row["buckets"], row["sparse"], row.get("valid_2to4")]),
+            [],
         ).append(row)
     for rows in groups.values():
         first = rows[0]
-        name = first["name"] if len(rows) == 1 else f"{len(rows)} x {_kind_name(first['name'])}"
         pattern = "2:4" if first["sparse"] else "dense"
         if "zeros" in first:
             zeros = sum(row["zeros"] for row in rows) / len(rows)
             pattern += f", {zeros:.1%} zeros" + (", valid" if first["sparse"] and first["valid_2to4"] else "")
-        click.echo(f"\n{name}  {first['out_features']} x {first['in_features']}  {first['format']}  {pattern}")
+        click.echo(f"\n{_kind(rows)}  {first['out_features']} x {first['in_features']}  {first['format']}  {pattern}")
         click.echo(f"  {first['reason']}")
         for bucket in first["buckets"]:
             click.echo("  " + _bucket(bucket))
+    dense = [rows for rows in groups.values() if rows[0]["runs_dense"]]
+    click.echo(f"\n{sum(map(len, dense))} of {len(found['layers'])} layers run dense at every number of tokens")
+    for rows in dense:
+        click.echo(f"  {_kind(rows)}: {rows[0]['reason']}")
+
+
+def _kind(rows: Sequence[dict[str, Any]]) -> str:
+    return str(rows[0]["name"]) if len(rows) == 1 else f"{len(rows)} x {_kind_name(rows[0]['name'])}"
 
 
 def _bucket(bucket: dict[str, Any]) -> str:
+    from builder.tactics import PAYS
+
     how = "measured" if bucket["measured"] else "predicted"
-    times = f"dense {bucket['dense_us']:.2f} us" if bucket["dense_us"] is not None else "cannot run"
+    times = f"dense {bucket['dense_us']:.2f} us" if bucket["dense_us"] is not None else "no dense kernel"
     if bucket["sparse_us"] is not None:
-        times += f", 2:4 {bucket['sparse_us']:.2f} us, {bucket['ratio']:.2f}x"
-    return f"{bucket['tokens']:>5} tokens  {bucket['kernel']:<15} {times}  ({how})"
+        times += f", 2:4 {bucket['sparse_us']:.2f} us"
+    if ratio := bucket["ratio"]:
+        times += f", {ratio:.2f}x" + (f" (less than {PAYS:.2f}x is not worth it)" if ratio < PAYS else "")
+    words = f"{bucket['tokens']:>5} tokens  {bucket['kernel']:<15} {times}  ({how})"
+    return "\n         ".join([words, *bucket.get("notes", ())])
 
 
 def summary(report: dict[str, Any], out: Path) -> None:

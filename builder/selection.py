@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import roofline
+from builder.architectures import architecture, read_config
+from builder.engines import tuned
 from builder.plan import LayerPlan
 from calibration.sparsify import sparsify
 
@@ -46,10 +48,17 @@ def select(line: Line, tokens: Tokens, work: Path) -> dict[str, Any]:
 
 
 def _seconds_saved(line: Line, layer: LayerPlan) -> float:
-    """Predicted: the roofline's time of the layer dense less its time at 2:4, at the workload's decode batch."""
-    card = roofline.gpu(line.plan.predicted["gpu"])
+    """Dense less 2:4 at the workload's decode batch: measured on this machine's GPU, or, without one, the roofline's.
+
+    All candidates come from the same of the two: a measured time beside a predicted one would decide nothing.
+    """
     benchmark = line.recipe.benchmark
     batch = max(max(load.concurrency) for load in benchmark.workloads) if benchmark else 1
+    candidates = [each for each in line.plan.layers if each.sparse]
+    measured = tuned.seconds_saved(candidates, batch, architecture(read_config(line.model)).dtype)
+    if measured is not None:
+        return measured[layer.name]
+    card = roofline.gpu(line.plan.predicted["gpu"])
     shape = (card, batch, layer.out_features, layer.in_features, roofline.tensor_core_format(layer.format))
     return roofline.gemm_time(*shape, sparse=False).seconds - roofline.gemm_time(*shape, sparse=True).seconds
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,10 @@ def reason(gpu: str, sparse: bool, buckets: list[dict[str, Any]]) -> str:
 
 
 def read_tactics(engine: Path) -> dict[str, Any] | None:
-    """tactics.json of an engine directory, or None where there is none."""
-    path = engine / "tactics.json"
-    tactics: dict[str, Any] | None = json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
-    return tactics
+    """tactics.json of an engine directory, or None where there is none. Raises UserError for a damaged one."""
+    from plugins import tactics
+
+    if not (engine / "tactics.json").is_file():
+        return None
+    found: dict[str, Any] = tactics.read(engine).model_dump(mode="json")
+    return found

@@ -65,6 +65,8 @@ class KernelLinear(Linear):
         self.kernel = " or ".join(dict.fromkeys(self._kernels))
         w_NK = w_NK.to(dtype) if scales is None else w_NK
         self.weights = {kernel: ops.prepare(w_NK, kernel) for kernel in dict.fromkeys(self._kernels)}
+        for kernel, weight in self.weights.items():  # so that the model's bytes count them
+            self.register_buffer(f"{kernel}_weight", weight, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_MK = (x if self.quantizer is None else self.quantizer(x)).view(-1, x.shape[-1])

@@ -127,7 +127,14 @@ def launch(
     problem = describe(kernel, x_MK, out_features, out_dtype, scale, channel_scales, bias)
     context = library.context(x_MK.device.index)
     # From torch's allocator: inside a CUDA graph it comes from the graph's own pool.
-    workspace = torch.empty(context.workspace_bytes(problem), dtype=torch.uint8, device=x_MK.device)
+    needed = context.workspace_bytes(problem)
+    try:
+        workspace = torch.empty(needed, dtype=torch.uint8, device=x_MK.device)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"no GPU memory for the {needed >> 20} MiB of workspace that {kernel} needs at {x_MK.shape[0]} tokens: "
+            "lower engine.max_num_tokens, or free some"
+        ) from None
     place = (workspace.data_ptr(), workspace.nbytes)
     context.matmul(problem, x_MK.data_ptr(), weight.data_ptr(), y_MN.data_ptr(), place, _stream(x_MK))
     return y_MN

@@ -29,6 +29,7 @@ class Bucket(Config):
     ratio: float | None = None
     measured: bool
     algorithm: tuple[int, ...] | None = None  # of the kernel, as libtwofour's search found it for this GPU and version
+    notes: tuple[str, ...] = ()  # what a reader of the times should know: algorithms left out for want of memory
 
 
 class Layer(Config):
@@ -81,15 +82,3 @@ def write(tactics: Tactics | dict[str, Any], path: Path) -> None:
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(checked.model_dump(mode="json", exclude_none=False), indent=2) + "\n")
     os.replace(partial, file)
-
-
-def check_device(tactics: Tactics, name: str, sm: int, versions: dict[str, Any]) -> str | None:
-    """What is amiss with using measured tactics on this GPU, in words; None where nothing is."""
-    if tactics.device is None:
-        return "predicted, not measured here: tune on this GPU"
-    if (tactics.device.name, tactics.device.sm) != (name, sm):
-        return f"measured on {tactics.device.name} (SM {tactics.device.sm}), this is {name} (SM {sm}): tune again"
-    for library, version in tactics.versions.items():
-        if library in versions and versions[library] != version:
-            return f"measured with {library} {version}, here is {versions[library]}: tune again"
-    return None

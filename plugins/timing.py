@@ -85,7 +85,10 @@ def _random(rows: int, columns: int, dtype: torch.dtype, generator: torch.Genera
 def device_facts(device: int = 0) -> dict[str, Any]:
     """Name, SM, driver and clocks (MHz, as now) of a CUDA device: tactics.json's `device`."""
     properties = torch.cuda.get_device_properties(device)
-    driver, *clocks = _smi(device, ("driver_version", "clocks.sm", "clocks.mem"))
+    uuid = getattr(properties, "uuid", None)  # nvidia-smi does not know of CUDA_VISIBLE_DEVICES
+    driver, *clocks = _smi(
+        str(device) if uuid is None else f"GPU-{uuid}", ("driver_version", "clocks.sm", "clocks.mem")
+    )
     names = ("sm", "memory")
     return {
         "name": properties.name,
@@ -95,7 +98,7 @@ def device_facts(device: int = 0) -> dict[str, Any]:
     }
 
 
-def _smi(device: int, fields: Sequence[str]) -> list[str | None]:
+def _smi(device: str, fields: Sequence[str]) -> list[str | None]:
     """nvidia-smi's words for `fields`; None where it has none."""
     command = ["nvidia-smi", f"--id={device}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:

@@ -88,20 +88,18 @@ def tune(
 ) -> dict[str, Any]:
     """tactics.json of 2:4 `layers` (module names and shapes) measured on a CUDA device.
 
-    Raises UserError where there is no GPU with sparse tensor cores, or no library.
+    Raises UserError where there is no GPU with sparse tensor cores, no library, or not the memory for one layer.
     """
-    context = library.context(device)
-    info = context.info()
+    info = library.context(device).info()
     unique = list(dict.fromkeys(layers.values()))
     measured: dict[Shape, list[dict[str, Any]]] = {}
+    facts = timing.device_facts(device)
     for done, shape in enumerate(unique):
         progress(str(shape), done, len(unique))
-        bench = Bench(shape, torch.device("cuda", device), max(buckets), info.l2_bytes)
-        measured[shape] = [bucket_of(bench, tokens, time_kernel) for tokens in sorted(buckets)]
-        del bench
-        torch.cuda.empty_cache()
+        measured[shape] = _measure(shape, sorted(buckets), device, info.l2_bytes)
+        clocks = timing.device_facts(device)["clocks"]  # while the GPU is still warm
+        facts["clocks"] = {name: max(clock, facts["clocks"].get(name, 0.0)) for name, clock in clocks.items()}
     progress("done", len(unique), len(unique))
-    facts = timing.device_facts(device)
     return {
         "device": facts,
         "source": "measured",
@@ -111,14 +109,29 @@ def tune(
     }
 
 
+def _measure(shape: Shape, buckets: Sequence[int], device: int, l2_bytes: int) -> list[dict[str, Any]]:
+    """The shape's buckets; its operands are freed afterwards."""
+    try:
+        bench = Bench(shape, torch.device("cuda", device), max(buckets), l2_bytes)
+        return [bucket_of(bench, tokens, time_kernel) for tokens in buckets]
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"GPU memory ran out while timing {shape}: free some and build again ({_line(error)})"
+        ) from None
+    finally:
+        torch.cuda.empty_cache()
+
+
 def bucket_of(bench: Bench, tokens: int, timer: Timer) -> dict[str, Any]:
     """Times all kernels at `tokens` and returns the bucket of tactics.json. Kernels that cannot run are left out."""
     timings = []
     for kernel in ("cublaslt", "torch", "cusparselt", *(("skinny",) if tokens <= ops.MAX_SKINNY_TOKENS else ())):
         try:
             timings.append(timer(bench, kernel, tokens))
-        except UserError as error:
-            log.info("%s at %d tokens: %s leaves out %s", bench.shape, tokens, error, kernel)
+        except torch.OutOfMemoryError:
+            raise
+        except (UserError, RuntimeError) as error:  # RuntimeError: torch's own product refuses some shapes
+            log.info("%s at %d tokens leaves out %s: %s", bench.shape, tokens, kernel, _line(error))
     return choose(tokens, timings)
 
 
@@ -140,6 +153,7 @@ def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
         "ratio": None if dense is None or sparse is None else round(dense.us / sparse.us, 4),
         "measured": True,
         "algorithm": None if winner is None or winner.algorithm is None else list(winner.algorithm),
+        "notes": [f"{NAMES.get(t.kernel, t.kernel)}: {note}" for t in by_time for note in t.notes],
     }
 
 
@@ -173,29 +187,45 @@ def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
     return f"2:4 is faster on {gpu}: {', '.join(words)} tokens{dense}"
 
 
-def apply(tactics: Mapping[str, Any], device: int = 0) -> None:
+def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str | None:
     """Gives libtwofour the algorithms that were found when `tactics` were measured, so that nothing is searched again.
 
-    Only where they were measured on this kind of GPU with these libraries; else the libraries' own defaults run.
+    `out` is what the layers put out, "bf16" or "fp16". Only where they were measured on this kind of GPU with these
+    libraries; else the libraries' own defaults run, and the answer says in words what is amiss.
     """
-    if tactics.get("device") is None:
-        return
-    context, known = library.context(device), tactics.get("versions", {})
-    here = {**versions(context.info()), "sm": context.info().sm}
-    there = {**known, "sm": tactics["device"]["sm"]}
-    if any(here[name] != there.get(name) for name in ("sm", "libtwofour", "cusparselt", "cublaslt")):
-        return
+    context = library.context(device)
+    info = context.info()
+    amiss = check_device(tactics, torch.cuda.get_device_name(device), info.sm, versions(info))
+    if amiss is not None:
+        return amiss
     for layer in tactics["layers"].values():
+        format = out if layer["format"] in ("fp16", "bf16") else layer["format"]
         for bucket in layer["buckets"]:
             kernel = bucket["kernel"].removeprefix("dense-")
             if bucket.get("algorithm") is None or kernel not in library.KERNELS:
                 continue
-            out = layer["format"] if layer["format"] in ("fp16", "bf16") else "bf16"
             sizes = (layer["out_features"], layer["in_features"], bucket["tokens"])
             try:
-                context.set_algorithm(library.gemm(kernel, layer["format"], out, *sizes), tuple(bucket["algorithm"]))
+                context.set_algorithm(library.gemm(kernel, format, out, *sizes), tuple(bucket["algorithm"]))
             except library.LibraryError as error:
                 log.info("%s keeps its default algorithm at %d tokens: %s", kernel, bucket["tokens"], error)
+    return None
+
+
+def check_device(tactics: Mapping[str, Any], name: str, sm: int, here: Mapping[str, Any]) -> str | None:
+    """What is amiss with using `tactics` on this GPU with these library versions, in words; None: nothing."""
+    device, known = tactics.get("device"), tactics.get("versions", {})
+    if tactics.get("source") != "measured" or device is None:
+        return "its kernels were chosen by prediction, not measured: build the engine again on this GPU"
+    there = f"{device['name']} (SM {device['sm']})"
+    if (device["name"], device["sm"]) != (name, sm):
+        return f"its kernels were timed on {there}, and this is {name} (SM {sm}): build the engine again here"
+    for library_name in ("libtwofour", "cusparselt", "cublaslt"):
+        timed = known.get(library_name)
+        if timed != here[library_name]:
+            words = f"{library_name} {timed or 'of an unknown version'}"
+            return f"its kernels were timed with {words}, and here is {here[library_name]}: build the engine again"
+    return None
 
 
 def versions(info: library.Info) -> dict[str, Any]:
@@ -262,6 +292,11 @@ def torch_dense(bench: Bench, x_MK: torch.Tensor) -> Callable[[torch.Tensor], to
         scale = torch.tensor(bench.scale, device=bench.device)
         return lambda w_NK: reference.fp8_linear(x_MK, w_NK, scale, bench.out_dtype)
     return lambda w_NK: torch.nn.functional.linear(x_MK, w_NK)
+
+
+def _line(error: Exception) -> str:
+    """An error's first line; its kind where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _workspace(device: torch.device) -> tuple[torch.Tensor, tuple[str, ...]]:

@@ -166,6 +166,13 @@ def test_kernels_compute_the_definition(kind: str, tokens: int) -> None:
     assert layer.kernel_for(tokens) == ("skinny" if tokens <= 8 else "cublaslt")
 
 
+def test_weights_of_every_kernel_count_as_the_models_bytes() -> None:
+    layer = build_linear(packed(stored("fp8", sparse=True, bias=False)), torch.bfloat16, CPU, CHOICES)
+    assert sum(buffer.nbytes for buffer in layer.buffers()) == sum(weight.nbytes for weight in layer.weights.values())
+    assert layer.weights["cublaslt"].nbytes == N * K
+    assert layer.state_dict() == {}, "they are made from the stored weight"
+
+
 def test_choices_follow_the_tactics() -> None:
     tactics = {"buckets": [{"tokens": 512, "kernel": "dense-cublaslt"}, {"tokens": 8, "kernel": "skinny"}]}
     assert choices_of(tactics, sparse=True) == [(8, "skinny"), (512, "cublaslt")]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plugins import library, ops, reference, skinny
 from plugins.errors import UserError
@@ -42,6 +43,17 @@ def test_operators_pass_torchs_own_checks(dtype: torch.dtype) -> None:
     if dtype in (torch.int8, torch.float8_e4m3fn):
         quantize = (torch.randn(3, 16).bfloat16(), torch.rand(16), dtype)
         torch.library.opcheck(ops.quantize, quantize, test_utils=checks)
+
+
+def test_shapes_are_known_without_running() -> None:
+    """What tracing needs of every operator on CUDA, cuSPARSELt's included, which no CPU can run."""
+    with FakeTensorMode():
+        x, weight = (torch.empty(*shape, dtype=torch.int8, device="cuda") for shape in ((70, 96), (48, 96)))
+        for operator in (ops.cusparselt_linear, ops.skinny_linear, ops.dense_linear):
+            y = operator(x, weight, 1.0, None, None, 48, torch.bfloat16)
+            assert (y.shape, y.dtype, y.device.type) == ((70, 48), torch.bfloat16, "cuda")
+        q = ops.quantize(torch.empty(3, 16, dtype=torch.bfloat16, device="cuda"), x, torch.float8_e4m3fn)
+        assert (q.shape, q.dtype) == ((3, 16), torch.float8_e4m3fn)
 
 
 def test_operators_compile_into_one_graph() -> None:

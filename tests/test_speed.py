@@ -15,8 +15,10 @@ from benchmarks import gemm, gpu
 from benchmarks.shapes import MODELS, Model
 from builder.engines.torch import model as torch_model
 from builder.engines.torch import speed
+from plugins import library, skinny
 from plugins.errors import UserError
 from plugins.kernel_linear import DENSE
+from plugins.timing import Time
 from plugins.tuner import Shape, Timing
 
 CPU = torch.device("cpu")
@@ -126,6 +128,135 @@ def test_gpu_tests_are_found_and_run_without_pytest(tmp_path: Path, monkeypatch:
     assert outcomes == {"test_good": "passed", "test_bad": "failed: AssertionError: why (line 5)"}
 
 
+def out_of(command: list[str]) -> Path:
+    return Path(command[command.index("--out") + 1])
+
+
+def test_what_a_child_left_is_kept_however_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table's child crashes after a row, the engine's runs out of time after a model; the rest has no time left."""
+    asked: list[list[str]] = []
+
+    def run(command: list[str], timeout: float, **_: object) -> SimpleNamespace:
+        asked.append(command)
+        if "builder.engines.torch.speed" in command:
+            out_of(command).write_text('{"results": {"fp8": {}}}')
+            raise subprocess.TimeoutExpired(command, timeout, b"fp8 is done\n")
+        out_of(command).write_text('{"rows": [{"tokens": 1}]}')
+        return SimpleNamespace(returncode=-11, stdout="a row", stderr="Traceback\nRuntimeError: illegal address")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    said: list[str] = []
+    left = iter([100.0, 5.0, 5.0, 5.0, 5.0, 5.0])
+    tables = gpu._tables(60.0, lambda: next(left), said.append)
+    assert tables["rows"] == [{"tokens": 1}]
+    assert tables["broken"]["llama-3.1-8b fp8"] == "RuntimeError: illegal address"
+    assert tables["broken"]["llama-3.1-70b bf16"] == "not run: out of time"
+    assert len(asked) == 1
+    engine = gpu._engine(50.0, lambda: 70.0, said.append)
+    assert engine == {"results": {"fp8": {}}, "broken": "stopped after 70 s"}
+    assert "fp8 is done\nstopped after 70 s" in said
+
+
+def test_a_broken_environment_does_not_eat_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no test can even start, two tries are enough to know."""
+    asked = []
+
+    def child(command: list[str], seconds: float) -> dict:
+        asked.append(command)
+        return {"status": 1, "content": {}, "words": "ImportError: no torch", "error": "ImportError: no torch"}
+
+    monkeypatch.setattr(gpu, "_child", child)
+    outcomes = gpu._tests(60.0, lambda line: None)
+    assert len(asked) == 2
+    assert list(outcomes.values()).count("crashed or ran out of time: ImportError: no torch") == 2
+    assert set(outcomes) == set(gpu.test_names())
+    assert outcomes[gpu.test_names()[-1]] == "not run: two before it crashed"
+
+
+def test_a_file_is_left_also_where_the_library_cannot_be_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise UserError("no nvcc found: install the CUDA toolkit 12.8 or newer, or set CUDA_HOME")
+
+    monkeypatch.setattr(gpu, "_require_gpu", lambda: None)
+    monkeypatch.setattr(gpu.build, "build", fails)
+    monkeypatch.setattr(library, "context", fails)
+    monkeypatch.setattr(gemm, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gemm.timing, "device_facts", lambda device: {"name": "NVIDIA H100 80GB HBM3", "sm": 90})
+    assert gpu.main([]) == 1
+    (file,) = (tmp_path / "results").glob("gpu-h100-80gb-hbm3-*.json")
+    assert capsys.readouterr().out.endswith(f"{file}\n")
+    left = json.loads(file.read_text())
+    assert left["build"]["error"].startswith("UserError: no nvcc found")
+    assert left["versions"]["libtwofour"].startswith("no nvcc found")
+    assert "tests" not in left
+
+
+def test_table_begins_with_the_largest_layers_and_keeps_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "measure_ceilings", lambda formats, device: gemm.Ceilings(3e12, {"fp8": 1.4e15}))
+    monkeypatch.setattr(library, "context", lambda device: SimpleNamespace(info=lambda: SimpleNamespace(l2_bytes=1)))
+    monkeypatch.setattr(gemm.tuner, "Bench", lambda shape, *_: SimpleNamespace(shape=shape))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    row = {"kernels_us": {"cublaslt": 20.0}, "dense": "cublaslt", "sparse": None, "ratio": None, "error": {}}
+    row["peers_us"] = {"torch-cusparselt": 15.0, "torch-cutlass": "no fp8"}
+    monkeypatch.setattr(gemm, "row", lambda *_: dict(row))
+    kept: list[int] = []
+    said: list[str] = []
+    late = iter([False, False, True])
+    rows = gemm.table(
+        "llama-3.1-8b", ["fp8"], [8], report=said.append, expired=lambda: next(late),
+        keep=lambda rows: kept.append(len(rows)),
+    )  # fmt: skip
+    assert [row["layer"] for row in rows] == ["gate_up_proj", "down_proj"]
+    assert kept == [1, 2]
+    assert said[1].endswith("torch-cusparselt: 15.00 us\n" + " " * 26 + "torch-cutlass: no fp8")
+    assert said[-1] == "out of time before fp8 qkv_proj at 8 tokens"
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "fp8"])
+def test_peers_that_cannot_run_say_why_in_a_line(format: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    bench = gemm.tuner.Bench(Shape(64, 64, format), CPU, 8, 1 << 20)
+    for peer in gemm.PEERS.values():
+        reason = peer(bench, 8)
+        assert isinstance(reason, str)
+        assert reason.strip()
+        assert "\n" not in reason
+
+
+def test_engines_measurement_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every part of it but the clock, on a small model and a CPU."""
+    monkeypatch.setattr(torch_model, "Kernels", DenseKernels)
+    monkeypatch.setitem(speed.MODELS, "tiny", TINY)
+    monkeypatch.setattr(speed, "PREFILL", 64)
+    monkeypatch.setattr(speed, "CONTEXT", 32)
+    monkeypatch.setattr(library, "context", lambda device: None)
+    buckets = [{"tokens": 8, "kernel": "skinny"}, {"tokens": 64, "kernel": "dense-cublaslt"}]
+    monkeypatch.setattr(
+        speed.tuner,
+        "tune",
+        lambda shapes, asked: {"layers": {key: {"buckets": buckets} for key in shapes}, "asked": asked},
+    )
+    monkeypatch.setattr(speed.timing, "measure", lambda call, copies, rounds: call(0) is None or Time(4.0, 4.0, 4.0))
+    monkeypatch.setattr(speed, "eager_us", lambda call: call() is None or 8.0)
+    kept: list[list[str]] = []
+    found = speed.run("tiny", 60, lambda found: kept.append(list(found["results"])), device="cpu")
+    assert kept == [["fp8"], ["fp8", "fp8-2of4"], ["fp8", "fp8-2of4", "bf16"]]
+    assert found["tactics"]["asked"] == (1, 8, 64, 64)
+    assert found["speedup"]["decode_us over fp8"] == {"1": 1.0, "8": 1.0, "64": 1.0}
+    bytes_ = {name: result["weight_bytes"] for name, result in found["results"].items()}
+    shapes = [(128, 128), (64, 128), (64, 128), (128, 128), (256, 128), (256, 128), (128, 256)]  # of a block
+    assert bytes_["bf16"] - bytes_["fp8"] == 2 * sum(n * k for n, k in shapes), "two blocks at half the bytes"
+    packed = 2 * sum(skinny.packed_bytes(n, k, "fp8") for n, k in shapes)
+    assert bytes_["fp8-2of4"] - bytes_["fp8"] == packed, "beside the dense weight: the tactics name both kernels"
+    monkeypatch.setattr(speed.time, "monotonic", iter(range(0, 10_000, 40)).__next__)
+    late = speed.run("tiny", 60, device="cpu")
+    assert late["results"]["fp8"]["stopped"] == "out of time before batch 8"
+    assert late["results"]["bf16"] == {"stopped": "out of time before it was made"}
+
+
 @pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.gemm", "builder.engines.torch.speed"])
 def test_without_a_gpu_the_commands_say_so_in_a_line(module: str) -> None:
     if torch.cuda.is_available():
@@ -140,7 +271,9 @@ def test_commands_need_no_pydantic() -> None:
     """The GPU machines have torch and transformers, but not everything that twofour asks for."""
     code = (
         "import sys\n"
-        "for name in ('pydantic', 'ml_dtypes', 'modelopt', 'click', 'rich'): sys.modules[name] = None\n"
-        "import plugins.build, benchmarks.gpu, benchmarks.gemm, builder.engines.torch.speed"
+        "for name in ('pydantic', 'ml_dtypes', 'modelopt', 'click', 'rich', 'jinja2', 'pytest', 'hypothesis',\n"
+        "             'accelerate', 'datasets', 'psutil'): sys.modules[name] = None\n"
+        "import pathlib, plugins.build, benchmarks.gpu, benchmarks.gemm, builder.engines.torch.speed\n"
+        "sys.exit(benchmarks.gpu.run_tests([], pathlib.Path('unused')))"  # imports tests/gpu
     )
     subprocess.run([sys.executable, "-c", code], check=True)

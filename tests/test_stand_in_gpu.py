@@ -4,71 +4,27 @@ libraries, which refuse what the real ones are known to refuse. The kernels' spe
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import subprocess
-from collections.abc import Callable
-from functools import cache, partial
-from pathlib import Path
-from types import SimpleNamespace
+from functools import partial
 
 import ml_dtypes
 import native
 import numpy as np
 import pytest
 import torch
+from stand_in_gpu import CPU, open_gpu, set_environment, use_times, use_torch
 
 from benchmarks import gemm
-from plugins import build, library, ops, tactics, timing, tuner
+from plugins import library, ops, tactics, timing, tuner
+from plugins.errors import UserError
 
-HERE = Path(__file__).parent / "stand_in_cuda"
 DTYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
 CAPTURING = 0xC  # a stream
-CPU = torch.device("cpu")
-
-
-@cache
-def directory() -> Path:
-    """libtwofour without its device code, and the stand-ins. Skips where a header is missing."""
-    sources = [*sorted(HERE.iterdir()), *sorted((build.SOURCES / "src").iterdir()), build.SOURCES / "include/twofour.h"]
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-    out = native.ROOT / "build" / f"stand-in-{digest}"
-    if not (out / "libcublaslt.so").exists():
-        try:
-            includes = [*build.find_includes(), Path("/usr/local/cuda/include")]
-        except library.UserError as error:
-            pytest.skip(f"the stand-ins cannot be compiled here: {error}")
-        out.mkdir(parents=True, exist_ok=True)
-        search = [f"-I{build.SOURCES / part}" for part in ("include", "src")]
-        search += [option for path in includes for option in ("-isystem", str(path))]
-        common = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *search]
-        core = [*sorted((build.SOURCES / "src").glob("*.cpp")), HERE / "cuda.cpp"]
-        for name, parts in {
-            "libtwofour.so": ["-fvisibility=hidden", *core, "-ldl"],
-            "libcusparselt.so": [HERE / "cusparselt.cpp"],
-            "libcublaslt.so": [HERE / "cublaslt.cpp"],
-        }.items():
-            subprocess.run([*common, *map(str, parts), "-o", str(out / name)], check=True)
-    return out
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> library.Context:
     """A context on the stand-in GPU: an H100 unless STAND_IN_SM says otherwise."""
     return open_gpu(monkeypatch)
-
-
-def open_gpu(monkeypatch: pytest.MonkeyPatch, sm: int = 90, **settings: str) -> library.Context:
-    for name, value in {"STAND_IN_SM": str(sm), **settings}.items():
-        set_environment(monkeypatch, name, value)
-    set_environment(monkeypatch, "TWOFOUR_CUSPARSELT", str(directory() / "libcusparselt.so"))
-    set_environment(monkeypatch, "TWOFOUR_CUBLASLT", str(directory() / "libcublaslt.so"))
-    opened = library.open_library(directory() / "libtwofour.so")
-    monkeypatch.setattr(library, "load", lambda: opened)
-    return library.Context(0)
-
-
-def set_environment(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    monkeypatch.setenv(name, value)
 
 
 class Layer:
@@ -201,6 +157,11 @@ def test_algorithm_serves_its_whole_bucket_of_tokens(gpu: library.Context) -> No
     same = Layer("bf16", 64, 64, 64)
     assert gpu.algorithm(same.problem("cusparselt"))[0] == 2
     assert gpu.algorithm(other.problem("cusparselt"))[0] == 0
+    one, eight = Layer("bf16", 64, 64, 1), Layer("bf16", 64, 64, 8)
+    gpu.set_algorithm(one.problem("cublaslt"), gpu.algorithm(eight.problem("cublaslt")))
+    fast = search(gpu, eight, "cublaslt", 250_000)
+    assert fast.tried == 3
+    assert gpu.algorithm(one.problem("cublaslt")) != gpu.algorithm(eight.problem("cublaslt")), "decode keeps its own"
     np.testing.assert_allclose(
         same.run(gpu, "cusparselt", same.problem("cusparselt")).astype(np.float32),
         same.expected(1.0, False, False),
@@ -224,6 +185,25 @@ def test_capture_needs_a_plan_and_then_neither_allocates_nor_waits(gpu: library.
                 gpu.matmul(*call, place, CAPTURING)
         gpu.plan(problem)
         gpu.matmul(*call, place, CAPTURING)
+
+
+def test_token_counts_padded_to_the_same_share_a_plan(gpu: library.Context) -> None:
+    for format, planned, shared, other in (("bf16", 17, 24, 25), ("int8", 17, 32, 33)):
+        layer = Layer(format, 64, 64, shared)
+        prepared = layer.prepare(gpu, "cusparselt")
+        gpu.plan(library.gemm("cusparselt", format, "bf16", 64, 64, planned, 0.01))
+        y, workspace = (native.aligned(np.zeros(1 << 20, np.uint8)) for _ in range(2))
+        addresses = (
+            layer.x.ctypes.data,
+            prepared.ctypes.data,
+            y.ctypes.data,
+            (workspace.ctypes.data, workspace.nbytes),
+        )
+        gpu.matmul(library.gemm("cusparselt", format, "bf16", 64, 64, shared, 0.01), *addresses, CAPTURING)
+        with pytest.raises(library.LibraryError, match=f"no plan for {other} tokens"):
+            gpu.matmul(library.gemm("cusparselt", format, "bf16", 64, 64, other, 0.01), *addresses, CAPTURING)
+        made = y[: shared * 64 * 2].view(DTYPES["bf16"]).reshape(shared, 64).astype(np.float32)
+        np.testing.assert_allclose(made, layer.expected(0.01, False, False), rtol=2**-7, atol=2e-2)
 
 
 def test_shapes_that_a_library_cannot_take_say_what_works(gpu: library.Context) -> None:
@@ -290,11 +270,7 @@ def test_two_contexts_are_apart(gpu: library.Context) -> None:
 @pytest.fixture
 def torch_on_stand_in(gpu: library.Context, monkeypatch: pytest.MonkeyPatch) -> library.Context:
     """torch's CPU tensors as the stand-in's device memory: what the operators and the tuner do on CUDA, done here."""
-    monkeypatch.setattr(library, "context", lambda device: gpu)
-    monkeypatch.setattr(
-        ops, "prepare", lambda w, kernel: w if kernel == "cublaslt" else ops.prepare_on_device(w, kernel)
-    )
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    use_torch(monkeypatch, gpu)
     return gpu
 
 
@@ -316,21 +292,26 @@ def test_operators_hand_over_what_libtwofour_needs(
     assert ops.launch(kernel, x[:0], ops.prepare(w, kernel), *rest).shape == (0, 64)
 
 
+def test_memory_that_runs_out_for_a_calls_workspace_is_said(
+    torch_on_stand_in: library.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, x = timing.random_2to4(64, 96, torch.bfloat16, CPU), timing.random_operand(13, 96, torch.bfloat16, CPU)
+    compressed, empty = ops.prepare(w, "cusparselt"), torch.empty
+
+    def full(*shape: object, dtype: torch.dtype, **where: object) -> torch.Tensor:
+        if dtype == torch.uint8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*shape, dtype=dtype, **where)
+
+    monkeypatch.setattr(torch, "empty", full)
+    words = "no GPU memory for the 0 MiB of workspace that cusparselt needs at 13 tokens: lower engine.max_num_tokens"
+    with pytest.raises(UserError, match=words):
+        ops.launch("cusparselt", x, compressed, 1.0, None, None, 64, torch.bfloat16)
+
+
 def test_tuner_times_every_kernel(torch_on_stand_in: library.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """From shapes to tactics.json; every kernel takes as long as every other, so dense stays."""
-    called: list[int] = []
-
-    def measure(call: Callable[[int], None], copies: int) -> timing.Time:
-        call(copies - 1)
-        called.append(copies)
-        return timing.Time(5.0, 5.0, 5.0)
-
-    facts = {"name": "Stand-in", "sm": 90, "driver": None, "clocks": {}}
-    monkeypatch.setattr(timing, "measure", measure)
-    monkeypatch.setattr(timing, "device_facts", lambda device: facts)
-    monkeypatch.setattr(tuner, "WORKSPACE", 1 << 20)
-    monkeypatch.setattr(torch, "device", lambda *_: CPU)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    use_times(monkeypatch, lambda bench, kernel, tokens: 5.0)
     layers = {"a": tuner.Shape(64, 96, "bf16"), "b": tuner.Shape(64, 96, "bf16"), "c": tuner.Shape(100, 96, "int8")}
     found = tactics.Tactics.model_validate(tuner.tune(layers, buckets=(8, 96)))
     assert found.layers["a"] == found.layers["b"]
@@ -340,7 +321,8 @@ def test_tuner_times_every_kernel(torch_on_stand_in: library.Context, monkeypatc
     assert found.layers["c"].buckets[0].sparse_us is not None  # the skinny kernel takes 100 rows
     assert found.layers["c"].buckets[1].sparse_us is None  # cuSPARSELt does not
     assert (found.versions["cusparselt"], found.versions["cublaslt"]) == (801, 130000)
-    assert min(called) >= 2  # weights that the cache does not hold
+    assert found.device is not None
+    assert found.device.clocks == {"sm": 1980.0}
 
 
 def test_row_of_the_table_measures_errors(torch_on_stand_in: library.Context, monkeypatch: pytest.MonkeyPatch) -> None:

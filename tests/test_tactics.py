@@ -32,6 +32,7 @@ def test_fastest_sparse_kernel_is_kept_with_its_algorithm() -> None:
         "ratio": 1.5385,
         "measured": True,
         "algorithm": [1, 2, 3],
+        "notes": [],
     }
 
 
@@ -59,6 +60,23 @@ def test_kernels_that_cannot_run_are_left_out() -> None:
 
     with pytest.raises(UserError, match=r"no kernel ran at 8 tokens.*twofour doctor"):
         tuner.bucket_of(bench, 8, nothing)
+
+
+def test_torchs_own_refusal_leaves_out_torch_alone() -> None:
+    def timer(bench: object, kernel: str, tokens: int) -> Timing:
+        if kernel == "torch":
+            raise RuntimeError("")  # torch._int_mm wants multiples of 8
+        return Timing(kernel, 10.0, notes=("3 algorithms want more than 128 MiB of workspace",))
+
+    found = tuner.bucket_of(SimpleNamespace(shape=SHAPE), 128, timer)
+    assert (found["dense_us"], found["sparse_us"]) == (10.0, 10.0)
+    assert found["notes"][1] == "cusparselt: 3 algorithms want more than 128 MiB of workspace"
+
+    def full(bench: object, kernel: str, tokens: int) -> Timing:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # of the whole layer's operands, not of one kernel
+        tuner.bucket_of(SimpleNamespace(shape=SHAPE), 128, full)
 
 
 def test_reasons_in_words() -> None:
@@ -113,28 +131,38 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_tactics_of_another_gpu_or_library_are_not_trusted() -> None:
-    ours = tactics.Tactics.model_validate(measured())
-    assert tactics.check_device(ours, "H100", 90, {"cusparselt": 801}) is None
-    assert "this is L4 (SM 89): tune again" in str(tactics.check_device(ours, "L4", 89, {}))
-    assert "with cusparselt 801, here is 900" in str(tactics.check_device(ours, "H100", 90, {"cusparselt": 900}))
-    predicted = tactics.Tactics.model_validate({**measured(), "device": None, "source": "predicted"})
-    assert "predicted, not measured here" in str(tactics.check_device(predicted, "H100", 90, {}))
+    here = {"libtwofour": 100, "cusparselt": 801, "cublaslt": 130100}
+    ours = {**measured(), "versions": here}
+    assert tuner.check_device(ours, "H100", 90, here) is None
+    said = tuner.check_device(ours, "L4", 89, here)
+    assert said == "its kernels were timed on H100 (SM 90), and this is L4 (SM 89): build the engine again here"
+    newer = str(tuner.check_device(ours, "H100", 90, {**here, "cusparselt": 900}))
+    assert newer == "its kernels were timed with cusparselt 801, and here is 900: build the engine again"
+    unknown = str(tuner.check_device({**ours, "versions": {}}, "H100", 90, here))
+    assert unknown.startswith("its kernels were timed with libtwofour of an unknown version, and here is 100")
+    for change in ({"device": None}, {"source": "predicted"}):
+        assert "chosen by prediction, not measured" in str(tuner.check_device({**ours, **change}, "H100", 90, here))
 
 
 def test_algorithms_are_given_back_only_to_the_same_gpu_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[tuple[int, tuple[int, ...]]] = []
+    given: list[tuple[int, str, str, tuple[int, ...]]] = []
+
+    def take(problem: library.Gemm, words: tuple[int, ...]) -> None:
+        given.append((problem.tokens, library.FORMATS[problem.type], library.FORMATS[problem.out_type], words))
+
     fake = SimpleNamespace(
         info=lambda: SimpleNamespace(sm=90, cusparselt_version=801, cublaslt_version=130100),
-        set_algorithm=lambda problem, words: given.append((problem.tokens, words)),
+        set_algorithm=take,
     )
     monkeypatch.setattr(library, "context", lambda device: fake)
     monkeypatch.setattr(library, "load", lambda: SimpleNamespace(twofour_version=lambda: 100))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
     file = {**measured(), "versions": {"libtwofour": 100, "cusparselt": 801, "cublaslt": 130100}}
-    tuner.apply(file)
-    assert given == [(8, (1, 2, 3))]
-    tuner.apply({**file, "versions": {**file["versions"], "cusparselt": 802}})
-    tuner.apply({**file, "device": {**file["device"], "sm": 89}})
-    tuner.apply({**file, "device": None})
+    assert tuner.apply(file, "fp16") is None
+    assert given == [(8, "fp8", "fp16", (1, 2, 3))]  # of the problem that the engine will ask for
+    assert tuner.apply({**file, "versions": {**file["versions"], "cusparselt": 802}})
+    assert tuner.apply({**file, "device": {**file["device"], "sm": 89}})
+    assert tuner.apply({**file, "device": None})
     assert len(given) == 1
 
 
@@ -161,6 +189,22 @@ def test_random_weights_have_exactly_two_nonzeros_a_group(dtype: torch.dtype) ->
     nonzeros = (weight.float().view(32, 64, 4) != 0).sum(-1)
     assert weight.dtype == dtype
     assert bool((nonzeros == 2).all())
+
+
+def test_clocks_are_those_of_the_device_that_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi numbers GPUs as the driver does, whatever CUDA_VISIBLE_DEVICES leaves."""
+    asked = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        asked.append(command[1])
+        return SimpleNamespace(stdout="580.1, 1980, [N/A]\n")
+
+    facts = {"name": "H100", "major": 9, "minor": 0}
+    monkeypatch.setattr(timing.subprocess, "run", run)
+    for properties in (SimpleNamespace(**facts, uuid="b7a2-7"), SimpleNamespace(**facts)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert timing.device_facts(1) == {"name": "H100", "sm": 90, "driver": "580.1", "clocks": {"sm": 1980.0}}
+    assert asked == ["--id=GPU-b7a2-7", "--id=1"]
 
 
 def test_copies_defeat_the_cache() -> None:

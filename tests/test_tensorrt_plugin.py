@@ -12,6 +12,7 @@ from pathlib import Path
 
 import native
 import pytest
+import stand_in_gpu
 
 from plugins import build
 
@@ -53,6 +54,21 @@ def test_every_call_that_tensorrt_makes() -> None:
     """Shapes, formats, tactics, serialising, clones, contexts, enqueue against plain arithmetic, and bad fields."""
     plugin = directory() / "libtwofour_tensorrt.so"
     assert run(plugin, TWOFOUR_PLUGIN_DEVICE="host") == "all checks passed"
+
+
+def test_every_tactic_on_a_stand_in_gpu() -> None:
+    """The same checks with a CUDA runtime, cuSPARSELt and cuBLASLt of the tests' own behind the plugin."""
+    libraries = stand_in_gpu.directory()
+    plugin = libraries / "libtwofour_tensorrt.so"
+    sources = [*(build.SOURCES / "src").glob("*.cpp"), *(build.SOURCES / "tensorrt").glob("*.cpp")]
+    search = [f"-I{build.SOURCES / part}" for part in ("include", "src")]
+    search += [
+        word for path in (INCLUDE, *build.find_includes(), "/usr/local/cuda/include") for word in ("-isystem", path)
+    ]
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", *search, *sources]
+    subprocess.run([*map(str, command), str(stand_in_gpu.HERE / "cuda.cpp"), "-o", str(plugin), "-ldl"], check=True)
+    names = {"TWOFOUR_CUSPARSELT": "libcusparselt.so", "TWOFOUR_CUBLASLT": "libcublaslt.so"}
+    assert run(plugin, **{name: str(libraries / file) for name, file in names.items()}) == "all checks passed"
 
 
 def test_preloaded_it_registers_when_tensorrt_arrives_later() -> None:

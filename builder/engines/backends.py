@@ -14,25 +14,36 @@ from plugins.errors import UserError
 def build(backend: str, checkpoints: Path, out: Path, config: EngineConfig, gpu: str) -> None:
     """Builds the engine of `backend` into `out` from a folder of checkpoints (hf/, trtllm/).
 
-    `gpu` is the card that kernel times are predicted for where none can be measured. Raises UserError for what is
-    missing.
+    Kernels are timed on this machine's GPU; `gpu` is the card that their times are predicted for where there is none.
+    Raises UserError for what is missing.
     """
     if backend == "torch":
         from builder.engines import torch_engine
-        from builder.tactics import predict_tactics
 
-        torch_engine.build(checkpoints / "hf", out, config, predict_tactics(checkpoints / "hf", gpu))
+        torch_engine.build(checkpoints / "hf", out, config, tactics(checkpoints / "hf", config, gpu))
     elif backend == "pytorch":
         from builder.engines import pytorch
-        from builder.tactics import predict_tactics
 
-        pytorch.build(checkpoints / "hf", out, config, tactics=predict_tactics(checkpoints / "hf", gpu))
+        found = tactics(checkpoints / "hf", config, gpu, fused=True)
+        pytorch.build(checkpoints / "hf", out, config, tactics=found)
     elif backend == "tensorrt":
         from builder.engines import tensorrt
 
         tensorrt.build(checkpoints / "trtllm", out, config)
     else:
         raise UserError(f"'{backend}' is not a backend: use tensorrt, pytorch or torch")
+
+
+def tactics(checkpoint: Path, config: EngineConfig, gpu: str, fused: bool = False) -> dict[str, Any]:
+    """tactics.json of a checkpoint: all of it measured here, or, without a GPU, all of it predicted for `gpu`."""
+    from builder import checkpoint as checkpoints
+    from builder import tactics as prediction
+    from builder.engines import tuned
+
+    if not tuned.can_measure():
+        return prediction.predict_tactics(checkpoint, gpu)
+    found = checkpoints.read(checkpoint)
+    return tuned.tactics(found.layers(), config, found.architecture.dtype, fused)
 
 
 def load(engine: Path) -> Engine:

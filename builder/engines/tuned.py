@@ -1,18 +1,26 @@
-"""Whether our kernels beat the dense ones at an engine's own batch, measured where there is a GPU and our library.
+"""Which kernel each 2:4 layer runs on, measured on this machine's GPU. Where there is none, nothing is claimed.
 
-TensorRT times its own sparse tactics against its dense ones by itself. What it cannot time is our plugin against
-either: this is that measurement, per shape of one rank, at the tokens that a full batch decodes.
+The torch and pytorch backends obey these tactics. For the tensorrt backend they answer one question: TensorRT times its
+own sparse tactics against its dense ones by itself, but cannot time our plugin against either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
 
 from builder import compatibility
 from builder.engines.base import EngineConfig
 from builder.engines.gpu import gpus
+from builder.files import sha256
 from plugins.errors import UserError
+
+if TYPE_CHECKING:
+    from plugins.tuner import Shape
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # of a model's config.json, and of what our kernels put out
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one product each in TensorRT-LLM
 
 
 class Sized(compatibility.Shardable, Protocol):
@@ -20,6 +28,78 @@ class Sized(compatibility.Shardable, Protocol):
 
     @property
     def format(self) -> str: ...
+
+
+def can_measure() -> bool:
+    """Whether there is a GPU that torch can use."""
+    if not gpus():
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def fingerprint() -> dict[str, Any]:
+    """What measured tactics depend on besides the layers, for a stage's key. Empty where nothing can be measured."""
+    if not can_measure():
+        return {}
+    from plugins import library, tuner
+
+    gpu = gpus()[0]
+    try:
+        versions = tuner.versions(library.context(0).info()) | {"library": sha256(library.path())}
+    except UserError as error:
+        versions = {"none": str(error)}
+    return {"kernels": {"gpu": gpu.name, "sm": gpu.sm, "driver": gpu.driver, **versions}}
+
+
+def tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str, fused: bool = False) -> dict[str, Any]:
+    """tactics.json of a checkpoint's layers, timed at every number of tokens that the engine may be given.
+
+    `dtype` is the model's own, as its config.json names it. `fused`: as TensorRT-LLM's PyTorch backend runs them, q, k
+    and v, and gate and up, as one product of one rank's shard. Raises UserError where this GPU or its libraries cannot
+    run 2:4 kernels: a build that went on would be dense under a sparse name.
+    """
+    from plugins import tuner
+    from plugins.tactics import Tactics
+
+    sparse = {layer.name: layer for layer in layers if layer.sparse} if dtype in DTYPES else {}
+    shapes = {
+        name: shape(layer, config.tensor_parallel if fused else 1, dtype, sparse if fused else {})
+        for name, layer in sparse.items()
+    }
+    most = max(config.max_num_tokens, config.max_batch_size)
+    found = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most))
+    for layer in layers:
+        timed = found["layers"].get(layer.name)
+        found["layers"][layer.name] = {
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "format": layer.format,
+            "sparse": layer.sparse,
+            "reason": timed["reason"] if timed else _untimed(layer, dtype),
+            "buckets": timed["buckets"] if timed else [],
+        }
+    found["layers"] = {layer.name: found["layers"][layer.name] for layer in layers}  # in the checkpoint's order
+    checked: dict[str, Any] = Tactics.model_validate(found).model_dump(mode="json")
+    return checked
+
+
+def seconds_saved(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[str, float] | None:
+    """Seconds that 2:4 saves each layer at `tokens` tokens; 0 where dense is faster. None where none can be timed."""
+    if not can_measure() or dtype not in DTYPES:
+        return None
+    return _seconds_saved(tuple((layer.name, shape(layer, 1, dtype)) for layer in layers), tokens)
+
+
+@lru_cache(maxsize=4)
+def _seconds_saved(shapes: tuple[tuple[str, Shape], ...], tokens: int) -> dict[str, float]:
+    found = _tune(dict(shapes), (tokens,))["layers"]
+    buckets = {name: layer["buckets"][0] for name, layer in found.items()}
+    return {
+        name: 0.0 if _is_dense(bucket) or not bucket["ratio"] else (bucket["dense_us"] - bucket["sparse_us"]) * 1e-6
+        for name, bucket in buckets.items()
+    }
 
 
 def measure(layers: Iterable[Sized], config: EngineConfig, dtype: str) -> dict[str, float]:
@@ -31,11 +111,8 @@ def measure(layers: Iterable[Sized], config: EngineConfig, dtype: str) -> dict[s
         return {}
     from plugins import tuner
 
-    shapes = {
-        layer.name: tuner.Shape(*_of_rank(layer, config), layer.format, layer.format == "int8", dtype)
-        for layer in layers
-        if layer.sparse
-    }
+    names = {short: name for name, short in DTYPES.items()}
+    shapes = {layer.name: shape(layer, config.tensor_parallel, names[dtype]) for layer in layers if layer.sparse}
     try:
         return ratios(tuner.tune(shapes, buckets=(config.max_batch_size,)), config.max_batch_size)
     except UserError:  # no libtwofour, or a GPU that it was not built for: TensorRT decides alone
@@ -47,13 +124,49 @@ def ratios(tactics: Mapping[str, Any], tokens: int) -> dict[str, float]:
     found = {}
     for name, layer in tactics["layers"].items():
         bucket = next((bucket for bucket in layer["buckets"] if bucket["tokens"] >= tokens), None)
-        if bucket and bucket["measured"] and bucket["ratio"] and not bucket["kernel"].startswith("dense"):
+        if bucket and bucket["measured"] and bucket["ratio"] and not _is_dense(bucket):
             found[name] = float(bucket["ratio"])
     return found
 
 
-def _of_rank(layer: Sized, config: EngineConfig) -> tuple[int, int]:
-    """(out_features, in_features) of one rank's shard."""
+def shape(layer: Sized, ranks: int, dtype: str, fused: Mapping[str, Sized] | None = None) -> Shape:
+    """What one rank multiplies. With `fused`, the sparse layers by name: all that TensorRT-LLM makes one product of."""
+    from plugins.tuner import Shape
+
+    rows, columns = layer.out_features, layer.in_features
+    block, _, last = layer.name.rpartition(".")
+    parts = next((parts for parts in FUSED if last in parts), ())
+    if fused and parts and all(f"{block}.{part}" in fused for part in parts):
+        rows = sum(fused[f"{block}.{part}"].out_features for part in parts)
     if compatibility.is_row_parallel(layer.name):
-        return layer.out_features, layer.in_features // config.tensor_parallel
-    return layer.out_features // config.tensor_parallel, layer.in_features
+        columns //= ranks
+    else:
+        rows //= ranks
+    out = DTYPES[dtype]
+    number_format = layer.format if layer.format in ("int8", "fp8") else out
+    return Shape(rows, columns, number_format, number_format == "int8", out)
+
+
+def _tune(shapes: Mapping[str, Shape], buckets: Sequence[int]) -> dict[str, Any]:
+    """The tuner's tactics; without a layer, this GPU's facts alone. Raises UserError that names the GPU."""
+    from plugins import library, tuner
+
+    gpu = gpus()[0]
+    if not shapes:
+        device = {"name": gpu.name, "sm": gpu.sm, "driver": gpu.driver}
+        return {"device": device, "source": "measured", "gpu": gpu.name, "versions": {}, "layers": {}}
+    try:
+        library.version("cusparselt")  # raises where it is missing or too old: without it, dense would win by default
+        return tuner.tune(shapes, buckets=buckets)
+    except UserError as error:
+        raise UserError(f"the 2:4 kernels of this machine's {gpu.name} cannot be timed: {error}") from None
+
+
+def _is_dense(bucket: Mapping[str, Any]) -> bool:
+    return not str(bucket["kernel"]).startswith(("skinny", "cusparselt"))
+
+
+def _untimed(layer: Sized, dtype: str) -> str:
+    if layer.sparse:
+        return f"stays dense: the model computes in {dtype}, and the 2:4 kernels in 16 bit"
+    return "dense: the weight is not 2:4"

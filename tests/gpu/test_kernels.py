@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from plugins import library, ops, reference, skinny, timing
+from plugins import library, ops, reference, skinny, timing, tuner
 from plugins.errors import UserError
 from plugins.packing import to_numpy
 
@@ -212,6 +212,16 @@ def test_search_keeps_an_algorithm_and_counts_what_memory_left_out() -> None:
     assert found.tried > 0
     assert found.best_us > 0
     torch.testing.assert_close(y, (x.float() @ w.float().T).bfloat16(), rtol=2e-2, atol=0.5)
+
+
+def test_tuner_measures_and_its_tactics_are_taken_back() -> None:
+    found = tuner.tune({"layer": tuner.Shape(512, 1024, "bf16")}, buckets=(1, 64))
+    for bucket in found["layers"]["layer"]["buckets"]:
+        assert bucket["measured"]
+        assert bucket["dense_us"] > 0
+        assert bucket["sparse_us"] > 0
+    assert tuner.apply(found, "bf16") is None
+    assert "build the engine again" in str(tuner.apply({**found, "source": "predicted"}, "bf16"))
 
 
 def test_layer_compiles_into_one_graph() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ from torch import nn
 from plugins.errors import UserError
 from plugins.linear import Linear
 from plugins.modules import build_linear, share_input
+
+log = logging.getLogger(__name__)
 
 Choices = Sequence[tuple[int, str]]
 KV_SCALES = ("k_scale", "v_scale")  # stored under k_proj and v_proj, but the KV cache's
@@ -29,26 +32,36 @@ class Kernels:
 
     def __init__(self, tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device) -> None:
         self._layers: Mapping[str, Any] = (tactics or {}).get("layers", {})
-        self._usable = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
         self.remarks: list[str] = []
-        if self._usable:
-            from plugins import library, tuner
-
-            try:
-                library.context(device.index or 0)
-                tuner.apply(tactics or {}, device.index or 0)
-            except UserError as error:
-                self._usable = False
-                self.remarks.append(f"2:4 layers run as dense ones: {error}")
+        self._usable, self._amiss = False, ""
+        if device.type == "cuda":
+            self._usable, self._amiss = _open(tactics, dtype, device.index or 0)
 
     def choices(self, name: str, stored: Mapping[str, torch.Tensor]) -> Choices | None:
         """For a layer and its tensors; None: torch's own product."""
         sparse = "weight_values" in stored
+        if sparse and self._amiss:  # said once, and only of a model that it slows down
+            log.warning("%s", self._amiss)
+            self.remarks.append(self._amiss)
+            self._amiss = ""
         if not self._usable or not (sparse or "weight_scale" in stored):
             return None
         from plugins.kernel_linear import choices_of
 
         return choices_of(self._layers.get(name), sparse)
+
+
+def _open(tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: int) -> tuple[bool, str]:
+    """(whether our kernels run here, what a reader of speeds should know of it)."""
+    from plugins import library, ops, tuner
+
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False, f"2:4 layers run as dense ones: the kernels give out fp16 or bf16, and the model is {dtype}"
+    try:
+        library.context(device)
+        return True, tuner.apply(tactics or {}, ops.FORMATS[dtype], device) or ""
+    except UserError as error:
+        return False, f"2:4 layers run as dense ones: {error}"
 
 
 def replace_linears(

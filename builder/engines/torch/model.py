@@ -56,10 +56,15 @@ class Decoder:
         body = model.model
         self._embed, self._layers, self._norm = body.embed_tokens, list(body.layers), body.norm
         self._head = model.lm_head
-        held = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}  # tied weights once
-        self.nbytes: int = sum(tensor.nbytes for tensor in held.values() if tensor.device == device)
         self._cos_SD, self._sin_SD = _rotary_table(model, positions, dtype, device)
         self.kv_scales = [_kv_scale(tensors, f"model.layers.{i}.self_attn") for i in range(len(self._layers))]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory, in every form that a kernel has them; tied ones once."""
+        modules = (self._embed, *self._layers, self._norm, self._head)
+        held = {t.data_ptr(): t.nbytes for m in modules for t in (*m.parameters(), *m.buffers())}
+        return sum(held.values())
 
     def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Final hidden states [B, T, hidden_size] of token ids [B, T] at positions [B, T] or [1, T]."""

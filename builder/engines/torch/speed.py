@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.records import replace_json
 from benchmarks.shapes import MODELS
 from builder.engines.torch.attention import Batch, Decode, Whole
 from builder.engines.torch.kv_cache import KVCache
@@ -85,6 +86,7 @@ def decoder_of(config: dict[str, Any], format: str, device: torch.device) -> Dec
 def make_sparse(decoder: Decoder, tactics: dict[str, Any] | None) -> None:
     """Turns a dense fp8 model into its 2:4 twin: the same weights, on the kernels that `tactics` names by layer."""
     layers = (tactics or {}).get("layers", {})
+    decoder.linears.clear()  # or the dense weights would stay in memory
     for block in decoder._layers:
         for parent in (block.self_attn, block.mlp):
             for name, layer in list(parent.named_children()):
@@ -164,7 +166,7 @@ def measure(decoder: Decoder, expired: Callable[[], bool]) -> dict[str, Any]:
 
 def speedups(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """fp8 2:4 over each dense model, for every point that both have."""
-    sparse = results["fp8-2of4"]
+    sparse = results.get("fp8-2of4", {})
     return {
         f"{what} over {name}": {
             point: round(results[name][what][point] / us, 3)
@@ -176,21 +178,33 @@ def speedups(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def run(model: str, seconds: float) -> dict[str, Any]:
-    """Everything, within about `seconds`. Raises UserError where there is no GPU."""
+Keep = Callable[[dict[str, Any]], None]
+
+
+def run(model: str, seconds: float, keep: Keep = lambda found: None, device: str = "cuda:0") -> dict[str, Any]:
+    """Everything, within about `seconds`; `keep` gets what there is after each model. UserError without a GPU."""
     library.context(0)
     deadline = time.monotonic() + seconds
-    device, config = torch.device("cuda", 0), MODELS[model].config()
-    expired = lambda: time.monotonic() > deadline  # noqa: E731
-    dense = decoder_of(config, "fp8", device)
-    tactics = tuner.tune(shapes_of(dense), buckets=(*BATCHES, PREFILL))  # also finds the dense kernels' algorithms
-    results = {"fp8": measure(dense, expired)}
-    make_sparse(dense, tactics)
-    results["fp8-2of4"] = measure(dense, expired)
+    place, config = torch.device(device), MODELS[model].config()
+    found: dict[str, Any] = {"model": model, "context": CONTEXT, "results": {}, "speedup": {}}
+
+    def add(name: str, decoder: Decoder) -> None:
+        found["results"][name] = measure(decoder, lambda: time.monotonic() > deadline)
+        found["speedup"] = speedups(found["results"])
+        keep(found)
+
+    dense = decoder_of(config, "fp8", place)
+    found["tactics"] = tuner.tune(shapes_of(dense), (*BATCHES, PREFILL))  # also finds the dense kernels' algorithms
+    add("fp8", dense)
+    make_sparse(dense, found["tactics"])
+    add("fp8-2of4", dense)
     del dense
     torch.cuda.empty_cache()
-    results["bf16"] = measure(decoder_of(config, "bf16", device), expired)
-    return {"model": model, "context": CONTEXT, "results": results, "speedup": speedups(results), "tactics": tactics}
+    if time.monotonic() > deadline:
+        found["results"]["bf16"] = {"stopped": "out of time before it was made"}
+    else:
+        add("bf16", decoder_of(config, "bf16", place))
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,13 +213,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
+    keep: Keep = (lambda found: None) if chosen.out is None else lambda found: replace_json(chosen.out, found)
     try:
-        result = run(chosen.model, chosen.seconds)
+        result = run(chosen.model, chosen.seconds, keep)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if chosen.out is not None:
-        chosen.out.write_text(json.dumps(result))
+    keep(result)
     print(json.dumps({"results": result["results"], "speedup": result["speedup"]}, indent=1))
     return 0
 

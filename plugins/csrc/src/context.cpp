@@ -12,6 +12,7 @@
 namespace twofour {
 
 int64_t tokens_bucket(int64_t tokens) {
+  if (tokens <= 1) return 1;  // one token decodes on algorithms of its own
   int64_t bucket = 8;
   while (bucket < tokens) bucket *= 2;
   return bucket;

@@ -52,7 +52,7 @@ struct twofour_context {
 
 namespace twofour {
 
-// Tokens counts that share an algorithm: up to 8, 16, 32, ...
+// Token counts that share an algorithm: 1, then up to 8, 16, 32, ...
 int64_t tokens_bucket(int64_t tokens);
 
 // Makes a context's device current while it lives.

@@ -190,10 +190,10 @@ class Cusparselt final : public Backend {
       fresh = std::make_unique<Plan>();
       build(g, algorithm, true, *fresh);
     }
-    plans_[problem_key(g)] = std::move(fresh);
+    plans_[key(g)] = std::move(fresh);
   }
 
-  bool planned(const twofour_gemm& g) const override { return plans_.count(problem_key(g)) != 0; }
+  bool planned(const twofour_gemm& g) const override { return plans_.count(key(g)) != 0; }
   twofour_algorithm algorithm(const twofour_gemm& g) override { return find(g).algorithm; }
 
   size_t workspace_bytes(const twofour_gemm& g) override {
@@ -285,7 +285,13 @@ class Cusparselt final : public Backend {
     return p.tokens == g.tokens && !p.raw ? 0 : aligned(static_cast<size_t>(p.tokens * g.out_features) * element);
   }
 
-  Plan& find(const twofour_gemm& g) { return *plans_.at(problem_key(g)); }
+  // Token counts that are padded to the same share a plan: a prefill of any length finds one of few.
+  static ProblemKey key(twofour_gemm g) {
+    g.tokens = round_up(g.tokens, token_multiple(g.type));
+    return problem_key(g);
+  }
+
+  Plan& find(const twofour_gemm& g) { return *plans_.at(key(g)); }
 
   int sm_;
   cusparseLtHandle_t handle_;

@@ -41,6 +41,8 @@ void* upload(int device, const void* source, size_t bytes) {
   return memory;
 }
 
+constexpr size_t kLibraryWorkspace = size_t{32} << 20;  // for cuBLASLt's and cuSPARSELt's own, and for split sums
+
 size_t element_bytes(int type) { return type == TWOFOUR_FP16 || type == TWOFOUR_BF16 ? 2 : 1; }
 
 void require(bool condition, const std::string& message) {
@@ -186,7 +188,7 @@ std::vector<int32_t> Layer::tactics(twofour_context* context) const {
   for (int kernel = 0; kernel < 3; ++kernel) {
     const twofour_gemm problem = gemm(kernel, kernel == TWOFOUR_SKINNY ? 1 : 128, nullptr);
     size_t bytes = 0;
-    runs[kernel] = twofour_workspace_bytes(context, &problem, &bytes) == TWOFOUR_OK;
+    runs[kernel] = twofour_workspace_bytes(context, &problem, &bytes) == TWOFOUR_OK && bytes <= workspace_bytes(problem.tokens);
   }
   std::vector<int32_t> valid;
   for (int i = 0; i < kTacticCount; ++i)
@@ -194,18 +196,13 @@ std::vector<int32_t> Layer::tactics(twofour_context* context) const {
   return valid;
 }
 
-size_t Layer::workspace_bytes(twofour_context* context, int64_t most_tokens) const {
-  // The largest problem, its neighbour off alignment (which is padded in the workspace), and where buckets change.
-  std::vector<int64_t> counts = {most_tokens, std::max<int64_t>(1, most_tokens - 1)};
-  for (int64_t tokens = 1; tokens < most_tokens; tokens *= 2) counts.push_back(tokens);
-  size_t most = 0;
-  for (int64_t tokens : counts)
-    for (int kernel = 0; kernel < 3; ++kernel) {
-      const twofour_gemm problem = gemm(kernel, tokens, nullptr);
-      size_t bytes = 0;
-      if (twofour_workspace_bytes(context, &problem, &bytes) == TWOFOUR_OK) most = std::max(most, bytes);
-    }
-  return most;
+size_t Layer::workspace_bytes(int64_t tokens) const {
+  const Description& d = description_;
+  const auto aligned = [](size_t bytes) { return (bytes + 255) / 256 * 256; };
+  const size_t rows = (static_cast<size_t>(tokens) + 15) / 16 * 16;  // x and y as cuSPARSELt pads them
+  const bool sums = d.type == TWOFOUR_INT8 || !d.channel_scales.empty();  // y may be 32-bit sums first
+  return kLibraryWorkspace + aligned(rows * static_cast<size_t>(d.in_features) * element_bytes(d.type)) +
+         aligned(rows * static_cast<size_t>(d.out_features) * (sums ? 4 : 2));
 }
 
 void Layer::prepare(twofour_context* context, int tactic, int64_t tokens) {
@@ -216,16 +213,21 @@ void Layer::prepare(twofour_context* context, int tactic, int64_t tokens) {
   make_weight(context, device, forms, chosen);
   const twofour_gemm problem = gemm(chosen, tokens, &forms);
   check(twofour_plan(context, &problem));
+  size_t needed = 0;
+  check(twofour_workspace_bytes(context, &problem, &needed));
+  require(needed <= workspace_bytes(tokens), "a kernel wants " + std::to_string(needed) + " bytes of workspace for " +
+                                                 std::to_string(tokens) + " tokens, and the engine has " +
+                                                 std::to_string(workspace_bytes(tokens)) + ": set another tactic");
 }
 
 void Layer::enqueue(twofour_context* context, int tactic, int64_t tokens, const void* x, void* y, void* workspace,
-                    size_t workspace_bytes, void* stream) {
+                    void* stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto place = forms_.find(current_device());
   const twofour_kernel chosen = kernel(tactic, tokens);
   require(place != forms_.end() && place->second.weights[chosen] != nullptr, "enqueue before onShapeChange");
   const twofour_gemm problem = gemm(chosen, tokens, &place->second);
-  check(twofour_matmul(context, &problem, x, place->second.weights[chosen], y, workspace, workspace_bytes, stream));
+  check(twofour_matmul(context, &problem, x, place->second.weights[chosen], y, workspace, workspace_bytes(tokens), stream));
 }
 
 }  // namespace twofour_tensorrt

@@ -58,12 +58,13 @@ class Layer {
   static twofour_kernel kernel(int tactic, int64_t tokens);
   // The tactics that this layer and device can run.
   std::vector<int32_t> tactics(twofour_context* context) const;
-  // Enough for any tokens up to this and any of the tactics.
-  size_t workspace_bytes(twofour_context* context, int64_t most_tokens) const;
+  // A bound for these tokens and any of the tactics, which grows with tokens: TensorRT is asked for that of the most
+  // tokens when it builds, never says again how much there is, and each call is held to the bound of its own tokens.
+  size_t workspace_bytes(int64_t tokens) const;
   // Everything that enqueue needs for these tokens, so that it neither allocates nor plans.
   void prepare(twofour_context* context, int tactic, int64_t tokens);
   void enqueue(twofour_context* context, int tactic, int64_t tokens, const void* x, void* y, void* workspace,
-               size_t workspace_bytes, void* stream);
+               void* stream);
 
  private:
   struct Forms {

@@ -166,7 +166,7 @@ bool Plugin::supportsFormatCombination(int32_t position, const DynamicPluginTens
 
 size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t, const DynamicPluginTensorDesc*,
                                 int32_t) const noexcept {
-  return guard<size_t>(0, [&] { return layer_->workspace_bytes(context(), tokens_of(in[0].max)); });
+  return guard<size_t>(0, [&] { return layer_->workspace_bytes(tokens_of(in[0].max)); });
 }
 
 int32_t Plugin::getNbTactics() noexcept {
@@ -208,8 +208,7 @@ int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, con
   return guard(1, [&] {
     const int64_t tokens = tokens_of(in[0].dims);
     if (tokens == 0) return 0;
-    // TensorRT gives what getWorkspaceSize asked for, and does not say again how much that is.
-    layer_->enqueue(context(), tactic_, tokens, x[0], y[0], workspace, SIZE_MAX, stream);
+    layer_->enqueue(context(), tactic_, tokens, x[0], y[0], workspace, stream);
     return 0;
   });
 }

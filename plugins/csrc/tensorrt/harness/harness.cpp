@@ -146,7 +146,10 @@ int32_t run(Handle& handle, const Problem& problem, int64_t tokens, std::vector<
   const void* inputs[] = {x.get()};
   void* outputs[] = {result.get()};
   if (handle.runtime->onShapeChange(&in, 1, &out, 1) != 0) return -1;
+  auto* const behind = static_cast<uint8_t*>(workspace.get()) + bytes;  // what lies there is not the plugin's
+  *behind = 0x5A;
   const int32_t status = handle.runtime->enqueue(&in, &out, inputs, outputs, workspace.get(), nullptr);
+  REQUIRE(*behind == 0x5A);
   y.assign(static_cast<uint16_t*>(result.get()), static_cast<uint16_t*>(result.get()) + tokens * kN);
   return status;
 }
@@ -196,6 +199,15 @@ void check_build(IPluginCreatorV3One& creator) {
   REQUIRE(!supports(0, DataType::kHALF, TensorFormat::kLINEAR) && !supports(1, DataType::kFLOAT, TensorFormat::kLINEAR));
   REQUIRE(!supports(0, DataType::kINT8, TensorFormat::kCHW32));
 
+  // What is asked for at the most tokens must do for any fewer: x and y padded, the sums in 32 bits, the libraries' own.
+  size_t before = 0;
+  for (int64_t tokens : {1, 8, 9, 100, 101, 4096}) {
+    tensors[0].max = tensor({tokens, kK}, DataType::kINT8).dims;
+    const size_t bytes = handle.build->getWorkspaceSize(&tensors[0], 1, &tensors[1], 1);
+    REQUIRE(bytes >= before && bytes >= (size_t{32} << 20) + static_cast<size_t>(tokens) * (kK + 4 * kN));
+    before = bytes;
+  }
+
   tensors[0].desc = tensor({-1, kK + 4}, DataType::kINT8);
   REQUIRE(handle.build->configurePlugin(&tensors[0], 1, &tensors[1], 1) != 0);
   REQUIRE(logged.find("last dimension is 324, the weight's in_features 320") != std::string::npos);
@@ -206,6 +218,22 @@ void check_build(IPluginCreatorV3One& creator) {
   Handle pinned = create(creator, problem.fields());
   int32_t tactic = 0;
   REQUIRE(pinned.build->getNbTactics() == 1 && pinned.build->getValidTactics(&tactic, 1) == 0 && tactic == 4);
+}
+
+bool on_host() {
+  const char* device = std::getenv("TWOFOUR_PLUGIN_DEVICE");
+  return device != nullptr && !std::strcmp(device, "host");
+}
+
+// Every tactic on every side of its limits, from one stored weight: packed, compressed and dense.
+void check_tactics(IPluginCreatorV3One& creator, const Problem& problem) {
+  Handle handle = create(creator, problem.fields());
+  std::vector<int32_t> valid(static_cast<size_t>(handle.build->getNbTactics()));
+  REQUIRE(valid.size() == 6 && handle.build->getValidTactics(valid.data(), 6) == 0);
+  for (int32_t tactic : valid) {
+    REQUIRE(handle.runtime->setTactic(tactic) == 0);
+    for (int64_t tokens : {1, 16, 17, 64, 65, 100, 129}) check_values(handle, problem, tokens);
+  }
 }
 
 void check_run(IPluginCreatorV3One& creator) {
@@ -220,10 +248,14 @@ void check_run(IPluginCreatorV3One& creator) {
   check_values(other, problem, 9);
   check_values(copy, problem, 10);
 
-  std::vector<uint16_t> y;
   Problem longer;
-  longer.x.resize(65 * kK);
-  REQUIRE(run(one, longer, 65, y) != 0 && logged.find("cusparselt runs on a GPU only") != std::string::npos);
+  longer.x.resize(129 * kK, 3);
+  if (on_host()) {
+    std::vector<uint16_t> y;
+    REQUIRE(run(one, longer, 65, y) != 0 && logged.find("cusparselt runs on a GPU only") != std::string::npos);
+  } else {
+    check_tactics(creator, longer);
+  }
 
   Handle fresh = create(creator, problem.fields());
   const PluginTensorDesc in = tensor({1, kK}, DataType::kINT8), out = tensor({1, kN}, DataType::kHALF);
