@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     layers = [f"model.layers.{block}.{name}" for block in range(config["num_hidden_layers"]) for name in LINEARS]
     (tokens := work / "tokens.npy").parent.mkdir(parents=True, exist_ok=True)
     shape = (str(arguments.sequence_length), str(arguments.samples), str(arguments.seed))
-    _python(sys.executable, "make_tokens.py", str(arguments.model), arguments.calibration, *shape, str(tokens))
+    run_script(sys.executable, "make_tokens.py", str(arguments.model), arguments.calibration, *shape, str(tokens))
     found: dict[str, Any] = {"dense": {}}
     directories = {"dense": str(arguments.model)}
     for row in METHODS:
@@ -71,13 +71,13 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             continue
         print(f"{row.name} ...", file=sys.stderr, flush=True)
         out, metered = work / row.name.replace(" ", "-"), work / f"{row.name.replace(' ', '-')}.json"
-        python = _llmcompressor(arguments.environment) if "llmcompressor" in row.script else sys.executable
+        python = environment_python(arguments.environment) if "llmcompressor" in row.script else sys.executable
         names = json.dumps(layers)
-        _python(python, row.script, row.method, str(arguments.model), str(tokens), names, str(out), str(metered))
+        run_script(python, row.script, row.method, str(arguments.model), str(tokens), names, str(out), str(metered))
         found[row.name] = json.loads(metered.read_text())
         directories[row.name] = str(out)
     print("judging ...", file=sys.stderr, flush=True)
-    judged = _python(
+    judged = run_script(
         sys.executable, "judge.py", str(arguments.model), arguments.evaluation, str(arguments.sequence_length),
         json.dumps(layers), *directories.values(),
     )  # fmt: skip
@@ -106,7 +106,7 @@ def _shares(found: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def _python(python: str, script: str, *arguments: str) -> str:
+def run_script(python: str, script: str, *arguments: str) -> str:
     """Runs a script with our repository importable, and returns what it printed."""
     root = str(Path(__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -124,7 +124,7 @@ def _last_line(text: str) -> str:
     return (lines or ["no words"])[-1]
 
 
-def _llmcompressor(directory: Path) -> str:
+def environment_python(directory: Path) -> str:
     """The interpreter of the environment that holds llm-compressor, made where it is missing."""
     python = directory / "bin" / "python"
     if not (directory / "complete").exists():
@@ -145,6 +145,16 @@ def _config(model: Path) -> dict[str, Any]:
     except OSError:
         raise UserError(f"'{model}' holds no config.json: name a model's directory") from None
     return config
+
+
+def write_result(name: str, found: dict[str, Any], out: Path) -> Path:
+    """Writes a benchmark's values into `out`, under its name, the machine's and the day's."""
+    environment = found["environment"]
+    machine = re.sub(r"[^a-z0-9]+", "-", environment["processor"].lower()).strip("-") + f"-{environment['cores']}cores"
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}-{machine}-{datetime.date.today().isoformat()}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return path
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -177,13 +187,8 @@ def main() -> None:
             found = run(arguments, Path(work))
     except UserError as error:
         sys.exit(f"error: {error}")
-    environment = found["environment"]
-    machine = re.sub(r"[^a-z0-9]+", "-", environment["processor"].lower()).strip("-") + f"-{environment['cores']}cores"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"accuracy_peers-{machine}-{datetime.date.today().isoformat()}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
     print(_table(found["methods"]))
-    print(path)
+    print(write_result("accuracy_peers", found, arguments.out))
 
 
 if __name__ == "__main__":

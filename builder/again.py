@@ -11,7 +11,10 @@ import yaml
 from benchmarks.config import Benchmark, Workload
 from builder import machine, measure, recipe
 from builder.build import pick_backend
+from builder.checkpoint import Checkpoint
 from builder.console import Console
+from builder.engines import lock
+from builder.engines.base import EngineConfig
 from builder.files import remove, sha256_tree
 from builder.manifest import MANIFEST, as_bytes, is_build, make_manifest, now, record_folder
 from builder.publish import claimed, publish
@@ -57,7 +60,10 @@ def bench(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measures an engine in process, or two OpenAI-compatible endpoints; writes the raw records into `out`."""
     built = _recipe(artifact)
-    engine = _engine(artifact) if url is None else artifact
+    engine = artifact
+    if url is None:
+        engine = _engine(artifact)
+        lock.require(engine)
     with tempfile.TemporaryDirectory() as scratch:
         place = out or Path(scratch)
         place.mkdir(parents=True, exist_ok=True)
@@ -76,16 +82,12 @@ def build_engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str
     started = now()
     found = checkpoints.read(checkpoint)
     checkpoints.verify(checkpoint).require()
-    config = recipe.load("any/model", overrides=[f"engine.{override}" for override in overrides]).engine
-    backend, _ = pick_backend(backend, found.format, bool(found.sparse_layers), found.kv_cache)
-    wanted = "trtllm" if backend == "tensorrt" else "hf"
-    if found.kind != wanted:
-        kinds = {"hf": "a unified Hugging Face", "trtllm": "a TensorRT-LLM"}
-        raise UserError(f"'{checkpoint}' is {kinds[found.kind]} checkpoint, and {backend} needs {kinds[wanted]} one")
+    config = _engine_config(found, overrides)
+    backend = _backend_of(found, backend, config)
     with claimed(out) as place, tempfile.TemporaryDirectory(dir=place.parent, prefix=".engine-") as scratch:
         folder = Path(scratch) / "checkpoints"
         folder.mkdir()
-        (folder / wanted).symlink_to(checkpoint.resolve())
+        (folder / found.kind).symlink_to(checkpoint.resolve())
         engine = Path(scratch) / "engine"
         backends.build(backend, folder, engine, config, gpu)
         facts = backends.engine_facts(engine)
@@ -103,11 +105,36 @@ def build_engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str
     return facts
 
 
+def _engine_config(found: Checkpoint, overrides: tuple[str, ...]) -> EngineConfig:
+    """The engine section: a checkpoint that is split already says over how many ranks, where the user does not."""
+    config = recipe.load("any/model", overrides=[f"engine.{override}" for override in overrides]).engine
+    if found.kind == "hf":
+        return config
+    split = {"tensor_parallel": found.mapping.tp, "pipeline_parallel": found.mapping.pp}
+    return config.model_copy(update={key: n for key, n in split.items() if key not in config.model_fields_set})
+
+
+def _backend_of(found: Checkpoint, asked: str, config: EngineConfig) -> str:
+    """The backend to build for. Raises UserError where it does not read this kind of checkpoint."""
+    can_read = ("tensorrt",) if found.kind == "trtllm" else ("pytorch", "torch")
+    if asked not in ("auto", *can_read):
+        kinds = {"hf": "a unified Hugging Face", "trtllm": "a TensorRT-LLM"}
+        other = next(kind for kind in kinds if kind != found.kind)
+        part = {"hf": "checkpoint", "trtllm": "checkpoint-trtllm"}[other]
+        raise UserError(
+            f"'{found.directory}' is {kinds[found.kind]} checkpoint, and {asked} needs {kinds[other]} one: "
+            f"name OUT/{part} of a build for engine.backend={asked}, or use --backend {can_read[0]}"
+        )
+    parallel = config.tensor_parallel * config.pipeline_parallel
+    if asked == "auto" and len(can_read) == 1:
+        asked = can_read[0]
+    return pick_backend(asked, found.format, bool(found.sparse_layers), found.kv_cache, parallel, can_read)[0]
+
+
 def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Writes build/triton and notes it in the manifest."""
     from builder.deploy.config import DeployConfig
     from builder.deploy.triton import write_repository
-    from builder.engines import lock
 
     lock.require(build / "engine")
     config = DeployConfig(**options, engine_path="../../engine")

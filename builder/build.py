@@ -7,14 +7,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from benchmarks import roofline
 from builder import machine
-from builder.compatibility import check, check_shards, choose_backend
+from builder.compatibility import BACKENDS, check, check_mapping, check_shards, choose_backend
 from builder.console import Console
 from builder.line import Line
 from builder.manifest import MANIFEST, as_bytes, make_manifest, now
@@ -82,15 +83,29 @@ def resolve(recipe: Recipe, gpu: str, batch: int = 8, context: int = 1024) -> Pl
         recipe.quantization.kv_cache,
         engine.tensor_parallel * engine.pipeline_parallel,
     )
-    notes = (*plan.notes, f"backend {words}") if engine.backend == "auto" else plan.notes
-    return dataclasses.replace(plan, backend=backend, notes=notes)
+    check_mapping(plan.heads, plan.blocks, engine.tensor_parallel, engine.pipeline_parallel, backend).require()
+    notes = [*plan.notes, *([f"backend {words}"] if engine.backend == "auto" else [])]
+    card = roofline.gpu(gpu)
+    if machine.sm() is None:  # it will run elsewhere: such as on the card that times are predicted for
+        there = check(
+            _engine_format(plan), bool(plan.sparse_layers), backend, card.sm, kv_cache=recipe.quantization.kv_cache
+        )
+        notes += [] if there.ok else [f"not on {card.name}: {there.reason}; {there.instead}"]
+    return dataclasses.replace(plan, backend=backend, notes=tuple(notes))
 
 
-def pick_backend(asked: str, number_format: str, sparse: bool, kv_cache: str, parallel: int = 1) -> tuple[str, str]:
-    """The backend to build for on this machine, and why. Raises UserError where `asked`, or with "auto" any, cannot."""
+def pick_backend(
+    asked: str, number_format: str, sparse: bool, kv_cache: str, parallel: int = 1, among: Sequence[str] = BACKENDS
+) -> tuple[str, str]:
+    """The backend to build for on this machine, and why. Raises UserError where `asked`, or with "auto" any, cannot.
+
+    `among` are those that "auto" may take.
+    """
     if asked == "auto":
         trtllm = machine.versions("tensorrt-llm").get("tensorrt-llm")
-        return choose_backend(number_format, sparse, machine.sm(), trtllm, kv_cache=kv_cache, parallel=parallel)
+        return choose_backend(
+            number_format, sparse, machine.sm(), trtllm, kv_cache=kv_cache, parallel=parallel, among=among
+        )
     verdict = check(number_format, sparse, asked, machine.sm(), kv_cache=kv_cache, parallel=parallel).require()
     return asked, verdict.reason
 

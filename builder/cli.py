@@ -133,7 +133,10 @@ def plan(
 @click.option("--tensor-parallel", default=1, show_default=True, help="Also check 2:4 after this split of in_features.")
 @json_option
 def verify(directory: Path, tensor_parallel: int, as_json: bool) -> None:
-    """Check a build or a checkpoint from its files alone: dtypes, shapes, scales, 2:4, no stray masks, hashes."""
+    """Check a build, its engine or a checkpoint from the files alone: dtypes, shapes, scales, 2:4, stray masks, hashes.
+
+    An engine of TensorRT-LLM must also be for the versions and the GPU that are here.
+    """
     from builder import checkpoint, output
 
     found = checkpoint.verify(directory, tensor_parallel=tensor_parallel)

@@ -20,6 +20,7 @@ BACKENDS = ("tensorrt", "pytorch", "torch")
 FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
 LAST_TENSORRT = (1, 2)  # the last line of TensorRT-LLM that builds TensorRT engines; 1.3 dropped the backend
 FIRST_SUPPORTED = (1, 0)
+MODELOPT = "0.47"  # whose checkpoints are known here
 
 
 @dataclass(frozen=True)
@@ -229,14 +230,15 @@ def choose_backend(
     *,
     kv_cache: str = "none",
     parallel: int = 1,
+    among: Sequence[str] = BACKENDS,
 ) -> tuple[str, str]:
-    """Resolves `engine.backend: auto`: the first of BACKENDS that this machine can run, and why, in words.
+    """Resolves `engine.backend: auto`: the first of `among` that this machine can run, and why, in words.
 
     `sm` is None on a machine with no GPU and `tensorrt_llm` None where the package is missing: both leave only `torch`.
     Raises UserError where not even that is possible.
     """
     passed_over: list[str] = []
-    for backend in TRTLLM:
+    for backend in [name for name in among if name in TRTLLM]:
         if sm is None:
             verdict = _no("there is no GPU", "")
         elif tensorrt_llm is None:
@@ -312,6 +314,28 @@ def check_shards(layers: Sequence[Shardable], tensor_parallel: int) -> Verdict:
             fits = [n for n in range(1, tensor_parallel) if not any(_cut(other, n) for other in layers)]
             return _no(reason, f"use engine.tensor_parallel={max(fits)}")
     return _yes(f"every layer splits over {tensor_parallel} ranks")
+
+
+def check_mapping(heads: int, blocks: int, tensor_parallel: int, pipeline_parallel: int, backend: str) -> Verdict:
+    """Whether attention heads divide over the tensor-parallel ranks, and decoder blocks over the stages.
+
+    The PyTorch backend gives the first stages one block more where they do not divide; engines want them even.
+    """
+    if heads % tensor_parallel:
+        return _no(
+            f"the model has {heads} attention heads, which tensor_parallel {tensor_parallel} does not divide",
+            f"use engine.tensor_parallel={_largest_divisor(heads, tensor_parallel)}",
+        )
+    if blocks % pipeline_parallel and (backend == "tensorrt" or blocks < pipeline_parallel):
+        return _no(
+            f"the model has {blocks} decoder blocks, which pipeline_parallel {pipeline_parallel} does not divide",
+            f"use engine.pipeline_parallel={_largest_divisor(blocks, pipeline_parallel)}",
+        )
+    return _yes(f"heads and blocks divide over {tensor_parallel} x {pipeline_parallel} ranks")
+
+
+def _largest_divisor(size: int, below: int) -> int:
+    return max(n for n in range(1, below) if size % n == 0)
 
 
 def _cut(layer: Shardable, ranks: int) -> str:

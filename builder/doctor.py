@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from builder.compatibility import BACKENDS, check_release
+from builder.compatibility import BACKENDS, TRTLLM, check, check_release
 from builder.probes import PROBES, Finding, run
 
 # What each backend needs, in the order in which to get it. Calibration and deployment stand beside them.
@@ -18,6 +18,7 @@ NEEDS = {
     "calibration": ("torch", "transformers", "ModelOpt"),
     "deploy": ("Triton",),
 }
+FORMATS = ("bf16", "fp8", "int8")  # that recipes build
 KERNELS = ("GPU", "CUDA driver", "cuSPARSELt", "libtwofour")  # the torch backend without them: reference numerics
 
 
@@ -78,9 +79,19 @@ def _will_do(name: str, finding: Finding) -> bool:
 
 
 def _note(name: str, found: Mapping[str, Finding]) -> str:
+    if name in TRTLLM:
+        return _formats(name, found)
     if name != "torch":
         return ""
     lacking = next((found[need] for need in KERNELS if not found[need].ok), None)
     if lacking is None:
         return "sparse layers run on our CUDA kernels"
     return f"sparse layers run on the reference, at no gain: {lacking.name}: {lacking.words}"
+
+
+def _formats(backend: str, found: Mapping[str, Finding]) -> str:
+    """Which number formats 2:4 layers may have there on this GPU, and why not the others."""
+    sm = int(str(found["GPU"].version).removeprefix("SM"))
+    asked = {name: check(name, True, backend, sm, tensorrt_llm=found["TensorRT-LLM"].version) for name in FORMATS}
+    refused = [f"not {name}: {verdict.reason}" for name, verdict in asked.items() if not verdict.ok]
+    return "; ".join([f"2:4 layers in {', '.join(name for name in asked if asked[name].ok)}", *refused])

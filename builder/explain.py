@@ -48,7 +48,8 @@ def _places(artifact: Path) -> tuple[Path | None, Path | None]:
     if (artifact / "engine.json").is_file():
         return None, artifact
     if (artifact / "checkpoint").is_dir():
-        return artifact / "checkpoint", artifact / "engine"
+        split = artifact / "checkpoint-trtllm"  # an engine of TensorRT names its layers as this one does
+        return split if split.is_dir() else artifact / "checkpoint", artifact / "engine"
     if (artifact / "config.json").is_file():
         return artifact, None
     raise UserError(f"'{artifact}' is neither a build, an engine nor a checkpoint: name the --out of a build")

@@ -33,6 +33,7 @@ class Line:
         self.store, self.console, self.wait = store, console, wait
         self.model_digest = digest_of(_model_files(model))
         self.entries: dict[str, Entry] = {}
+        self.unmeasured = False  # whether speed was asked for, and could not be measured here
 
     def _run(
         self, stage: str, version: int, inputs: Mapping[str, str], config: Any, tools: tuple[str, ...],
@@ -67,7 +68,30 @@ class Line:
             write_json(out / "calibration.json", {"sha256": windows.sha256, **config.model_dump(mode="json")})
 
         inputs = {"model": self.model_digest, "data": _data_digest(config.data)}
-        return self._run("calibration", 1, inputs, config.model_dump(mode="json"), ("transformers", "datasets"), make)
+        tools = ("transformers", "datasets")
+        entry = self._run("calibration", 1, inputs, config.model_dump(mode="json"), tools, make)
+        self._check_text(entry)
+        return entry
+
+    def _check_text(self, calibration: Entry) -> None:
+        """Warns of calibration text that the dense model finds far less likely than the evaluation text."""
+        from calibration.text_check import compare_text, words
+
+        accuracy = self.recipe.accuracy
+        if accuracy.data is None or "text_check" in self.entries:
+            return
+        data = accuracy.data
+
+        def make(out: Path, work: Path) -> None:
+            from calibration.data import windows
+
+            held_out = windows(data, self.model, accuracy.sequence_length)
+            write_json(out / "perplexity.json", compare_text(self.model, _tokens(calibration), held_out.tokens))
+
+        inputs = {"model": self.model_digest, "tokens": calibration.digest, "held_out": _data_digest(data)}
+        entry = self._run("text_check", 1, inputs, accuracy.sequence_length, CALIBRATION_TOOLS, make)
+        if said := words(json.loads((entry.path / "perplexity.json").read_text())):
+            self.console.warn(said)
 
     def layers(self) -> tuple[list[str], dict[str, str]]:
         """The layers to prune, and the digest of the selection where a budget made one."""
@@ -130,17 +154,32 @@ class Line:
         pruned, recovery = self.pruned(), self.recipe.recovery
         if pruned is None or recovery is None:
             return pruned
-        tokens = self.calibration()
+        text = recovery.data or self.recipe.calibration.data
+        if text is None:
+            raise UserError("recovery needs text: set recovery.data or calibration.data")
+        calibration, quantization = self.recipe.calibration, self.recipe.quantization
+        quantized = self.plan.quantized_layers if quantization.wanted else []
 
         def make(out: Path, work: Path) -> None:
+            from calibration.data import windows
             from calibration.recover import recover
 
+            tokens = windows(
+                text, self.model, calibration.sequence_length, chat_template=calibration.chat_template
+            ).tokens  # all there are: recovery is held back by too little text first
             recover(
-                self.model, pruned.path / "model", _tokens(tokens), recovery, out / "model", work, self.console.progress
-            )
+                self.model, pruned.path / "model", tokens, recovery, out / "model", work, self.console.progress,
+                quantization, quantized,
+            )  # fmt: skip
 
-        inputs = {"model": self.model_digest, "pruned": pruned.digest, "tokens": tokens.digest}
-        return self._run("recover", 1, inputs, recovery.model_dump(mode="json"), CALIBRATION_TOOLS, make)
+        inputs = {"model": self.model_digest, "pruned": pruned.digest, "text": _data_digest(text)}
+        config = {
+            "recovery": recovery.model_dump(mode="json"),
+            "calibration": calibration.model_dump(mode="json"),
+            "quantization": quantization.model_dump(mode="json"),
+            "quantized": quantized,
+        }
+        return self._run("recover", 2, inputs, config, CALIBRATION_TOOLS, make)
 
     def checkpoint(self) -> Entry:
         """hf/, and trtllm/ for the tensorrt backend: quantized, written by ModelOpt and verified on the files."""
@@ -166,28 +205,40 @@ class Line:
 
     def engine(self) -> Entry:
         """The backend's engine directory."""
+        return self._engine("engine", self.plan.backend)
+
+    def opened(self) -> Entry:
+        """The engine, where this process can open it; else a torch engine of the same checkpoint.
+
+        Only TensorRT-LLM's own server opens an engine of its backends.
+        """
+        return self.engine() if self.plan.backend == "torch" else self._engine("reference", "torch")
+
+    def _engine(self, stage: str, backend: str) -> Entry:
         from builder.engines import backends, tuned
 
         checkpoint, config = self.checkpoint(), self.recipe.engine
+        served = stage == "engine"  # the other is asked for its logits alone
 
         def make(out: Path, work: Path) -> None:
-            backends.build(self.plan.backend, checkpoint.path, out, config, self.plan.predicted["gpu"])
+            gpu = self.plan.predicted["gpu"]
+            backends.build(backend, checkpoint.path, out, config, gpu, speed_matters=served)
 
         described = {
             **config.model_dump(mode="json"),
-            "backend": self.plan.backend,
+            "backend": backend,
             "predicted": self.plan.predicted["gpu"],
             "sm": machine.sm(),
-            **tuned.fingerprint(),
+            **(tuned.fingerprint() if served else {}),
         }
-        return self._run("engine", 1, {"checkpoint": checkpoint.digest}, described, ENGINE_TOOLS, make)
+        return self._run(stage, 2, {"checkpoint": checkpoint.digest}, described, ENGINE_TOOLS, make)
 
     def accuracy(self) -> Entry | None:
         """accuracy.json: the engine against the dense model on held-out text; None where the recipe names no text."""
         config = self.recipe.accuracy
         if config.data is None:
             return None
-        engine = self.engine()
+        engine = self.opened()
 
         def make(out: Path, work: Path) -> None:
             from builder.measure import accuracy
@@ -195,12 +246,18 @@ class Line:
             write_json(out / "accuracy.json", accuracy(self.model, engine.path, config, self.console.progress))
 
         inputs = {"model": self.model_digest, "engine": engine.digest, "data": _data_digest(config.data)}
-        return self._run("evaluate", 1, inputs, config.model_dump(mode="json"), ENGINE_TOOLS, make)
+        return self._run("evaluate", 2, inputs, config.model_dump(mode="json"), ENGINE_TOOLS, make)
 
     def performance(self) -> Entry | None:
-        """performance.json and records.jsonl: dense and built, interleaved on this machine."""
+        """performance.json and records.jsonl: dense and built, interleaved on this machine.
+
+        None where the recipe asks for none, or only TensorRT-LLM's server opens the engine.
+        """
         config = self.recipe.benchmark
         if config is None:
+            return None
+        if self.plan.backend != "torch":
+            self.unmeasured = True
             return None
         engine = self.engine()
 
@@ -211,7 +268,7 @@ class Line:
 
         inputs = {"model": self.model_digest, "engine": engine.digest}
         described = {"benchmark": config.model_dump(mode="json"), "device": machine.device()}
-        return self._run("benchmark", 1, inputs, described, ENGINE_TOOLS, make)
+        return self._run("benchmark", 2, inputs, described, ENGINE_TOOLS, make)
 
 
 def _model_files(model: Path) -> dict[str, str]:

@@ -34,6 +34,7 @@ def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) ->
     text = windows(config.data, model, config.sequence_length, config.samples)
     dense, built = backends.load_dense(model, engine), backends.load(engine)
     found = evaluate(dense.logits, built.logits, text.tokens, text.documents, progress).to_dict()
+    found["engines"] = {"dense": dense.describe(), "built": built.describe()}
     if config.tasks:
         from calibration.tasks import lm_eval_tasks
 
@@ -46,11 +47,13 @@ def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) ->
 
 
 def performance(model: Path, engine: Path, config: Benchmark, out: Path, progress: Progress) -> list[dict[str, Any]]:
-    """Writes performance.json (the report's `performance`) and records.jsonl into `out`; returns the points."""
+    """Writes performance.json (the report's `performance`), records.jsonl and engines.json (how both sides ran) into
+    `out`; returns the points."""
     from benchmarks.compare import compare
 
     dense, built = backends.load_dense(model, engine), backends.load(engine)
     measured = compare(dense, built, config, _vocabulary(model), progress)
+    write_json(out / "engines.json", {"dense": dense.describe(), "built": built.describe()})
     if (costs := _costs(model, engine)) and (card := _this_gpu()):
         add_limits(measured.points, costs, card)
     return _write(measured, out)

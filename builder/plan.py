@@ -51,6 +51,8 @@ class Plan:
     dense_bytes: int
     built_bytes: int
     kv_bytes_per_token: int
+    heads: int
+    blocks: int
     calibration_bytes: dict[str, int]
     predicted: dict[str, Any]
     notes: tuple[str, ...] = field(default=())
@@ -85,6 +87,8 @@ def make_plan(recipe: Recipe, gpu: str = "H100-SXM", batch: int = 8, context: in
         dense_bytes=sum(layer.dense_bytes for layer in layers) + other - head,
         built_bytes=sum(layer.built_bytes for layer in layers) + other - head,
         kv_bytes_per_token=kv_bytes,
+        heads=shapes.num_heads,
+        blocks=shapes.num_blocks,
         calibration_bytes=_calibration_bytes(recipe, shapes, layers, other),
         predicted=predict(gpu, shapes, layers, kv_bytes, batch, context),
         notes=tuple(_notes(recipe, layers)),

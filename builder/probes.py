@@ -21,14 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from builder.compatibility import check_release
+from builder.compatibility import MODELOPT, check, check_release
 from builder.engines.gpu import gpus
 from plugins.errors import UserError
 
 State = Literal["ok", "missing", "broken", "unfit"]  # unfit: there, and not a version that works here
 OLDEST_CUSPARSELT = (0, 8, 1)
 TRANSFORMERS = ((4, 57), (5, 15))  # from, below
-MODELOPT = "0.47"
 DISK_BYTES = 20 << 30
 SECONDS = 20  # a driver or a library
 IMPORT_SECONDS = 120  # the import of torch and ModelOpt, on a slow disk
@@ -58,10 +57,9 @@ def gpu() -> Finding:
     if found := gpus():
         first = found[0]
         words = f"{len(found)} x {first.name}, SM{first.sm}, {first.memory_total / 1e9:.0f} GB, driver {first.driver}"
-        if first.sm < 80:
-            return Finding(
-                "GPU", "unfit", f"SM{first.sm}", f"{words}: no sparse tensor cores", "use SM80 (A100) or newer"
-            )
+        verdict = check("bf16", True, "torch", first.sm)
+        if not verdict.ok:
+            return Finding("GPU", "unfit", f"SM{first.sm}", f"{words}: {verdict.reason}", "use SM80 (A100) or newer")
         return Finding("GPU", "ok", f"SM{first.sm}", words)
     if shutil.which("nvidia-smi") is None:
         return Finding("GPU", "missing", None, "no nvidia-smi", "use a machine with an NVIDIA GPU and its driver")

@@ -74,6 +74,8 @@ def publish(parts: Mapping[str, Path], out: Path, files: Mapping[str, bytes]) ->
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("xb") as file:
                     file.write(data)
+                if data.startswith(b"#!"):  # a script, to be run
+                    target.chmod(0o755)
             sync_tree(new)
             _swap(new, out)
     except BaseException:

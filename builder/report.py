@@ -10,6 +10,7 @@ from builder import machine
 from builder.line import Line
 from builder.manifest import now
 from builder.tactics import read_tactics
+from calibration.trtllm_config import trtllm_name
 
 ON_CPU = (
     "2:4 gives no speed on this machine: a CPU has no sparse matrix instructions, so its kernels multiply the zeros "
@@ -18,6 +19,13 @@ ON_CPU = (
 CPU_FIGURES = (
     "The speeds are real and stand for this CPU alone; they say nothing about a GPU. Both sides compute in float32 "
     "here, which holds the dense model back where bfloat16 products would be faster, at large batches."
+)
+
+
+ELSEWHERE = (
+    "This is an engine of TensorRT-LLM's {backend} backend, which only TensorRT-LLM's server opens. Accuracy, where it "
+    "is given, is that of the same checkpoint on the torch engine. Speed is not measured: serve the engine "
+    "(engine/launch/serve.sh), then compare it with twofour bench --url."
 )
 
 
@@ -65,6 +73,11 @@ def gates(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
             words = f"perplexity {value:+.2%} under a budget of {limit:.2%}"
             found.append({"name": "budget", "limit": limit, "value": value, "passed": value <= limit, "words": words})
     benchmark = line.recipe.benchmark
+    if benchmark and benchmark.min_speedup and line.unmeasured:
+        words = (
+            f"not measured, and at least {benchmark.min_speedup:.2f}x is asked for: measure it with twofour bench --url"
+        )
+        found.append({"name": "speedup", "limit": benchmark.min_speedup, "passed": False, "words": words})
     if benchmark and benchmark.min_speedup and report.get("performance"):
         for point in report["performance"]:
             ratio = point["speedup"]["output_token_throughput"]["ratio"]
@@ -77,8 +90,8 @@ def gates(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def weight_bytes(directory: Path) -> int:
-    """Bytes of the safetensors of a model or an engine."""
-    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+    """Bytes of the files that hold a model's or an engine's weights."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.suffix in (".safetensors", ".engine"))
 
 
 def _pareto(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -108,7 +121,7 @@ def _layers(line: Line) -> list[dict[str, Any]]:
     dense = {layer.name: layer.dense_bytes for layer in line.plan.layers}
     rows = []
     for layer in checkpoint.read(line.entries["checkpoint"].path / "hf").layers():
-        tactic = tactics.get(layer.name, {})
+        tactic = tactics.get(layer.name) or tactics.get(trtllm_name(layer.name), {})
         rows.append({
             "name": layer.name,
             "out_features": layer.out_features,
@@ -118,7 +131,7 @@ def _layers(line: Line) -> list[dict[str, Any]]:
             "zeros": layer.zeros,
             "dense_bytes": dense.get(layer.name),
             "built_bytes": layer.packed_bytes,
-            "kernel": "reference" if machine.device()["type"] == "cpu" else None,
+            "kernel": "reference" if line.plan.backend == "torch" and machine.device()["type"] == "cpu" else None,
             "reason": tactic.get("reason"),
         })  # fmt: skip
     return rows
@@ -126,6 +139,9 @@ def _layers(line: Line) -> list[dict[str, Any]]:
 
 def _notes(line: Line) -> list[str]:
     notes = []
+    if line.plan.backend != "torch" and "engine" in line.entries:
+        notes.append(ELSEWHERE.format(backend=line.plan.backend))
+    notes += [f"The engine: {remark}." for remark in _remarks(line)]
     if machine.device()["type"] == "cpu":
         notes += [ON_CPU] if line.recipe.sparsity else []
         notes += [CPU_FIGURES]
@@ -139,6 +155,18 @@ def _notes(line: Line) -> list[str]:
             "The model's own code was allowed (trust_remote_code); of a supported architecture transformers' code ran."
         )
     return notes
+
+
+def _remarks(line: Line) -> list[str]:
+    """What the built engine says of itself: when it was built, and where it was opened to be measured."""
+    if "engine" not in line.entries:
+        return []
+    remarks: list[str] = _read(line.entries["engine"].path / "engine.json").get("remarks", [])
+    if line.plan.backend == "torch" and "evaluate" in line.entries:
+        remarks += _read(line.entries["evaluate"].path / "accuracy.json")["engines"]["built"]["remarks"]
+    elif "benchmark" in line.entries:
+        remarks += _read(line.entries["benchmark"].path / "engines.json")["built"]["remarks"]
+    return remarks
 
 
 def _read(path: Path) -> Any:

@@ -157,6 +157,9 @@ class Store:
 
 
 def _readable(directory: Path) -> None:
-    """Lets every user read the files: some libraries write weights for their owner alone, and a server is another."""
+    """Lets every user read the files: some libraries write weights for their owner alone, and a server is another.
+
+    A script stays one that can be run.
+    """
     for path in directory.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+        path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)

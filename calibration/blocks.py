@@ -6,6 +6,7 @@ Suffixes: B samples, T tokens of a sample, D hidden size.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,22 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from calibration.states import States, samples_at_once
 from calibration.weights import Weights
 from plugins.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-RESIDUAL_BEFORE = {  # a layer that adds to the residual stream: the module that reads the stream as it was before
-    "self_attn.o_proj": "input_layernorm",
-    "mlp.down_proj": "post_attention_layernorm",
+HALVES = {  # of a block, each x + branch(norm(x)): the branch, its norm, and its layer that gives what is added to x
+    "self_attn": ("input_layernorm", "self_attn.o_proj"),
+    "mlp": ("post_attention_layernorm", "mlp.down_proj"),
 }
-SAMPLES_AT_ONCE = 8  # that go through a block together; fixed, as sums in another order round otherwise
 
 
 class Blocks:
     """The decoder blocks of a Hugging Face directory. Computes in float32, whatever the weights are stored in."""
 
-    def __init__(self, directory: Path):
-        self.weights = Weights(directory)
+    def __init__(self, directory: Path, device: torch.device | str = "cpu"):
+        self.weights, self.device = Weights(directory), device
         self.config = AutoConfig.from_pretrained(str(directory))
         if self.config.model_type not in FAMILIES:
             known = ", ".join(FAMILIES)
@@ -41,10 +42,14 @@ class Blocks:
         self.skeleton: Any = model.eval().requires_grad_(False).model
         self.count: int = self.config.num_hidden_layers
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        """The hidden states [B, T, D] that enter the first block. Reads the rows of the tokens that occur."""
+    def embed(self, tokens_BT: Tensor) -> Iterator[Tensor]:
+        """The hidden states [B, T, D] that enter the first block, a few samples at a time.
+
+        Reads the rows of the tokens that occur.
+        """
         occurring, row_BT = tokens_BT.unique(return_inverse=True)
-        return self.weights.read_rows("model.embed_tokens.weight", occurring.tolist()).float()[row_BT]
+        embedded = self.weights.read_rows("model.embed_tokens.weight", occurring.tolist())
+        return (embedded[rows].float() for rows in row_BT.split(samples_at_once(tokens_BT.shape[1])))
 
     def arguments(self, length: int) -> list[dict[str, Any]]:
         """What the model passes to each block besides the hidden states, for samples of `length` tokens.
@@ -55,15 +60,15 @@ class Blocks:
         model._modules = dict(self.skeleton._modules)
         blocks = [_Remember() for _ in range(self.count)]
         model.layers, model.norm = nn.ModuleList(blocks), nn.Identity()
-        model.rotary_emb = type(self.skeleton.rotary_emb)(config=self.config)
-        model(inputs_embeds=torch.zeros(1, length, self.config.hidden_size), use_cache=False)
+        model.rotary_emb = type(self.skeleton.rotary_emb)(config=self.config).to(self.device)
+        model(inputs_embeds=torch.zeros(1, length, self.config.hidden_size, device=self.device), use_cache=False)
         return [block.arguments for block in blocks]
 
     def load(self, number: int) -> nn.Module:
-        """Block `number` with its weights, float32."""
+        """Block `number` with its weights, float32, on the device."""
         block: nn.Module = copy.deepcopy(self.skeleton.layers[number])
         prefix = f"model.layers.{number}."
-        tensors = {name: self.weights.read(prefix + name).float() for name in block.state_dict()}
+        tensors = {name: self.weights.read(prefix + name).to(self.device).float() for name in block.state_dict()}
         block.load_state_dict(tensors, assign=True)
         return block
 
@@ -76,12 +81,14 @@ class _Remember(nn.Module):
 
 @dataclass
 class Stream:
-    """One form of a block, pruned or dense, with the hidden states [B, T, D] that enter it."""
+    """One form of a block, pruned or dense, with the hidden states that enter the half of it that is at work."""
 
     block: nn.Module
-    hidden: Tensor
+    states: States
 
 
-def run(stream: Stream, arguments: dict[str, Any]) -> Tensor:
-    """The block's output [B, T, D], a few samples at a time."""
-    return torch.cat([stream.block(part, **arguments) for part in stream.hidden.split(SAMPLES_AT_ONCE)])
+def forward_half(block: nn.Module, half: str, x_BTD: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """What leaves one of the `HALVES` of a block: [B, T, D]."""
+    branch, normed_BTD = block.get_submodule(half), block.get_submodule(HALVES[half][0])(x_BTD)
+    added_BTD = branch(hidden_states=normed_BTD, **arguments)[0] if half == "self_attn" else branch(normed_BTD)
+    return x_BTD + added_BTD

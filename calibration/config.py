@@ -55,8 +55,8 @@ class Recovery(Config):
     steps: int | None = Field(default=None, ge=1)  # None: as many as fit into the minutes
     data: str | None = None  # None: the calibration data
     sampled_windows: int = Field(default=0, ge=0)  # that the dense model writes itself, beside the data
-    batch_size: int = Field(default=16, ge=1)  # windows an optimizer step
-    learning_rate: float | None = Field(default=None, gt=0)  # None: 0.2 / hidden size
+    batch_size: int = Field(default=8, ge=1)  # windows an optimizer step
+    learning_rate: float | None = Field(default=None, gt=0)  # None: 0.1 / hidden size
     reverse_kl: float = Field(
         0.0, ge=0, le=1
     )  # share of KL(pruned || dense) in the loss; the rest is KL(dense || pruned)

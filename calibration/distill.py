@@ -11,6 +11,7 @@ Suffixes: B windows, T tokens of a window, V vocabulary, D hidden size, N out_fe
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -27,13 +28,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from calibration.config import Quantization, Recovery
 from calibration.data import Tokens
+from calibration.device import has_bfloat16
 from calibration.quantize import quantize
 
 LOGITS_AT_ONCE = 2**26  # B x T x V of one forward pass: 256 MB in float32, of which training holds about six
 CHECKPOINTS = 10  # over the whole training
 LEARNING_RATE = (
-    0.2  # divided by the hidden size, as wider models take smaller steps (Yang et al., 2022, arXiv 2203.03466)
+    0.1  # divided by the hidden size, as wider models take smaller steps (Yang et al., 2022, arXiv 2203.03466)
 )
+WARM_UP = 0.05  # of the training
 TIMED = 4
 
 
@@ -127,8 +130,9 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
 class Distiller(Trainer):  # type: ignore[misc]
     """transformers' Trainer on ModelOpt's distillation loss."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, watch: Watch, **kwargs: Any):
+        super().__init__(*args, callbacks=[watch], **kwargs)
+        self.watch = watch
         self.model_accepts_loss_kwargs = False  # the loss is a mean: the Trainer divides it by the accumulation steps
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
@@ -137,11 +141,23 @@ class Distiller(Trainer):  # type: ignore[misc]
         loss: Tensor = self.accelerator.unwrap_model(model).compute_kd_loss()
         return loss
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Falls with the steps or with the time, whichever is further: a slow machine ends at rate 0 all the same."""
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: _rate(max(step / num_training_steps, self.watch.share()))
+        )
+        return self.lr_scheduler
+
+
+def _rate(done: float) -> float:
+    """A linear rise, then a cosine down to 0."""
+    return min(1.0, done / WARM_UP) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
 
 def train(model: nn.Module, tokens_BT: Tokens, config: Recovery, steps: int, work: Path, watch: Watch) -> None:
     """Runs to optimizer step `steps`, from the last checkpoint in `work` where there is one; saves one at the end."""
     arguments = _arguments(model, tokens_BT.shape[1], config, steps, work)
-    trainer = Distiller(model=model, args=arguments, train_dataset=Windows(tokens_BT), callbacks=[watch])
+    trainer = Distiller(model=model, args=arguments, train_dataset=Windows(tokens_BT), watch=watch)
     trainer.remove_callback(PrinterCallback)
     found = last_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
@@ -175,7 +191,7 @@ def _windows_at_once(model: Any, length: int, config: Recovery) -> int:
 
 
 def _arguments(model: Any, length: int, config: Recovery, steps: int, work: Path) -> TrainingArguments:
-    """A cosine schedule over `steps`, AdamW, batches of `config.batch_size` windows cut to fit memory."""
+    """AdamW, batches of `config.batch_size` windows cut to fit memory."""
     at_once = _windows_at_once(model, length, config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return TrainingArguments(
@@ -184,8 +200,6 @@ def _arguments(model: Any, length: int, config: Recovery, steps: int, work: Path
         per_device_train_batch_size=at_once,
         gradient_accumulation_steps=max(1, config.batch_size // (at_once * processes)),
         learning_rate=config.learning_rate or LEARNING_RATE / model.config.hidden_size,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,
@@ -201,13 +215,6 @@ def _arguments(model: Any, length: int, config: Recovery, steps: int, work: Path
         dataloader_pin_memory=torch.cuda.is_available(),
         average_tokens_across_devices=False,
     )
-
-
-def has_bfloat16() -> bool:
-    """Whether matrix products in bfloat16 are faster here than in float32."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def last_checkpoint(work: Path) -> Path | None:
@@ -228,10 +235,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.progress, self.spent, self.deadline = progress, spent, deadline
         self.started = time.monotonic() - (float(spent.read_text()) if spent.is_file() else 0.0)
 
+    def share(self) -> float:
+        """Of the time that is over; 0 where time does not matter."""
+        return (time.monotonic() - self.started) / self.deadline if self.deadline else 0.0
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After each optimizer step."""
         self.progress("recover", state.global_step, state.max_steps)
-        if self.deadline is not None and time.monotonic() - self.started > self.deadline:
+        if self.share() > 1:
             control.should_training_stop = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from calibration.quiet import quiet
 from calibration.tokenizer_files import copy_tokenizer
-from calibration.trtllm_config import complete_config, for_transformers_4
+from calibration.trtllm_config import complete_config, for_transformers_4, trtllm_name
 from plugins.errors import UserError
 
 DECODERS = {
@@ -21,15 +21,6 @@ DECODERS = {
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen",
     "Qwen3ForCausalLM": "qwen",
-}
-TRTLLM_NAMES = {  # Hugging Face's name in a block -> TensorRT-LLM's
-    "self_attn.q_proj": "attention.qkv",
-    "self_attn.k_proj": "attention.qkv",
-    "self_attn.v_proj": "attention.qkv",
-    "self_attn.o_proj": "attention.dense",
-    "mlp.gate_proj": "mlp.fc",
-    "mlp.up_proj": "mlp.gate",
-    "mlp.down_proj": "mlp.proj",
 }
 
 
@@ -145,9 +136,7 @@ def trtllm_layers(layers: Sequence[str]) -> list[str]:
     """TensorRT-LLM's names of 2:4 layers. q, k and v become one layer, which is 2:4 only where all three are."""
     parts: dict[str, int] = {}
     for layer in layers:
-        _, _, rest = layer.partition("model.layers.")
-        block, _, inner = rest.partition(".")
-        name = f"transformer.layers.{block}.{TRTLLM_NAMES[inner]}" if inner else layer
+        name = trtllm_name(layer)
         parts[name] = parts.get(name, 0) + 1
     return [name for name, count in parts.items() if count == (3 if name.endswith(".qkv") else 1)]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks import RESIDUAL_BEFORE, SAMPLES_AT_ONCE, Stream
+from calibration.blocks import HALVES, Stream, forward_half
 from calibration.solvers import Statistics
 
 
@@ -20,8 +20,8 @@ class _ReachedError(Exception):
     """Ends a forward pass at the layer whose input was wanted."""
 
 
-def shared_inputs(stream: Stream, names: Sequence[str], arguments: dict[str, Any]) -> list[list[str]]:
-    """The linear layers `names` grouped by the tensor they read, in the order of the forward pass."""
+def shared_inputs(stream: Stream, half: str, names: Sequence[str], arguments: dict[str, Any]) -> list[list[str]]:
+    """The linear layers `names` of a half, grouped by the tensor they read, in the order of the forward pass."""
     groups: list[tuple[Tensor, list[str]]] = []
 
     def note(name: str, x: Tensor) -> None:
@@ -32,45 +32,49 @@ def shared_inputs(stream: Stream, names: Sequence[str], arguments: dict[str, Any
         groups.append((x, [name]))
 
     with _watch(stream.block, names, note):
-        stream.block(stream.hidden[:1], **arguments)
+        forward_half(stream.block, half, stream.states.read([0]), arguments)
     return [group for _, group in groups]
 
 
 def gather(layer: str, pruned: Stream, arguments: dict[str, Any], dense: Stream | None = None) -> Statistics:
-    """The statistics of `layer`'s input over all samples; with `dense`, also against the dense model's."""
-    features: tuple[int, int] = tuple(pruned.block.get_submodule(layer).weight.shape)
-    hessian_KK = torch.zeros(features[1], features[1])
+    """The statistics of `layer`'s input over all samples; with `dense`, also against the dense model's.
+
+    The streams' states are those that enter the layer's half.
+    """
+    half = layer.split(".")[0]
+    out_features, in_features = weight_shape = pruned.block.get_submodule(layer).weight.shape
+    device = pruned.states.device
+    hessian_KK = torch.zeros(in_features, in_features, device=device)
     cross_KK = torch.zeros_like(hessian_KK) if dense else None
-    residual_NK = torch.zeros(features) if dense and layer in RESIDUAL_BEFORE else None
+    residual_NK = torch.zeros(weight_shape, device=device) if dense and layer == HALVES[half][1] else None
     rows = 0
-    for at in range(0, len(pruned.hidden), SAMPLES_AT_ONCE):
-        x_MK, residual_MN = _input(layer, pruned, at, arguments)
+    dense_batches = dense.states.batches() if dense else None
+    for state_BTD in pruned.states.batches():
+        x_MK = _input(layer, half, pruned.block, state_BTD, arguments)
         hessian_KK.addmm_(x_MK.T, x_MK)
-        if dense and cross_KK is not None:
-            dense_MK, dense_residual_MN = _input(layer, dense, at, arguments)
-            cross_KK.addmm_(dense_MK.T, x_MK)
-            if residual_NK is not None and residual_MN is not None and dense_residual_MN is not None:
-                residual_NK.addmm_((dense_residual_MN - residual_MN).T, x_MK)
         rows += len(x_MK)
+        if dense and dense_batches and cross_KK is not None:
+            dense_state_BTD = next(dense_batches)
+            cross_KK.addmm_(_input(layer, half, dense.block, dense_state_BTD, arguments).T, x_MK)
+            if residual_NK is not None:
+                residual_NK.addmm_((dense_state_BTD - state_BTD).view(-1, out_features).T, x_MK)
     for moment in (hessian_KK, cross_KK, residual_NK):
         if moment is not None:
             moment.div_(rows)
     return Statistics(hessian_KK, cross_KK, residual_NK)
 
 
-def _input(layer: str, stream: Stream, at: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The input [M, K] of `layer` for the samples from `at` on, and the residual [M, N] that its output is added to."""
-    seen: dict[str, Tensor] = {}
-    names = [name for name in (RESIDUAL_BEFORE.get(layer), layer) if name]
+def _input(layer: str, half: str, block: nn.Module, state_BTD: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """The input [M, K] that `layer` sees."""
+    seen: list[Tensor] = []
 
-    def note(name: str, x: Tensor) -> None:
-        seen[name] = x.flatten(0, -2)
-        if name == layer:
-            raise _ReachedError
+    def note(_: str, x: Tensor) -> None:
+        seen.append(x.flatten(0, -2))
+        raise _ReachedError
 
-    with _watch(stream.block, names, note), suppress(_ReachedError):
-        stream.block(stream.hidden[at : at + SAMPLES_AT_ONCE], **arguments)
-    return seen[layer], seen[names[0]] if len(names) > 1 else None
+    with _watch(block, [layer], note), suppress(_ReachedError):
+        forward_half(block, half, state_BTD, arguments)
+    return seen[0]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from calibration.data import Tokens
 from calibration.weights import Weights
 from plugins.errors import UserError
 
-VERSION = 1  # of the results: raised whenever the same input gives other weights
+VERSION = 2  # of the results: raised whenever the same input gives other weights
 HELD_OUT = 16  # windows at most that judge the training and never train
 CALIBRATION = 64  # windows at most that set the ranges of fake quantizers
 

@@ -15,8 +15,7 @@ from torch import Tensor
 class Finished:
     """The finished blocks of one run in the directory `work`; `key` says which run it is. Another run's are dropped.
 
-    A block's file is complete before the states are replaced, and the states count the blocks: a run killed between the
-    two does the block again, to the same bytes.
+    The states that leave a block are whole before the block's file is: the blocks' files count what is done.
     """
 
     def __init__(self, work: Path, key: str):
@@ -24,24 +23,32 @@ class Finished:
         work.mkdir(parents=True, exist_ok=True)
         marker = work / "run.json"
         if not (marker.exists() and json.loads(marker.read_text()) == {"key": key}):
-            for file in work.glob("*.safetensors"):
+            for file in [*work.glob("*.safetensors"), *work.glob("*.states")]:
                 file.unlink()
             _write_text(marker, json.dumps({"key": key}))
 
-    def states(self) -> tuple[int, dict[str, Tensor]]:
-        """The number of finished blocks, and the named hidden states that follow them."""
-        file = self.work / "states.safetensors"
-        if not file.exists():
-            return 0, {}
-        with safe_open(str(file), "pt") as opened:
-            return int(opened.metadata()["blocks"]), {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+    def count(self) -> int:
+        """The number of finished blocks."""
+        number = 0
+        while self._block(number).exists():
+            number += 1
+        return number
 
-    def add(
-        self, number: int, weights: dict[str, Tensor], reports: list[dict[str, Any]], states: dict[str, Tensor]
-    ) -> None:
-        """Writes block `number` and what is needed to go on behind it."""
-        _write(self._block(number), weights, {"reports": json.dumps(reports)})
-        _write(self.work / "states.safetensors", states, {"blocks": str(number + 1)})
+    def states(self, number: int, name: str) -> Path:
+        """Where the named states that enter block `number` are kept."""
+        return self.work / f"block-{number:05d}-{name}.states"
+
+    def add(self, number: int, weights: dict[str, Tensor], reports: list[dict[str, Any]]) -> None:
+        """Writes block `number`, and drops the states of before it."""
+        partial = self._block(number).with_suffix(".partial")
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in weights.items()},
+            str(partial),
+            {"reports": json.dumps(reports)},
+        )
+        _finish(partial, self._block(number))
+        for file in self.work.glob(f"block-{number:05d}-*.states"):
+            file.unlink()
 
     def reports(self, number: int) -> list[dict[str, Any]]:
         """What was reported of block `number`'s layers."""
@@ -56,12 +63,6 @@ class Finished:
 
     def _block(self, number: int) -> Path:
         return self.work / f"block-{number:05d}.safetensors"
-
-
-def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = file.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(partial), metadata)
-    _finish(partial, file)
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from calibration import modelopt_sparsity
+from calibration.blocks import Blocks
 from calibration.config import Sparsity
+from calibration.device import device
 from calibration.resume import Finished
 from calibration.solvers import SOLVERS, Pattern
 from calibration.walk import LayerReport, Walk, report
 from calibration.weights import Weights, copy_with
 
-VERSION = 3  # of the results: raised whenever the same input gives other weights
+VERSION = 5  # of the results: raised whenever the same input gives other weights
 Progress = Callable[[str, int, int], None]
 
 
@@ -54,19 +56,18 @@ def sparsify(
 def _walk(
     source: Path, tokens_BT: Tensor, config: Sparsity, layers: Sequence[str], work: Path, progress: Progress
 ) -> tuple[list[LayerReport], Callable[[str], Tensor]]:
-    walk = Walk(source, tokens_BT, SOLVERS[config.method](), Pattern.parse(config.pattern), layers)
-    facts = [VERSION, config.pattern, config.method, list(layers), walk.blocks.config.to_dict()]
+    blocks = Blocks(source, device())
+    facts = [VERSION, config.pattern, config.method, list(layers), blocks.config.to_dict()]
     key = hashlib.sha256(json.dumps(facts, default=str).encode())
-    key.update(walk.blocks.weights.sha256().encode() + tokens_BT.numpy().tobytes())
+    key.update(blocks.weights.sha256().encode() + tokens_BT.numpy().tobytes())
     finished = Finished(work, key.hexdigest())
-    done, states = finished.states()
-    states = states or walk.first_states()
-    for number in range(done, walk.blocks.count):
-        progress("sparsify", number, walk.blocks.count)
-        weights, reports, states = walk.prune_block(number, states)
-        finished.add(number, weights, [asdict(layer) for layer in reports], states)
-    progress("sparsify", walk.blocks.count, walk.blocks.count)
-    found = [LayerReport(**layer) for number in range(walk.blocks.count) for layer in finished.reports(number)]
+    walk = Walk(blocks, tokens_BT, SOLVERS[config.method](), Pattern.parse(config.pattern), layers, finished)
+    for number in range(finished.count(), blocks.count):
+        progress("sparsify", number, blocks.count)
+        weights, reports = walk.prune_block(number)
+        finished.add(number, weights, [asdict(layer) for layer in reports])
+    progress("sparsify", blocks.count, blocks.count)
+    found = [LayerReport(**layer) for number in range(blocks.count) for layer in finished.reports(number)]
     return found, lambda name: finished.weight(int(name.split(".")[2]), name)
 
 

@@ -17,6 +17,22 @@ from plugins.errors import UserError
 DEFAULT_BASE = 10000.0
 QWEN = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 QWEN_LOGN_LENGTH = 8192  # TensorRT-LLM's default of seq_length: read, though only log-n attention uses it
+TRTLLM_NAMES = {  # Hugging Face's name in a block -> TensorRT-LLM's
+    "self_attn.q_proj": "attention.qkv",
+    "self_attn.k_proj": "attention.qkv",
+    "self_attn.v_proj": "attention.qkv",
+    "self_attn.o_proj": "attention.dense",
+    "mlp.gate_proj": "mlp.fc",
+    "mlp.up_proj": "mlp.gate",
+    "mlp.down_proj": "mlp.proj",
+}
+
+
+def trtllm_name(layer: str) -> str:
+    """What TensorRT-LLM's TensorRT models call a linear layer of Hugging Face's; q, k and v are one there."""
+    _, _, rest = layer.partition(".layers.")
+    block, _, inner = rest.partition(".")
+    return f"transformer.layers.{block}.{TRTLLM_NAMES[inner]}" if inner in TRTLLM_NAMES else layer
 
 
 def complete_config(hf_config: Mapping[str, Any], trtllm_config: Mapping[str, Any]) -> dict[str, Any]:

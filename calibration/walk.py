@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks import Blocks, Stream, run
+from calibration.blocks import Blocks, Stream, forward_half
 from calibration.inputs import gather, shared_inputs
+from calibration.resume import Finished
 from calibration.solvers import Pattern, Solver, Statistics
+from calibration.states import States
 from calibration.tune import tune
 from plugins.errors import UserError
 
@@ -49,67 +49,105 @@ def report(
 class Walk:
     """One way through one model with one solver.
 
-    States are the hidden states [B, T, D] float32 that enter a block: of the model as "pruned" so far, and as "dense"
-    as it was, where the solver compares the two. A solver that looks at no inputs has none.
+    Two streams of hidden states go through the blocks: of the model as "pruned" so far, and as "dense" as it was, where
+    the solver compares the two. A solver that looks at no inputs has none. `finished` says where they are kept.
     """
 
-    def __init__(self, source: Path, tokens_BT: Tensor, solver: Solver, pattern: Pattern, layers: Sequence[str]):
-        self.blocks = Blocks(source)
-        self.tokens_BT, self.solver, self.pattern = tokens_BT, solver, pattern
-        self.arguments = self.blocks.arguments(tokens_BT.shape[1])
-        self.layers_of = _by_block(layers, self.blocks)
-
-    def first_states(self) -> dict[str, Tensor]:
-        """The states that enter the first block."""
-        names = ["pruned"] * self.solver.needs_inputs + ["dense"] * self.solver.needs_dense_inputs
-        return {name: self.blocks.embed(self.tokens_BT) for name in names}
-
-    def prune_block(
-        self, number: int, states: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], list[LayerReport], dict[str, Tensor]]:
-        """The new weights of block `number` by tensor name, as stored; its reports; the states that leave it."""
-        block, arguments = self.blocks.load(number), self.arguments[number]
-        streams = {name: Stream(copy.deepcopy(block) if name == "dense" else block, states[name]) for name in states}
-        names, prefix = self.layers_of[number], f"model.layers.{number}."
-        reports = self._prune_layers(prefix, block, names, streams, arguments)
-        left = {"dense": run(streams["dense"], arguments)} if "dense" in streams else {}
-        if self.solver.tunes_blocks and (tuned := [name for name in names if not reports[name].note]):
-            tune(streams["pruned"], tuned, left["dense"], arguments)
-            for name in tuned:
-                block.get_submodule(name).weight.copy_(self._as_stored(prefix + name, block.get_submodule(name).weight))
-        if "pruned" in streams:
-            left["pruned"] = run(streams["pruned"], arguments)
-        weights = {
-            f"{prefix}{name}.weight": self._as_stored(prefix + name, block.get_submodule(name).weight) for name in names
-        }
-        return weights, list(reports.values()), left
-
-    def _prune_layers(
+    def __init__(
         self,
-        prefix: str,
-        block: nn.Module,
-        names: list[str],
-        streams: dict[str, Stream],
-        arguments: dict[str, Any],
+        blocks: Blocks,
+        tokens_BT: Tensor,
+        solver: Solver,
+        pattern: Pattern,
+        layers: Sequence[str],
+        finished: Finished,
+    ):
+        self.blocks, self.tokens_BT, self.finished = blocks, tokens_BT, finished
+        self.solver, self.pattern = solver, pattern
+        self.arguments = blocks.arguments(tokens_BT.shape[1])
+        self.layers_of = _by_block(layers, blocks)
+        self.streams = ["pruned"] * solver.needs_inputs + ["dense"] * solver.needs_dense_inputs
+
+    def prune_block(self, number: int) -> tuple[dict[str, Tensor], list[LayerReport]]:
+        """The new weights of block `number` by tensor name, as stored, and its reports.
+
+        Reads the states that enter the block and writes those that leave it.
+        """
+        arguments, names = self.arguments[number], self.layers_of[number]
+        block = self.blocks.load(number)
+        forms = {name: copy.deepcopy(block) if name == "dense" else block for name in self.streams}
+
+        def half(name: str, branch: str) -> Callable[[Tensor], Tensor]:
+            return lambda x_BTD: forward_half(forms[name], branch, x_BTD, arguments)
+
+        entering = {name: self._entering(number, name) for name in self.streams}
+        reports = self._prune_half("self_attn", number, block, forms, entering)
+        middle = {
+            name: self._send(states, half(name, "self_attn"), number, f"{name}-middle")
+            for name, states in entering.items()
+        }
+        reports |= self._prune_half("mlp", number, block, forms, middle)
+
+        last = number + 1 == self.blocks.count
+        tuned = [name for name in names if self.solver.tunes_blocks and not reports[name].note]
+        if "dense" in middle and (tuned or not last):
+            leaving = self._send(middle["dense"], half("dense", "mlp"), number + 1, "dense")
+            if tuned:
+                tune(Stream(block, entering["pruned"]), tuned, leaving, arguments)
+        weights = self._round(number, block)
+        if "pruned" in entering and not last:
+            self._send(entering["pruned"], lambda x_BTD: block(x_BTD, **arguments), number + 1, "pruned")
+        return weights, [reports[name] for name in names]
+
+    def _prune_half(
+        self, half: str, number: int, block: nn.Module, forms: dict[str, nn.Module], entering: dict[str, States]
     ) -> dict[str, LayerReport]:
-        """Prunes the block's layers one by one in the order of the forward pass, in place."""
-        groups = shared_inputs(streams["pruned"], names, arguments) if self.solver.needs_inputs else [names]
+        """Prunes the half's layers one by one in the order of the forward pass, in place."""
+        arguments, names = self.arguments[number], [name for name in self.layers_of[number] if name.startswith(half)]
+        streams = {name: Stream(forms[name], states) for name, states in entering.items()}
+        groups = shared_inputs(streams["pruned"], half, names, arguments) if streams and names else [names]
         reports = {}
         for group in groups:
             statistics: Statistics | None = None
             for name in group:
-                weight_NK = block.get_submodule(name).weight
+                weight_NK, full = block.get_submodule(name).weight, _full(number, name)
                 note = self._reason_to_keep(weight_NK)
                 if self.solver.needs_inputs and not statistics and not note:
                     statistics = gather(name, streams["pruned"], arguments, streams.get("dense"))
                 started = time.perf_counter()
-                kept_NK = weight_NK if note else self.solver.prune(prefix + name, weight_NK, statistics, self.pattern)
-                stored_NK = self._as_stored(prefix + name, kept_NK)
+                kept_NK = weight_NK if note else self.solver.prune(full, weight_NK, statistics, self.pattern)
+                stored_NK = self._as_stored(full, kept_NK)
                 error = None if note or not statistics else _error(weight_NK, stored_NK, statistics)
                 seconds = time.perf_counter() - started
-                reports[name] = report(prefix + name, stored_NK, self.pattern.holds(stored_NK), error, seconds, note)
+                reports[name] = report(full, stored_NK, self.pattern.holds(stored_NK), error, seconds, note)
                 weight_NK.copy_(stored_NK)
         return reports
+
+    def _states(self, number: int, name: str) -> States:
+        shape_BTD = (*self.tokens_BT.shape, self.blocks.config.hidden_size)
+        return States(self.finished.states(number, name), shape_BTD, self.blocks.device)
+
+    def _entering(self, number: int, name: str) -> States:
+        """The states that enter a block: what the one before left, or the embedded tokens."""
+        states = self._states(number, name)
+        if number == 0 and not states.path.exists():
+            states.write(self.blocks.embed(self.tokens_BT))
+        return states
+
+    def _send(self, states: States, through: Callable[[Tensor], Tensor], number: int, name: str) -> States:
+        """Sends states through a part of the model, and keeps what comes out as the states `name` of a block."""
+        left = self._states(number, name)
+        left.write(through(x_BTD) for x_BTD in states.batches())
+        return left
+
+    def _round(self, number: int, block: nn.Module) -> dict[str, Tensor]:
+        """The block's weights as they are stored, by tensor name; the block gets the same values."""
+        weights = {}
+        for name in self.layers_of[number]:
+            full, weight_NK = _full(number, name), block.get_submodule(name).weight
+            weights[f"{full}.weight"] = stored_NK = self._as_stored(full, weight_NK)
+            weight_NK.copy_(stored_NK)
+        return weights
 
     def _reason_to_keep(self, weight_NK: Tensor) -> str:
         if not self.pattern.fits(weight_NK.shape[1]):
@@ -123,6 +161,10 @@ class Walk:
         if not torch.isfinite(stored_NK).all():
             raise UserError(f"pruning '{name}' gave weights that are not finite as {dtype}: leave it out with exclude")
         return stored_NK
+
+
+def _full(number: int, name: str) -> str:
+    return f"model.layers.{number}.{name}"
 
 
 def _by_block(layers: Sequence[str], blocks: Blocks) -> list[list[str]]:

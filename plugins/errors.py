@@ -1,4 +1,4 @@
-"""The two ways a command of ours may end badly, besides a bug."""
+"""The two ways a command of ours may end badly, besides a bug; and what it says and goes on."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class GateError(Exception):
     """A gate failed: accuracy, speed or verification. The message is one line. Exit status 1."""
+
+
+class Caution(UserWarning):
+    """Something that a person should know of. The message is one line, and the command goes on."""

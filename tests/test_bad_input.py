@@ -257,6 +257,15 @@ def test_fewer_samples_than_asked(build: Callable[..., str], model: Path) -> Non
     )
 
 
+def test_calibration_text_that_looks_wrong_for_the_model(model: Path, tmp_path: Path) -> None:
+    noise = "".join(chr(ord("a") + (at * at * 31 + at // 7 * 17) % 26) for at in range(6000))
+    (tmp_path / "noise.txt").write_text(noise)
+    options = ("--preset", "2of4", *FEW_TOKENS, *FAST, "--until", "checkpoint", "--store", tmp_path / "store")
+    for data, warns in ((model / "calibration.jsonl", False), (tmp_path / "noise.txt", True)):
+        told = done("build", model, *options, "--set", f"calibration.data={data}", "--out", tmp_path / data.stem).stderr
+        assert ("warning: the calibration text looks wrong for this model: perplexity " in told) == warns
+
+
 def test_no_calibration_text_at_all(build: Callable[..., str], broken: Path) -> None:
     (broken / "calibration.jsonl").unlink()
     assert "calibration.data is not set" in build(broken)

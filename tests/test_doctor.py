@@ -55,7 +55,7 @@ def test_a_gpu_without_sparse_tensor_cores(nvidia_smi: Path) -> None:
     nvidia_smi.write_text("#!/bin/sh\necho 'Tesla T4, 7.5, 15360, 15000, 580.65'\n")
     found = probes.gpu()
     assert (found.state, found.version) == ("unfit", "SM75")
-    assert "no sparse tensor cores" in found.words
+    assert "2:4 sparsity needs the sparse tensor cores that begin with SM80" in found.words
 
 
 @pytest.mark.parametrize("answer", ["sleep 60", "exit 9", "echo garbage", "echo 'H100, [N/A], 1, 1, 1'"])
@@ -208,11 +208,11 @@ def test_every_need_names_a_probe() -> None:
 
 def findings(**states: str) -> list[Finding]:
     names = {need for needs in (*doctor.NEEDS.values(), doctor.KERNELS) for need in needs}
-    versions = {"TensorRT-LLM": "1.2.1"}
+    versions = {"TensorRT-LLM": "1.2.1", "GPU": "SM90"}
     found = {name: Finding(name, "ok", versions.get(name)) for name in names}
     for key, state in states.items():
         name = {"gpu": "GPU", "llm": "TensorRT-LLM", "trt": "TensorRT", "lt": "cuSPARSELt"}.get(key, key)
-        if state[0].isdigit():
+        if state[0].isdigit() or state.startswith("SM"):
             found[name] = Finding(name, "ok", state)
         else:
             found[name] = Finding(name, state, None, f"{name} is {state}", f"get {name}")  # type: ignore[arg-type]
@@ -241,6 +241,20 @@ def test_which_backends_run_and_the_one_thing_that_each_other_lacks(
     assert [ability.name for ability in found if ability.able] == able
     assert {ability.name: ability.missing for ability in found if not ability.able} == missing
     assert all(ability.fix for ability in found if not ability.able)
+
+
+@pytest.mark.parametrize(
+    ("sm", "backend", "words"),
+    [
+        ("SM90", "tensorrt", "2:4 layers in bf16, fp8, int8"),
+        ("SM90", "pytorch", "2:4 layers in bf16, fp8; not int8: the PyTorch backend of TensorRT-LLM has no INT8 W8A8"),
+        ("SM100", "tensorrt", "2:4 layers in bf16, fp8; not int8: TensorRT-LLM refuses SmoothQuant INT8 on SM100"),
+        ("SM80", "tensorrt", "2:4 layers in bf16, int8; not fp8: FP8 needs the FP8 tensor cores that begin with SM89"),
+    ],
+)
+def test_the_formats_are_those_of_the_compatibility_table(sm: str, backend: str, words: str) -> None:
+    notes = {ability.name: ability.note for ability in doctor.abilities(findings(gpu=sm))}
+    assert notes[backend].startswith(words)
 
 
 def test_the_torch_backend_says_what_keeps_it_from_its_kernels() -> None:

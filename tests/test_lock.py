@@ -1,7 +1,10 @@
 """The version lock, the launch files and what GPUs there are: all without a GPU."""
 
+import json
+import os
+import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from stand_in_checkpoint import LAYERS, write_checkpoint
@@ -39,7 +42,7 @@ def test_mismatch_is_named(here, words):
 
 def test_engine_for_another_gpu_names_the_container_and_the_gpu(tmp_path, monkeypatch):
     lock.write(tmp_path, locked())
-    monkeypatch.setattr(lock, "current", lambda backend, plugin=None: locked(sm=80, gpu="NVIDIA A100"))
+    monkeypatch.setattr(lock, "current", lambda backend, plugin: locked(sm=80, gpu="NVIDIA A100"))
     with pytest.raises(
         UserError, match=r"needs SM 90 \(here: 80\): use the container .*release:1\.2\.1 on a GPU with SM 90"
     ):
@@ -58,10 +61,19 @@ def test_torch_engines_and_engines_without_a_lock_run_anywhere(tmp_path):
     lock.require(tmp_path)
 
 
-def test_damaged_lock_is_refused(tmp_path):
-    (tmp_path / "lock.json").write_text('{"backend": "tensorrt"}')
+@pytest.mark.parametrize("text", ['{"backend": "tensorrt"}', "[]", "{", json.dumps({**asdict(BUILT), "backend": "x"})])
+def test_damaged_lock_is_refused(tmp_path, text):
+    (tmp_path / "lock.json").write_text(text)
     with pytest.raises(UserError, match="is not a version lock"):
         lock.read(tmp_path)
+
+
+def test_cuda_is_the_toolkits_where_no_wheel_brings_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "installed", lambda name: None)
+    monkeypatch.setattr(lock, "CUDA_TOOLKIT", tmp_path / "version.json")
+    assert lock.current("tensorrt").cuda is None
+    (tmp_path / "version.json").write_text('{"cuda": {"name": "CUDA SDK", "version": "13.0.1"}}')
+    assert lock.current("tensorrt").cuda == "13.0.1"
 
 
 def test_nvidia_smi_answers_are_read_and_strange_lines_passed_over():
@@ -77,7 +89,6 @@ def test_launch_scripts_are_valid_bash_and_pass_the_environment_on(tmp_path):
     tensorrt.prepare(checkpoint, out, CONFIG.model_copy(update={"tensor_parallel": 2}), ratios={LAYERS[0]: 2.0})
     for script in (out / "launch").iterdir():
         subprocess.run(["bash", "-n", script], check=True)
-    assert "-x LD_PRELOAD -x PYTHONPATH" in (out / "launch/triton.sh").read_text()
     slurm = (out / "launch/slurm.sh").read_text()
     assert "#SBATCH --ntasks=2" in slurm
     assert "trtllm-llmapi-launch trtllm-serve" in slurm
@@ -99,9 +110,70 @@ def test_serve_script_preloads_the_plugin_and_says_when_it_is_missing(tmp_path):
     assert done.stdout == f"{out}/{launch.PLUGIN_LIBRARY}"
 
 
+STUBS = {  # each says with what it was started, and goes on as the real one does
+    "srun": 'while [ "$1" != bash ]; do shift; done\nexec "$@"',
+    "mpirun": 'while [ "$1" != tritonserver ]; do shift; done\nexec "$@"',
+    "trtllm-llmapi-launch": "exec $@",  # the real one splits at spaces too
+    "trtllm-serve": 'printf "%s\\n" trtllm-serve "$@" "$LD_PRELOAD" "$PYTHONPATH"',
+    "tritonserver": 'printf "%s\\n" tritonserver "$@" "$LD_PRELOAD" "$PYTHONPATH"',
+}
+
+
+@pytest.mark.parametrize("script", ["serve.sh", "slurm.sh", "triton.sh"])
+def test_launch_scripts_start_the_server_with_the_library_and_the_module(tmp_path, script):
+    """Run whole on stand-ins of ours for the programs that they start."""
+    tools, engine = tmp_path / "bin", tmp_path / "engine"
+    tools.mkdir()
+    for name, body in STUBS.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    serve = ["trtllm-serve", "$engine", "--extra_llm_api_options", "$engine/llm_args.yaml"]
+    launch.write(engine, EngineConfig(tensor_parallel=2), serve, "image", "pytorch", modules=True, preload=True)
+    library = engine / launch.PLUGIN_LIBRARY
+    compile_empty(library)
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "ENGINE": str(engine)}
+    command = [engine / "launch" / script, *(["repository"] if script == "triton.sh" else [])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    program, *words, preload, modules = done.stdout.splitlines()
+    assert (preload, modules) == (str(library), str(engine))
+    if script == "triton.sh":
+        assert (program, words) == ("tritonserver", ["--model-repository=repository"])
+    else:
+        assert (program, words[0]) == ("trtllm-serve", str(engine))
+        assert words[words.index("--extra_llm_api_options") + 1] == f"{engine}/llm_args.yaml"
+        assert words[words.index("--port") + 1] == "8000"
+
+
+def test_triton_starts_one_server_a_rank_of_a_tensorrt_engine(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "mpirun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tools / "mpirun").chmod(0o755)
+    config = EngineConfig(tensor_parallel=2)
+    launch.write(tmp_path, config, ["trtllm-serve", "$engine"], "image", "tensorrt", modules=False, preload=False)
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [tmp_path / "launch/triton.sh", "a repository", "--http-port=9000"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    words = done.stdout.splitlines()
+    cut = words.index(":")
+    first, second = words[1:cut], words[cut + 1 :]
+    assert words[0] == "--allow-run-as-root"
+    common = ["-n", "1", "-x", "LD_PRELOAD", "-x", "PYTHONPATH", "tritonserver", "--model-repository=a repository"]
+    assert first[: len(common)] == second[: len(common)] == common
+    assert [side[-1] for side in (first, second)] == ["--http-port=9000"] * 2
+    assert "--backend-config=python,shm-region-prefix-name=prefix1_" in second
+    assert set(second) - set(first) >= {"--model-control-mode=explicit", "--load-model=tensorrt_llm"}
+
+
+def compile_empty(library):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ to make a library")
+    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", library], input="", text=True, check=True)
+
+
 def test_sixteen_ranks_take_two_nodes(tmp_path):
     config = EngineConfig(tensor_parallel=8, pipeline_parallel=2)
-    launch.write(tmp_path, config, ["trtllm-serve", "$engine"], "image", modules=False, preload=False)
+    launch.write(tmp_path, config, ["trtllm-serve", "$engine"], "image", "tensorrt", modules=False, preload=False)
     slurm = (tmp_path / "launch/slurm.sh").read_text()
     assert "#SBATCH --nodes=2" in slurm
     assert "#SBATCH --ntasks-per-node=8" in slurm

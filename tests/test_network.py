@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_pytorch_backend import LINEARS, MODEL, ROOT, STAND_IN, prune, token_ids
 
 from builder import checkpoint
-from builder.engines import evidence, lock, tensorrt, torch_engine, trtllm_checkpoint
+from builder.engines import evidence, launch, lock, tensorrt, torch_engine, trtllm_checkpoint
 from builder.engines.base import EngineConfig
 from builder.engines.gpu import Gpu
 from plugins import tactics
@@ -196,13 +197,14 @@ def test_build_runs_every_rank_and_says_what_was_picked(exports, tmp_path, with_
     layers = tactics.read(engine).layers
     assert sum(layer.sparse for layer in layers.values()) == 6 * 5
     assert layers["lm_head"].reason.startswith("dense")
+    assert (engine / "rank0-timing.cache").is_file()
     assert "timing a tactic" not in (engine / "build-rank1.log").read_text()
     locked = lock.read(engine)
     assert (locked.tensorrt_llm, locked.sm) == ("1.2.1", 90)
     assert (engine / "tokenizer.json").is_file()  # from the unified checkpoint beside it
 
 
-def test_layers_on_our_plugin_are_hidden_from_tensorrt(exports, tmp_path, with_stand_in):
+def test_layers_on_our_plugin_are_hidden_from_tensorrt(exports, tmp_path, with_stand_in, monkeypatch):
     engine, library = tmp_path / "engine", tmp_path / "libtwofour_tensorrt.so"
     library.write_bytes(b"")
     names = trtllm_checkpoint.read(exports["int8"] / "trtllm").sparse_layers
@@ -211,11 +213,53 @@ def test_layers_on_our_plugin_are_hidden_from_tensorrt(exports, tmp_path, with_s
     assert [rank["log"] for rank in told["ranks"]] == ["none"] * RANKS
     assert {layer["route"] for layer in told["layers"].values()} == {"plugin"}
     assert lock.read(engine).plugin_sha256 == hashlib.sha256(b"").hexdigest()
-    with pytest.raises(UserError, match="plugin library it was built with"):
+    lock.require(engine)  # with the copy of the library that lies in it
+    (engine / launch.PLUGIN_LIBRARY).write_bytes(b"another")
+    with pytest.raises(UserError, match="plugin library it was built with .here: another one."):
         lock.require(engine)
+    (engine / launch.PLUGIN_LIBRARY).unlink()
+    with pytest.raises(UserError, match="plugin library it was built with .here: missing."):
+        lock.require(engine)
+    monkeypatch.setenv("TWOFOUR_PLUGIN_LIBRARY", str(library))  # as launch/env.sh takes it
+    lock.require(engine)
 
 
-def test_rank_that_fails_is_named_with_its_cause(exports, tmp_path, with_stand_in):
+def test_pipeline_stages_take_their_own_layers(exports, tmp_path, with_stand_in):
+    """Two stages of three blocks: each has files and layers that are numbered from 0, and routes that are not."""
+    engine, library = tmp_path / "engine", tmp_path / "libtwofour_tensorrt.so"
+    library.write_bytes(b"")
+    staged = write_stages(exports["none"] / "trtllm", tmp_path / "trtllm")
+    names = trtllm_checkpoint.read(staged).sparse_layers
+    config = CONFIG.model_copy(update={"tensor_parallel": 1, "pipeline_parallel": 2})
+    plugged = dict.fromkeys([name for name in names if name.endswith("mlp.proj")], 1.4)
+    tensorrt.build(staged, engine, config, tokenizer=MODEL, ratios=plugged, plugin=library)
+    told = json.loads((engine / "sparsity_log.json").read_text())["layers"]
+    assert {name for name, layer in told.items() if layer["route"] == "plugin"} == set(plugged)
+    assert {layer["status"] for layer in told.values()} == {"picked"}
+
+
+def write_stages(source: Path, out: Path) -> Path:
+    """A checkpoint of two tensor-parallel ranks, as one of two pipeline stages. The halves of a layer are laid together
+    without regard to q, k and v: nothing here is multiplied."""
+    ranks = [load_file(source / f"rank{rank}.safetensors") for rank in range(RANKS)]
+    stages = [{}, {}]
+    for name, first in ranks[0].items():
+        axis = 1 if name.split(".")[-2] in ("dense", "proj") else 0
+        whole = first if first.ndim == 1 else torch.cat([rank[name] for rank in ranks], axis)
+        block = name.split(".")[2] if ".layers." in name else {"vocab_embedding": 0}.get(name.split(".")[1], 5)
+        stage, local = divmod(int(block), 3)
+        stages[stage][name.replace(f".layers.{block}.", f".layers.{local}.")] = whole.contiguous()
+    shutil.copytree(source, out)
+    for number, stage in enumerate(stages):
+        save_file(stage, out / f"rank{number}.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    config["mapping"] = {"world_size": 2, "tp_size": 1, "pp_size": 2}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_rank_that_fails_is_named_with_its_cause(exports, tmp_path, with_stand_in, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the failed rank's log is kept
     broken = tmp_path / "trtllm"
     shutil.copytree(exports["fp8"] / "trtllm", broken)
     tensors = load_file(broken / "rank1.safetensors")

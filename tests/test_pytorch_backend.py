@@ -15,7 +15,6 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from builder.checkpoint import VerificationError
 from builder.engines import pytorch, torch_engine
 from builder.engines.base import EngineConfig
 from plugins.errors import UserError
@@ -235,6 +234,35 @@ give_sparse_method("model.layers.0.mlp.down_proj", module, ())
     assert "'model.layers.0.mlp.down_proj' has 6 inputs on this rank, which cuts a 2:4 group of 4" in done.stderr
 
 
+def test_the_models_class_reaches_a_worker_both_ways_that_it_may_travel(checkpoints, tmp_path):
+    """1.2 pickles the registry's classes, later releases send the name of a class's module: workers import it by that
+    name, from the PYTHONPATH that launch/env.sh sets."""
+    engine = tmp_path / "engine"
+    pytorch.build(checkpoints[True, True], engine, CONFIG)
+    driver = """
+import importlib, pickle, sys
+from tensorrt_llm._torch.models.modeling_utils import MODEL_CLASS_MAPPING
+sys.path.insert(0, sys.argv[1])  # as --custom_module_dirs does
+importlib.import_module(sys.argv[2])
+cls = MODEL_CLASS_MAPPING["LlamaForCausalLM"]
+print(pickle.dumps(cls).hex(), cls.__module__)
+"""
+    words = [sys.executable, "-c", driver, str(engine), pytorch.MODULE]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=True)
+    pickled, module = done.stdout.split()
+    worker = """
+import importlib, pickle, sys
+from tensorrt_llm._torch.models.modeling_utils import MODEL_CLASS_MAPPING
+pickle.loads(bytes.fromhex(sys.argv[1])) if sys.argv[1] != "-" else importlib.import_module(sys.argv[2])
+print([base.__name__ for base in MODEL_CLASS_MAPPING["LlamaForCausalLM"].mro()][:3])
+"""
+    for given in (pickled, "-"):
+        command = f"source '{engine}/launch/env.sh' && exec '{sys.executable}' -c \"$0\" \"$@\""
+        words = ["bash", "-c", command, worker, given, module]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
+        assert done.stdout.strip() == "['LlamaForCausalLM', 'SparseLinears', 'LlamaForCausalLM']", done.stderr
+
+
 # -- what build writes
 
 
@@ -306,5 +334,5 @@ def test_unknown_algorithm_of_a_newer_modelopt_is_refused(checkpoints, tmp_path)
         (checkpoint / path.name).write_bytes(path.read_bytes())
     path = checkpoint / "config.json"
     path.write_text(path.read_text().replace('"FP8"', '"NVFP9"'))
-    with pytest.raises(VerificationError, match="NVFP9"):
+    with pytest.raises(UserError, match="quant_algo is 'NVFP9': only NO_QUANT, FP8"):
         pytorch.build(checkpoint, tmp_path / "engine", CONFIG)

@@ -1,6 +1,9 @@
 """One process a rank: side by side, ended together, with the cause of a failure first."""
 
+import re
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -8,6 +11,12 @@ import pytest
 
 from builder.engines import failures, ranks
 from plugins.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def kept_logs(tmp_path, monkeypatch):
+    """Logs of failed ranks are kept in the test's own folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def run(tmp_path: Path, *codes: str) -> list[Path]:
@@ -34,6 +43,16 @@ def test_failed_rank_ends_the_others_and_its_cause_comes_first(tmp_path):
 def test_killed_rank_is_named_with_its_signal(tmp_path):
     with pytest.raises(UserError, match="rank 0 was killed by SIGKILL"):
         run(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "import time; time.sleep(30)")
+
+
+def test_the_log_of_a_failed_rank_outlives_the_engine_directory(tmp_path):
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    with pytest.raises(UserError) as refused:
+        run(engine, "raise SystemExit(print('strange') or 1)")
+    shutil.rmtree(engine)  # as a build does that fails
+    kept = re.search(r"its log: '(.*)'", str(refused.value))
+    assert Path(kept[1]).read_text() == "strange\n"
 
 
 def test_children_of_a_rank_end_with_it(tmp_path):

@@ -23,11 +23,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from calibration.blocks import Blocks, Stream, run
+from calibration.blocks import HALVES, Blocks, Stream, forward_half
 from calibration.config import Sparsity
 from calibration.solvers import Pattern
 from calibration.solvers.masks import apply
 from calibration.sparsify import sparsify
+from calibration.states import States
 from calibration.tune import tune
 from calibration.walk import LayerReport
 from plugins.errors import UserError
@@ -119,9 +120,11 @@ def test_block_by_block_gives_what_the_whole_model_gives(tmp_path: Path, family:
     tokens = torch.from_numpy(TOKENS)
     with torch.no_grad():
         blocks = Blocks(source)
-        hidden = blocks.embed(tokens)
+        hidden = torch.cat(list(blocks.embed(tokens)))
         for number, arguments in enumerate(blocks.arguments(tokens.shape[1])):
-            hidden = run(Stream(blocks.load(number), hidden), arguments)
+            block = blocks.load(number)
+            for half in HALVES:
+                hidden = forward_half(block, half, hidden, arguments)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).model
         torch.testing.assert_close(model.norm(hidden), model(tokens).last_hidden_state, atol=1e-5, rtol=1e-5)
 
@@ -173,22 +176,25 @@ def test_pickled_weights_are_left_behind(llama: Path, tmp_path: Path) -> None:
 
 def test_tuning_brings_the_block_nearer_to_the_dense_one_and_keeps_the_mask(tmp_path: Path) -> None:
     blocks = Blocks(make_model(tmp_path / "model", dtype=torch.float32))
-    hidden, arguments = blocks.embed(torch.from_numpy(TOKENS)), blocks.arguments(TOKENS.shape[1])[0]
-    pruned = Stream(blocks.load(0), hidden)
+    arguments, block = blocks.arguments(TOKENS.shape[1])[0], blocks.load(0)
+    entering, target = (States(tmp_path / name, (*TOKENS.shape, SIZES["hidden_size"])) for name in ("in", "out"))
     names = [name for name in LINEARS if "v_proj" not in name]
     with torch.no_grad():
-        target = run(Stream(blocks.load(0), hidden), arguments)
+        entering.write(blocks.embed(torch.from_numpy(TOKENS)))
+        hidden = entering.read(range(len(TOKENS)))
+        wanted = block(hidden, **arguments)
+        target.write([wanted])
         for name in names:
-            weight = pruned.block.get_submodule(name).weight
+            weight = block.get_submodule(name).weight
             weight.copy_(apply(weight, Pattern.parse("2:4").select(weight.abs())))
-        masks = {name: pruned.block.get_submodule(name).weight != 0 for name in names}
-        untouched = pruned.block.get_submodule("self_attn.v_proj").weight.clone()
-        before = (run(pruned, arguments) - target).square().mean()
-        tune(pruned, names, target, arguments)
-        after = (run(pruned, arguments) - target).square().mean()
+        masks = {name: block.get_submodule(name).weight != 0 for name in names}
+        untouched = block.get_submodule("self_attn.v_proj").weight.clone()
+        before = (block(hidden, **arguments) - wanted).square().mean()
+        tune(Stream(block, entering), names, target, arguments)
+        after = (block(hidden, **arguments) - wanted).square().mean()
     assert after < before
-    assert all((pruned.block.get_submodule(name).weight[~mask] == 0).all() for name, mask in masks.items())
-    assert torch.equal(pruned.block.get_submodule("self_attn.v_proj").weight, untouched)
+    assert all((block.get_submodule(name).weight[~mask] == 0).all() for name, mask in masks.items())
+    assert torch.equal(block.get_submodule("self_attn.v_proj").weight, untouched)
 
 
 # layers that stay as they are

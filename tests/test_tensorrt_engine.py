@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from stand_in_checkpoint import LAYERS, write_checkpoint
 
 from builder.engines import evidence, gpu_memory, lock, tensorrt, trtllm_checkpoint, tuned
@@ -85,6 +86,25 @@ def test_measured_ratios_count_only_where_a_sparse_kernel_was_kept_at_the_engine
     assert tuned.ratios(tactics, 8) == {"faster": 1.4}
     assert tuned.ratios(tactics, 9) == {}  # at 64 tokens dense was kept
     assert tuned.measure([], CONFIG, "bf16") == {}  # no GPU here: nothing is claimed
+
+
+@pytest.mark.parametrize(
+    ("weights", "cache", "paged"),
+    [("FP8", None, True), ("FP8", "FP8", True), ("FP8", "INT8", False), (None, "FP8", False), (None, None, True)],
+)
+def test_block_reuse_and_chunked_prefill_only_where_prompts_can_read_the_paged_cache(tmp_path, weights, cache, paged):
+    quantization = {"quant_algo": weights, "kv_cache_quant_algo": cache}
+    checkpoint = write_checkpoint(tmp_path / "trtllm", quantization=quantization)
+    command = tensorrt.prepare(checkpoint, tmp_path / "engine", CONFIG)
+    assert option(command, "--use_paged_context_fmha") == ("enable" if paged else "disable")
+    args = yaml.safe_load((tmp_path / "engine/llm_args.yaml").read_text())
+    assert args["kv_cache_config"]["enable_block_reuse"] == paged
+    chunked = CONFIG.model_copy(update={"chunked_prefill": True})
+    if paged:
+        tensorrt.prepare(checkpoint, tmp_path / "chunked", chunked)
+    else:
+        with pytest.raises(UserError, match=r"engine\.chunked_prefill is not possible with quantization\.kv_cache="):
+            tensorrt.prepare(checkpoint, tmp_path / "chunked", chunked)
 
 
 # -- what prepare writes
@@ -245,7 +265,7 @@ def test_fewer_gpus_than_ranks_is_refused_when_serving():
 
 
 def rank(log: str, sparse=None) -> evidence.Rank:
-    return evidence.Rank(parse(log), sparse)
+    return evidence.Rank(parse(log), sparse, range(2), 2)
 
 
 def test_layer_counts_as_picked_only_where_every_rank_picked_it():
@@ -264,6 +284,17 @@ def test_silent_log_claims_nothing_and_the_inspector_may_know_more():
     seen = SparseTactic("transformer/layers/0/mlp/fused_fc/MATRIX_MULTIPLY_0", "sm90_xmma_sparse_gemm")
     assert evidence.judge(layer, "native", [rank(silent, [seen])]) == "picked"
     assert evidence.judge("transformer.layers.0.mlp.proj", "native", [rank(silent, [seen])]) == "unknown"
+
+
+def test_layers_of_a_pipeline_stage_are_looked_up_by_the_stages_own_numbers():
+    first = SparseTactic("transformer/layers/0/mlp/proj/MATRIX_MULTIPLY_0", "sm90_xmma_sparse_gemm")
+    stages = [
+        evidence.Rank(parse("(Sparsity) Chose 0 layer(s) using sparse tactics"), [], range(2), 4),
+        evidence.Rank(parse("silent"), [first], range(2, 4), 4),  # its block 0 is the model's block 2
+    ]
+    status = {n: evidence.judge(f"transformer.layers.{n}.mlp.proj", "native", stages) for n in range(4)}
+    assert status == {0: "unknown", 1: "unknown", 2: "picked", 3: "unknown"}
+    assert evidence.judge("lm_head", "native", stages) == "unknown"
 
 
 def test_trimmed_log_keeps_sparsity_lines_and_errors(tmp_path):

@@ -14,6 +14,15 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def load_code(model: str) -> None:
+    """Imports what transformers imports only when a model is first made."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+
+
 @contextmanager
 def meter(out: str, packages: list[str]) -> Iterator[None]:
     """Writes `out`: seconds, and the peak of resident memory, absolute and above what was resident at the start."""

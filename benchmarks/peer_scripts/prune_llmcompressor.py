@@ -8,12 +8,13 @@ import numpy as np
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
-from meter import meter
+from meter import load_code, meter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 method, source, tokens, layers, out, metered = sys.argv[1:]
 ids = np.load(tokens)
 modifiers = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}
+load_code(source)
 with meter(metered, ["llmcompressor", "torch", "transformers"]):
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     recipe = modifiers[method](

@@ -6,7 +6,7 @@ import sys
 import modelopt.torch.sparsity as mts
 import numpy as np
 import torch
-from meter import meter
+from meter import load_code, meter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 method, source, tokens, layers, out, metered = sys.argv[1:]
@@ -18,6 +18,7 @@ def forward_loop(model: torch.nn.Module) -> None:
         model(batch, use_cache=False)
 
 
+load_code(source)
 with meter(metered, ["nvidia-modelopt", "torch", "transformers"]):
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
     rules = {"nn.Linear": {"*": None, **{name: {} for name in json.loads(layers)}}}

@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from meter import meter
+from meter import load_code, meter
 
 from calibration.config import Sparsity
 from calibration.sparsify import sparsify
 
 method, model, tokens, layers, out, metered = sys.argv[1:]
+load_code(model)
 with meter(metered, ["torch", "transformers"]):
     config = Sparsity(method=method)
     sparsify(Path(model), np.load(tokens), config, json.loads(layers), Path(out), Path(f"{out}.work"), lambda *_: None)

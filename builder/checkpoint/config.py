@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from builder.architectures import Architecture, architecture
+from builder.architectures import ARCHITECTURES, Architecture, architecture
+from builder.compatibility import MODELOPT
 from plugins.errors import UserError
 
 Format = Literal["none", "int8", "fp8"]
@@ -19,6 +21,10 @@ MAX_BLOCKS, MAX_RANKS = 10_000, 4096
 
 class ConfigError(ValueError):
     """A config that describes no checkpoint of ours. The message is one line."""
+
+
+class UnsupportedError(ConfigError):
+    """A sound config of what this release does not know, such as the format of a newer ModelOpt."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +63,16 @@ def read_hf(config: dict[str, Any], exported: dict[str, Any] | None) -> tuple[Ar
     found = Quantization()
     if section is not None:
         section = _table(section, "quantization_config")
-        if section.get("quant_method") != "modelopt":
-            raise ConfigError(
-                f"quant_method is {str(section.get('quant_method'))[:40]!r}: only 'modelopt' is known here"
-            )
+        _known("quant_method", section.get("quant_method"), ("modelopt",), config)
         scheme = _table(section.get("kv_cache_scheme") or {}, "kv_cache_scheme")
         kv_cache = {"float": "FP8", "int": "INT8"}.get(str(scheme.get("type")), "unknown") if scheme else None
-        found = _quantization(section.get("quant_algo"), kv_cache, section.get("ignore"))
+        found = _quantization(section.get("quant_algo"), kv_cache, section.get("ignore"), section)
     if exported is not None:
+        if "quantization" not in exported and "quant_method" in exported:
+            raise UnsupportedError(f"hf_quant_config.json is of a form that is not known here{_written_by(exported)}")
         section = _table(exported.get("quantization"), "quantization")
         kv_cache, exclude = section.get("kv_cache_quant_algo"), section.get("exclude_modules")
-        other = _quantization(section.get("quant_algo"), kv_cache, exclude)
+        other = _quantization(section.get("quant_algo"), kv_cache, exclude, exported)
         if (found.format, found.kv_cache, set(found.exclude)) != (other.format, other.kv_cache, set(other.exclude)):
             raise ConfigError(f"it says {found}; hf_quant_config.json says {other}")
     return _architecture({key: value for key, value in config.items() if key != "quantization_config"}), found
@@ -77,7 +82,7 @@ def read_trtllm(config: dict[str, Any]) -> tuple[Architecture, Quantization, Map
     """From a TensorRT-LLM `config.json`. Raises ConfigError."""
     section = _table(config.get("quantization") or {}, "quantization")
     kv_cache, exclude = section.get("kv_cache_quant_algo"), section.get("exclude_modules")
-    quantization = _quantization(section.get("quant_algo"), kv_cache, exclude)
+    quantization = _quantization(section.get("quant_algo"), kv_cache, exclude, config)
     sizes = _table(config.get("mapping") or {}, "mapping")
     tp, pp, world = (sizes.get(key, 1) for key in ("tp_size", "pp_size", "world_size"))
     if not all(type(size) is int and 0 < size <= MAX_RANKS for size in (tp, pp, world)) or tp * pp != world:
@@ -95,6 +100,8 @@ def read_trtllm(config: dict[str, Any]) -> tuple[Architecture, Quantization, Map
 
 
 def _architecture(config: dict[str, Any]) -> Architecture:
+    names = config.get("architectures")
+    _known("architecture", names[0] if isinstance(names, list) and names else None, ARCHITECTURES, {})
     try:
         found = architecture(config)
     except UserError as error:
@@ -104,20 +111,36 @@ def _architecture(config: dict[str, Any]) -> Architecture:
     sizes = (found.hidden_size, found.intermediate_size, found.num_heads, found.num_kv_heads, found.head_dim)
     if not all(0 < size < 1 << 40 for size in (*sizes, found.vocab_size)) or not 0 < found.num_blocks <= MAX_BLOCKS:
         raise ConfigError("it holds a size that is not positive, or far too large")
-    if found.dtype not in FLOATS:
-        raise ConfigError(f"dtype is {found.dtype[:40]!r}: only {', '.join(FLOATS)} are known here")
+    _known("dtype", found.dtype, FLOATS, config)
     return found
 
 
-def _quantization(algorithm: Any, kv_cache: Any, exclude: Any) -> Quantization:
-    for key, value, known in (("quant_algo", algorithm, ALGORITHMS), ("kv_cache_quant_algo", kv_cache, KV_ALGORITHMS)):
-        if not isinstance(value, str | None) or value not in known:
-            names = ", ".join(name for name in known if name)
-            raise ConfigError(f"{key} is {str(value)[:40]!r}: only {names} are known here")
+def _quantization(algorithm: Any, kv_cache: Any, exclude: Any, written: dict[str, Any]) -> Quantization:
+    """`written` is the config that says so, which may name its writer."""
+    _known("quant_algo", algorithm, ALGORITHMS, written)
+    _known("kv_cache_quant_algo", kv_cache, KV_ALGORITHMS, written)
     exclude = exclude or []
     if not isinstance(exclude, list) or not all(isinstance(glob, str) for glob in exclude):
         raise ConfigError("the excluded modules are not a list of names")
     return Quantization(ALGORITHMS[algorithm], KV_ALGORITHMS[kv_cache], tuple(exclude))
+
+
+def _known(key: str, value: Any, known: Collection[str | None], config: dict[str, Any]) -> None:
+    """Raises UnsupportedError for a name that is none of `known`, ConfigError for what is no name."""
+    names = ", ".join(name for name in known if name)
+    if not isinstance(value, str | None):
+        raise ConfigError(f"{key} is {str(value)[:40]!r}: only {names} are known here")
+    if value not in known:
+        raise UnsupportedError(f"{key} is {str(value)[:40]!r}: only {names} are known here{_written_by(config)}")
+
+
+def _written_by(config: dict[str, Any]) -> str:
+    """Who wrote the config, where it says so, and what to do."""
+    producer = config.get("producer")
+    if not isinstance(producer, dict) or not producer.get("version"):
+        return ""
+    writer = f"{producer.get('name')} {producer.get('version')}"[:60]
+    return f"; {writer} wrote it: export it again with nvidia-modelopt {MODELOPT}"
 
 
 def _table(value: Any, what: str) -> dict[str, Any]:

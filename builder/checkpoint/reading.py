@@ -16,7 +16,7 @@ from builder.architectures import Architecture
 from builder.checkpoint import config as configs
 from builder.checkpoint import layout
 from builder.checkpoint.safetensors_file import HeaderError, Tensor, read_header
-from builder.checkpoint.violations import Code, VerificationError, Violation
+from builder.checkpoint.violations import Code, Unsupported, VerificationError, Violation
 from plugins.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -116,11 +116,13 @@ def _packed_bytes(weight: Tensor) -> int:
 def read(directory: Path) -> Checkpoint:
     """Opens the checkpoint at `directory`, of either kind.
 
-    Raises UserError where there is none, VerificationError where its files do not make sense; the weights' values are
-    not looked at (see verify).
+    Raises UserError where there is none, or one that this release does not know, VerificationError where its files do
+    not make sense; the weights' values are not looked at (see verify).
     """
 
     def refuse(violation: Violation) -> None:
+        if isinstance(violation, Unsupported):
+            raise UserError(f"'{directory / (violation.file or '')}': {violation.words}")
         raise VerificationError(violation)
 
     checkpoint = open_checkpoint(directory, refuse)
@@ -147,7 +149,8 @@ def open_checkpoint(directory: Path, report: Report) -> Checkpoint | None:
         else:
             arch, quantization, mapping = configs.read_trtllm(config)
     except configs.ConfigError as error:
-        report(Violation(Code.CONFIG, str(error), "config.json"))
+        kind_of = Unsupported if isinstance(error, configs.UnsupportedError) else Violation
+        report(kind_of(Code.CONFIG, str(error), "config.json"))
         return None
     if kind == "hf":
         expected = layout.hf_tensors(arch, quantization)

@@ -14,6 +14,7 @@ from typing import Any
 from builder.checkpoint.checks import check_names, check_presence, check_split, check_types, check_values
 from builder.checkpoint.reading import Checkpoint, open_checkpoint
 from builder.checkpoint.violations import Code, VerificationError, Violation
+from builder.engines import lock
 from builder.files import checkpoint_digest
 from builder.manifest import is_build, verify_manifest
 
@@ -78,6 +79,8 @@ def verify(
     parts: Sequence[Path] = [directory]
     if build == directory:
         parts = [directory / part for part in PARTS if (directory / part).is_dir()]
+    elif build is not None and (directory / "engine.json").is_file():
+        parts = []  # a build's engine
     violations: list[Violation] = []
     verified = [found for part in parts if (found := _verify(part, tensor_parallel, violations.append, progress))]
     if build is not None:
@@ -85,6 +88,7 @@ def verify(
         violations += [Violation(Code.DIGEST, problem) for problem in verify_manifest(build, within)]
     for part in parts:
         violations += _check_engine_record(part)
+    violations += _check_locks(directory)
     return Verification(directory, tuple(verified), tuple(violations), round(time.perf_counter() - started, 3))
 
 
@@ -146,13 +150,19 @@ def _check_all_values(
                 progress(str(checkpoint.directory), number, len(keys))
 
 
+def _check_locks(directory: Path) -> list[Violation]:
+    """Whether the engine that `directory` is or holds may run on this machine."""
+    refusals = [lock.refusal(place) for place in (directory, directory / "engine")]
+    return [Violation(Code.LOCK, words, lock.FILE) for words in refusals if words is not None]
+
+
 def _check_engine_record(directory: Path) -> list[Violation]:
-    """Where an engine lies beside the checkpoint: whether it was built from these very files."""
-    record = directory.parent / "engine" / "engine.json"
+    """Where an engine lies beside the checkpoint that it is built from: whether it was built from these very files."""
     try:
-        recorded = json.loads(record.read_bytes()).get("checkpoint_sha256") if directory.name == PARTS[0] else None
+        engine = json.loads((directory.parent / "engine" / "engine.json").read_bytes())
+        source, recorded = PARTS[engine.get("backend") == "tensorrt"], engine.get("checkpoint_sha256")
     except (OSError, ValueError, AttributeError):
         return []
-    if recorded is None or recorded == checkpoint_digest(directory):
+    if directory.name != source or recorded is None or recorded == checkpoint_digest(directory):
         return []
     return [Violation(Code.DIGEST, "engine/engine.json was built from other files than these", directory.name)]

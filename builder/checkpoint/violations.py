@@ -29,6 +29,7 @@ class Code(str, Enum):
     NEGATIVE_ZERO = "negative-zero"  # in a layer declared 2:4: sparse kernels count it as a value
     TENSOR_PARALLEL = "tensor-parallel"  # a rank's share of K would cut a group of 4
     DIGEST = "digest"  # the sha256 is not the one on record
+    LOCK = "version-lock"  # an engine that was built for other versions, or for another GPU, than this machine's
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Violation:
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "code": self.code.value, "message": self.message}
+
+
+class Unsupported(Violation):
+    """Not damage: what this release does not know, such as the format of a newer ModelOpt."""
 
 
 class VerificationError(GateError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,15 @@ def weight_bytes(checkpoint: Path) -> int:
 
 
 def write_facts(
-    out: Path, backend: str, number_format: str, kv_cache: str, checkpoint: Path, config: EngineConfig
+    out: Path,
+    backend: str,
+    number_format: str,
+    kv_cache: str,
+    checkpoint: Path,
+    config: EngineConfig,
+    remarks: Sequence[str],
 ) -> None:
-    """Writes `engine.json`: what this engine is."""
+    """Writes `engine.json`: what this engine is. `remarks` are for the reader of a build's report."""
     write_json(
         out / "engine.json",
         {
@@ -53,14 +60,18 @@ def write_facts(
             "tensor_parallel": config.tensor_parallel,
             "pipeline_parallel": config.pipeline_parallel,
             "chunked_prefill": config.chunked_prefill,
+            "remarks": list(remarks),
         },
     )
 
 
-def llm_args(config: EngineConfig, backend: str, kv_cache: str) -> dict[str, Any]:
-    """LlmArgs fields for `--extra_llm_api_options`: the recipe's keys, and none that only some releases know."""
+def llm_args(config: EngineConfig, backend: str, kv_cache: str, reuse: bool = True) -> dict[str, Any]:
+    """LlmArgs fields for `--extra_llm_api_options`: the recipe's keys, and none that only some releases know.
+
+    `reuse` is whether the engine can use blocks of its KV cache again at all.
+    """
     cache: dict[str, Any] = {
-        "enable_block_reuse": config.kv_cache_block_reuse,
+        "enable_block_reuse": config.kv_cache_block_reuse and reuse,
         "free_gpu_memory_fraction": KV_CACHE_FRACTION,
     }
     if backend == "pytorch" and kv_cache != "none":
@@ -79,6 +90,6 @@ def llm_args(config: EngineConfig, backend: str, kv_cache: str) -> dict[str, Any
     return args
 
 
-def write_llm_args(out: Path, config: EngineConfig, backend: str, kv_cache: str) -> None:
-    text = yaml.safe_dump(llm_args(config, backend, kv_cache), sort_keys=False)
+def write_llm_args(out: Path, config: EngineConfig, backend: str, kv_cache: str, reuse: bool = True) -> None:
+    text = yaml.safe_dump(llm_args(config, backend, kv_cache, reuse), sort_keys=False)
     (out / "llm_args.yaml").write_text(text, encoding="utf8")

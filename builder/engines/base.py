@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -49,6 +49,9 @@ class Engine(Protocol):
     @property
     def busy(self) -> bool:
         """Whether any request is queued or running."""
+
+    def describe(self) -> dict[str, Any]:
+        """How it runs; `remarks` is what a reader of its measurements should know, a sentence each."""
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Token]:
         """Streams the tokens of all requests, in the order they become ready."""

@@ -6,6 +6,8 @@ sparsity_log.json   what each rank's build log and engine inspector say, and eac
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +15,14 @@ from typing import Any
 
 from builder import machine
 from builder.engines.gpu import gpus
+from builder.engines.trtllm_checkpoint import TrtllmCheckpoint
 from builder.engines.tuned import Sized
 from builder.files import write_json
 from plugins import tactics
 from plugins.tensorrt_llm import inspector
 from plugins.tensorrt_llm.inspector import SparseTactic
 from plugins.tensorrt_llm.log import SparsityLog, Status, parse
+from plugins.tensorrt_llm.stages import local_name
 
 FILE = "sparsity_log.json"
 REASONS: dict[Status, str] = {
@@ -35,28 +39,38 @@ WEAKEST_FIRST: tuple[Status, ...] = ("unknown", "none", "eligible", "picked")
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank's build says: its log, and its inspector where there is one."""
+    """What one rank's build says: its log, and its inspector where there is one. It holds the blocks `held`."""
 
     log: SparsityLog
     sparse: list[SparseTactic] | None
+    held: range
+    blocks: int
 
-    def of(self, layer: str) -> Status:
-        """The inspector's word where it names the layer on a sparse tactic, else the log's."""
-        if self.sparse and any(tactic.is_of(name) for tactic in self.sparse for name in aliases(layer)):
+    def of(self, layer: str) -> Status | None:
+        """The inspector's word where it names the layer on a sparse tactic, else the log's; None where the layer is in
+        another pipeline stage."""
+        local = local_name(layer, self.held, self.blocks)
+        if local is None:
+            return None
+        if self.sparse and any(tactic.is_of(name) for tactic in self.sparse for name in aliases(local)):
             return "picked"
-        return max((self.log.of(name) for name in aliases(layer)), key=WEAKEST_FIRST.index)
+        return max((self.log.of(name) for name in aliases(local)), key=WEAKEST_FIRST.index)
 
 
-def read_rank(engine: Path, rank: int) -> Rank:
+def read_rank(engine: Path, rank: int, held: range, blocks: int) -> Rank:
     """Reads build-rank{R}.log and inspector-rank{R}.json."""
     log = (engine / f"build-rank{rank}.log").read_text(encoding="utf8", errors="replace")
-    inspection = engine / f"inspector-rank{rank}.json"
-    return Rank(parse(log), inspector.parse(inspection.read_text(encoding="utf8")) if inspection.is_file() else None)
+    path = engine / f"inspector-rank{rank}.json"
+    sparse = inspector.parse(path.read_text(encoding="utf8")) if path.is_file() else None
+    return Rank(parse(log), sparse, held, blocks)
 
 
-def write(engine: Path, ranks: int, layers: Sequence[Sized], routes: Mapping[str, str]) -> dict[str, Status]:
+def write(
+    engine: Path, checkpoint: TrtllmCheckpoint, layers: Sequence[Sized], routes: Mapping[str, str]
+) -> dict[str, Status]:
     """Writes both files from what the ranks left there, cuts their logs, and returns what became of each 2:4 layer."""
-    found = [read_rank(engine, rank) for rank in range(ranks)]
+    ranks, blocks = range(checkpoint.ranks), checkpoint.blocks
+    found = [read_rank(engine, rank, checkpoint.blocks_of(rank), blocks) for rank in ranks]
     status = {layer: judge(layer, route, found) for layer, route in routes.items()}
     write_json(
         engine / FILE,
@@ -68,14 +82,27 @@ def write(engine: Path, ranks: int, layers: Sequence[Sized], routes: Mapping[str
         },
     )
     tactics.write(describe(layers, routes, status), engine)
-    for rank in range(ranks):
+    for rank in ranks:
         trim(engine / f"build-rank{rank}.log")
     return status
 
 
+def remarks(engine: Path) -> list[str]:
+    """What the build proved of sparsity, for the report: a sentence, and one a rank where they differ."""
+    told = json.loads((engine / FILE).read_text(encoding="utf8"))
+    if not told["layers"]:
+        return []
+    count = Counter("our plugin" if x["route"] == "plugin" else x["status"] for x in told["layers"].values())
+    listed = ", ".join(f"{number} {word}" for word, number in sorted(count.items()))
+    said = {rank["words"]: number for number, rank in reversed(list(enumerate(told["ranks"])))}
+    logs = [words if len(said) == 1 else f"rank {number}: {words}" for words, number in sorted(said.items())]
+    return [f"of {len(told['layers'])} 2:4 layers: {listed}", *logs]
+
+
 def judge(layer: str, route: str, ranks: Sequence[Rank]) -> Status:
-    """The weakest of what the ranks say: picked only where every rank picked it."""
-    return "picked" if route == "plugin" else min((rank.of(layer) for rank in ranks), key=WEAKEST_FIRST.index)
+    """The weakest of what the ranks that hold the layer say: picked only where every one of them picked it."""
+    said = [word for rank in ranks if (word := rank.of(layer)) is not None]
+    return "picked" if route == "plugin" else min(said, key=WEAKEST_FIRST.index)
 
 
 def aliases(layer: str) -> tuple[str, ...]:

@@ -63,13 +63,33 @@ srun --mpi=pmix --kill-on-bad-exit=1 --export=ALL \\
 
 _TRITON = """\
 #!/usr/bin/env bash
-# Starts Triton on the model repository $1 (the artifact's triton/ directory). {ranks} process{es}, one a GPU.
+# Starts Triton on the model repository $1 (what triton/make_repository.py wrote). {ranks} process{es}, one a GPU.
 set -euo pipefail
 source "$(dirname "${{BASH_SOURCE[0]}}")/env.sh"
 repository=${{1:?name the model repository}}
 shift
-{command} --model-repository="$repository" "$@"
+{command}
 """
+
+_TRITON_ALONE = 'exec tritonserver --model-repository="$repository" "$@"'
+
+# As NVIDIA's launch_triton_server.py does. The C++ backend wants a server a rank, of which the first answers; the
+# others load the engine's model alone, and Python's shared memory goes by another name in each.
+_TRITON_CPP = """\
+command=(mpirun --allow-run-as-root)
+for ((rank = 0; rank < {ranks}; rank++)); do
+  command+=(-n 1 -x LD_PRELOAD -x PYTHONPATH tritonserver --model-repository="$repository")
+  command+=(--disable-auto-complete-config "--backend-config=python,shm-region-prefix-name=prefix${{rank}}_")
+  [ "$rank" = 0 ] || command+=(--model-control-mode=explicit --load-model=tensorrt_llm)
+  command+=("$@" :)
+done
+unset "command[-1]"
+exec "${{command[@]}}\""""
+
+# One server, whose LLM hands its work to the other ranks.
+_TRITON_LLM = """\
+exec mpirun --allow-run-as-root --oversubscribe -n {ranks} -x LD_PRELOAD -x PYTHONPATH \\
+  trtllm-llmapi-launch tritonserver --model-repository="$repository" "$@\""""
 
 
 def write(
@@ -77,6 +97,7 @@ def write(
     config: EngineConfig,
     serve: Sequence[str],
     container: str,
+    backend: str,
     modules: bool,
     preload: bool,
 ) -> None:
@@ -100,7 +121,7 @@ def write(
             tasks=tasks,
             s="s" if nodes > 1 else "",
         ),
-        "triton.sh": _TRITON.format(command=_triton(ranks), ranks=ranks, es="es" if ranks > 1 else ""),
+        "triton.sh": _TRITON.format(command=_triton(ranks, backend), ranks=ranks, es="es" if ranks > 1 else ""),
     }
     directory = out / DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
@@ -122,8 +143,8 @@ def shell(command: Sequence[str]) -> str:
     return " \\\n  ".join(lines)
 
 
-def _triton(ranks: int) -> str:
-    """Triton's C++ backend wants one process a rank, and mpirun to pass the environment on."""
+def _triton(ranks: int, backend: str) -> str:
+    """How tritonserver is started for so many ranks of a backend."""
     if ranks == 1:
-        return "exec tritonserver"
-    return f"exec mpirun --allow-run-as-root -n {ranks} -x LD_PRELOAD -x PYTHONPATH tritonserver"
+        return _TRITON_ALONE
+    return (_TRITON_CPP if backend == "tensorrt" else _TRITON_LLM).format(ranks=ranks)

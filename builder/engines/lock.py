@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from builder.engines.gpu import gpus
+from builder.engines.launch import PLUGIN_LIBRARY
 from plugins.errors import UserError
 
 FILE = "lock.json"
+CUDA_TOOLKIT = Path("/usr/local/cuda/version.json")  # where NVIDIA's images have CUDA, and no wheel of it
 CONTAINER = "nvcr.io/nvidia/tensorrt-llm/release"
 SUPPORTED_CONTAINER = f"{CONTAINER}:1.2.1"  # the last stable release that builds TensorRT engines
 
@@ -60,7 +63,7 @@ def current(backend: str, plugin: Path | None = None) -> Lock:
         backend=backend,
         tensorrt_llm=tensorrt_llm,
         tensorrt=installed("tensorrt") or installed("tensorrt_cu13") or installed("tensorrt_cu12"),
-        cuda=installed("nvidia_cuda_runtime") or installed("nvidia_cuda_runtime_cu13"),
+        cuda=installed("nvidia_cuda_runtime") or installed("nvidia_cuda_runtime_cu12") or _toolkit(),
         sm=device.sm if device else None,
         gpu=device.name if device else None,
         driver=device.driver if device else None,
@@ -78,6 +81,14 @@ def installed(distribution: str) -> str | None:
         return None
 
 
+def _toolkit() -> str | None:
+    """The version of CUDA's toolkit; None where there is none, or it does not say."""
+    try:
+        return str(json.loads(CUDA_TOOLKIT.read_text(encoding="utf8"))["cuda"]["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write(engine: Path, lock: Lock) -> None:
     """Writes `lock.json` into an engine directory."""
     (engine / FILE).write_text(json.dumps(asdict(lock), indent=1) + "\n", encoding="utf8")
@@ -90,9 +101,12 @@ def read(engine: Path) -> Lock | None:
         return None
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-        return Lock(**{field.name: content[field.name] for field in fields(Lock)})
-    except (ValueError, KeyError, TypeError) as error:
+        lock = Lock(**{field.name: content[field.name] for field in fields(Lock)})
+        if lock.backend not in BINDING:
+            raise ValueError(f"backend '{lock.backend}'")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is not a version lock ({error}): build the engine again") from None
+    return lock
 
 
 def mismatches(lock: Lock, here: Lock) -> list[str]:
@@ -108,15 +122,31 @@ def mismatches(lock: Lock, here: Lock) -> list[str]:
     return found
 
 
-def require(engine: Path, plugin: Path | None = None) -> None:
-    """Raises UserError where the engine was built for other versions or another GPU; it names the container to use."""
+def refusal(engine: Path) -> str | None:
+    """Why the engine may not run on this machine, with the container to use; None where it may.
+
+    Raises UserError for a lock that cannot be read.
+    """
     lock = read(engine)
     if lock is None:
-        return
-    differences = mismatches(lock, current(lock.backend, plugin))
-    if differences:
-        gpu = f" on a GPU with SM {lock.sm}, such as the {lock.gpu}" if lock.sm and "SM" in str(differences) else ""
-        raise UserError(f"'{engine}' needs {', '.join(differences)}: use the container {lock.container}{gpu}")
+        return None
+    differences = mismatches(lock, current(lock.backend, plugin_of(engine)))
+    if not differences:
+        return None
+    gpu = f" on a GPU with SM {lock.sm}, such as the {lock.gpu}" if lock.sm and "SM" in str(differences) else ""
+    return f"'{engine}' needs {', '.join(differences)}: use the container {lock.container}{gpu}"
+
+
+def require(engine: Path) -> None:
+    """Raises UserError where the engine was built for other versions or another GPU; it names the container to use."""
+    if (words := refusal(engine)) is not None:
+        raise UserError(words)
+
+
+def plugin_of(engine: Path) -> Path | None:
+    """The plugin library that the engine's launch files would load: $TWOFOUR_PLUGIN_LIBRARY, else the engine's copy."""
+    library = Path(os.environ.get("TWOFOUR_PLUGIN_LIBRARY") or engine / PLUGIN_LIBRARY)
+    return library if library.is_file() else None
 
 
 def _same(name: str, wanted: object, have: object) -> bool:

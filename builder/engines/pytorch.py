@@ -34,6 +34,11 @@ MODEL_MODULE = {  # architecture -> module of tensorrt_llm._torch.models that de
     "Qwen3ForCausalLM": "modeling_qwen3",
 }
 
+_UNMEASURED = (
+    "the sparse kernels were not timed: the skinny one takes few tokens, cuSPARSELt more; TensorRT-LLM's log says how "
+    "many layers run on them when it loads the engine"
+)
+
 # The class must be defined here, under this package's name: workers import the class by where it is defined.
 _INIT_PY = '''\
 """{architecture} once more, with this engine's 2:4 layers on sparse kernels. TensorRT-LLM imports this package."""
@@ -79,12 +84,12 @@ def build(
     if tactics is not None:
         write_json(out / "tactics.json", tactics)
     artifact.write_llm_args(out, config, "pytorch", found.kv_cache)
-    artifact.write_facts(out, "pytorch", found.format, found.kv_cache, checkpoint, config)
+    remarks = [_UNMEASURED] if found.sparse_layers and (tactics is None or tactics["source"] != "measured") else []
+    artifact.write_facts(out, "pytorch", found.format, found.kv_cache, checkpoint, config, remarks)
     here = lock.current("pytorch")
     lock.write(out, here)
-    launch.write(
-        out, config, _serve(config, bool(found.sparse_layers)), here.container, bool(found.sparse_layers), preload=False
-    )
+    sparse = bool(found.sparse_layers)
+    launch.write(out, config, _serve(config, sparse), here.container, "pytorch", modules=sparse, preload=False)
 
 
 def _check(found: Checkpoint, config: EngineConfig) -> None:
@@ -104,6 +109,8 @@ def _check(found: Checkpoint, config: EngineConfig) -> None:
         tensorrt_llm=lock.installed("tensorrt_llm"),
     ).require()
     compatibility.check_shards(found.layers(), config.tensor_parallel).require()
+    sizes = (found.architecture.num_heads, found.architecture.num_blocks)
+    compatibility.check_mapping(*sizes, config.tensor_parallel, config.pipeline_parallel, "pytorch").require()
 
 
 def _write_module(directory: Path, found: Checkpoint, tactics: Mapping[str, Any] | None) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ Progress = Callable[[str, int, int], None]
 _POLL = 0.05  # seconds
 _PATIENCE = 10.0  # seconds that a rank has to end when asked, before it is killed
 _LOG_SHOWN = 1 << 20  # bytes at the end of a log that are searched for the cause
+_LOG_KEPT = 16 << 20  # bytes at the end of a failed rank's log that outlive the engine directory
 
 
 def run_ranks(
@@ -69,10 +71,21 @@ def _wait(
 
 def _words(doing: str, rank: int, code: int, log: Path) -> str:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    said = _end_of(log, _LOG_SHOWN).decode("utf8", "replace")
+    return f"{doing}: rank {rank} {how}, {explain(said)} (its log: '{_keep(log)}')"
+
+
+def _keep(log: Path) -> Path:
+    """A copy of the log's end: whoever builds removes the half-made engine directory, and the log with it."""
+    kept = Path(tempfile.mkdtemp(prefix="twofour-failed-")) / log.name
+    kept.write_bytes(_end_of(log, _LOG_KEPT))
+    return kept
+
+
+def _end_of(log: Path, count: int) -> bytes:
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _LOG_SHOWN))
-        said = file.read().decode("utf8", "replace")
-    return f"{doing}: rank {rank} {how}, {explain(said)} (all of it: '{log}')"
+        file.seek(max(0, log.stat().st_size - count))
+        return file.read()
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -23,7 +23,7 @@ from builder.checkpoint import read
 from builder.engines import artifact, evidence, gpu_memory, launch, lock, ranks, trtllm_checkpoint, tuned
 from builder.engines.base import EngineConfig
 from builder.engines.gpu import gpus
-from builder.engines.trtllm_build import HOOKS, MODEL_CLASS, build_command, build_config, routes
+from builder.engines.trtllm_build import HOOKS, MODEL_CLASS, build_command, build_config, pages_context, routes
 from builder.engines.trtllm_checkpoint import TrtllmCheckpoint
 from builder.files import write_json
 from plugins import library
@@ -111,7 +111,19 @@ def build(
         chosen = better
         _build_ranks(found, out, config, chosen, tokenizer, plugin, progress)
     lock.write(out, lock.current("tensorrt", plugin if "plugin" in chosen.values() else None))
-    artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config)
+    remarks = [*evidence.remarks(out), *_remarks(found, config, timed=bool(ratios))]
+    artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config, remarks)
+
+
+def _remarks(found: TrtllmCheckpoint, config: EngineConfig, timed: bool) -> list[str]:
+    words = []
+    if found.sparse_layers and not timed:
+        words.append(
+            "our plugin's kernels were not timed against TensorRT's here: every 2:4 layer was left to TensorRT"
+        )
+    if config.kv_cache_block_reuse and not pages_context(found):
+        words.append(f"KV-cache blocks are not used again: TensorRT-LLM cannot with this {found.kv_cache} KV cache")
+    return words
 
 
 def _prepare(
@@ -126,9 +138,9 @@ def _prepare(
         shutil.copyfile(found.directory / "sparsity.json", out / "sparsity.json")
     write_json(out / "build_config.json", settings)
     artifact.copy_tokenizer(tokenizer or _tokenizer(found.directory), out)
-    artifact.write_llm_args(out, config, "tensorrt", found.kv_cache)
+    artifact.write_llm_args(out, config, "tensorrt", found.kv_cache, reuse=pages_context(found))
     preload = "plugin" in chosen.values()
-    launch.write(out, config, _serve(config), lock.SUPPORTED_CONTAINER, modules=False, preload=preload)
+    launch.write(out, config, _serve(config), lock.SUPPORTED_CONTAINER, "tensorrt", modules=False, preload=preload)
     by_hand = build_command(PurePath("$checkpoint"), PurePath("$engine"), config, bool(chosen), settings)
     script = out / "build.sh"
     page = _BUILD_SH.format(container=lock.SUPPORTED_CONTAINER, hooks=HOOKS, command=launch.shell(by_hand))
@@ -156,7 +168,7 @@ def _build_ranks(
         "building the TensorRT engine",
         progress,
     )
-    return evidence.write(out, found.ranks, read(found.directory).layers(), chosen)
+    return evidence.write(out, found, read(found.directory).layers(), chosen)
 
 
 def _tokenizer(checkpoint: Path) -> Path:
@@ -176,6 +188,11 @@ def _check(found: TrtllmCheckpoint, config: EngineConfig) -> None:
         parallel=found.ranks,
         tensorrt_llm=lock.installed("tensorrt_llm"),
     ).require()
+    if config.chunked_prefill and not pages_context(found):
+        raise UserError(
+            f"engine.chunked_prefill is not possible with quantization.kv_cache={found.kv_cache} and {found.format} "
+            "weights, which TensorRT-LLM does not page for prompts: set it to false, or quantization.kv_cache=none"
+        )
     for key, have, want in (
         ("tensor_parallel", found.tensor_parallel, config.tensor_parallel),
         ("pipeline_parallel", found.pipeline_parallel, config.pipeline_parallel),

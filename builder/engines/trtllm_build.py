@@ -31,6 +31,14 @@ def routes(
     return {layer: "plugin" if layer in ours else "native" for layer in checkpoint.sparse_layers}
 
 
+def pages_context(checkpoint: TrtllmCheckpoint) -> bool:
+    """Whether attention over a prompt can read the paged KV cache, on which block reuse and chunked prefill stand.
+
+    TensorRT-LLM's build turns it off for an INT8 cache, and for an FP8 cache under weights that are not FP8.
+    """
+    return checkpoint.kv_cache == "none" or (checkpoint.kv_cache == "fp8" and checkpoint.quantization == "fp8")
+
+
 def build_config(checkpoint: TrtllmCheckpoint, config: EngineConfig, chosen: Mapping[str, str]) -> dict[str, Any]:
     """TensorRT-LLM's BuildConfig as a dict. Only what differs from its defaults, or must not change with them."""
     sparse = bool(chosen)
@@ -50,7 +58,7 @@ def build_config(checkpoint: TrtllmCheckpoint, config: EngineConfig, chosen: Map
         "input_timing_cache": TIMING_CACHE,  # ignored where it does not exist yet
         "plugin_config": {
             "gemm_plugin": gemm_plugin,
-            "use_paged_context_fmha": True,  # what KV-cache block reuse and chunked prefill stand on
+            "use_paged_context_fmha": pages_context(checkpoint),
             "use_fused_mlp": not mlp_swapped and checkpoint.quantization in ("none", "fp8"),
             "multiple_profiles": sparse,  # tactics are chosen per range of tokens: sparse may win in one only
         },

@@ -75,6 +75,15 @@ class TrtllmCheckpoint:
     def ranks(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel
 
+    @property
+    def blocks(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    def blocks_of(self, rank: int) -> range:
+        """The decoder blocks that a rank holds: its pipeline stage's, and a stage has as many as any other."""
+        count, stage = self.blocks // self.pipeline_parallel, rank // self.tensor_parallel
+        return range(stage * count, (stage + 1) * count)
+
 
 def read(directory: Path) -> TrtllmCheckpoint:
     """Reads and checks `directory`. Raises UserError for what no TensorRT-LLM release from 1.0 to 1.2 would build."""
@@ -108,7 +117,7 @@ def _check_quantization(config: dict[str, Any], where: Path) -> None:
     quantization = config.get("quantization") or {}
     producer = config.get("producer") or {}
     writer = f"{producer.get('name', 'an unknown tool')} {producer.get('version', '')}".strip()
-    again = f"it was written by {writer}, export it again with nvidia-modelopt 0.47"
+    again = f"it was written by {writer}, export it again with nvidia-modelopt {compatibility.MODELOPT}"
     for key in quantization:
         if key not in QUANTIZATION_KEYS:
             raise UserError(

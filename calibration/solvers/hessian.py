@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from plugins.errors import UserError
+from plugins.errors import Caution, UserError
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as SparseGPT and GPTQ have it
 STEP = 10.0  # by which the damping grows while the Hessian cannot be factored
@@ -49,8 +49,11 @@ def inverse_factor(name: str, hessian_KK: Tensor, damping: float = DAMPING) -> t
         damping *= STEP
     if damping != first:
         warnings.warn(
-            f"the Hessian of '{name}' is singular: its damping was raised from {first:g} to {damping:g}", stacklevel=2
+            f"the Hessian of '{name}' is singular: its damping was raised from {first:g} to {damping:g}",
+            Caution,
+            stacklevel=2,
         )
     upper_KK = factor.flip(0, 1)
-    identity = torch.eye(len(upper_KK), dtype=upper_KK.dtype, device=upper_KK.device)
-    return torch.linalg.solve_triangular(upper_KK, identity, upper=True), damping
+    del factor  # at 8192 inputs each of these is 268 MB
+    inverse_KK = torch.eye(len(upper_KK), dtype=upper_KK.dtype, device=upper_KK.device).T  # columns side by side
+    return torch.linalg.solve_triangular(upper_KK, inverse_KK, upper=True, out=inverse_KK), damping

@@ -10,9 +10,9 @@ constant that is tr(V H V') - 2 tr(V B') with B = T'X, which the second moments 
 
 1. target: the dense weight that minimises it, B H^-1;
 2. mask: SparseGPT's sweep on that weight, each group's mask chosen by the joint cost of what it prunes;
-3. refit: the kept weights that minimise it, by conjugate gradients, all rows at once;
-4. swap: in each row, the groups where one pruned and one kept weight would gain most by changing places; a row keeps
-   its swaps only if its exact error fell after a refit.
+3. refit: the kept weights that minimise it, by conjugate gradients, all rows at once.
+
+Once each layer of a block is pruned, `calibration.tune` lets the block's layers make up for each other.
 
 The pruned and dense inputs in one target: Li et al., GPTAQ, 2025, arXiv:2504.02692. A refit on a fixed mask by
 projected conjugate gradients: Meng et al., ALPS, NeurIPS 2024, arXiv:2406.07831.
@@ -33,9 +33,6 @@ from calibration.solvers.sparsegpt import prune_in_turn, prune_together, sweep
 DENSE_INPUTS = 0.5  # a
 RESIDUAL = 0.5  # b
 REFIT_STEPS = 60
-SWAP_ROUNDS = 3
-SWAP_STEPS = 30
-SWAP_SHARE = 1 / 16  # of a row's groups that change in a round
 TINY = 1e-30  # keeps a row that is solved already from dividing by zero
 MOST_CHOICES = 70  # masks of a group that are tried one by one: as many as 4:8 has
 
@@ -58,8 +55,6 @@ class Reconstruct:
         joint = 0 < pattern.choices() <= MOST_CHOICES
         mask_NK = sweep(weight_KN, upper_KK, pattern, prune_together if joint else prune_in_turn).T.contiguous()
         pruned_NK = refit(weight_KN.T * mask_NK, mask_NK, target_NK, hessian_KK, REFIT_STEPS)
-        if pattern.group:
-            pruned_NK, mask_NK = swap(pruned_NK, mask_NK, target_NK, hessian_KK, pattern.group)
         return apply(pruned_NK, mask_NK)
 
 
@@ -94,39 +89,3 @@ def refit(weight_NK: Tensor, mask_NK: Tensor, target_NK: Tensor, hessian_KK: Ten
         direction_NK.mul_(next_N1 / slope_N1.clamp_min(TINY)).add_(scaled_NK)
         slope_N1 = next_N1
     return weight_NK
-
-
-def swap(
-    weight_NK: Tensor, mask_NK: Tensor, target_NK: Tensor, hessian_KK: Tensor, group: int
-) -> tuple[Tensor, Tensor]:
-    """Improves the mask row by row; returns weight and mask. No row's error rises."""
-    error_N = _error(weight_NK, target_NK, hessian_KK)
-    for _ in range(SWAP_ROUNDS):
-        tried_mask_NK = _exchange(weight_NK, mask_NK, target_NK - weight_NK @ hessian_KK, hessian_KK.diagonal(), group)
-        tried_NK = refit(weight_NK * tried_mask_NK, tried_mask_NK, target_NK, hessian_KK, SWAP_STEPS)
-        tried_error_N = _error(tried_NK, target_NK, hessian_KK)
-        better_N1 = (tried_error_N < error_N)[:, None]
-        weight_NK = torch.where(better_N1, tried_NK, weight_NK)
-        mask_NK = torch.where(better_N1, tried_mask_NK, mask_NK)
-        error_N = torch.minimum(tried_error_N, error_N)
-    return weight_NK, mask_NK
-
-
-def _exchange(weight_NK: Tensor, mask_NK: Tensor, gradient_NK: Tensor, diagonal_K: Tensor, group: int) -> Tensor:
-    """The mask with one pair exchanged in each row's most promising groups: gain of one in, cost of one out."""
-    gain_NK = (gradient_NK.square() / diagonal_K).masked_fill(mask_NK, -torch.inf)
-    cost_NK = (weight_NK.square() * diagonal_K).masked_fill(~mask_NK, torch.inf)
-    gain, enters = gain_NK.unflatten(1, (-1, group)).max(2, keepdim=True)
-    cost, leaves = cost_NK.unflatten(1, (-1, group)).min(2, keepdim=True)
-    promise = (gain - cost)[..., 0]
-    best = promise.topk(max(1, int(promise.shape[1] * SWAP_SHARE)), dim=1).indices
-    chosen = torch.zeros_like(promise, dtype=torch.bool).scatter_(1, best, True).logical_and_(promise > 0)[..., None]
-    mask = mask_NK.unflatten(1, (-1, group)).clone()
-    mask.scatter_(2, leaves, mask.gather(2, leaves) & ~chosen)
-    mask.scatter_(2, enters, mask.gather(2, enters) | chosen)
-    return mask.flatten(1)
-
-
-def _error(weight_NK: Tensor, target_NK: Tensor, hessian_KK: Tensor) -> Tensor:
-    """tr(V H V') - 2 tr(V B'), row by row [N]."""
-    return (weight_NK * (weight_NK @ hessian_KK - 2 * target_NK)).sum(1)

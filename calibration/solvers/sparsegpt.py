@@ -79,7 +79,9 @@ def prune_together(weight_GN: Tensor, upper_GG: Tensor, pattern: Pattern) -> tup
     Pruning the inputs E of the group costs w_E' (Q_EE)^-1 w_E, where Q is the inverse Hessian of the inputs still free:
     of these, U'U within the group. Kurtic et al., The Optimal BERT Surgeon, EMNLP 2022, arXiv:2203.07259, section 3.2.
     """
-    choices = torch.tensor(list(combinations(range(pattern.group), pattern.group - int(pattern.keep))))
+    choices = torch.tensor(
+        list(combinations(range(pattern.group), pattern.group - int(pattern.keep))), device=weight_GN.device
+    )
     inverse_GG = upper_GG.T @ upper_GG
     chosen_CEE = inverse_GG[choices[:, :, None], choices[:, None, :]]
     weight_CEN = weight_GN[choices]

@@ -15,13 +15,10 @@ case $backend in
 esac
 twofour verify "$checkpoint"
 
-# The ranks as the checkpoint was split; a unified checkpoint has none, and is split when it is served.
-ranks=()
-if [ "$backend" = tensorrt ]; then
-  read -r tp pp < <(python3 -c 'import json, sys; m = json.load(open(sys.argv[1]))["mapping"]; print(m["tp_size"], m["pp_size"])' "$checkpoint/config.json")
-  ranks=(--set "tensor_parallel=$tp" --set "pipeline_parallel=$pp")
-fi
+# Beside OUT, which holds what its manifest lists and nothing else.
 out=$(cd "$out" && pwd)
-docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$out:$out" "$image" \
-  twofour engine "$out/$(basename "$checkpoint")" --backend "$backend" "${ranks[@]}" --out "$out/engine-$backend"
-echo "serve it in the same image: $out/engine-$backend/launch/serve.sh"
+engine=$out-$backend/engine
+mkdir -p "$out-$backend"
+docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$out:$out:ro" -v "$out-$backend:$out-$backend" "$image" \
+  twofour engine "$out/$(basename "$checkpoint")" --backend "$backend" --out "$engine"
+echo "serve it in the same image: $engine/launch/serve.sh"

@@ -28,6 +28,7 @@ from tensorrt_llm.quantization.layers import FP8Linear, FP8RowLinear, Int8Smooth
 from tensorrt_llm.quantization.quantize import quantize_layers
 
 from plugins.errors import UserError
+from plugins.tensorrt_llm.stages import local_name
 
 PLUGIN = ("TwofourGemm", "1", "twofour")  # name, version, namespace
 TYPES = {"float16": 0, "bfloat16": 1, "int8": 2, "fp8": 3}  # twofour_type
@@ -41,7 +42,10 @@ class SparseNetwork:
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # quantizes: each layer has its final class now
         layers = json.loads(self.routes.read_text(encoding="utf8"))["layers"]
-        swap(self, {name for name, route in layers.items() if route == "plugin"})
+        config = self.config  # type: ignore[attr-defined]
+        held = config.mapping.pp_layers(config.num_hidden_layers)
+        here = {local_name(name, held, config.num_hidden_layers) for name, route in layers.items() if route == "plugin"}
+        swap(self, {name for name in here if name is not None})
 
 
 def swap(model: Any, names: set[str]) -> None:

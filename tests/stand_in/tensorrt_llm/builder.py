@@ -60,6 +60,8 @@ def build(model, config):
           + ", ".join(shown[0]), flush=True)  # fmt: skip
     print(f"[11/23/2025-09:00:01] [TRT] [V] (Sparsity) Chose {len(shown[1])} layer(s) using sparse tactics: "
           + ", ".join(shown[1]), flush=True)  # fmt: skip
+    if model.config.mapping.rank == 0:  # the only one that saves it
+        Path(config.settings["output_timing_cache"]).write_bytes(b"")
     tactics = [
         {"Name": name, "TacticName": "sm90_xmma_sparse_gemm" if name in shown[1] else "sm90_xmma_gemm"}
         for name in shown[0]

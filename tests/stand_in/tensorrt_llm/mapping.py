@@ -3,6 +3,8 @@
 import threading
 from dataclasses import dataclass, field
 
+import torch
+
 
 class Group:
     """Ranks that add up or collect a tensor together, in the order of their numbers: the sum is the same everywhere."""
@@ -38,6 +40,20 @@ class Mapping:
 
     def has_pp(self):
         return self.pp_size > 1
+
+    @property
+    def pp_rank(self):
+        return self.rank // self.tp_size
+
+    def is_first_pp_rank(self):
+        return self.pp_rank == 0
+
+    def is_last_pp_rank(self):
+        return self.pp_rank == self.pp_size - 1
+
+    def pp_layers(self, num_layers):
+        """As in 1.2, where the first stages take what does not divide."""
+        return torch.tensor_split(torch.arange(num_layers), self.pp_size)[self.pp_rank].tolist()
 
     def to_dict(self):
         return {"world_size": self.world_size, "rank": self.rank, "tp_size": self.tp_size, "pp_size": self.pp_size}

@@ -98,9 +98,11 @@ class Embedding(Module):
 
 class LLaMAModel(Module):
     def __init__(self, config):
-        self.vocab_embedding = Embedding(config)
-        self.layers = ModuleList(LLaMADecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.ln_f = RmsNorm(config)
+        if config.mapping.is_first_pp_rank():
+            self.vocab_embedding = Embedding(config)
+        self.layers = ModuleList(LLaMADecoderLayer(config) for _ in config.mapping.pp_layers(config.num_hidden_layers))
+        if config.mapping.is_last_pp_rank():
+            self.ln_f = RmsNorm(config)
 
 
 class PostInitCaller(type):
@@ -134,7 +136,8 @@ class LLaMAForCausalLM(PretrainedModel):
         super().__init__(config)
         self.transformer = LLaMAModel(config)
         rows = config.vocab_size // config.mapping.tp_size
-        self.lm_head = ColumnLinear(config.hidden_size, rows, bias=False, dtype=config.dtype)
+        if config.mapping.is_last_pp_rank():
+            self.lm_head = ColumnLinear(config.hidden_size, rows, bias=False, dtype=config.dtype)
 
     def forward(self, input_ids):
         """Logits; embedding and head are split by vocabulary, and this puts their parts together again."""

@@ -1,0 +1,55 @@
+"""Hidden states in files: those of a whole calibration set outgrow memory before a block does.
+
+Suffixes: B samples, T tokens of a sample, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TOKENS_AT_ONCE = 512  # that go through a block together; fixed, as sums in another order round otherwise
+
+
+def samples_at_once(length: int) -> int:
+    """How many samples of `length` tokens go through a block together."""
+    return max(1, TOKENS_AT_ONCE // length)
+
+
+class States:
+    """Hidden states [B, T, D] float32 in `path`, of which a few samples at a time are in memory."""
+
+    def __init__(self, path: Path, shape_BTD: Sequence[int], device: torch.device | str = "cpu"):
+        self.path, self.shape, self.device = path, tuple(shape_BTD), device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def write(self, batches: Iterable[Tensor]) -> None:
+        """Puts the samples of all batches into the file: whole or not at all."""
+        partial = self.path.with_suffix(".partial")
+        with partial.open("wb") as opened:
+            for batch_BTD in batches:
+                opened.write(batch_BTD.float().cpu().contiguous().numpy().data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(self.path)
+
+    def read(self, samples: Iterable[int]) -> Tensor:
+        """These samples [B, T, D], on the device."""
+        size = 4 * math.prod(self.shape[1:])
+        with self.path.open("rb") as opened:
+            rows = [os.pread(opened.fileno(), size, size * sample) for sample in samples]
+        states_BTD = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.float32).view(-1, *self.shape[1:])
+        return states_BTD.to(self.device)
+
+    def batches(self) -> Iterator[Tensor]:
+        """All samples in their order, a few at a time."""
+        size = samples_at_once(self.shape[1])
+        for at in range(0, len(self), size):
+            yield self.read(range(at, min(at + size, len(self))))
