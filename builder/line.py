@@ -218,16 +218,18 @@ class Line:
         from builder.engines import backends, tuned
 
         checkpoint, config = self.checkpoint(), self.recipe.engine
+        served = stage == "engine"  # the other is asked for its logits alone
 
         def make(out: Path, work: Path) -> None:
-            backends.build(backend, checkpoint.path, out, config, self.plan.predicted["gpu"])
+            gpu = self.plan.predicted["gpu"]
+            backends.build(backend, checkpoint.path, out, config, gpu, speed_matters=served)
 
         described = {
             **config.model_dump(mode="json"),
             "backend": backend,
             "predicted": self.plan.predicted["gpu"],
             "sm": machine.sm(),
-            **tuned.fingerprint(),
+            **(tuned.fingerprint() if served else {}),
         }
         return self._run(stage, 2, {"checkpoint": checkpoint.digest}, described, ENGINE_TOOLS, make)
 

@@ -95,6 +95,15 @@ def test_without_a_gpu_everything_is_predicted(checkpoints: Path, tmp_path: Path
     assert tuned.seconds_saved([], 8, "bfloat16") is None
 
 
+def test_an_engine_for_its_logits_alone_needs_no_tuning(
+    checkpoints: Path, gpu: library.Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The torch engine that stands in for TensorRT-LLM's when accuracy is measured, where nobody built libtwofour."""
+    monkeypatch.setattr(library, "context", None)
+    backends.build("torch", checkpoints, tmp_path / "engine", CONFIG, "L4", speed_matters=False)
+    assert sources(json.loads((tmp_path / "engine" / "tactics.json").read_text())) == {("predicted", False)}
+
+
 def test_predicted_or_foreign_tactics_on_a_gpu_are_said_to_be(
     gpu: library.Context, checkpoints: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,16 +11,20 @@ from builder.engines.base import Engine, EngineConfig
 from plugins.errors import UserError
 
 
-def build(backend: str, checkpoints: Path, out: Path, config: EngineConfig, gpu: str) -> None:
+def build(
+    backend: str, checkpoints: Path, out: Path, config: EngineConfig, gpu: str, *, speed_matters: bool = True
+) -> None:
     """Builds the engine of `backend` into `out` from a folder of checkpoints (hf/, trtllm/).
 
-    Kernels are timed on this machine's GPU; `gpu` is the card that their times are predicted for where there is none.
-    Raises UserError for what is missing.
+    Kernels are timed on this machine's GPU; `gpu` is the card that their times are predicted for where there is none,
+    or where speed does not matter, as in an engine that is asked for its logits alone. Raises UserError for what is
+    missing.
     """
     if backend == "torch":
         from builder.engines import torch_engine
 
-        torch_engine.build(checkpoints / "hf", out, config, tactics(checkpoints / "hf", config, gpu))
+        found = tactics(checkpoints / "hf", config, gpu, measured=speed_matters)
+        torch_engine.build(checkpoints / "hf", out, config, found)
     elif backend == "pytorch":
         from builder.engines import pytorch
 
@@ -34,13 +38,15 @@ def build(backend: str, checkpoints: Path, out: Path, config: EngineConfig, gpu:
         raise UserError(f"'{backend}' is not a backend: use tensorrt, pytorch or torch")
 
 
-def tactics(checkpoint: Path, config: EngineConfig, gpu: str, fused: bool = False) -> dict[str, Any]:
+def tactics(
+    checkpoint: Path, config: EngineConfig, gpu: str, *, fused: bool = False, measured: bool = True
+) -> dict[str, Any]:
     """tactics.json of a checkpoint: all of it measured here, or, without a GPU, all of it predicted for `gpu`."""
     from builder import checkpoint as checkpoints
     from builder import tactics as prediction
     from builder.engines import tuned
 
-    if not tuned.can_measure():
+    if not measured or not tuned.can_measure():
         return prediction.predict_tactics(checkpoint, gpu)
     found = checkpoints.read(checkpoint)
     return tuned.tactics(found.layers(), config, found.architecture.dtype, fused)
