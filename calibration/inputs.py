@@ -6,7 +6,7 @@ Suffixes: B samples, T tokens of a sample, D hidden size, M rows of activations,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from calibration.blocks import HALVES, Stream, forward_half
 from calibration.solvers import Statistics
+from calibration.states import States
 
 
 class _ReachedError(Exception):
@@ -36,10 +37,13 @@ def shared_inputs(stream: Stream, half: str, names: Sequence[str], arguments: di
     return [group for _, group in groups]
 
 
-def gather(layer: str, pruned: Stream, arguments: dict[str, Any], dense: Stream | None = None) -> Statistics:
+def gather(
+    layer: str, pruned: Stream, arguments: dict[str, Any], dense: Stream | None = None, leaving: States | None = None
+) -> Statistics:
     """The statistics of `layer`'s input over all samples; with `dense`, also against the dense model's.
 
-    The streams' states are those that enter the layer's half.
+    The streams' states are those that enter the layer's half. If `layer` is the half's last, the dense states that
+    leave the half are one product away: `leaving` gets them.
     """
     half = layer.split(".")[0]
     out_features, in_features = weight_shape = pruned.block.get_submodule(layer).weight.shape
@@ -49,15 +53,20 @@ def gather(layer: str, pruned: Stream, arguments: dict[str, Any], dense: Stream 
     residual_NK = torch.zeros(weight_shape, device=device) if dense and layer == HALVES[half][1] else None
     rows = 0
     dense_batches = dense.states.batches() if dense else None
-    for state_BTD in pruned.states.batches():
-        x_MK = _input(layer, half, pruned.block, state_BTD, arguments)
-        hessian_KK.addmm_(x_MK.T, x_MK)
-        rows += len(x_MK)
-        if dense and dense_batches and cross_KK is not None:
-            dense_state_BTD = next(dense_batches)
-            cross_KK.addmm_(_input(layer, half, dense.block, dense_state_BTD, arguments).T, x_MK)
-            if residual_NK is not None:
-                residual_NK.addmm_((dense_state_BTD - state_BTD).view(-1, out_features).T, x_MK)
+    with leaving.writer() if leaving else nullcontext() as leave:
+        for state_BTD in pruned.states.batches():
+            x_MK = _input(layer, half, pruned.block, state_BTD, arguments)
+            hessian_KK.addmm_(x_MK.T, x_MK)
+            rows += len(x_MK)
+            if dense and dense_batches and cross_KK is not None:
+                dense_state_BTD = next(dense_batches)
+                dense_x_MK = _input(layer, half, dense.block, dense_state_BTD, arguments)
+                cross_KK.addmm_(dense_x_MK.T, x_MK)
+                if residual_NK is not None:
+                    residual_NK.addmm_((dense_state_BTD - state_BTD).view(-1, out_features).T, x_MK)
+                if leave:
+                    added_MD = dense.block.get_submodule(layer)(dense_x_MK)
+                    leave(dense_state_BTD + added_MD.view_as(dense_state_BTD))
     for moment in (hessian_KK, cross_KK, residual_NK):
         if moment is not None:
             moment.div_(rows)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,10 +33,16 @@ class States:
 
     def write(self, batches: Iterable[Tensor]) -> None:
         """Puts the samples of all batches into the file: whole or not at all."""
+        with self.writer() as add:
+            for batch_BTD in batches:
+                add(batch_BTD)
+
+    @contextmanager
+    def writer(self) -> Iterator[Callable[[Tensor], object]]:
+        """For batches that come up in the course of other work: what adds one to the file."""
         partial = self.path.with_suffix(".partial")
         with partial.open("wb") as opened:
-            for batch_BTD in batches:
-                opened.write(batch_BTD.float().cpu().contiguous().numpy().data)
+            yield lambda batch_BTD: opened.write(batch_BTD.float().cpu().contiguous().numpy().data)
             opened.flush()
             os.fsync(opened.fileno())
         partial.replace(self.path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks import Blocks, Stream, forward_half
+from calibration.blocks import HALVES, Blocks, Stream, forward_half
 from calibration.inputs import gather, shared_inputs
 from calibration.resume import Finished
 from calibration.solvers import Pattern, Solver, Statistics
@@ -75,35 +75,35 @@ class Walk:
         """
         arguments, names = self.arguments[number], self.layers_of[number]
         block = self.blocks.load(number)
-        forms = {name: copy.deepcopy(block) if name == "dense" else block for name in self.streams}
-
-        def half(name: str, branch: str) -> Callable[[Tensor], Tensor]:
-            return lambda x_BTD: forward_half(forms[name], branch, x_BTD, arguments)
-
+        forms = {"pruned": block, "dense": copy.deepcopy(block) if "dense" in self.streams else block}
         entering = {name: self._entering(number, name) for name in self.streams}
-        reports = self._prune_half("self_attn", number, block, forms, entering)
-        middle = {
-            name: self._send(states, half(name, "self_attn"), number, f"{name}-middle")
-            for name, states in entering.items()
-        }
-        reports |= self._prune_half("mlp", number, block, forms, middle)
+        middle = {name: self._states(number, f"{name}-middle") for name in self.streams}
+        leaving = {name: self._states(number + 1, name) for name in self.streams}
 
-        last = number + 1 == self.blocks.count
+        reports = self._prune_half("self_attn", number, forms, entering, middle.get("dense"))
+        if "pruned" in entering:
+            batches = entering["pruned"].batches()
+            middle["pruned"].write(forward_half(block, "self_attn", x_BTD, arguments) for x_BTD in batches)
+        reports |= self._prune_half("mlp", number, forms, middle, leaving.get("dense"))
+
         tuned = [name for name in names if self.solver.tunes_blocks and not reports[name].note]
-        if "dense" in middle and (tuned or not last):
-            leaving = self._send(middle["dense"], half("dense", "mlp"), number + 1, "dense")
-            if tuned:
-                tune(Stream(block, entering["pruned"]), tuned, leaving, arguments)
+        if tuned:
+            del forms["dense"]  # what it gives out is in a file: its memory is free for the gradients
+            tune(Stream(block, entering["pruned"]), tuned, leaving["dense"], arguments)
         weights = self._round(number, block)
-        if "pruned" in entering and not last:
-            self._send(entering["pruned"], lambda x_BTD: block(x_BTD, **arguments), number + 1, "pruned")
+        if "pruned" in entering and number + 1 < self.blocks.count:
+            leaving["pruned"].write(block(x_BTD, **arguments) for x_BTD in entering["pruned"].batches())
         return weights, [reports[name] for name in names]
 
     def _prune_half(
-        self, half: str, number: int, block: nn.Module, forms: dict[str, nn.Module], entering: dict[str, States]
+        self, half: str, number: int, forms: dict[str, nn.Module], entering: dict[str, States], leaving: States | None
     ) -> dict[str, LayerReport]:
-        """Prunes the half's layers one by one in the order of the forward pass, in place."""
-        arguments, names = self.arguments[number], [name for name in self.layers_of[number] if name.startswith(half)]
+        """Prunes the half's layers one by one in the order of the forward pass, in place.
+
+        Writes the dense states `leaving` the half, if asked for.
+        """
+        block, last, arguments = forms["pruned"], HALVES[half][1], self.arguments[number]
+        names = [name for name in self.layers_of[number] if name.startswith(half)]
         streams = {name: Stream(forms[name], states) for name, states in entering.items()}
         groups = shared_inputs(streams["pruned"], half, names, arguments) if streams and names else [names]
         reports = {}
@@ -113,7 +113,8 @@ class Walk:
                 weight_NK, full = block.get_submodule(name).weight, _full(number, name)
                 note = self._reason_to_keep(weight_NK)
                 if self.solver.needs_inputs and not statistics and not note:
-                    statistics = gather(name, streams["pruned"], arguments, streams.get("dense"))
+                    left = leaving if name == last else None
+                    statistics = gather(name, streams["pruned"], arguments, streams.get("dense"), left)
                 started = time.perf_counter()
                 kept_NK = weight_NK if note else self.solver.prune(full, weight_NK, statistics, self.pattern)
                 stored_NK = self._as_stored(full, kept_NK)
@@ -121,6 +122,9 @@ class Walk:
                 seconds = time.perf_counter() - started
                 reports[name] = report(full, stored_NK, self.pattern.holds(stored_NK), error, seconds, note)
                 weight_NK.copy_(stored_NK)
+        if leaving and (last not in reports or reports[last].note):  # nothing was gathered that gave them
+            batches = entering["dense"].batches()
+            leaving.write(forward_half(forms["dense"], half, x_BTD, arguments) for x_BTD in batches)
         return reports
 
     def _states(self, number: int, name: str) -> States:
@@ -133,12 +137,6 @@ class Walk:
         if number == 0 and not states.path.exists():
             states.write(self.blocks.embed(self.tokens_BT))
         return states
-
-    def _send(self, states: States, through: Callable[[Tensor], Tensor], number: int, name: str) -> States:
-        """Sends states through a part of the model, and keeps what comes out as the states `name` of a block."""
-        left = self._states(number, name)
-        left.write(through(x_BTD) for x_BTD in states.batches())
-        return left
 
     def _round(self, number: int, block: nn.Module) -> dict[str, Tensor]:
         """The block's weights as they are stored, by tensor name; the block gets the same values."""
