@@ -10,6 +10,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def products(dtype: torch.dtype) -> torch.autocast:
+    """Within it a model of this dtype has its linear layers in bfloat16, if it is stored so and that is faster here."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=dtype == torch.bfloat16 and has_bfloat16())
+
+
 def has_bfloat16() -> bool:
     """Whether matrix products in bfloat16 are faster here than in float32."""
     if torch.cuda.is_available():

@@ -78,7 +78,7 @@ def _input(layer: str, half: str, block: nn.Module, state_BTD: Tensor, arguments
     seen: list[Tensor] = []
 
     def note(_: str, x: Tensor) -> None:
-        seen.append(x.flatten(0, -2))
+        seen.append(x.flatten(0, -2).float())
         raise _ReachedError
 
     with _watch(block, [layer], note), suppress(_ReachedError):

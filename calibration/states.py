@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TOKENS_AT_ONCE = 256  # that go through a block together; fixed, as sums in another order round otherwise
+TOKENS_AT_ONCE = 512  # that go through a block together; fixed, as sums in another order round otherwise
 
 
 def samples_at_once(length: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.blocks import HALVES, Blocks, Stream, forward_half
+from calibration.device import products
 from calibration.inputs import gather, shared_inputs
 from calibration.resume import Finished
 from calibration.solvers import Pattern, Solver, Statistics
@@ -50,7 +51,8 @@ class Walk:
     """One way through one model with one solver.
 
     Two streams of hidden states go through the blocks: of the model as "pruned" so far, and as "dense" as it was, where
-    the solver compares the two. A solver that looks at no inputs has none. `finished` says where they are kept.
+    the solver compares the two. A solver that looks at no inputs has none. `finished` says where they are kept. States
+    and the sums over them are float32; the linear layers of a model in bfloat16 compute in that, as they will in use.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Walk:
         self.solver, self.pattern = solver, pattern
         self.arguments = blocks.arguments(tokens_BT.shape[1])
         self.layers_of = _by_block(layers, blocks)
+        self.products = products(blocks.weights.dtype("model.embed_tokens.weight"))
         self.streams = ["pruned"] * solver.needs_inputs + ["dense"] * solver.needs_dense_inputs
 
     def prune_block(self, number: int) -> tuple[dict[str, Tensor], list[LayerReport]]:
@@ -83,7 +86,8 @@ class Walk:
         reports = self._prune_half("self_attn", number, forms, entering, middle.get("dense"))
         if "pruned" in entering:
             batches = entering["pruned"].batches()
-            middle["pruned"].write(forward_half(block, "self_attn", x_BTD, arguments) for x_BTD in batches)
+            with self.products:
+                middle["pruned"].write(forward_half(block, "self_attn", x_BTD, arguments) for x_BTD in batches)
         reports |= self._prune_half("mlp", number, forms, middle, leaving.get("dense"))
 
         tuned = [name for name in names if self.solver.tunes_blocks and not reports[name].note]
@@ -92,7 +96,8 @@ class Walk:
             tune(Stream(block, entering["pruned"]), tuned, leaving["dense"], arguments)
         weights = self._round(number, block)
         if "pruned" in entering and number + 1 < self.blocks.count:
-            leaving["pruned"].write(block(x_BTD, **arguments) for x_BTD in entering["pruned"].batches())
+            with self.products:
+                leaving["pruned"].write(block(x_BTD, **arguments) for x_BTD in entering["pruned"].batches())
         return weights, [reports[name] for name in names]
 
     def _prune_half(
@@ -114,7 +119,8 @@ class Walk:
                 note = self._reason_to_keep(weight_NK)
                 if self.solver.needs_inputs and not statistics and not note:
                     left = leaving if name == last else None
-                    statistics = gather(name, streams["pruned"], arguments, streams.get("dense"), left)
+                    with self.products:
+                        statistics = gather(name, streams["pruned"], arguments, streams.get("dense"), left)
                 started = time.perf_counter()
                 kept_NK = weight_NK if note else self.solver.prune(full, weight_NK, statistics, self.pattern)
                 stored_NK = self._as_stored(full, kept_NK)
@@ -124,7 +130,8 @@ class Walk:
                 weight_NK.copy_(stored_NK)
         if leaving and (last not in reports or reports[last].note):  # nothing was gathered that gave them
             batches = entering["dense"].batches()
-            leaving.write(forward_half(forms["dense"], half, x_BTD, arguments) for x_BTD in batches)
+            with self.products:
+                leaving.write(forward_half(forms["dense"], half, x_BTD, arguments) for x_BTD in batches)
         return reports
 
     def _states(self, number: int, name: str) -> States:
