@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def device() -> torch.device:
@@ -20,3 +24,13 @@ def has_bfloat16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def return_freed_memory() -> None:
+    """Tells glibc to give a freed tensor of 1 MiB or more back to the system at once; elsewhere does nothing.
+
+    By itself it raises that size as tensors are freed, up to 32 MiB, and keeps the smaller ones in fragments.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 2**20)
