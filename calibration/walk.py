@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +86,8 @@ class Walk:
 
         reports = self._prune_half("self_attn", number, forms, entering, middle.get("dense"))
         if "pruned" in entering:
-            batches = entering["pruned"].batches()
-            with self.products:
-                middle["pruned"].write(forward_half(block, "self_attn", x_BTD, arguments) for x_BTD in batches)
+            attend = partial(forward_half, block, "self_attn", arguments=arguments)
+            self._send(entering["pruned"], attend, middle["pruned"])
         reports |= self._prune_half("mlp", number, forms, middle, leaving.get("dense"))
 
         tuned = [name for name in names if self.solver.tunes_blocks and not reports[name].note]
@@ -96,8 +96,7 @@ class Walk:
             tune(Stream(block, entering["pruned"]), tuned, leaving["dense"], arguments)
         weights = self._round(number, block)
         if "pruned" in entering and number + 1 < self.blocks.count:
-            with self.products:
-                leaving["pruned"].write(block(x_BTD, **arguments) for x_BTD in entering["pruned"].batches())
+            self._send(entering["pruned"], partial(block, **arguments), leaving["pruned"])
         return weights, [reports[name] for name in names]
 
     def _prune_half(
@@ -129,9 +128,7 @@ class Walk:
                 reports[name] = report(full, stored_NK, self.pattern.holds(stored_NK), error, seconds, note)
                 weight_NK.copy_(stored_NK)
         if leaving and (last not in reports or reports[last].note):  # nothing was gathered that gave them
-            batches = entering["dense"].batches()
-            with self.products:
-                leaving.write(forward_half(forms["dense"], half, x_BTD, arguments) for x_BTD in batches)
+            self._send(entering["dense"], partial(forward_half, forms["dense"], half, arguments=arguments), leaving)
         return reports
 
     def _states(self, number: int, name: str) -> States:
@@ -144,6 +141,11 @@ class Walk:
         if number == 0 and not states.path.exists():
             states.write(self.blocks.embed(self.tokens_BT))
         return states
+
+    def _send(self, entering: States, through: Callable[[Tensor], Tensor], leaving: States) -> None:
+        """Sends states through a part of the model."""
+        with self.products:
+            leaving.write(through(x_BTD) for x_BTD in entering.batches())
 
     def _round(self, number: int, block: nn.Module) -> dict[str, Tensor]:
         """The block's weights as they are stored, by tensor name; the block gets the same values."""
