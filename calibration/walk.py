@@ -83,56 +83,74 @@ class Walk:
         entering = {name: self._entering(number, name) for name in self.streams}
         middle = {name: self._states(number, f"{name}-middle") for name in self.streams}
         leaving = {name: self._states(number + 1, name) for name in self.streams}
+        if number + 1 == self.blocks.count:
+            leaving.pop("pruned", None)  # no block wants them
+        tunes = self.solver.tunes_blocks
 
-        reports = self._prune_half("self_attn", number, forms, entering, middle.get("dense"))
-        if "pruned" in entering:
-            attend = partial(forward_half, block, "self_attn", arguments=arguments)
-            self._send(entering["pruned"], attend, middle["pruned"])
-        reports |= self._prune_half("mlp", number, forms, middle, leaving.get("dense"))
+        reports = self._prune_half("self_attn", number, forms, entering, middle)
+        final = {name: states for name, states in leaving.items() if name == "dense" or not tunes}
+        reports |= self._prune_half("mlp", number, forms, middle, final)
 
-        tuned = [name for name in names if self.solver.tunes_blocks and not reports[name].note]
+        tuned = [name for name in names if tunes and not reports[name].note]
         if tuned:
             del forms["dense"]  # what it gives out is in a file: its memory is free for the gradients
             tune(Stream(block, entering["pruned"]), tuned, leaving["dense"], arguments)
         weights = self._round(number, block)
-        if "pruned" in entering and number + 1 < self.blocks.count:
+        if tunes and "pruned" in leaving:
             self._send(entering["pruned"], partial(block, **arguments), leaving["pruned"])
         return weights, [reports[name] for name in names]
 
     def _prune_half(
-        self, half: str, number: int, forms: dict[str, nn.Module], entering: dict[str, States], leaving: States | None
+        self,
+        half: str,
+        number: int,
+        forms: dict[str, nn.Module],
+        entering: dict[str, States],
+        leaving: dict[str, States],
     ) -> dict[str, LayerReport]:
         """Prunes the half's layers one by one in the order of the forward pass, in place.
 
-        Writes the dense states `leaving` the half, if asked for.
+        Writes the states `leaving` the half of the streams that have such, the pruned one's with the pruned weights.
         """
         block, last, arguments = forms["pruned"], HALVES[half][1], self.arguments[number]
         names = [name for name in self.layers_of[number] if name.startswith(half)]
         streams = {name: Stream(forms[name], states) for name, states in entering.items()}
         groups = shared_inputs(streams["pruned"], half, names, arguments) if streams and names else [names]
+        inputs = self._states(number, "inputs", block.get_submodule(last).in_features)
         reports = {}
         for group in groups:
             statistics: Statistics | None = None
             for name in group:
-                weight_NK, full = block.get_submodule(name).weight, _full(number, name)
-                note = self._reason_to_keep(weight_NK)
-                if self.solver.needs_inputs and not statistics and not note:
-                    left = leaving if name == last else None
+                note = self._reason_to_keep(block.get_submodule(name).weight)
+                if streams and not statistics and not note:
+                    keep = inputs if name == last and "pruned" in leaving else None
+                    leave = leaving.get("dense") if name == last else None
                     with self.products:
-                        statistics = gather(name, streams["pruned"], arguments, streams.get("dense"), left)
-                started = time.perf_counter()
-                kept_NK = weight_NK if note else self.solver.prune(full, weight_NK, statistics, self.pattern)
-                stored_NK = self._as_stored(full, kept_NK)
-                error = None if note or not statistics else _error(weight_NK, stored_NK, statistics)
-                seconds = time.perf_counter() - started
-                reports[name] = report(full, stored_NK, self.pattern.holds(stored_NK), error, seconds, note)
-                weight_NK.copy_(stored_NK)
-        if leaving and (last not in reports or reports[last].note):  # nothing was gathered that gave them
-            self._send(entering["dense"], partial(forward_half, forms["dense"], half, arguments=arguments), leaving)
+                        statistics = gather(name, streams["pruned"], arguments, streams.get("dense"), keep, leave)
+                reports[name] = self._prune_layer(number, name, block, statistics, note)
+        gathered = last in reports and not reports[last].note
+        for form, states in leaving.items():
+            if not gathered:
+                self._send(entering[form], partial(forward_half, forms[form], half, arguments=arguments), states)
+            elif form == "pruned":
+                self._add(block.get_submodule(last), inputs, entering[form], states)
         return reports
 
-    def _states(self, number: int, name: str) -> States:
-        shape_BTD = (*self.tokens_BT.shape, self.blocks.config.hidden_size)
+    def _prune_layer(
+        self, number: int, name: str, block: nn.Module, statistics: Statistics | None, note: str
+    ) -> LayerReport:
+        """Prunes one layer in place, unless there is a `note` why not."""
+        started = time.perf_counter()
+        weight_NK, full = block.get_submodule(name).weight, _full(number, name)
+        kept_NK = weight_NK if note else self.solver.prune(full, weight_NK, statistics, self.pattern)
+        stored_NK = self._as_stored(full, kept_NK)
+        error = None if note or not statistics else _error(weight_NK, stored_NK, statistics)
+        seconds = time.perf_counter() - started
+        weight_NK.copy_(stored_NK)
+        return report(full, stored_NK, self.pattern.holds(stored_NK), error, seconds, note)
+
+    def _states(self, number: int, name: str, features: int | None = None) -> States:
+        shape_BTD = (*self.tokens_BT.shape, features or self.blocks.config.hidden_size)
         return States(self.finished.states(number, name), shape_BTD, self.blocks.device)
 
     def _entering(self, number: int, name: str) -> States:
@@ -146,6 +164,12 @@ class Walk:
         """Sends states through a part of the model."""
         with self.products:
             leaving.write(through(x_BTD) for x_BTD in entering.batches())
+
+    def _add(self, layer: nn.Module, inputs: States, entering: States, leaving: States) -> None:
+        """Adds the layer's outputs to the states that enter its half."""
+        with self.products:
+            pairs = zip(entering.batches(), inputs.batches(), strict=True)
+            leaving.write(state_BTD + layer(input_BTK) for state_BTD, input_BTK in pairs)
 
     def _round(self, number: int, block: nn.Module) -> dict[str, Tensor]:
         """The block's weights as they are stored, by tensor name; the block gets the same values."""

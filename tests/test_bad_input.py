@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command import done, nothing_left, refused
+from command import done, nothing_left, refused, twofour
 from models import change_config, cut_llama, write_recipe
 from small_disk import mounted
 
@@ -264,6 +265,21 @@ def test_calibration_text_that_looks_wrong_for_the_model(model: Path, tmp_path: 
     for data, warns in ((model / "calibration.jsonl", False), (tmp_path / "noise.txt", True)):
         told = done("build", model, *options, "--set", f"calibration.data={data}", "--out", tmp_path / data.stem).stderr
         assert ("warning: the calibration text looks wrong for this model: perplexity " in told) == warns
+
+
+def test_a_budget_that_nothing_meets(model: Path, tmp_path: Path) -> None:
+    budget = ("--set", "sparsity.budget={perplexity_increase: 0%}", "--set", "accuracy.samples=8")
+    ended = twofour("build", model, "--preset", "2of4", *FEW_TOKENS, *FAST, *budget, "--out", tmp_path / "out", "--json")
+    assert ended.status == 1
+    assert ended.stdout == ""
+    found = re.fullmatch(
+        r"failed: no layer fits under sparsity.budget perplexity_increase 0.000%: the smallest increase reached is "
+        r"(\d+\.\d+)%, with .+ pruned; raise the budget, or leave sparsity out\n",
+        ended.stderr,
+    )
+    assert found
+    assert float(found[1]) > 0
+    assert nothing_left(tmp_path / "out")
 
 
 def test_no_calibration_text_at_all(build: Callable[..., str], broken: Path) -> None:

@@ -261,3 +261,10 @@ def test_reconstruct_aims_between_the_layers_output_and_the_dense_models() -> No
     plain = SOLVERS["reconstruct"]().prune("layer", weight, Statistics(hessian, hessian), TWO_OF_FOUR)
     grown = SOLVERS["reconstruct"]().prune("layer", weight, Statistics(hessian, 2 * hessian), TWO_OF_FOUR)
     torch.testing.assert_close(float(grown.norm() / plain.norm()), 1.5, atol=0.02, rtol=0)
+
+
+def test_reconstruct_aims_between_the_layers_output_and_what_the_residual_stream_lacks() -> None:
+    weight, hessian = layer()[0], torch.eye(64)
+    plain = SOLVERS["reconstruct"]().prune("layer", weight, Statistics(hessian, wanted=weight), TWO_OF_FOUR)
+    grown = SOLVERS["reconstruct"]().prune("layer", weight, Statistics(hessian, wanted=3 * weight), TWO_OF_FOUR)
+    torch.testing.assert_close(grown, 2 * plain, atol=0.01, rtol=0.02)

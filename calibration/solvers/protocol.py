@@ -18,14 +18,15 @@ from calibration.solvers.masks import Pattern
 class Statistics:
     """Second moments of one layer's inputs over the calibration tokens, float32, divided by their number.
 
-    With X [tokens, K] the inputs that the pruned part of the model gives and X_d those of the dense model, `hessian`
-    [K, K] is X'X and `cross` [K, K] is X_d'X. With R and R_d [tokens, N] the residual streams that the layer's output
-    is added to, `residual` [N, K] is (R_d - R)'X; None where the output goes elsewhere.
+    With X [tokens, K] the inputs that the pruned part of the model gives, `hessian` [K, K] is X'X. Against the dense
+    model there is one of two. With X_d its inputs, `cross` [K, K] is X_d'X. Where the layer's output is added to the
+    residual stream, R before it and D [tokens, N] after it in the dense model, `wanted` [N, K] is (D - R)'X: of the
+    outputs that would undo all that was changed before.
     """
 
     hessian: Tensor
     cross: Tensor | None = None
-    residual: Tensor | None = None
+    wanted: Tensor | None = None
     _factor: tuple[Tensor, float] | None = field(default=None, repr=False)
 
     def factor(self, name: str) -> tuple[Tensor, float]:
@@ -42,7 +43,7 @@ class Solver(Protocol):
     """A pruning method. The weight that it returns is sparse in the pattern and holds no -0."""
 
     needs_inputs: bool  # whether it reads `hessian`
-    needs_dense_inputs: bool  # whether it reads `cross` and `residual`
+    needs_dense_inputs: bool  # whether it reads `cross` or `wanted`
     tunes_blocks: bool  # whether a block's layers are tuned together once each is pruned; needs the dense inputs
 
     def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:

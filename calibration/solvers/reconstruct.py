@@ -1,11 +1,12 @@
 """Our own: finds the sparse weight whose outputs come nearest to the dense model's, given inputs already changed.
 
-With X the inputs that the pruned part of the model gives, X_d the dense model's, R and R_d the residual streams that
-the output is added to, and H = X'X, the sparse V is to minimise |XV' - T|^2 for the target outputs
+With X the inputs that the pruned part of the model gives and H = X'X, the sparse V is to minimise |XV' - T|^2 for the
+target outputs
 
-    T = (1 - a) XW' + a X_d W' + b (R_d - R),
+    T = (1 - a) XW' + a T_d,
 
-between what the layer gave for these inputs and what it would have to give to undo the changes made before it. Up to a
+between what the layer gave for these inputs and what it would have to give to undo the changes made before it: X_d W'
+with the dense model's inputs X_d, or, where outputs are added to a residual stream, what is missing in it. Up to a
 constant that is tr(V H V') - 2 tr(V B') with B = T'X, which the second moments hold whole. Then, in turn:
 
 1. target: the dense weight that minimises it, B H^-1;
@@ -30,8 +31,7 @@ from calibration.solvers.masks import Pattern, apply
 from calibration.solvers.protocol import Statistics
 from calibration.solvers.sparsegpt import prune_in_turn, prune_together, sweep
 
-DENSE_INPUTS = 0.5  # a
-RESIDUAL = 0.5  # b
+TOWARDS_DENSE = 0.5  # a
 REFIT_STEPS = 60
 TINY = 1e-30  # keeps a row that is solved already from dividing by zero
 MOST_CHOICES = 70  # masks of a group that are tried one by one: as many as 4:8 has
@@ -62,9 +62,9 @@ def _target(weight_NK: Tensor, statistics: Statistics, hessian_KK: Tensor) -> Te
     """B [N, K]: the target outputs' moments with the inputs. The damping pulls the weight to what it was."""
     target_NK = weight_NK @ hessian_KK
     if statistics.cross is not None:
-        target_NK += DENSE_INPUTS * (weight_NK @ (statistics.cross - statistics.hessian))
-    if statistics.residual is not None:
-        target_NK += RESIDUAL * statistics.residual
+        target_NK += TOWARDS_DENSE * (weight_NK @ (statistics.cross - statistics.hessian))
+    elif statistics.wanted is not None:
+        target_NK += TOWARDS_DENSE * (statistics.wanted - weight_NK @ statistics.hessian)
     return target_NK
 
 
