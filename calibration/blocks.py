@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from calibration.attention import attention
 from calibration.states import States, samples_at_once
 from calibration.weights import Weights
 from plugins.errors import UserError
@@ -38,7 +39,7 @@ class Blocks:
                 f"'{directory}' is a '{self.config.model_type}', which cannot be pruned: use one of {known}"
             )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation=attention())
         self.skeleton: Any = model.eval().requires_grad_(False).model
         self.count: int = self.config.num_hidden_layers
 

@@ -14,9 +14,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def products_dtype(stored: torch.dtype) -> torch.dtype:
+    """In which the linear layers of a model stored in this dtype compute: bfloat16 where that is the same and faster."""
+    return torch.bfloat16 if stored == torch.bfloat16 and has_bfloat16() else torch.float32
+
+
 def products(dtype: torch.dtype) -> torch.autocast:
-    """Within it a model of this dtype has its linear layers in bfloat16, if it is stored so and that is faster here."""
-    return torch.autocast(device().type, torch.bfloat16, enabled=dtype == torch.bfloat16 and has_bfloat16())
+    """Within it linear layers compute in this dtype."""
+    return torch.autocast(device().type, dtype, enabled=dtype != torch.float32)
 
 
 def has_bfloat16() -> bool:

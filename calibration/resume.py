@@ -15,7 +15,7 @@ from torch import Tensor
 class Finished:
     """The finished blocks of one run in the directory `work`; `key` says which run it is. Another run's are dropped.
 
-    The states that leave a block are whole before the block's file is: the blocks' files count what is done.
+    The states that leave a block are on the disk before the block's file is: the blocks' files count what is done.
     """
 
     def __init__(self, work: Path, key: str):
@@ -40,6 +40,8 @@ class Finished:
 
     def add(self, number: int, weights: dict[str, Tensor], reports: list[dict[str, Any]]) -> None:
         """Writes block `number`, and drops the states of before it."""
+        for states in self.work.glob(f"block-{number + 1:05d}-*.states"):
+            _sync(states)
         partial = self._block(number).with_suffix(".partial")
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in weights.items()},
@@ -73,9 +75,12 @@ def _write_text(file: Path, text: str) -> None:
 
 def _finish(partial: Path, file: Path) -> None:
     """A rename that outlives a loss of power: first the bytes, then the name, then the directory."""
-    for path in (partial, partial.parent):
-        if path is not partial:
-            partial.rename(file)
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    _sync(partial)
+    partial.rename(file)
+    _sync(file.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

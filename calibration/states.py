@@ -43,16 +43,17 @@ class States:
         partial = self.path.with_suffix(".partial")
         with partial.open("wb") as opened:
             yield lambda batch_BTD: opened.write(batch_BTD.float().cpu().contiguous().numpy().data)
-            opened.flush()
-            os.fsync(opened.fileno())
         partial.replace(self.path)
 
     def read(self, samples: Iterable[int]) -> Tensor:
         """These samples [B, T, D], on the device."""
-        size = 4 * math.prod(self.shape[1:])
+        wanted, size = list(samples), 4 * math.prod(self.shape[1:])
+        states_BTD = torch.empty(len(wanted), *self.shape[1:])
+        rows = memoryview(states_BTD.numpy()).cast("B")
         with self.path.open("rb") as opened:
-            rows = [os.pread(opened.fileno(), size, size * sample) for sample in samples]
-        states_BTD = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.float32).view(-1, *self.shape[1:])
+            for at, sample in enumerate(wanted):
+                found = os.preadv(opened.fileno(), [rows[at * size : (at + 1) * size]], sample * size)
+                assert found == size, f"'{self.path}' is cut short"
         return states_BTD.to(self.device)
 
     def batches(self) -> Iterator[Tensor]:

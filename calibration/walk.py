@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.blocks import HALVES, Blocks, Stream, forward_half
-from calibration.device import products
+from calibration.device import products, products_dtype
 from calibration.inputs import gather, shared_inputs
 from calibration.resume import Finished
 from calibration.solvers import Pattern, Solver, Statistics
@@ -69,7 +69,8 @@ class Walk:
         self.solver, self.pattern = solver, pattern
         self.arguments = blocks.arguments(tokens_BT.shape[1])
         self.layers_of = _by_block(layers, blocks)
-        self.products = products(blocks.weights.dtype("model.embed_tokens.weight"))
+        self.dtype = products_dtype(blocks.weights.dtype("model.embed_tokens.weight"))
+        self.products = products(self.dtype)
         self.streams = ["pruned"] * solver.needs_inputs + ["dense"] * solver.needs_dense_inputs
 
     def prune_block(self, number: int) -> tuple[dict[str, Tensor], list[LayerReport]]:
@@ -79,7 +80,7 @@ class Walk:
         """
         arguments, names = self.arguments[number], self.layers_of[number]
         block = self.blocks.load(number)
-        forms = {"pruned": block, "dense": copy.deepcopy(block) if "dense" in self.streams else block}
+        forms = {"pruned": block, "dense": self._dense(block) if "dense" in self.streams else block}
         entering = {name: self._entering(number, name) for name in self.streams}
         middle = {name: self._states(number, f"{name}-middle") for name in self.streams}
         leaving = {name: self._states(number + 1, name) for name in self.streams}
@@ -99,6 +100,14 @@ class Walk:
         if tunes and "pruned" in leaving:
             self._send(entering["pruned"], partial(block, **arguments), leaving["pruned"])
         return weights, [reports[name] for name in names]
+
+    def _dense(self, block: nn.Module) -> nn.Module:
+        """A copy that stays as it is, with its linear layers in the dtype that they compute in."""
+        dense = copy.deepcopy(block)
+        for module in dense.modules():
+            if isinstance(module, nn.Linear):
+                module.to(self.dtype)
+        return dense
 
     def _prune_half(
         self,

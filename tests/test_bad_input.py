@@ -267,9 +267,11 @@ def test_calibration_text_that_looks_wrong_for_the_model(model: Path, tmp_path: 
         assert ("warning: the calibration text looks wrong for this model: perplexity " in told) == warns
 
 
-def test_a_budget_that_nothing_meets(model: Path, tmp_path: Path) -> None:
-    budget = ("--set", "sparsity.budget={perplexity_increase: 0%}", "--set", "accuracy.samples=8")
-    ended = twofour("build", model, "--preset", "2of4", *FEW_TOKENS, *FAST, *budget, "--out", tmp_path / "out", "--json")
+def test_a_budget_that_nothing_meets(docs_llama: Path, tmp_path: Path) -> None:
+    budget = ("--set", "sparsity.budget={perplexity_increase: 0%}", "--set", "sparsity.layers=['*.0.mlp.*']")
+    where = ("--out", tmp_path / "out", "--store", tmp_path / "store", "--json")
+    options = (*FEW_TOKENS, *FAST, *budget, "--set", "accuracy.samples=16", *where)
+    ended = twofour("build", docs_llama, "--preset", "2of4", *options)
     assert ended.status == 1
     assert ended.stdout == ""
     found = re.fullmatch(
