@@ -15,7 +15,7 @@ def device() -> torch.device:
 
 
 def products_dtype(stored: torch.dtype) -> torch.dtype:
-    """In which the linear layers of a model stored in this dtype compute: bfloat16 where that is the same and faster."""
+    """In which linear layers stored in this dtype compute here: bfloat16 only where they are stored so."""
     return torch.bfloat16 if stored == torch.bfloat16 and has_bfloat16() else torch.float32
 
 
@@ -32,10 +32,11 @@ def has_bfloat16() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Tells glibc to give a freed tensor of 1 MiB or more back to the system at once; elsewhere does nothing.
+    """Has glibc give freed memory back to the system, from now on that of 1 MiB or more at once; elsewhere does nothing.
 
-    By itself it raises that size as tensors are freed, up to 32 MiB, and keeps the smaller ones in fragments.
+    By itself it raises that size as tensors are freed, up to 32 MiB, and keeps what is smaller between what is in use.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 2**20)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(M_MMAP_THRESHOLD, 2**20)
+        library.malloc_trim(0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from calibration import modelopt_sparsity
 from calibration.blocks import Blocks
 from calibration.config import Sparsity
-from calibration.device import device, return_freed_memory
+from calibration.device import device
 from calibration.resume import Finished
 from calibration.solvers import SOLVERS, Pattern
 from calibration.walk import LayerReport, Walk, report
@@ -56,7 +56,6 @@ def sparsify(
 def _walk(
     source: Path, tokens_BT: Tensor, config: Sparsity, layers: Sequence[str], work: Path, progress: Progress
 ) -> tuple[list[LayerReport], Callable[[str], Tensor]]:
-    return_freed_memory()
     blocks = Blocks(source, device())
     facts = [VERSION, config.pattern, config.method, list(layers), blocks.config.to_dict()]
     key = hashlib.sha256(json.dumps(facts, default=str).encode())

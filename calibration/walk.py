@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.blocks import HALVES, Blocks, Stream, forward_half
-from calibration.device import products, products_dtype
+from calibration.device import products, products_dtype, return_freed_memory
 from calibration.inputs import gather, shared_inputs
 from calibration.resume import Finished
 from calibration.solvers import Pattern, Solver, Statistics
@@ -95,6 +95,7 @@ class Walk:
         tuned = [name for name in names if tunes and not reports[name].note]
         if tuned:
             del forms["dense"]  # what it gives out is in a file: its memory is free for the gradients
+            return_freed_memory()
             tune(Stream(block, entering["pruned"]), tuned, leaving["dense"], arguments)
         weights = self._round(number, block)
         if tunes and "pruned" in leaving:
@@ -128,6 +129,7 @@ class Walk:
         inputs = self._states(number, "inputs", block.get_submodule(last).in_features)
         reports = {}
         for group in groups:
+            return_freed_memory()
             statistics: Statistics | None = None
             for name in group:
                 note = self._reason_to_keep(block.get_submodule(name).weight)
