@@ -32,7 +32,7 @@ def has_bfloat16() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Has glibc give freed memory back to the system, from now on that of 1 MiB or more at once; elsewhere does nothing.
+    """Has glibc give freed memory back to the system, later that of 1 MiB or more at once; elsewhere does nothing.
 
     By itself it raises that size as tensors are freed, up to 32 MiB, and keeps what is smaller between what is in use.
     """
