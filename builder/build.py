@@ -113,6 +113,7 @@ def pick_backend(
 def run(line: Line, until: Until) -> None:
     """Runs the stages up to and with `until`."""
     reached = STAGES.index(until)
+    line.adapter()
     line.checkpoint()
     if reached >= STAGES.index("engine"):
         line.engine()
@@ -123,7 +124,7 @@ def run(line: Line, until: Until) -> None:
 
 
 def _publish(line: Line, report: dict[str, Any], out: Path, until: Until, started: str) -> None:
-    """Checkpoints, engine, model repository, report and manifest, swapped into `out` in one rename."""
+    """Checkpoints, adapter, engine, model repository, report and manifest, swapped into `out` in one rename."""
     from benchmarks.report.render import render
 
     entries = line.entries
@@ -131,6 +132,8 @@ def _publish(line: Line, report: dict[str, Any], out: Path, until: Until, starte
     parts = {"checkpoint": Part(entries["checkpoint"], "hf")}
     if (checkpoints / "trtllm").is_dir():
         parts["checkpoint-trtllm"] = Part(entries["checkpoint"], "trtllm")
+    if "adapter" in entries:
+        parts["adapter"] = Part(entries["adapter"], "adapter")
     if "engine" in entries:
         parts["engine"] = Part(entries["engine"])
     if "benchmark" in entries:

@@ -121,7 +121,7 @@ class Line:
             "held_out": _data_digest(accuracy.data),
         }
         config = {
-            "sparsity": sparsity.model_dump(mode="json"),
+            "sparsity": sparsity.model_dump(mode="json", exclude={"adapter_rank"}),  # it changes no choice
             "accuracy": accuracy.model_dump(mode="json"),
             "quantization": self.recipe.quantization.model_dump(mode="json"),
             "gpu": self.plan.predicted["gpu"],
@@ -180,6 +180,25 @@ class Line:
             "quantized": quantized,
         }
         return self._run("recover", 2, inputs, config, CALIBRATION_TOOLS, make)
+
+    def adapter(self) -> Entry | None:
+        """adapter/: a LoRA adapter to the pruned weights, where the recipe asks for one; layers.json: what it gives."""
+        sparsity = self.recipe.sparsity
+        if sparsity is None or sparsity.adapter_rank is None:
+            return None
+        from calibration import lora
+
+        weights, tokens, rank = self.recovered(), self.calibration(), sparsity.adapter_rank
+        assert weights is not None
+
+        def make(out: Path, work: Path) -> None:
+            reports = lora.compensate(
+                self.model, weights.path / "model", _tokens(tokens), rank, out / "adapter", work, self.console.progress
+            )
+            write_json(out / "layers.json", [vars(report) for report in reports])
+
+        inputs = {"model": self.model_digest, "weights": weights.digest, "tokens": tokens.digest}
+        return self._run("adapter", lora.VERSION, inputs, {"rank": rank}, CALIBRATION_TOOLS, make)
 
     def checkpoint(self) -> Entry:
         """hf/, and trtllm/ for the tensorrt backend: quantized, written by ModelOpt and verified on the files."""

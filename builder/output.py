@@ -163,7 +163,8 @@ def summary(report: dict[str, Any], out: Path) -> None:
         click.echo(f"note        {note}")
     for gate in report["gates"]:
         click.echo(f"gate        {'passed' if gate['passed'] else 'FAILED'}  {gate['name']}: {gate['words']}")
-    parts = [name for name in ("checkpoint", "checkpoint-trtllm", "engine", "triton") if (out / name).is_dir()]
+    folders = ("checkpoint", "checkpoint-trtllm", "adapter", "engine", "triton")
+    parts = [name for name in folders if (out / name).is_dir()]
     click.echo(f"\nin {out}: {' '.join(f'{part}/' for part in parts)} report/report.html")
 
 

@@ -14,6 +14,7 @@ from benchmarks import roofline
 from builder.architectures import Architecture, Linear, architecture
 from builder.recipe import Recipe
 from builder.source import find_config
+from calibration.config import check_adapter_rank
 from plugins.errors import UserError
 
 FORMAT_NAME = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -148,6 +149,8 @@ def _sparse(linear: Linear, shapes: Architecture, recipe: Recipe, number_format:
             f"'{linear.name}' has in_features {linear.in_features}, and {what}: "
             f"leave it dense with --set 'sparsity.exclude=[lm_head, {last}]'"
         )
+    if recipe.sparsity.adapter_rank is not None:
+        check_adapter_rank(recipe.sparsity.adapter_rank, linear.name, linear.out_features, linear.in_features)
     if recipe.sparsity.budget:
         return True, "a candidate: chosen under the budget during the build"
     return True, "pruned to 2:4"

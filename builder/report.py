@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from builder import machine
@@ -19,6 +20,10 @@ ON_CPU = (
 CPU_FIGURES = (
     "The speeds are real and stand for this CPU alone; they say nothing about a GPU. Both sides compute in float32 "
     "here, which holds the dense model back where bfloat16 products would be faster, at large batches."
+)
+ADAPTER = (
+    "The adapter of rank {rank} takes back {share:.0%} of the squared output error that pruning left in the median "
+    "layer. The engine does not apply it, and no figure here has it in: a server that loads LoRA adapters can apply it."
 )
 
 
@@ -150,6 +155,10 @@ def _notes(line: Line) -> list[str]:
         notes += [f"'{layer['name']}' stayed dense: {layer['note']}" for layer in reports if not layer["pruned"]]
         kept = sum(layer["pruned"] and bool(layer["note"]) for layer in reports)
         notes += [f"{kept} layers were 2:4 already: their masks were kept"] if kept else []
+    if "adapter" in line.entries:
+        adapter = line.entries["adapter"]
+        share = median(layer["taken_back"] for layer in _read(adapter.path / "layers.json"))
+        notes.append(ADAPTER.format(rank=adapter.record["config"]["rank"], share=share))
     if line.recipe.trust_remote_code:
         notes.append(
             "The model's own code was allowed (trust_remote_code); of a supported architecture transformers' code ran."

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from plugins.config import Config, Percent
+from plugins.errors import UserError
 
 Method = Literal["reconstruct", "sparsegpt", "wanda", "magnitude", "modelopt-sparsegpt", "modelopt-magnitude"]
 
@@ -33,6 +34,13 @@ class Sparsity(Config):
     layers: tuple[str, ...] = ("*",)  # globs over module names
     exclude: tuple[str, ...] = ("lm_head",)
     budget: Budget | None = None
+    adapter_rank: int | None = Field(default=None, ge=1)  # of a LoRA adapter beside the checkpoint; None: no adapter
+
+
+def check_adapter_rank(rank: int, name: str, out_features: int, in_features: int) -> None:
+    """Raises UserError where the layer `name` is too small for an adapter of this rank."""
+    if rank > (most := min(out_features, in_features)):
+        raise UserError(f"sparsity.adapter_rank {rank} is above what '{name}' can have: ask for {most} or less")
 
 
 class Quantization(Config):

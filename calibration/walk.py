@@ -68,7 +68,7 @@ class Walk:
         self.blocks, self.tokens_BT, self.finished = blocks, tokens_BT, finished
         self.solver, self.pattern = solver, pattern
         self.arguments = blocks.arguments(tokens_BT.shape[1])
-        self.layers_of = _by_block(layers, blocks)
+        self.layers_of = by_block(layers, blocks)
         self.dtype = products_dtype(blocks.weights.dtype("model.embed_tokens.weight"))
         self.products = products(self.dtype)
         self.streams = ["pruned"] * solver.needs_inputs + ["dense"] * solver.needs_dense_inputs
@@ -209,9 +209,9 @@ def _full(number: int, name: str) -> str:
     return f"model.layers.{number}.{name}"
 
 
-def _by_block(layers: Sequence[str], blocks: Blocks) -> list[list[str]]:
+def by_block(layers: Sequence[str], blocks: Blocks) -> list[list[str]]:
     """Names within the block, by block. Raises UserError for a name that is no linear layer of a block."""
-    by_block: list[list[str]] = [[] for _ in range(blocks.count)]
+    found: list[list[str]] = [[] for _ in range(blocks.count)]
     for name in layers:
         parts = name.split(".", 3)
         try:
@@ -221,8 +221,8 @@ def _by_block(layers: Sequence[str], blocks: Blocks) -> list[list[str]]:
             layer = None
         if parts[:2] != ["model", "layers"] or not isinstance(layer, nn.Linear):
             raise UserError(f"'{name}' is no linear layer of a decoder block: only those can be pruned")
-        by_block[number].append(parts[3])
-    return by_block
+        found[number].append(parts[3])
+    return found
 
 
 def _error(before_NK: Tensor, after_NK: Tensor, statistics: Statistics) -> float:
