@@ -59,8 +59,7 @@ METHODS = (
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The whole comparison. Raises UserError for a model without config.json."""
-    config = _config(arguments.model)
-    layers = [f"model.layers.{block}.{name}" for block in range(config["num_hidden_layers"]) for name in LINEARS]
+    layers = linear_layers(arguments.model)
     (tokens := work / "tokens.npy").parent.mkdir(parents=True, exist_ok=True)
     shape = (str(arguments.sequence_length), str(arguments.samples), str(arguments.seed))
     run_script(sys.executable, "make_tokens.py", str(arguments.model), arguments.calibration, *shape, str(tokens))
@@ -139,12 +138,13 @@ def environment_python(directory: Path) -> str:
     return str(python)
 
 
-def _config(model: Path) -> dict[str, Any]:
+def linear_layers(model: Path) -> list[str]:
+    """The linear layers of all blocks. Raises UserError for a directory without config.json."""
     try:
-        config: dict[str, Any] = json.loads((model / "config.json").read_text())
+        blocks = json.loads((model / "config.json").read_text())["num_hidden_layers"]
     except OSError:
         raise UserError(f"'{model}' holds no config.json: name a model's directory") from None
-    return config
+    return [f"model.layers.{block}.{name}" for block in range(blocks) for name in LINEARS]
 
 
 def write_result(name: str, found: dict[str, Any], out: Path) -> Path:

@@ -179,7 +179,7 @@ class Line:
             "quantization": quantization.model_dump(mode="json"),
             "quantized": quantized,
         }
-        return self._run("recover", 2, inputs, config, CALIBRATION_TOOLS, make)
+        return self._run("recover", 3, inputs, config, CALIBRATION_TOOLS, make)
 
     def adapter(self) -> Entry | None:
         """adapter/: a LoRA adapter to the pruned weights, where the recipe asks for one; layers.json: what it gives."""

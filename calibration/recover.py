@@ -75,7 +75,7 @@ def recover(
     job = Job(str(dense), str(pruned), config, quantization or Quantization(), tuple(quantized))
     job.open(work, tokens)
     with quiet():
-        plan = _prepare(job, work, progress)
+        plan = _prepare(job, work, progress, started)
         if torch.cuda.device_count() > 1:
             _launch(work, torch.cuda.device_count())
         else:
@@ -92,14 +92,13 @@ def recover(
     return report
 
 
-def _prepare(job: Job, work: Path, progress: Progress) -> Any:
+def _prepare(job: Job, work: Path, progress: Progress, started: float) -> Any:
     """Writes train.npy, what is trained on, and plan.json: the number of steps, and the held-out KL before them."""
     from calibration import distill
     from calibration.sampling import sample
 
     if found := read_json(work / "plan.json"):
         return found
-    started = time.monotonic()
     text = np.load(work / "text.npy")
     dense, student = job.models(work)
     sampled = sample(dense, text, job.config.sampled_windows, job.config.seed, progress)
@@ -123,8 +122,8 @@ def train(work: Path, progress: Progress) -> None:
     from calibration import distill
 
     job, plan = Job.read(work), read_json(work / "plan.json")
-    dense, student = job.models(work)
     watch = distill.Watch(progress, work / "spent.json", plan.get("deadline"))
+    dense, student = job.models(work)
     distill.train(
         distill.add_teacher(student, dense, job.config),
         np.load(work / "train.npy"),

@@ -19,7 +19,7 @@ from calibration.data import Tokens
 from calibration.weights import Weights
 from plugins.errors import UserError
 
-VERSION = 2  # of the results: raised whenever the same input gives other weights
+VERSION = 3  # of the results: raised whenever the same input gives other weights
 HELD_OUT = 16  # windows at most that judge the training and never train
 CALIBRATION = 64  # windows at most that set the ranges of fake quantizers
 
@@ -84,8 +84,12 @@ class Job:
 def _load(directory: str, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    from calibration.attention import attention
+
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, attn_implementation=attention()
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         words = " ".join(str(error).split())[:200]
         raise UserError(f"'{directory}' cannot be loaded ({words}): check its files") from None
