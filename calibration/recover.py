@@ -31,6 +31,7 @@ from calibration.weights import Weights, copy_with
 from plugins.errors import Caution, GateError, UserError
 
 PLANNED = 1.1  # of the steps that fit: the time ends the training, and a step timed alone may be slower than the others
+SHARE = 0.98  # of the minutes that is planned with
 LEAST = 20  # steps: fewer are not worth starting
 Progress = Callable[[str, int, int], None]
 
@@ -106,7 +107,8 @@ def _prepare(job: Job, work: Path, progress: Progress, started: float) -> Any:
     plan: dict[str, Any] = {"steps": job.config.steps, "kl_before": _held_out_kl(dense, student, work)}
     if plan["steps"] is None:
         a_step = distill.seconds_a_step(distill.add_teacher(student, dense, job.config), text, job.config)
-        plan["deadline"] = job.config.minutes * 60 - 2 * (time.monotonic() - started)  # judging and writing come after
+        before = time.monotonic() - started
+        plan["deadline"] = SHARE * job.config.minutes * 60 - 2 * before  # judging and writing take about as long
         plan["steps"] = steps = max(0, int(PLANNED * plan["deadline"] / a_step))
         if steps < LEAST:
             raise UserError(
