@@ -32,7 +32,7 @@ from calibration.solvers.protocol import Statistics
 from calibration.solvers.sparsegpt import prune_in_turn, prune_together, sweep
 
 TOWARDS_DENSE = 0.5  # a
-REFIT_STEPS = 60
+REFIT_STEPS = 20  # the tuning that follows makes up for the rest
 TINY = 1e-30  # keeps a row that is solved already from dividing by zero
 MOST_CHOICES = 70  # masks of a group that are tried one by one: as many as 4:8 has
 
