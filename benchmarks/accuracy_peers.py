@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,7 @@ METHODS = (
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The whole comparison. Raises UserError for a model without config.json."""
-    layers = linear_layers(arguments.model)
-    (tokens := work / "tokens.npy").parent.mkdir(parents=True, exist_ok=True)
-    shape = (str(arguments.sequence_length), str(arguments.samples), str(arguments.seed))
-    run_script(sys.executable, "make_tokens.py", str(arguments.model), arguments.calibration, *shape, str(tokens))
+    layers, tokens = linear_layers(arguments.model), make_tokens(arguments, work)
     found: dict[str, Any] = {"dense": {}}
     directories = {"dense": str(arguments.model)}
     for row in METHODS:
@@ -75,13 +73,8 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         run_script(python, row.script, row.method, str(arguments.model), str(tokens), names, str(out), str(metered))
         found[row.name] = json.loads(metered.read_text())
         directories[row.name] = str(out)
-    print("judging ...", file=sys.stderr, flush=True)
-    judged = run_script(
-        sys.executable, "judge.py", str(arguments.model), arguments.evaluation, str(arguments.sequence_length),
-        json.dumps(layers), *directories.values(),
-    )  # fmt: skip
-    for name, line in zip(directories, judged.splitlines(), strict=True):
-        found[name] |= json.loads(line)
+    for name, judged in judge(arguments, layers, directories).items():
+        found[name] |= judged
     settings = {
         "model": str(arguments.model), "calibration": arguments.calibration, "evaluation": arguments.evaluation,
         "samples": arguments.samples, "sequence_length": arguments.sequence_length, "seed": arguments.seed,
@@ -103,6 +96,24 @@ def _shares(found: dict[str, Any]) -> dict[str, dict[str, float]]:
         for own in ours
         for peer in peers
     }
+
+
+def make_tokens(arguments: argparse.Namespace, work: Path) -> Path:
+    """The file of the calibration tokens."""
+    tokens = work / "tokens.npy"
+    shape = (str(arguments.sequence_length), str(arguments.samples), str(arguments.seed))
+    run_script(sys.executable, "make_tokens.py", str(arguments.model), arguments.calibration, *shape, str(tokens))
+    return tokens
+
+
+def judge(arguments: argparse.Namespace, layers: list[str], directories: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """By name, what the evaluation text says of each of the models against the dense one."""
+    print("judging ...", file=sys.stderr, flush=True)
+    judged = run_script(
+        sys.executable, "judge.py", str(arguments.model), arguments.evaluation, str(arguments.sequence_length),
+        json.dumps(layers), *directories.values(),
+    )  # fmt: skip
+    return {name: json.loads(line) for name, line in zip(directories, judged.splitlines(), strict=True)}
 
 
 def run_script(python: str, script: str, *arguments: str) -> str:
@@ -167,26 +178,36 @@ def _table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Parses the command line, runs, prints the table and writes the file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy_peers", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the texts and what else each benchmark of pruned models takes."""
     parser.add_argument("--model", type=Path, default=Path("examples/docs-llama"))
     parser.add_argument("--calibration", default="examples/docs-llama/calibration.jsonl")
     parser.add_argument("--evaluation", default="examples/docs-llama/evaluation.jsonl")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", choices=[row.name for row in METHODS], help="rows besides dense")
-    parser.add_argument("--environment", type=Path, default=Path("build/peers/llmcompressor"))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+
+
+def run_in_scratch(run: Callable[[argparse.Namespace, Path], dict[str, Any]], arguments: argparse.Namespace) -> Any:
+    """`run` with a directory that is gone afterwards; a UserError ends the program in one line."""
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     try:
         with tempfile.TemporaryDirectory() as work:
-            found = run(arguments, Path(work))
+            return run(arguments, Path(work))
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def main() -> None:
+    """Parses the command line, runs, prints the table and writes the file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy_peers", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--only", nargs="*", choices=[row.name for row in METHODS], help="rows besides dense")
+    parser.add_argument("--environment", type=Path, default=Path("build/peers/llmcompressor"))
+    arguments = parser.parse_args()
+    found = run_in_scratch(run, arguments)
     print(_table(found["methods"]))
     print(write_result("accuracy_peers", found, arguments.out))
 

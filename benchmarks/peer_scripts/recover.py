@@ -12,7 +12,5 @@ from calibration.recover import recover
 model, pruned, data, length, minutes, out, written = sys.argv[1:]
 text = windows(data, Path(model), int(length))
 config = Recovery(minutes=float(minutes))
-report = recover(
-    Path(model), Path(pruned), text.tokens, config, Path(out), Path(f"{out}.work"), lambda *_: None
-)  # fmt: skip
+report = recover(Path(model), Path(pruned), text.tokens, config, Path(out), Path(f"{out}.work"), lambda *_: None)
 Path(written).write_text(json.dumps({**asdict(report), "documents": len(set(text.documents)), "sha256": text.sha256}))
