@@ -77,7 +77,9 @@ def gather(
             if wanted_NK is not None:
                 left_BTD = dense_state_BTD + dense.block.get_submodule(layer)(dense_x_MK).view_as(dense_state_BTD)
                 leave(left_BTD)
-                missing_BTD = left_BTD - state_BTD if linear.bias is None else left_BTD - state_BTD - linear.bias
+                missing_BTD = left_BTD - state_BTD
+                if linear.bias is not None:
+                    missing_BTD -= linear.bias
                 wanted_NK.addmm_(missing_BTD.flatten(0, 1).T, x_MK)
     _mirror(hessian_KK)
     for moment in (hessian_KK, cross_KK, wanted_NK):

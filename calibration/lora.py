@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 from calibration import peft_files
 from calibration.blocks import Blocks, Stream, forward_half
 from calibration.config import check_adapter_rank
-from calibration.device import device, products, products_dtype, return_freed_memory
+from calibration.device import device, return_freed_memory
 from calibration.inputs import gather, shared_inputs
 from calibration.low_rank import low_rank, output_error
+from calibration.passage import Passage
 from calibration.resume import Finished
-from calibration.states import States
 from calibration.walk import by_block
 from calibration.weights import Weights
 from plugins.errors import UserError
@@ -92,14 +93,12 @@ def _key(
     return hashlib.sha256(json.dumps(facts, default=str).encode() + tokens.tobytes()).hexdigest()
 
 
-class _Walk:
+class _Walk(Passage):
     """One way through the pruned model, block by block, with the hidden states in files."""
 
     def __init__(self, blocks: Blocks, originals: Weights, tokens_BT: Tensor, rank: int, finished: Finished):
-        self.blocks, self.originals, self.tokens_BT = blocks, originals, tokens_BT
-        self.rank, self.finished = rank, finished
-        self.arguments = blocks.arguments(tokens_BT.shape[1])
-        self.products = products(products_dtype(blocks.weights.dtype("model.embed_tokens.weight")))
+        super().__init__(blocks, tokens_BT, finished)
+        self.originals, self.rank = originals, rank
 
     def compensate_block(self, number: int, names: Sequence[str]) -> tuple[dict[str, Tensor], list[Compensation]]:
         """The adapter's tensors of block `number` by name, and the reports of its layers `names`.
@@ -119,7 +118,8 @@ class _Walk:
     def _hessians(self, number: int, block: nn.Module, names: Sequence[str]) -> Iterator[tuple[list[str], Tensor]]:
         """Those of the layers `names` that read the same inputs X, and X'X [K, K] over the tokens, group by group."""
         arguments = self.arguments[number]
-        entering, middle, leaving = self._entering(number), self._states(number, "middle"), self._states(number + 1)
+        entering, middle = self.entering(number, "pruned"), self.states(number, "middle")
+        leaving = self.states(number + 1, "pruned")
         for half, states, left in (("self_attn", entering, middle), ("mlp", middle, leaving)):
             stream, inside = Stream(block, states), [name for name in names if name.startswith(half)]
             for group in shared_inputs(stream, half, inside, arguments) if inside else []:
@@ -127,8 +127,7 @@ class _Walk:
                     hessian_KK = gather(group[0], stream, arguments).hessian
                 yield group, hessian_KK
             if left is middle or number + 1 < self.blocks.count:
-                with self.products:
-                    left.write(forward_half(block, half, x_BTD, arguments) for x_BTD in states.batches())
+                self.send(states, partial(forward_half, block, half, arguments=arguments), left)
 
     def _compensate(self, full: str, weight_NK: Tensor, hessian_KK: Tensor) -> tuple[dict[str, Tensor], Compensation]:
         """The adapter's tensors of one layer, in the dtype of its weight."""
@@ -139,17 +138,6 @@ class _Walk:
         after = output_error(error_NK - b_NR.float() @ a_RK.float(), hessian_KK)
         report = Compensation(full, 1 - after / before if before > 0 else 0.0)
         return dict(zip(peft_files.tensor_names(full), (a_RK, b_NR), strict=True)), report
-
-    def _entering(self, number: int) -> States:
-        """The states that enter a block: what the one before left, or the embedded tokens."""
-        states = self._states(number)
-        if number == 0 and not states.path.exists():
-            states.write(self.blocks.embed(self.tokens_BT))
-        return states
-
-    def _states(self, number: int, name: str = "entering") -> States:
-        shape_BTD = (*self.tokens_BT.shape, self.blocks.config.hidden_size)
-        return States(self.finished.states(number, name), shape_BTD, self.blocks.device)
 
 
 def _pruned_layers(pruned: Path) -> list[str]:

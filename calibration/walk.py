@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from calibration.blocks import HALVES, Blocks, Stream, forward_half
-from calibration.device import products, products_dtype, return_freed_memory
+from calibration.device import return_freed_memory
 from calibration.inputs import gather, shared_inputs
+from calibration.passage import Passage
 from calibration.resume import Finished
 from calibration.solvers import Pattern, Solver, Statistics
 from calibration.states import States
@@ -48,12 +49,11 @@ def report(
     return LayerReport(name, out_features, in_features, pruned, zeros, error, seconds, note)
 
 
-class Walk:
+class Walk(Passage):
     """One way through one model with one solver.
 
     Two streams of hidden states go through the blocks: of the model as "pruned" so far, and as "dense" as it was, where
-    the solver compares the two. A solver that looks at no inputs has none. `finished` says where they are kept. States
-    and the sums over them are float32; the linear layers of a model in bfloat16 compute in that, as they will in use.
+    the solver compares the two. A solver that looks at no inputs has none. `finished` says where they are kept.
     """
 
     def __init__(
@@ -65,12 +65,9 @@ class Walk:
         layers: Sequence[str],
         finished: Finished,
     ):
-        self.blocks, self.tokens_BT, self.finished = blocks, tokens_BT, finished
+        super().__init__(blocks, tokens_BT, finished)
         self.solver, self.pattern = solver, pattern
-        self.arguments = blocks.arguments(tokens_BT.shape[1])
         self.layers_of = by_block(layers, blocks)
-        self.dtype = products_dtype(blocks.weights.dtype("model.embed_tokens.weight"))
-        self.products = products(self.dtype)
         self.streams = ["pruned"] * solver.needs_inputs + ["dense"] * solver.needs_dense_inputs
 
     def prune_block(self, number: int) -> tuple[dict[str, Tensor], list[LayerReport]]:
@@ -81,9 +78,9 @@ class Walk:
         arguments, names = self.arguments[number], self.layers_of[number]
         block = self.blocks.load(number)
         forms = {"pruned": block, "dense": self._dense(block) if "dense" in self.streams else block}
-        entering = {name: self._entering(number, name) for name in self.streams}
-        middle = {name: self._states(number, f"{name}-middle") for name in self.streams}
-        leaving = {name: self._states(number + 1, name) for name in self.streams}
+        entering = {name: self.entering(number, name) for name in self.streams}
+        middle = {name: self.states(number, f"{name}-middle") for name in self.streams}
+        leaving = {name: self.states(number + 1, name) for name in self.streams}
         if number + 1 == self.blocks.count:
             leaving.pop("pruned", None)  # no block wants them
         tunes = self.solver.tunes_blocks
@@ -99,7 +96,7 @@ class Walk:
             tune(Stream(block, entering["pruned"]), tuned, leaving["dense"], arguments)
         weights = self._round(number, block)
         if tunes and "pruned" in leaving:
-            self._send(entering["pruned"], partial(block, **arguments), leaving["pruned"])
+            self.send(entering["pruned"], partial(block, **arguments), leaving["pruned"])
         return weights, [reports[name] for name in names]
 
     def _dense(self, block: nn.Module) -> nn.Module:
@@ -126,7 +123,7 @@ class Walk:
         names = [name for name in self.layers_of[number] if name.startswith(half)]
         streams = {name: Stream(forms[name], states) for name, states in entering.items()}
         groups = shared_inputs(streams["pruned"], half, names, arguments) if streams and names else [names]
-        inputs = self._states(number, "inputs", block.get_submodule(last).in_features)
+        inputs = self.states(number, "inputs", block.get_submodule(last).in_features)
         reports = {}
         for group in groups:
             return_freed_memory()
@@ -142,7 +139,7 @@ class Walk:
         gathered = last in reports and not reports[last].note
         for form, states in leaving.items():
             if not gathered:
-                self._send(entering[form], partial(forward_half, forms[form], half, arguments=arguments), states)
+                self.send(entering[form], partial(forward_half, forms[form], half, arguments=arguments), states)
             elif form == "pruned":
                 self._add(block.get_submodule(last), inputs, entering[form], states)
         return reports
@@ -159,22 +156,6 @@ class Walk:
         seconds = time.perf_counter() - started
         weight_NK.copy_(stored_NK)
         return report(full, stored_NK, self.pattern.holds(stored_NK), error, seconds, note)
-
-    def _states(self, number: int, name: str, features: int | None = None) -> States:
-        shape_BTD = (*self.tokens_BT.shape, features or self.blocks.config.hidden_size)
-        return States(self.finished.states(number, name), shape_BTD, self.blocks.device)
-
-    def _entering(self, number: int, name: str) -> States:
-        """The states that enter a block: what the one before left, or the embedded tokens."""
-        states = self._states(number, name)
-        if number == 0 and not states.path.exists():
-            states.write(self.blocks.embed(self.tokens_BT))
-        return states
-
-    def _send(self, entering: States, through: Callable[[Tensor], Tensor], leaving: States) -> None:
-        """Sends states through a part of the model."""
-        with self.products:
-            leaving.write(through(x_BTD) for x_BTD in entering.batches())
 
     def _add(self, layer: nn.Module, inputs: States, entering: States, leaving: States) -> None:
         """Adds the layer's outputs to the states that enter its half."""

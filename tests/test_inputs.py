@@ -35,7 +35,7 @@ def block(tmp_path_factory: pytest.TempPathFactory) -> tuple[Blocks, Stream, Str
     streams = []
     for form in ("pruned", "dense"):
         states = States(directory / f"{form}.states", (*TOKENS.shape, HIDDEN))
-        states.write(iter([torch.randn(*TOKENS.shape, HIDDEN)]))
+        states.write([torch.randn(*TOKENS.shape, HIDDEN)])
         streams.append(Stream(blocks.load(0), states))
     return blocks, streams[0], streams[1]
 
