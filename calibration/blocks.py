@@ -42,6 +42,7 @@ class Blocks:
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation=attention())
         self.skeleton: Any = model.eval().requires_grad_(False).model
         self.count: int = self.config.num_hidden_layers
+        self.own_head: bool = not self.config.tie_word_embeddings and "lm_head.weight" in self.weights.file_of
 
     def embed(self, tokens_BT: Tensor) -> Iterator[Tensor]:
         """The hidden states [B, T, D] that enter the first block, a few samples at a time.
@@ -67,11 +68,18 @@ class Blocks:
 
     def load(self, number: int) -> nn.Module:
         """Block `number` with its weights, float32, on the device."""
-        block: nn.Module = copy.deepcopy(self.skeleton.layers[number])
-        prefix = f"model.layers.{number}."
-        tensors = {name: self.weights.read(prefix + name).to(self.device).float() for name in block.state_dict()}
-        block.load_state_dict(tensors, assign=True)
-        return block
+        return self._load(f"layers.{number}")
+
+    def load_norm(self) -> nn.Module:
+        """The norm behind the last block, float32, on the device."""
+        return self._load("norm")
+
+    def _load(self, name: str) -> nn.Module:
+        module: nn.Module = copy.deepcopy(self.skeleton.get_submodule(name))
+        prefix = f"model.{name}."
+        tensors = {name: self.weights.read(prefix + name).to(self.device).float() for name in module.state_dict()}
+        module.load_state_dict(tensors, assign=True)
+        return module
 
 
 class _Remember(nn.Module):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration import modelopt_sparsity
+from calibration import head, modelopt_sparsity
 from calibration.blocks import Blocks
 from calibration.config import Sparsity
 from calibration.device import device
@@ -22,7 +22,7 @@ from calibration.solvers import SOLVERS, Pattern
 from calibration.walk import LayerReport, Walk, report
 from calibration.weights import Weights, copy_with
 
-VERSION = 10  # of the results: raised whenever the same input gives other weights
+VERSION = 11  # of the results: raised whenever the same input gives other weights
 Progress = Callable[[str, int, int], None]
 
 
@@ -38,8 +38,9 @@ def sparsify(
 ) -> list[LayerReport]:
     """Prunes `layers` (module names) of the Hugging Face directory `source` into `out`, with the same files and dtypes.
 
-    `tokens` [samples, length] are what the layers' inputs are taken from. `work` keeps the finished blocks: a run that
-    was killed goes on behind them, to the same bytes. Writes `out/sparsity.json`. Raises UserError for an architecture
+    A method that refits the output head reports it behind the layers. `tokens` [samples, length] are what the layers'
+    inputs are taken from. `work` keeps the finished blocks: a run that was killed goes on behind them, to the same
+    bytes. Writes `out/sparsity.json`. Raises UserError for an architecture
     that cannot be pruned, weights that do not fit the config, and inputs that are not finite.
     """
     if config.method in SOLVERS:
@@ -47,7 +48,8 @@ def sparsify(
     else:
         reports, weight = _modelopt(source, torch.from_numpy(tokens), config, layers, progress)
     pruned = [layer.name for layer in reports if layer.pruned]
-    copy_with(source, out, [f"{name}.weight" for name in pruned], weight)
+    changed = pruned + [layer.name for layer in reports if layer.name == head.NAME]
+    copy_with(source, out, [f"{name}.weight" for name in changed], weight)
     declared = {"pattern": config.pattern, "method": config.method, "layers": pruned}
     (out / "sparsity.json").write_text(json.dumps(declared, indent=2) + "\n")
     return reports
@@ -68,7 +70,14 @@ def _walk(
         finished.add(number, weights, [asdict(layer) for layer in reports])
     progress("sparsify", blocks.count, blocks.count)
     found = [LayerReport(**layer) for number in range(blocks.count) for layer in finished.reports(number)]
-    return found, lambda name: finished.weight(int(name.split(".")[2]), name)
+
+    def weight(name: str) -> Tensor:
+        return finished.weight(int(name.split(".")[2]), name)
+
+    if not (walk.refits_head and any(layer.pruned and not layer.note for layer in found)):
+        return found, weight
+    head_report, head_VD = head.refit_head(blocks, walk.left("pruned"), walk.left("dense"))
+    return [*found, head_report], lambda name: head_VD if name == f"{head.NAME}.weight" else weight(name)
 
 
 def _modelopt(

@@ -68,6 +68,7 @@ class Walk(Passage):
         super().__init__(blocks, tokens_BT, finished)
         self.solver, self.pattern = solver, pattern
         self.layers_of = by_block(layers, blocks)
+        self.refits_head = solver.refits_head and blocks.own_head
         self.streams = ["pruned"] * solver.needs_inputs + ["dense"] * solver.needs_dense_inputs
 
     def prune_block(self, number: int) -> tuple[dict[str, Tensor], list[LayerReport]]:
@@ -81,8 +82,8 @@ class Walk(Passage):
         entering = {name: self.entering(number, name) for name in self.streams}
         middle = {name: self.states(number, f"{name}-middle") for name in self.streams}
         leaving = {name: self.states(number + 1, name) for name in self.streams}
-        if number + 1 == self.blocks.count:
-            leaving.pop("pruned", None)  # no block wants them
+        if number + 1 == self.blocks.count and not self.refits_head:
+            leaving.pop("pruned", None)  # nothing wants them
         tunes = self.solver.tunes_blocks
 
         reports = self._prune_half("self_attn", number, forms, entering, middle)
@@ -98,6 +99,10 @@ class Walk(Passage):
         if tunes and "pruned" in leaving:
             self.send(entering["pruned"], partial(block, **arguments), leaving["pruned"])
         return weights, [reports[name] for name in names]
+
+    def left(self, name: str) -> States:
+        """The states of one stream that left the last block, once that is finished."""
+        return self.states(self.blocks.count, name)
 
     def _dense(self, block: nn.Module) -> nn.Module:
         """A copy that stays as it is, with its linear layers in the dtype that they compute in."""

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from calibration import distill
 from calibration.config import Quantization, Recovery
 from calibration.distill import HiddenLoss, LogitsLoss, last_checkpoint
 from calibration.evaluate import evaluate, hf_logits
@@ -170,10 +171,12 @@ def test_a_training_that_diverged_leaves_the_pruned_weights(models, tokens, tmp_
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (models[1] / "model.safetensors").read_bytes()
 
 
-def test_minutes_set_the_steps_and_too_few_are_refused(models, tokens, tmp_path):
-    report = recover(*models, tokens, Recovery(minutes=0.2, batch_size=2), tmp_path / "out", tmp_path / "work", quietly)
-    assert report.planned_steps >= 20
-    assert report.seconds < 20
+def test_minutes_set_the_steps_and_too_few_are_refused(models, tokens, tmp_path, monkeypatch):
+    """A step is taken to last a second, as how long it does last depends on what else the machine does."""
+    monkeypatch.setattr(distill, "seconds_a_step", lambda *_: 1.0)
+    report = recover(*models, tokens, Recovery(minutes=1, batch_size=2), tmp_path / "out", tmp_path / "work", quietly)
+    assert 20 <= report.planned_steps <= 64
+    assert report.seconds < 60
     with pytest.raises(UserError, match=r"recovery.minutes 0.0001 gives 0 steps"):
         recover(*models, tokens, Recovery(minutes=1e-4), tmp_path / "out", tmp_path / "work", quietly)
     with pytest.raises(UserError, match="at least 4 windows"):

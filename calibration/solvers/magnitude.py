@@ -14,6 +14,7 @@ class Magnitude:
     needs_inputs = False
     needs_dense_inputs = False
     tunes_blocks = False
+    refits_head = False
 
     def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
         """Keeps the largest |w|."""

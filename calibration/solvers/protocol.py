@@ -45,6 +45,7 @@ class Solver(Protocol):
     needs_inputs: bool  # whether it reads `hessian`
     needs_dense_inputs: bool  # whether it reads `cross` or `wanted`
     tunes_blocks: bool  # whether a block's layers are tuned together once each is pruned; needs the dense inputs
+    refits_head: bool  # whether the output head, if it is not the embedding, makes up for what is left; needs them too
 
     def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
         """The pruned weight, float32 [N, K]. `name` is the layer's, for errors and warnings."""

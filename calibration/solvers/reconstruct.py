@@ -13,7 +13,8 @@ constant that is tr(V H V') - 2 tr(V B') with B = T'X, which the second moments 
 2. mask: SparseGPT's sweep on that weight, each group's mask chosen by the joint cost of what it prunes;
 3. refit: the kept weights that minimise it, by conjugate gradients, all rows at once.
 
-Once each layer of a block is pruned, `calibration.tune` lets the block's layers make up for each other.
+Once each layer of a block is pruned, `calibration.tune` lets the block's layers make up for each other; behind the last
+block `calibration.head` lets the output head make up for what is left.
 
 The pruned and dense inputs in one target: Li et al., GPTAQ, 2025, arXiv:2504.02692. A refit on a fixed mask by
 projected conjugate gradients: Meng et al., ALPS, NeurIPS 2024, arXiv:2406.07831.
@@ -43,6 +44,7 @@ class Reconstruct:
     needs_inputs = True
     needs_dense_inputs = True
     tunes_blocks = True
+    refits_head = True
 
     def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
         """Accepts statistics without the dense model's part: the target is then the layer's own output."""

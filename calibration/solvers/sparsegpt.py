@@ -30,6 +30,7 @@ class SparseGPT:
     needs_inputs = True
     needs_dense_inputs = False
     tunes_blocks = False
+    refits_head = False
 
     def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
         """Raises UserError where the inputs are not finite."""

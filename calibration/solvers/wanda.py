@@ -15,6 +15,7 @@ class Wanda:
     needs_inputs = True
     needs_dense_inputs = False
     tunes_blocks = False
+    refits_head = False
 
     def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
         """Keeps the largest |w_ij| * |x_j|. Raises UserError where the inputs are not finite."""
