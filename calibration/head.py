@@ -4,15 +4,15 @@ The head stays dense and keeps its shape. With P [tokens, D] the hidden states, 
 pruned blocks give and F those of the dense model, A [D, D] is to minimise |P + PA - F|^2; a head W that reads P + PA is
 the head W + WA' that reads P. So it is for each of its rows the least-squares fit of the dense logits.
 
-Suffixes: T tokens of a sample, D hidden size, V vocabulary.
+Suffixes: B samples, T tokens of a sample, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibration.blocks import Blocks
 from calibration.solvers.hessian import damped
@@ -21,66 +21,64 @@ from calibration.walk import LayerReport, report
 
 NAME = "lm_head"
 DAMPING = 0.1  # of the mean of the diagonal of P'P: draws A towards 0 where the text says little
-HELD_BACK = 8  # each how many samples one is held back, to see whether A does better on what it was not fitted to
-ROWS = 4096  # of the head that change together
-
-
-@dataclass
-class _Moments:
-    """Sums over samples: P'P [D, D], P'(F - P) [D, D] and |F - P|^2."""
-
-    hessian: Tensor
-    cross: Tensor
-    distance: float = 0.0
-
-    @classmethod
-    def zeros(cls, size: int, device: torch.device | str) -> _Moments:
-        return cls(torch.zeros(size, size, device=device), torch.zeros(size, size, device=device))
-
-    def add(self, pruned_TD: Tensor, dense_TD: Tensor) -> None:
-        missing_TD = dense_TD - pruned_TD
-        self.hessian.addmm_(pruned_TD.T, pruned_TD)
-        self.cross.addmm_(pruned_TD.T, missing_TD)
-        self.distance += float(missing_TD.square().sum())
-
-    def __add__(self, other: _Moments) -> _Moments:
-        return _Moments(self.hessian + other.hessian, self.cross + other.cross, self.distance + other.distance)
-
-    def fit(self) -> Tensor:
-        """A [D, D]."""
-        return torch.linalg.solve(damped(self.hessian, DAMPING), self.cross)
-
-    def taken_back(self, map_DD: Tensor) -> float:
-        """The share of the squared distance that A takes back on these samples; negative where it adds to it."""
-        curved_DD = self.hessian @ map_DD - 2 * self.cross
-        return -float((map_DD * curved_DD).sum()) / self.distance
+HELD_BACK = 8  # one sample in so many judges the head and is not fitted to
+ROWS = 4096  # of the head that are in float32 together
+TOKENS = 256  # whose logits are in memory together
 
 
 def refit_head(blocks: Blocks, pruned: States, dense: States) -> tuple[LayerReport, Tensor]:
-    """What became of the head, and its weight [V, D] as stored: as it was where no better one was found.
+    """What became of the head, and its weight [V, D] as stored: as it was if the new one does no better.
 
-    The states are those that leave the last block.
+    The states are those that leave the last block. What judges is the KL of the logits from the dense model's over the
+    samples held back.
     """
-    weight_VD = blocks.weights.read(f"{NAME}.weight")
-    fitted, held_back = _moments(blocks, pruned, dense)
-    share = held_back.taken_back(fitted.fit()) if held_back.distance else 0.0
-    if share <= 0:
-        note = "not refitted, as that took nothing back on samples held back from the fit"
-    else:
-        note = f"refitted, which takes back {share:.1%} of the final hidden states' squared error on samples held back"
-        map_DD = (fitted + held_back).fit()
-        for rows_VD in weight_VD.split(ROWS):
-            wide_VD = rows_VD.to(map_DD.device).float()
-            rows_VD.copy_(torch.addmm(wide_VD, wide_VD, map_DD.T))
-    return report(NAME, weight_VD, pruned=False, note=note), weight_VD
+    old_VD, norm = blocks.weights.read(f"{NAME}.weight").to(blocks.device), blocks.load_norm()
+    held_back = range(0, len(pruned), HELD_BACK)
+    fitted = [sample for sample in range(len(pruned)) if sample not in held_back]
+    new_VD = _before(_fit(_final(norm, pruned, dense, fitted), old_VD), old_VD)
+    before, after = _divergences(old_VD, new_VD, _final(norm, pruned, dense, held_back))
+    verdict, kept_VD = ("refitted", new_VD) if after < before else ("not refitted", old_VD)
+    note = f"{verdict}, KL from the dense model over samples held back {before:.4f} -> {after:.4f} nats"
+    return report(NAME, kept_VD, pruned=False, note=note), kept_VD.cpu()
 
 
-def _moments(blocks: Blocks, pruned: States, dense: States) -> tuple[_Moments, _Moments]:
-    """Over the samples that are fitted to, and over those held back; both empty where there is one sample."""
-    norm = blocks.load_norm()
-    fitted, held_back = (_Moments.zeros(pruned.shape[-1], pruned.device) for _ in range(2))
-    every = min(HELD_BACK, len(pruned))
-    for sample in range(len(pruned) if every > 1 else 0):
-        moments = held_back if sample % every == every - 1 else fitted
-        moments.add(*(norm(states.read([sample]))[0] for states in (pruned, dense)))
-    return fitted, held_back
+def _final(norm: nn.Module, pruned: States, dense: States, samples: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The final hidden states [T, D] of both models, sample by sample."""
+    for sample in samples:
+        yield norm(pruned.read([sample]))[0], norm(dense.read([sample]))[0]
+
+
+def _fit(samples: Iterable[tuple[Tensor, Tensor]], head_VD: Tensor) -> Tensor:
+    """A [D, D] for states that such a head reads; zero where there is no sample."""
+    size = head_VD.shape[1]
+    hessian_DD, cross_DD = (torch.zeros(size, size, device=head_VD.device) for _ in range(2))
+    for pruned_TD, dense_TD in samples:
+        hessian_DD.addmm_(pruned_TD.T, pruned_TD)
+        cross_DD.addmm_(pruned_TD.T, dense_TD - pruned_TD)
+    return torch.linalg.solve(damped(hessian_DD, DAMPING), cross_DD)
+
+
+def _before(map_DD: Tensor, head_VD: Tensor) -> Tensor:
+    """The head that does what A added to the states and then this head do: W + WA', in the head's dtype."""
+    new_VD = torch.empty_like(head_VD)
+    for rows_VD, new_rows_VD in zip(head_VD.split(ROWS), new_VD.split(ROWS), strict=True):
+        new_rows_VD.copy_(torch.addmm(rows_VD.float(), rows_VD.float(), map_DD.T))
+    return new_VD
+
+
+def _divergences(old_VD: Tensor, new_VD: Tensor, samples: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """The mean KL in nats from the dense model, which has the old head, to the pruned one with the old and the new."""
+    sums, tokens = [0.0, 0.0], 0
+    for pruned_TD, dense_TD in samples:
+        for pruned_part_TD, dense_part_TD in zip(pruned_TD.split(TOKENS), dense_TD.split(TOKENS), strict=True):
+            wanted_TV = _log_probabilities(dense_part_TD, old_VD)
+            for which, head_VD in enumerate((old_VD, new_VD)):
+                given_TV = _log_probabilities(pruned_part_TD, head_VD)
+                sums[which] += float(nn.functional.kl_div(given_TV, wanted_TV, reduction="sum", log_target=True))
+        tokens += len(pruned_TD)
+    return sums[0] / tokens, sums[1] / tokens
+
+
+def _log_probabilities(hidden_TD: Tensor, head_VD: Tensor) -> Tensor:
+    """[T, V] float32; the product is in the head's dtype, as in use."""
+    return (hidden_TD.to(head_VD.dtype) @ head_VD.T).float().log_softmax(-1)

@@ -22,7 +22,7 @@ from calibration.solvers import SOLVERS, Pattern
 from calibration.walk import LayerReport, Walk, report
 from calibration.weights import Weights, copy_with
 
-VERSION = 11  # of the results: raised whenever the same input gives other weights
+VERSION = 12  # of the results: raised whenever the same input gives other weights
 Progress = Callable[[str, int, int], None]
 
 
