@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.blocks import Blocks
+from calibration.device import return_freed_memory
 from calibration.solvers.hessian import damped
 from calibration.states import States
 from calibration.walk import LayerReport, report
@@ -23,7 +24,7 @@ NAME = "lm_head"
 DAMPING = 0.1  # of the mean of the diagonal of P'P: draws A towards 0 where the text says little
 HELD_BACK = 8  # one sample in so many judges the head and is not fitted to
 ROWS = 4096  # of the head that are in float32 together
-TOKENS = 256  # whose logits are in memory together
+TOKENS = 64  # whose logits are in memory together
 
 
 def refit_head(blocks: Blocks, pruned: States, dense: States) -> tuple[LayerReport, Tensor]:
@@ -32,6 +33,7 @@ def refit_head(blocks: Blocks, pruned: States, dense: States) -> tuple[LayerRepo
     The states are those that leave the last block. What judges is the KL of the logits from the dense model's over the
     samples held back.
     """
+    return_freed_memory()
     old_VD, norm = blocks.weights.read(f"{NAME}.weight").to(blocks.device), blocks.load_norm()
     held_back = range(0, len(pruned), HELD_BACK)
     fitted = [sample for sample in range(len(pruned)) if sample not in held_back]
