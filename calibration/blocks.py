@@ -21,6 +21,7 @@ from calibration.weights import Weights
 from plugins.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+HEAD = "lm_head"
 HALVES = {  # of a block, each x + branch(norm(x)): the branch, its norm, and its layer that gives what is added to x
     "self_attn": ("input_layernorm", "self_attn.o_proj"),
     "mlp": ("post_attention_layernorm", "mlp.down_proj"),
@@ -42,7 +43,7 @@ class Blocks:
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation=attention())
         self.skeleton: Any = model.eval().requires_grad_(False).model
         self.count: int = self.config.num_hidden_layers
-        self.own_head: bool = not self.config.tie_word_embeddings and "lm_head.weight" in self.weights.file_of
+        self.own_head: bool = not self.config.tie_word_embeddings and f"{HEAD}.weight" in self.weights.file_of
 
     def embed(self, tokens_BT: Tensor) -> Iterator[Tensor]:
         """The hidden states [B, T, D] that enter the first block, a few samples at a time.

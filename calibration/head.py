@@ -14,13 +14,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from calibration.blocks import Blocks
+from calibration.blocks import HEAD, Blocks
 from calibration.device import return_freed_memory
 from calibration.solvers.hessian import damped
 from calibration.states import States
 from calibration.walk import LayerReport, report
 
-NAME = "lm_head"
 DAMPING = 0.1  # of the mean of the diagonal of P'P: draws A towards 0 where the text says little
 HELD_BACK = 8  # one sample in so many judges the head and is not fitted to
 ROWS = 4096  # of the head that are in float32 together
@@ -34,14 +33,14 @@ def refit_head(blocks: Blocks, pruned: States, dense: States) -> tuple[LayerRepo
     samples held back.
     """
     return_freed_memory()
-    old_VD, norm = blocks.weights.read(f"{NAME}.weight").to(blocks.device), blocks.load_norm()
+    old_VD, norm = blocks.weights.read(f"{HEAD}.weight").to(blocks.device), blocks.load_norm()
     held_back = range(0, len(pruned), HELD_BACK)
     fitted = [sample for sample in range(len(pruned)) if sample not in held_back]
-    new_VD = _before(_fit(_final(norm, pruned, dense, fitted), old_VD), old_VD)
+    new_VD = _compose(_fit(_final(norm, pruned, dense, fitted), old_VD), old_VD)
     before, after = _divergences(old_VD, new_VD, _final(norm, pruned, dense, held_back))
     verdict, kept_VD = ("refitted", new_VD) if after < before else ("not refitted", old_VD)
     note = f"{verdict}, KL from the dense model over samples held back {before:.4f} -> {after:.4f} nats"
-    return report(NAME, kept_VD, pruned=False, note=note), kept_VD.cpu()
+    return report(HEAD, kept_VD, pruned=False, note=note), kept_VD.cpu()
 
 
 def _final(norm: nn.Module, pruned: States, dense: States, samples: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -60,7 +59,7 @@ def _fit(samples: Iterable[tuple[Tensor, Tensor]], head_VD: Tensor) -> Tensor:
     return torch.linalg.solve(damped(hessian_DD, DAMPING), cross_DD)
 
 
-def _before(map_DD: Tensor, head_VD: Tensor) -> Tensor:
+def _compose(map_DD: Tensor, head_VD: Tensor) -> Tensor:
     """The head that does what A added to the states and then this head do: W + WA', in the head's dtype."""
     new_VD = torch.empty_like(head_VD)
     for rows_VD, new_rows_VD in zip(head_VD.split(ROWS), new_VD.split(ROWS), strict=True):

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration import head, modelopt_sparsity
-from calibration.blocks import Blocks
+from calibration import modelopt_sparsity
+from calibration.blocks import HEAD, Blocks
 from calibration.config import Sparsity
 from calibration.device import device
+from calibration.head import refit_head
 from calibration.resume import Finished
 from calibration.solvers import SOLVERS, Pattern
 from calibration.walk import LayerReport, Walk, report
@@ -24,6 +26,7 @@ from calibration.weights import Weights, copy_with
 
 VERSION = 12  # of the results: raised whenever the same input gives other weights
 Progress = Callable[[str, int, int], None]
+Changed = dict[str, Callable[[], Tensor]]  # what reads the new tensor, by the tensor's name
 
 
 @torch.no_grad()
@@ -40,16 +43,15 @@ def sparsify(
 
     A method that refits the output head reports it behind the layers. `tokens` [samples, length] are what the layers'
     inputs are taken from. `work` keeps the finished blocks: a run that was killed goes on behind them, to the same
-    bytes. Writes `out/sparsity.json`. Raises UserError for an architecture
-    that cannot be pruned, weights that do not fit the config, and inputs that are not finite.
+    bytes. Writes `out/sparsity.json`. Raises UserError for an architecture that cannot be pruned, weights that do not
+    fit the config, and inputs that are not finite.
     """
     if config.method in SOLVERS:
-        reports, weight = _walk(source, torch.from_numpy(tokens), config, layers, work, progress)
+        reports, changed = _walk(source, torch.from_numpy(tokens), config, layers, work, progress)
     else:
-        reports, weight = _modelopt(source, torch.from_numpy(tokens), config, layers, progress)
+        reports, changed = _modelopt(source, torch.from_numpy(tokens), config, layers, progress)
+    copy_with(source, out, changed, lambda name: changed[name]())
     pruned = [layer.name for layer in reports if layer.pruned]
-    changed = pruned + [layer.name for layer in reports if layer.name == head.NAME]
-    copy_with(source, out, [f"{name}.weight" for name in changed], weight)
     declared = {"pattern": config.pattern, "method": config.method, "layers": pruned}
     (out / "sparsity.json").write_text(json.dumps(declared, indent=2) + "\n")
     return reports
@@ -57,7 +59,7 @@ def sparsify(
 
 def _walk(
     source: Path, tokens_BT: Tensor, config: Sparsity, layers: Sequence[str], work: Path, progress: Progress
-) -> tuple[list[LayerReport], Callable[[str], Tensor]]:
+) -> tuple[list[LayerReport], Changed]:
     blocks = Blocks(source, device())
     facts = [VERSION, config.pattern, config.method, list(layers), blocks.config.to_dict()]
     key = hashlib.sha256(json.dumps(facts, default=str).encode())
@@ -69,24 +71,30 @@ def _walk(
         weights, reports = walk.prune_block(number)
         finished.add(number, weights, [asdict(layer) for layer in reports])
     progress("sparsify", blocks.count, blocks.count)
-    found = [LayerReport(**layer) for number in range(blocks.count) for layer in finished.reports(number)]
-
-    def weight(name: str) -> Tensor:
-        return finished.weight(int(name.split(".")[2]), name)
-
-    if not (walk.refits_head and any(layer.pruned and not layer.note for layer in found)):
-        return found, weight
-    head_report, head_VD = head.refit_head(blocks, walk.left("pruned"), walk.left("dense"))
-    return [*found, head_report], lambda name: head_VD if name == f"{head.NAME}.weight" else weight(name)
+    found: list[LayerReport] = []
+    changed: Changed = {}
+    for number in range(blocks.count):
+        layers_found = [LayerReport(**layer) for layer in finished.reports(number)]
+        tensors = [f"{layer.name}.weight" for layer in layers_found if layer.pruned]
+        changed |= {name: partial(finished.weight, number, name) for name in tensors}
+        found += layers_found
+    if walk.refits_head and any(layer.pruned and not layer.note for layer in found):
+        head_report, head_VD = refit_head(blocks, walk.left("pruned"), walk.left("dense"))
+        changed[f"{HEAD}.weight"] = lambda: head_VD
+        found.append(head_report)
+    return found, changed
 
 
 def _modelopt(
     source: Path, tokens_BT: Tensor, config: Sparsity, layers: Sequence[str], progress: Progress
-) -> tuple[list[LayerReport], Callable[[str], Tensor]]:
+) -> tuple[list[LayerReport], Changed]:
     weights = Weights(source)
     pruned = modelopt_sparsity.prune(source, tokens_BT, config.method, layers, progress)
-    reports = []
+    reports: list[LayerReport] = []
+    changed: Changed = {}
     for name, weight_NK in pruned.items():
         note = "" if Pattern.parse(config.pattern).holds(weight_NK) else "ModelOpt skips a layer of this size"
         reports.append(report(name, weight_NK, pruned=not note, note=note))
-    return reports, lambda name: pruned[name.removesuffix(".weight")].to(weights.dtype(name))
+        if not note:
+            changed[f"{name}.weight"] = partial(weight_NK.to, weights.dtype(f"{name}.weight"))
+    return reports, changed
