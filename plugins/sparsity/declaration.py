@@ -1,0 +1,92 @@
+"""sparsity.json beside a checkpoint: which layers are 2:4, whole or in part, and the order of their channels. No torch.
+
+    {"pattern": "2:4", "method": "reconstruct",
+     "layers": ["model.layers.0.self_attn.q_proj", ...],                            2:4 as a whole
+     "hybrid": {"model.layers.3.mlp.up_proj": {"axis": "rows", "segments": [["2:4", 768], ["dense", 768]]}, ...},
+     "order": {"model.layers.3.mlp": "7 0 12 ...", ...}}                            place -> channel of the dense model
+
+The checkpoint's weights are ordinary dense tensors in the new order: a reader that knows nothing of this file computes
+the same numbers. `hybrid` and `order` are left out where there are none.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plugins.errors import UserError
+from plugins.sparsity.segments import Segments
+
+FILE = "sparsity.json"
+EXAMPLE = 'it does not say {"pattern": "2:4", "layers": [...]}'
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a checkpoint claims."""
+
+    layers: tuple[str, ...] = ()
+    hybrid: dict[str, Segments] = field(default_factory=dict)
+    order: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of a block's `mlp`: channels; `self_attn`: KV heads
+    method: str = ""
+    pattern: str = "2:4"
+
+    @property
+    def pruned(self) -> tuple[str, ...]:
+        """The layers with any 2:4 part."""
+        return (*self.layers, *self.hybrid)
+
+    @classmethod
+    def parse(cls, content: Any) -> Declaration:
+        """Raises UserError, one line that names the first thing amiss."""
+        if not isinstance(content, dict) or content.get("pattern") != "2:4":
+            raise UserError(EXAMPLE)
+        layers, hybrid, order = content.get("layers"), content.get("hybrid", {}), content.get("order", {})
+        if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
+            raise UserError(EXAMPLE)
+        if not isinstance(hybrid, dict) or not isinstance(order, dict):
+            raise UserError("its 'hybrid' and 'order' are not tables")
+        if both := sorted(set(layers) & hybrid.keys()):
+            raise UserError(f"it declares {both[0]!r} 2:4 as a whole and in part")
+        segments = {layer: Segments.parse(layer, value) for layer, value in hybrid.items()}
+        orders = {module: _parse_order(module, value) for module, value in order.items()}
+        return cls(tuple(layers), segments, orders, str(content.get("method", "")))
+
+    @classmethod
+    def read(cls, directory: Path) -> Declaration:
+        """Of the checkpoint in `directory`; empty where it has no such file. Raises UserError."""
+        path = directory / FILE
+        if not path.is_file():
+            return cls()
+        try:
+            return cls.parse(json.loads(path.read_text(encoding="utf8")))
+        except (ValueError, RecursionError) as error:  # UserError is a ValueError too
+            raise UserError(f"'{path}': {error}: export the checkpoint again") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `parse` reads."""
+        content: dict[str, Any] = {"pattern": self.pattern, "method": self.method, "layers": list(self.layers)}
+        if self.hybrid:
+            content["hybrid"] = {layer: segments.to_json() for layer, segments in self.hybrid.items()}
+        if self.order:
+            content["order"] = {module: " ".join(map(str, order)) for module, order in self.order.items()}
+        return content
+
+    def write(self, directory: Path) -> None:
+        """Writes the file, or none where nothing is declared."""
+        if self.pruned or self.order:
+            (directory / FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf8")
+
+
+def _parse_order(module: str, value: Any) -> tuple[int, ...]:
+    try:
+        order = tuple(map(int, value.split()))
+    except (AttributeError, ValueError):
+        raise UserError(f"the order of {module!r} is no list of numbers") from None
+    if sorted(order) != list(range(len(order))):
+        raise UserError(f"the order of {module!r} does not hold each channel from 0 to {len(order) - 1} once")
+    return order

@@ -1,0 +1,130 @@
+"""A weight [out_features N, in_features K] as segments along its rows or its inputs, each 2:4 or dense. No torch.
+
+A hybrid layer has both kinds: the channels that pruning harms least are 2:4, the others dense. Channels are ordered so
+that each kind is contiguous, so that a kernel reads slices and gathers nothing (Lee et al., SpenseGPT, 2026,
+arXiv:2606.10445, splits a weight so; here the channels of coupled layers share one order). With tensor parallelism each
+rank holds its share of both kinds: the 2:4 segment of rank 0, its dense one, the 2:4 segment of rank 1, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from plugins.errors import UserError
+
+Axis = Literal["rows", "inputs"]
+Kind = Literal["2:4", "dense"]
+
+ALIGNMENT = (
+    32  # of every boundary: cuSPARSELt's for 8-bit rows and inputs; holds whole groups of 4 and bytes of indices
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows or inputs from `start` up to, without, `end`."""
+
+    kind: Kind
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.end)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """All segments of one weight, in order and without a gap. Neighbours differ in kind."""
+
+    axis: Axis
+    parts: tuple[Segment, ...]
+
+    @classmethod
+    def of(cls, axis: Axis, sizes: Sequence[tuple[Kind, int]]) -> Segments:
+        """From kinds and sizes in order; empty segments are dropped and neighbours of one kind joined."""
+        parts: list[Segment] = []
+        end = 0
+        for kind, size in sizes:
+            start, end = end, end + size
+            if size and parts and parts[-1].kind == kind:
+                parts[-1] = Segment(kind, parts[-1].start, end)
+            elif size:
+                parts.append(Segment(kind, start, end))
+        return cls(axis, tuple(parts))
+
+    @classmethod
+    def split(cls, axis: Axis, size: int, sparse: int, ranks: int = 1) -> Segments:
+        """Of `size` channels the first `sparse` 2:4, or so on each of `ranks` tensor-parallel ranks."""
+        assert size % ranks == 0
+        assert sparse % ranks == 0
+        shares: list[tuple[Kind, int]] = [("2:4", sparse // ranks), ("dense", (size - sparse) // ranks)]
+        return cls.of(axis, shares * ranks)
+
+    @classmethod
+    def parse(cls, layer: str, content: Any) -> Segments:
+        """From sparsity.json: {"axis": "rows", "segments": [["2:4", 96], ["dense", 32]]}. Raises UserError."""
+        try:
+            axis, sizes = content["axis"], [(kind, size) for kind, size in content["segments"]]
+        except (TypeError, KeyError, ValueError):
+            raise UserError(f'{layer!r} does not say {{"axis": ..., "segments": [[kind, size], ...]}}') from None
+        if axis not in ("rows", "inputs"):
+            raise UserError(f"{layer!r} is split along {axis!r}: an axis is 'rows' or 'inputs'")
+        for kind, size in sizes:
+            if kind not in ("2:4", "dense"):
+                raise UserError(f"{layer!r} has a segment of kind {kind!r}: a kind is '2:4' or 'dense'")
+            if type(size) is not int or size <= 0 or size % ALIGNMENT:
+                raise UserError(f"{layer!r} has a segment of {size!r} {axis}: it must be a multiple of {ALIGNMENT}")
+        return cls.of(axis, sizes)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `parse` reads."""
+        return {"axis": self.axis, "segments": [[part.kind, part.size] for part in self.parts]}
+
+    @property
+    def size(self) -> int:
+        """Rows or inputs in all."""
+        return self.parts[-1].end if self.parts else 0
+
+    @property
+    def fraction(self) -> float:
+        """The share of the weight that is 2:4."""
+        return sum(part.size for part in self.sparse) / self.size
+
+    @property
+    def sparse(self) -> tuple[Segment, ...]:
+        return tuple(part for part in self.parts if part.kind == "2:4")
+
+    @property
+    def dense(self) -> tuple[Segment, ...]:
+        return tuple(part for part in self.parts if part.kind == "dense")
+
+    def indices(self, kind: Kind) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The rows or inputs of one kind, ascending."""
+        ranges = [np.arange(part.start, part.end) for part in self.parts if part.kind == kind]
+        return np.concatenate(ranges) if ranges else np.arange(0)
+
+    def rank(self, rank: int, ranks: int) -> Segments:
+        """What rank `rank` of `ranks` holds of a weight that is cut along the axis of the segments.
+
+        Raises UserError where a segment would be cut at no multiple of ALIGNMENT, or ranks would hold unequal shares.
+        """
+        if self.size % (ranks * ALIGNMENT):
+            raise UserError(f"{self.size} {self.axis} over {ranks} ranks are no multiple of {ALIGNMENT} each")
+        share = self.size // ranks
+        cut = [
+            self.of(self.axis, [(p.kind, max(0, min(p.end, start + share) - max(p.start, start))) for p in self.parts])
+            for start in range(0, self.size, share)
+        ]
+        if len(set(cut)) > 1:
+            shares = ", ".join(f"{each.fraction:.0%}" for each in cut)
+            raise UserError(f"of its {self.axis} {shares} are 2:4 on {ranks} ranks: prune for engine.tensor_parallel")
+        return cut[rank]
