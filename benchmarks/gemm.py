@@ -14,10 +14,13 @@ Needs torch alone: no pydantic, no yaml.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ import torch
 
 from benchmarks import environment
 from benchmarks.peers import PEERS
+from benchmarks.records import replace_json
 from benchmarks.shapes import MODELS
 from plugins import library, ops, timing, tuner
 from plugins.errors import UserError
@@ -53,8 +57,12 @@ def measure_ceilings(formats: Iterable[str], device: int = 0) -> Ceilings:
     flops = {}
     for format in formats:
         bench = tuner.Bench(tuner.Shape(8192, 8192, format), where, 8192, l2)
-        times = [tuner.time_kernel(bench, kernel, 8192).us for kernel in ("cublaslt", "torch")]
-        flops[format] = 2 * 8192**3 / (min(times) * 1e-6)
+        times = []
+        for kernel in ("cublaslt", "torch"):
+            with contextlib.suppress(UserError, RuntimeError):  # a kernel that refuses this product sets no limit
+                times.append(tuner.time_kernel(bench, kernel, 8192).us)
+        if times:
+            flops[format] = 2 * 8192**3 / (min(times) * 1e-6)
         del bench
         torch.cuda.empty_cache()
     return Ceilings(bandwidth, flops)
@@ -73,12 +81,14 @@ def row(bench: tuner.Bench, tokens: int, ceilings: Ceilings, peers: bool, timer:
         if kernel == "skinny" and tokens > ops.MAX_SKINNY_TOKENS:
             continue
         try:
-            times[kernel] = timer(bench, kernel, tokens)
+            times[kernel] = tuner.time_padded(bench, kernel, tokens, timer)
         except (UserError, RuntimeError) as error:
             left_out[kernel] = next(iter(str(error).splitlines()), type(error).__name__)
     bucket = tuner.choose(tokens, times.values())
     best = {side: _fastest(times, side == "dense") for side in ("dense", "sparse")}
-    made = {"kernels_us": {kernel: round(t.us, 3) for kernel, t in times.items()}, "left_out": left_out}
+    made: dict[str, Any] = {"kernels_us": {kernel: round(t.us, 3) for kernel, t in times.items()}, "left_out": left_out}
+    made["notes"] = {kernel: list(t.notes) for kernel, t in times.items() if t.notes}
+    made["algorithms"] = {kernel: t.algorithm for kernel, t in times.items() if t.algorithm is not None}
     made |= {"dense": best["dense"], "sparse": best["sparse"], "kept": bucket["kernel"], "ratio": bucket["ratio"]}
     if best["sparse"] is not None:
         made |= speeds(bench.shape, tokens, times[best["sparse"]].us * 1e-6, ceilings)
@@ -95,7 +105,7 @@ def speeds(shape: tuner.Shape, tokens: int, seconds: float, ceilings: Ceilings) 
     moved = n * k * (width / 2 + 1 / 8) + tokens * (k * width + 2 * n)
     flops = 2.0 * tokens * n * k
     of_memory = moved / seconds / ceilings.bandwidth
-    of_math = flops / seconds / (2 * ceilings.flops[shape.format])
+    of_math = flops / seconds / (2 * ceilings.flops.get(shape.format, math.inf))
     return {
         "tflops": round(flops / seconds / 1e12, 2),
         "gb_s": round(moved / seconds / 1e9, 1),
@@ -146,7 +156,7 @@ def table(
     for format in formats:
         for layer, (n, k) in sorted(MODELS[model].layers().items(), key=lambda item: -item[1][0] * item[1][1]):
             shape = tuner.Shape(n, k, format, per_channel=format == "int8")
-            bench = tuner.Bench(shape, torch.device("cuda", device), max(tokens), l2)
+            bench = tuner.Bench(shape, torch.device("cuda", device), max(*tokens, *tuner.PADDED), l2)
             for count in tokens:
                 if expired():
                     report(f"out of time before {format} {layer} at {count} tokens")
@@ -222,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
     parser.add_argument("--dtype", default="fp8", help="bf16, fp16, int8, fp8; more with commas")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after about this many seconds")
+    parser.add_argument("--out", type=Path, help="write the rows to this file, after each one")
     parser.add_argument("--no-peers", action="store_true", help="leave out torch's own 2:4 products")
     chosen = parser.parse_args(arguments)
     formats = chosen.dtype.split(",")
@@ -230,8 +242,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if format not in library.FORMATS:
                 raise UserError(f"'{format}' is no number format here: {', '.join(library.FORMATS)}")
         tokens = [int(count) for count in chosen.tokens.split(",")]
-        rows = table(chosen.model, formats, tokens, peers=not chosen.no_peers)
-        print(save("gemm", {"rows": rows}))
+        deadline = time.monotonic() + chosen.seconds
+        rows = table(
+            chosen.model,
+            formats,
+            tokens,
+            peers=not chosen.no_peers,
+            expired=lambda: time.monotonic() > deadline,
+            keep=lambda rows: None if chosen.out is None else replace_json(chosen.out, {"rows": rows}),
+        )
+        if chosen.out is None:
+            print(save("gemm", {"rows": rows}))
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ is plugins/csrc/CMakeLists.txt; without it nvcc is called directly on the same s
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -63,7 +64,7 @@ def build(
     if tensorrt_include is not None and not (tensorrt_include / "NvInfer.h").exists():
         raise UserError(f"no NvInfer.h in '{tensorrt_include}': give the include directory of TensorRT 10")
     progress(f"compiling {SOURCES} for sm_{', sm_'.join(chosen)} with {nvcc}")
-    compile_ = _with_cmake if (shutil.which("cmake") is not None if use_cmake is None else use_cmake) else _with_nvcc
+    compile_ = _with_cmake if (_can_use_cmake() if use_cmake is None else use_cmake) else _with_nvcc
     with tempfile.TemporaryDirectory(prefix="twofour-build-") as work:
         made = compile_(nvcc, chosen, includes, tensorrt_include, Path(work), progress)
         out.mkdir(parents=True, exist_ok=True)
@@ -95,6 +96,16 @@ def gpu_sms() -> tuple[str, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     return tuple(dict.fromkeys(parse_sm(line) for line in text.split() if re.fullmatch(r"\d+\.\d", line)))
+
+
+def gpu_names() -> tuple[str, ...]:
+    """The names of the GPUs here, by nvidia-smi; empty where there is none."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def find_nvcc() -> str:
@@ -130,6 +141,11 @@ def _include_candidates() -> list[Path]:
         *sorted(Path("/usr/include/libcusparseLt").glob("*")),
     ]
     return [*homes, *wheels, *system]
+
+
+def _can_use_cmake() -> bool:
+    """Whether CMake and a build program that it can drive are here."""
+    return shutil.which("cmake") is not None and shutil.which("make") is not None
 
 
 def _with_cmake(
@@ -193,3 +209,22 @@ def _version(nvcc: str) -> str:
 
 def _jobs() -> int:
     return max(1, min(8, os.cpu_count() or 1))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Builds for the GPU here and writes what was built to `--out`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    chosen = parser.parse_args(arguments)
+    try:
+        result = build(use_cmake=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    chosen.out.write_text(json.dumps(asdict(result)) + "\n", encoding="utf8")
+    print(f"built {result.library} for sm_{', sm_'.join(result.sms)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gemm, gpu
+from benchmarks import gemm
 from benchmarks.shapes import MODELS, Model
 from builder.engines.torch import model as torch_model
 from builder.engines.torch import speed
@@ -103,96 +102,6 @@ def test_shapes_are_the_published_models() -> None:
     }
 
 
-def test_steps_survive_each_other() -> None:
-    said: list[str] = []
-
-    def breaks() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    failed = gpu.step("tables", breaks, said.append)
-    assert failed["error"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
-    assert gpu.step("tests", lambda: 3, said.append)["result"] == 3
-    assert said[0] == "== tables"
-
-
-def test_gpu_tests_are_found_and_run_without_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "test_captured_products_replay_bit_for_bit" in gpu.test_names()
-    source = "def test_good() -> None:\n    pass\n\ndef test_bad() -> None:\n    assert 1 == 2, 'why'\n"
-    (tmp_path / "test_some.py").write_text(source)
-    monkeypatch.setattr(gpu, "TESTS", tmp_path)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(gpu, "_alive", lambda: True)
-    assert gpu.test_names() == ["test_good", "test_bad"]
-    assert gpu.run_tests(["test_good", "test_bad"], tmp_path / "out.json") == 1
-    outcomes = json.loads((tmp_path / "out.json").read_text())
-    assert outcomes == {"test_good": "passed", "test_bad": "failed: AssertionError: why (line 5)"}
-
-
-def out_of(command: list[str]) -> Path:
-    return Path(command[command.index("--out") + 1])
-
-
-def test_what_a_child_left_is_kept_however_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table's child crashes after a row, the engine's runs out of time after a model; the rest has no time left."""
-    asked: list[list[str]] = []
-
-    def run(command: list[str], timeout: float, **_: object) -> SimpleNamespace:
-        asked.append(command)
-        if "builder.engines.torch.speed" in command:
-            out_of(command).write_text('{"results": {"fp8": {}}}')
-            raise subprocess.TimeoutExpired(command, timeout, b"fp8 is done\n")
-        out_of(command).write_text('{"rows": [{"tokens": 1}]}')
-        return SimpleNamespace(returncode=-11, stdout="a row", stderr="Traceback\nRuntimeError: illegal address")
-
-    monkeypatch.setattr(gpu.subprocess, "run", run)
-    said: list[str] = []
-    left = iter([100.0, 5.0, 5.0, 5.0, 5.0, 5.0])
-    tables = gpu._tables(60.0, lambda: next(left), said.append)
-    assert tables["rows"] == [{"tokens": 1}]
-    assert tables["broken"]["llama-3.1-8b fp8"] == "RuntimeError: illegal address"
-    assert tables["broken"]["llama-3.1-70b bf16"] == "not run: out of time"
-    assert len(asked) == 1
-    engine = gpu._engine(50.0, lambda: 70.0, said.append)
-    assert engine == {"results": {"fp8": {}}, "broken": "stopped after 70 s"}
-    assert "fp8 is done\nstopped after 70 s" in said
-
-
-def test_a_broken_environment_does_not_eat_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no test can even start, two tries are enough to know."""
-    asked = []
-
-    def child(command: list[str], seconds: float) -> dict:
-        asked.append(command)
-        return {"status": 1, "content": {}, "words": "ImportError: no torch", "error": "ImportError: no torch"}
-
-    monkeypatch.setattr(gpu, "_child", child)
-    outcomes = gpu._tests(60.0, lambda line: None)
-    assert len(asked) == 2
-    assert list(outcomes.values()).count("crashed or ran out of time: ImportError: no torch") == 2
-    assert set(outcomes) == set(gpu.test_names())
-    assert outcomes[gpu.test_names()[-1]] == "not run: two before it crashed"
-
-
-def test_a_file_is_left_also_where_the_library_cannot_be_built(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails(*_: object, **__: object) -> None:
-        raise UserError("no nvcc found: install the CUDA toolkit 12.8 or newer, or set CUDA_HOME")
-
-    monkeypatch.setattr(gpu, "_require_gpu", lambda: None)
-    monkeypatch.setattr(gpu.build, "build", fails)
-    monkeypatch.setattr(library, "context", fails)
-    monkeypatch.setattr(gemm, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(gemm.timing, "device_facts", lambda device: {"name": "NVIDIA H100 80GB HBM3", "sm": 90})
-    assert gpu.main([]) == 1
-    (file,) = (tmp_path / "results").glob("gpu-h100-80gb-hbm3-*.json")
-    assert capsys.readouterr().out.endswith(f"{file}\n")
-    left = json.loads(file.read_text())
-    assert left["build"]["error"].startswith("UserError: no nvcc found")
-    assert left["versions"]["libtwofour"].startswith("no nvcc found")
-    assert "tests" not in left
-
-
 def test_table_begins_with_the_largest_layers_and_keeps_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "measure_ceilings", lambda formats, device: gemm.Ceilings(3e12, {"fp8": 1.4e15}))
     monkeypatch.setattr(library, "context", lambda device: SimpleNamespace(info=lambda: SimpleNamespace(l2_bytes=1)))
@@ -271,9 +180,9 @@ def test_commands_need_no_pydantic() -> None:
     """The GPU machines have torch and transformers, but not everything that twofour asks for."""
     code = (
         "import sys\n"
-        "for name in ('pydantic', 'ml_dtypes', 'modelopt', 'click', 'rich', 'jinja2', 'pytest', 'hypothesis',\n"
+        "for name in ('pydantic', 'ml_dtypes', 'modelopt', 'click', 'rich', 'jinja2', 'hypothesis',\n"
         "             'accelerate', 'datasets', 'psutil'): sys.modules[name] = None\n"
-        "import pathlib, plugins.build, benchmarks.gpu, benchmarks.gemm, builder.engines.torch.speed\n"
-        "sys.exit(benchmarks.gpu.run_tests([], pathlib.Path('unused')))"  # imports tests/gpu
+        "import plugins.build, benchmarks.gpu, benchmarks.gpu_machine, benchmarks.sanitizer, benchmarks.gemm\n"
+        "import builder.engines.torch.speed, tests.gpu.test_kernels"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
