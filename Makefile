@@ -21,10 +21,10 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python docs/make_help.py --check
+	$(BIN)/python docs/make_pages.py --check
 
 docs: $(READY)
-	$(BIN)/python docs/make_help.py
+	$(BIN)/python docs/make_pages.py
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)

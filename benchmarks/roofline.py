@@ -1,8 +1,9 @@
 """What a GPU's memory and tensor cores allow: limits on a GEMM, on decode and on prefill. Predicted, never measured.
 
-A GEMM takes at least the longer of moving its bytes at the memory's peak rate and doing its multiplications at the
-tensor cores' peak rate (Williams et al., Roofline, 2009). Imports no torch.
-M tokens, N = out_features, K = in_features.
+A GEMM takes at least the longest of three times: moving its bytes at the memory's peak rate, multiplying at the tensor
+cores' peak rate (Williams et al., Roofline, 2009), and launching one kernel that runs one wave of blocks. Where the
+last one is the longest, 2:4 saves bytes and no time. docs/predictions.md compares these limits with published figures.
+Imports no torch. M tokens, N = out_features, K = in_features.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import yaml
 from plugins.config import Config
 from plugins.errors import UserError
 
-Bound = Literal["memory", "math"]
+Bound = Literal["memory", "math", "launch"]
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 OUTPUT_BYTES = 2  # every kernel of ours writes 16-bit activations
 
 
 class Gpu(Config):
-    """One card of gpus.yaml. `dense_tflops` are 1e12 FLOP/s a format, a multiply and an add counted as two."""
+    """One card of gpus.yaml. `dense_tflops` are 1e12 FLOP/s a format, a multiply and an add counted as two.
+
+    `launch_us` and `wave_us` are microseconds: a kernel's launch inside a CUDA graph, and one wave of its blocks.
+    """
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -35,12 +39,19 @@ class Gpu(Config):
     l2_mb: float
     dense_tflops: dict[str, float]
     sparse_multiplier: float
+    launch_us: float
+    wave_us: float
     source: str
 
     @property
     def bandwidth(self) -> float:
         """Bytes a second."""
         return self.bandwidth_gb_s * 1e9
+
+    @property
+    def least_kernel_seconds(self) -> float:
+        """No kernel takes less: one launch inside a CUDA graph and one wave of blocks."""
+        return (self.launch_us + self.wave_us) * 1e-6
 
     def peak(self, format: str, sparse: bool = False) -> float:
         """FLOP a second, of the dense product that a 2:4 kernel stands for."""
@@ -70,7 +81,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class GemmTime:
-    """The least time of one GEMM: `seconds`, and which of the two limits it."""
+    """The least time of one GEMM: `seconds`, and which of the three limits it."""
 
     seconds: float
     bound: Bound
@@ -112,7 +123,7 @@ def tensor_core_format(format: str) -> str:
 def gemm_time(
     gpu: Gpu, tokens: int, out_features: int, in_features: int, format: str, sparse: bool = False
 ) -> GemmTime:
-    """The roofline of Y[M, N] = X[M, K] W[N, K]^T: weight, inputs and 16-bit outputs each moved once.
+    """The roofline of Y[M, N] = X[M, K] W[N, K]^T: weight, inputs and 16-bit outputs each moved once, in one kernel.
 
     Raises UserError where the card cannot run the format.
     """
@@ -121,15 +132,20 @@ def gemm_time(
     moved = weight_bytes(out_features, in_features, format, sparse)
     moved += tokens * (in_features * VALUE_BYTES[format] + out_features * OUTPUT_BYTES)
     flops = 2.0 * tokens * out_features * in_features  # of the dense product; 2:4 skips half of them
-    memory = moved / gpu.bandwidth
-    math = flops / gpu.peak(format, sparse)
-    return GemmTime(max(memory, math), "memory" if memory >= math else "math", moved, flops)
+    limits: dict[Bound, float] = {
+        "memory": moved / gpu.bandwidth,
+        "math": flops / gpu.peak(format, sparse),
+        "launch": gpu.least_kernel_seconds,
+    }
+    bound = max(limits, key=lambda name: limits[name])
+    return GemmTime(limits[bound], bound, moved, flops)
 
 
 def decode_ceiling(gpu: Gpu, layers: Sequence[Layer], batch: int, context: int, kv_bytes_per_token: float) -> Ceiling:
     """The most tokens a second of `batch` sequences that each read a KV cache of `context` tokens a step.
 
-    Attention's arithmetic, norms, launches and collectives are left out: a real engine stays below.
+    Attention's arithmetic, norms, their launches and collectives are left out: a real engine stays below. Give layers
+    that an engine runs as one product (q, k and v; gate and up) as one layer.
     """
     kv_bytes = batch * context * kv_bytes_per_token
     return _ceiling(gpu, layers, [batch] * len(layers), kv_bytes, produced=batch)
@@ -147,12 +163,12 @@ def _ceiling(gpu: Gpu, layers: Sequence[Layer], rows: Sequence[int], kv_bytes: f
     reason = next((r for x in layers if (r := gpu.refuses(x.format, x.sparse))), None)
     if reason:
         return Ceiling(gpu.name, False, reason, None, None, None, weights, kv_bytes, flops)
-    spent = {"memory": kv_bytes / gpu.bandwidth, "math": 0.0}
+    spent: dict[Bound, float] = {"memory": kv_bytes / gpu.bandwidth, "math": 0.0, "launch": 0.0}
     for layer, m in zip(layers, rows, strict=True):
         gemm = gemm_time(gpu, m, layer.out_features, layer.in_features, layer.format, layer.sparse)
         spent[gemm.bound] += layer.count * gemm.seconds
-    seconds = spent["memory"] + spent["math"]
-    bound: Bound = "memory" if spent["memory"] >= spent["math"] else "math"
+    seconds = sum(spent.values())
+    bound = max(spent, key=lambda name: spent[name])
     fits_l2 = weights + kv_bytes <= gpu.l2_mb * 1e6
     return Ceiling(gpu.name, True, None, seconds, produced / seconds, bound, weights, kv_bytes, flops, fits_l2)
 
@@ -170,10 +186,11 @@ def gpu(name: str) -> Gpu:
 def gpus() -> dict[str, Gpu]:
     """Every card of gpus.yaml by its key."""
     text = resources.files("benchmarks").joinpath("gpus.yaml").read_text(encoding="utf8")
-    loader = getattr(
-        yaml, "CSafeLoader", yaml.SafeLoader
-    )  # libyaml's, 20 times as fast, where PyYAML was built with it
-    return {key: Gpu.model_validate(row) for key, row in yaml.load(text, loader).items()}
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, 20 times as fast, where PyYAML has it
+    table = yaml.load(text, loader)
+    kernel = table.pop("kernel")
+    floor = {"launch_us": kernel["launch_us"], "wave_us": kernel["wave_us"]}
+    return {key: Gpu.model_validate(floor | row) for key, row in table.items()}
 
 
 def _plain(name: str) -> str:

@@ -84,6 +84,11 @@ def plan(made: Plan) -> None:
                 )
         else:
             click.echo(f"{phase:<13} not on {p['gpu']}: {built.reason}")
+    if (launch := p["launch_bound"])["products"]:
+        click.echo(
+            f"note          on {p['gpu']} 2:4 gains no time in {launch['products']} of {launch['of']} products of a "
+            f"decode step: each takes no longer than a kernel's least time, {launch['kernel_us']:.2f} us"
+        )
     for note in made.notes:
         click.echo(f"note          {note}")
 

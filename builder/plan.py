@@ -17,6 +17,7 @@ from builder.source import find_config
 from calibration.config import check_adapter_rank
 from plugins.errors import UserError
 
+PRODUCTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 FORMAT_NAME = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -195,13 +196,14 @@ def predict(
     The embedding is left out: decode reads one row of it a sequence, which is nothing beside the layers.
     """
     card = roofline.gpu(gpu)
-    built = [_roofline_layer(x, x.format, x.sparse) for x in layers]
-    dense = [_roofline_layer(x, _dense_format(shapes), False) for x in layers]
+    dense_format = _dense_format(shapes)
+    built, dense = _products(layers), _products(layers, dense_format)
     kv_dense = shapes.kv_values_per_token * 2
     return {
         "gpu": card.name,
         "batch": batch,
         "context": context,
+        "launch_bound": _launch_bound(card, batch, built),
         "decode": {
             "dense": roofline.decode_ceiling(card, dense, batch, context, kv_dense),
             "built": roofline.decode_ceiling(card, built, batch, context, kv_bytes),
@@ -213,14 +215,33 @@ def predict(
     }
 
 
-def _roofline_layer(layer: LayerPlan, number_format: str, sparse: bool) -> roofline.Layer:
-    return roofline.Layer(
-        layer.out_features,
-        layer.in_features,
-        roofline.tensor_core_format(number_format),
-        sparse,
-        last_token=layer.name == "lm_head",  # prefill needs the logits of each prompt's last token only
-    )
+def _products(layers: Sequence[LayerPlan], dense_format: str | None = None) -> list[roofline.Layer]:
+    """The GEMMs that an engine runs: layers with the same input are one product where their format and pattern agree.
+
+    With `dense_format`, those of the dense model.
+    """
+    products: dict[tuple[object, ...], roofline.Layer] = {}
+    for layer in layers:
+        block, _, name = layer.name.rpartition(".")
+        number_format, sparse = (dense_format, False) if dense_format else (layer.format, layer.sparse)
+        key = (block, PRODUCTS.get(name, name), layer.in_features, number_format, sparse)
+        before = products[key].out_features if key in products else 0
+        products[key] = roofline.Layer(
+            before + layer.out_features,
+            layer.in_features,
+            roofline.tensor_core_format(number_format),
+            sparse,
+            last_token=layer.name == "lm_head",  # prefill needs the logits of each prompt's last token only
+        )
+    return list(products.values())
+
+
+def _launch_bound(card: roofline.Gpu, tokens: int, products: Sequence[roofline.Layer]) -> dict[str, Any]:
+    """How many 2:4 products of one decode step 2:4 cannot shorten, because their dense product takes one launch."""
+    sparse = [x for x in products if x.sparse and not card.refuses(x.format, True)]
+    times = [roofline.gemm_time(card, tokens, x.out_features, x.in_features, x.format) for x in sparse]
+    bound = sum(time.bound == "launch" for time in times)
+    return {"products": bound, "of": len(sparse), "kernel_us": round(card.least_kernel_seconds * 1e6, 3)}
 
 
 def _notes(recipe: Recipe, layers: Sequence[LayerPlan]) -> list[str]:

@@ -39,7 +39,7 @@ def select(line: Line, tokens: Tokens, work: Path) -> dict[str, Any]:
     assert sparsity.budget is not None
     chosen = select_layers(
         search.costs(),
-        {layer.name: _seconds_saved(line, layer) for layer in candidates},
+        _seconds_saved(line, candidates),
         sparsity.budget.perplexity_increase,
         search.increase,
         {layer.name: layer.bytes_saved_by_pruning for layer in candidates},
@@ -47,19 +47,26 @@ def select(line: Line, tokens: Tokens, work: Path) -> dict[str, Any]:
     return chosen.to_dict() | {"layers": sorted(chosen.layers, key=search.names.index)}
 
 
-def _seconds_saved(line: Line, layer: LayerPlan) -> float:
+def _seconds_saved(line: Line, candidates: Sequence[LayerPlan]) -> dict[str, float]:
     """Dense less 2:4 at the workload's decode batch: measured on this machine's GPU, or, without one, the roofline's.
 
-    All candidates come from the same of the two: a measured time beside a predicted one would decide nothing.
+    All candidates come from the same of the two: a measured time beside a predicted one would decide nothing. Where no
+    layer is predicted to gain, because a kernel's launch bounds them all, they are weighed by the bytes that they save.
     """
     benchmark = line.recipe.benchmark
     batch = max(max(load.concurrency) for load in benchmark.workloads) if benchmark else 1
-    candidates = [each for each in line.plan.layers if each.sparse]
     measured = tuned.seconds_saved(candidates, batch, architecture(read_config(line.model)).dtype)
     if measured is not None:
-        return measured[layer.name]
+        return dict(measured)
     card = roofline.gpu(line.plan.predicted["gpu"])
-    shape = (card, batch, layer.out_features, layer.in_features, roofline.tensor_core_format(layer.format))
+    predicted = {layer.name: _predicted_gain(card, batch, layer) for layer in candidates}
+    if any(predicted.values()):
+        return predicted
+    return {layer.name: layer.bytes_saved_by_pruning / card.bandwidth for layer in candidates}
+
+
+def _predicted_gain(card: roofline.Gpu, tokens: int, layer: LayerPlan) -> float:
+    shape = (card, tokens, layer.out_features, layer.in_features, roofline.tensor_core_format(layer.format))
     return roofline.gemm_time(*shape, sparse=False).seconds - roofline.gemm_time(*shape, sparse=True).seconds
 
 

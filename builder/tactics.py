@@ -25,7 +25,7 @@ def predict_tactics(checkpoint: Path, gpu: str) -> dict[str, Any]:
             "in_features": layer.in_features,
             "format": layer.format,
             "sparse": layer.sparse,
-            "reason": reason(card.name, layer.sparse, buckets),
+            "reason": reason(card, layer.sparse, buckets),
             "buckets": buckets,
         }
     return {
@@ -65,16 +65,22 @@ def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any
     }
 
 
-def reason(gpu: str, sparse: bool, buckets: list[dict[str, Any]]) -> str:
-    """Why the layer runs as it does, in words."""
+def reason(card: roofline.Gpu, sparse: bool, buckets: list[dict[str, Any]]) -> str:
+    """Why the layer runs dense or 2:4."""
     if any(bucket["kernel"] == "none" for bucket in buckets):
-        return f"{gpu} cannot run this format"
+        return f"{card.name} cannot run this format"
     if not sparse:
         return "dense: the weight is not 2:4"
     ratios = [bucket["ratio"] for bucket in buckets]
-    if max(ratios) < PAYS:
-        return f"stays dense: no sparse kernel is predicted to gain on {gpu}"
-    return f"2:4 pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {gpu} (roofline limits, not measured)"
+    if max(ratios) >= PAYS:
+        limits = "(roofline limits, not measured)"
+        return f"2:4 pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {card.name} {limits}"
+    least = card.least_kernel_seconds * 1e6
+    if all(bucket["dense_us"] <= round(least, 3) for bucket in buckets):
+        return (
+            f"stays dense: on {card.name} a kernel takes at least {least:.2f} us, and the dense product takes no more"
+        )
+    return f"stays dense: no sparse kernel is predicted to gain on {card.name}"
 
 
 def read_tactics(engine: Path) -> dict[str, Any] | None:

@@ -356,7 +356,7 @@ def test_a_gpu_that_lacks_the_format_says_so_in_place_of_a_figure(tmp_path: Path
 def test_a_ceiling_of_a_model_that_fits_the_l2_cache_is_called_no_limit(tmp_path: Path) -> None:
     report, card = full(), roofline.gpu("H100")
     for side in ("dense", "built"):
-        report["predicted"]["decode"][side] = roofline.decode_ceiling(card, [roofline.Layer(64, 64)], 1, 1, 1)
+        report["predicted"]["decode"][side] = roofline.decode_ceiling(card, [roofline.Layer(4096, 4096)], 1, 1, 1)
     assert "fit the L2 cache, so this is no real limit" in Page(html_of(report, tmp_path)).text
 
 

@@ -12,12 +12,12 @@ HIDDEN, INNER, KEYS, BLOCKS, VOCABULARY = 4096, 14336, 1024, 32, 128256
 
 
 def llama_8b(format: str, sparse: bool = False, sparse_attention: bool | None = None) -> list[Layer]:
-    """Llama-3.1-8B: everything but lm_head in one format, lm_head in 16 bit."""
+    """Llama-3.1-8B: one format, lm_head in 16 bit; q, k, v and gate, up as one product each."""
     attention = sparse if sparse_attention is None else sparse_attention
     return [
-        Layer(HIDDEN, HIDDEN, format, attention, 2 * BLOCKS),
-        Layer(KEYS, HIDDEN, format, attention, 2 * BLOCKS),
-        Layer(INNER, HIDDEN, format, sparse, 2 * BLOCKS),
+        Layer(HIDDEN + 2 * KEYS, HIDDEN, format, attention, BLOCKS),
+        Layer(HIDDEN, HIDDEN, format, attention, BLOCKS),
+        Layer(2 * INNER, HIDDEN, format, sparse, BLOCKS),
         Layer(HIDDEN, INNER, format, sparse, BLOCKS),
         Layer(VOCABULARY, HIDDEN, "bf16", False, 1, last_token=True),
     ]
@@ -60,6 +60,26 @@ def test_gemm_is_bound_by_memory_at_one_token_and_by_math_at_many() -> None:
     assert (one.bound, many.bound) == ("memory", "math")
     assert one.seconds == pytest.approx((8192 * 8192 + 8192 + 2 * 8192) / 3350e9)
     assert many.seconds == pytest.approx(2 * 16384 * 8192 * 8192 / 1978.9e12)
+
+
+@pytest.mark.parametrize("card", list(roofline.gpus()))
+def test_no_kernel_takes_less_than_a_launch_and_a_wave(card: str) -> None:
+    """The smallest GEMM that is worth launching takes over a microsecond; 2:4 of a small weight gains nothing."""
+    least = gpu(card).least_kernel_seconds
+    assert 1e-6 < least < 3e-6
+    shape = (gpu(card), 1, 256, 256, "int8")
+    dense = roofline.gemm_time(*shape)
+    assert (dense.seconds, dense.bound) == (least, "launch")
+    if gpu(card).sparse_multiplier > 1:
+        assert roofline.gemm_time(*shape, sparse=True).seconds == dense.seconds
+
+
+def test_small_layers_gain_no_time_in_a_whole_model() -> None:
+    small = [Layer(256, 256, "fp8", count=42)], [Layer(256, 256, "fp8", True, 42)]
+    dense, built = (roofline.decode_ceiling(gpu("H100"), layers, 1, 16, 512) for layers in small)
+    assert dense.bound == built.bound == "launch"
+    assert dense.seconds == built.seconds
+    assert built.weight_bytes == 0.625 * dense.weight_bytes
 
 
 def test_2_of_4_doubles_the_math_peak() -> None:

@@ -1,0 +1,34 @@
+"""Writes the generated pages; `--check` fails where one is stale.
+
+python docs/make_pages.py [--check]
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import make_help
+import make_predictions
+
+DOCS = Path(__file__).parent
+PAGES: dict[Path, Callable[[], str]] = {
+    DOCS / "commands.md": make_help.page,
+    DOCS / "predictions.md": make_predictions.page,
+}
+
+
+def stale() -> list[str]:
+    """Names of the pages whose files differ from what the code renders."""
+    return [
+        str(path.relative_to(DOCS.parent))
+        for path, render in PAGES.items()
+        if not path.is_file() or path.read_text(encoding="utf8") != render()
+    ]
+
+
+if __name__ == "__main__":
+    if "--check" not in sys.argv:
+        for path, render in PAGES.items():
+            path.write_text(render(), encoding="utf8")
+    elif names := stale():
+        sys.exit(f"stale: {', '.join(names)}; run make docs")
