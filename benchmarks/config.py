@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from plugins.config import Config
+from plugins.common.config import Config
 
 
 class Workload(Config):

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import environment, stats
+from benchmarks import environment
+from benchmarks.serving import stats
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "python -c pass"

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from benchmarks.config import Benchmark
 from builder.engines.base import EngineConfig
 from calibration.config import Accuracy, CalibrationData, Quantization, Recovery, Sparsity
-from plugins.config import Config
-from plugins.errors import UserError
+from plugins.common.config import Config
+from plugins.common.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from plugins.config import Config, Percent
-from plugins.errors import UserError
+from plugins.common.config import Config, Percent
+from plugins.common.errors import UserError
 
 Method = Literal["reconstruct", "sparsegpt", "wanda", "magnitude", "modelopt-sparsegpt", "modelopt-magnitude"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from builder.cli import cli
+from builder.cli.commands import cli
 
 PAGE = Path(__file__).parent / "commands.md"
 WIDTH = 100

@@ -1,15 +1,16 @@
 """Renders docs/predictions.md: published figures beside the predictions for their conditions."""
 
-from benchmarks import published, roofline
-from benchmarks.published import Comparison
+from benchmarks.roofline import published, roofline
+from benchmarks.roofline.published import Comparison
 
 INTRODUCTION = """# Predictions against published figures
 
-Made by `make docs` from `benchmarks/published.yaml`; do not edit.
+Made by `make docs` from `benchmarks/roofline/published.yaml`; do not edit.
 
 `twofour plan`, and `twofour explain` without a GPU, predict times from a roofline: the longest of moving the bytes at
 the memory's rate, multiplying at the tensor cores' rate, and a kernel's least time, {least:.2f} us: {launch} us for
-a launch inside a CUDA graph and {wave} us for one wave of blocks (`benchmarks/gpus.yaml` gives the source). These are
+a launch inside a CUDA graph and {wave} us for one wave of blocks (`benchmarks/roofline/gpus.yaml` gives the source).
+These are
 **limits**. A layer whose dense product takes no longer than a kernel's least time gains nothing from 2:4: a weight of
 256 x 256 is predicted at 1.00x.
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from markupsafe import Markup
 
-from benchmarks.report import words
+from benchmarks.report import formatting
 from benchmarks.report.schema import Point, Report, Spread
 from benchmarks.report.svg import Canvas, Scale, responsive, ticks
 
@@ -39,7 +39,7 @@ def _speedup(points: Sequence[Point], name: str, domain: tuple[float, float], wi
     bottom = top + len(rows) * pitch
     canvas = Canvas(width, bottom + 26)
     x = Scale(*domain, left, right, log=True)
-    canvas.text(0, 13, words.TITLES[name], "title")
+    canvas.text(0, 13, formatting.TITLES[name], "title")
     for tick in _ratio_ticks(x.low, x.high):
         canvas.line(x(tick), top - 8, x(tick), bottom, "even" if tick == 1 else "grid")
         canvas.text(x(tick), bottom + 16, f"{tick:g}x", "tick", "middle")
@@ -47,16 +47,15 @@ def _speedup(points: Sequence[Point], name: str, domain: tuple[float, float], wi
     canvas.text(x(1) + 5, top - 9, "faster", "label")
     for index, ((point, speedup), label) in enumerate(zip(rows, labels, strict=True)):
         y = top + (index + 0.5) * pitch
-        kind = words.mood(speedup) or "unclear"
+        kind = formatting.mood(speedup) or "unclear"
         if speedup.interval:
             canvas.line(x(speedup.interval[0]), y, x(speedup.interval[1]), y, f"bar {kind}-line")
-        said = (
-            f"concurrency {point.concurrency}: {words.times(speedup.ratio)} {words.interval(speedup.interval, 'times')}"
-        )
+        interval = formatting.interval(speedup.interval, "times")
+        said = f"concurrency {point.concurrency}: {formatting.times(speedup.ratio)} {interval}"
         canvas.circle(x(speedup.ratio), y, 4.5, kind, said)
         canvas.text(0, y + 4, label, "tick")
-    said = "; ".join(f"{words.times(s.ratio)} at concurrency {p.concurrency}" for p, s in rows)
-    return canvas.svg(f"Speed-up in {words.TITLES[name]}, build against dense: {said}")
+    said = "; ".join(f"{formatting.times(s.ratio)} at concurrency {p.concurrency}" for p, s in rows)
+    return canvas.svg(f"Speed-up in {formatting.TITLES[name]}, build against dense: {said}")
 
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
@@ -78,25 +77,25 @@ def _latency(points: Sequence[Point], name: str, width: float) -> Markup:
     low, high = min(s.p5 or s.mean for s in spreads), max(_top(s) for s in spreads)
     near = low > 0.5 * high  # all values far from zero: no need to show it
     x = Scale(max(low - 0.25 * (high - low), 0.9 * low) if near else 0, high + 0.06 * (high - low), left, right)
-    canvas.text(0, 13, f"{words.TITLES[name]}, {spreads[0].unit or 'ms'}", "title")
+    canvas.text(0, 13, f"{formatting.TITLES[name]}, {spreads[0].unit or 'ms'}", "title")
     for tick in ticks(x.low, x.high, 4):
         canvas.line(x(tick), top - 8, x(tick), bottom, "grid")
-        canvas.text(x(tick), bottom + 16, words.tick(tick), "tick", "middle")
+        canvas.text(x(tick), bottom + 16, formatting.tick(tick), "tick", "middle")
     for index, (point, label) in enumerate(zip(points, labels, strict=True)):
         y = top + index * pitch + 8
         canvas.text(0, y + 14, label, "tick")
         for side, down in zip(SIDES, (0, 20), strict=True):
-            said = f"{side}, {words.workload(point)}, concurrency {point.concurrency}"
+            said = f"{side}, {formatting.workload(point)}, concurrency {point.concurrency}"
             _spread(canvas, x, y + down, side, getattr(point, side)[name], said)
     if near:
         canvas.text(right, bottom + 32, "axis does not start at 0", "label", "end")
     said = "; ".join(
-        f"{side} at concurrency {point.concurrency}: median {words.number(getattr(point, side)[name].p50)}, "
-        f"p99 {words.number(getattr(point, side)[name].p99)}"
+        f"{side} at concurrency {point.concurrency}: median {formatting.number(getattr(point, side)[name].p50)}, "
+        f"p99 {formatting.number(getattr(point, side)[name].p99)}"
         for point in points
         for side in SIDES
     )
-    return canvas.svg(f"{words.TITLES[name]} in ms. {said}")
+    return canvas.svg(f"{formatting.TITLES[name]} in ms. {said}")
 
 
 def _spread(canvas: Canvas, x: Scale, y: float, side: str, spread: Spread, label: str) -> None:
@@ -105,7 +104,8 @@ def _spread(canvas: Canvas, x: Scale, y: float, side: str, spread: Spread, label
     p5, p25 = spread.p5 or p50, spread.p25 or p50
     p75, p95 = spread.p75 or p50, spread.p95 or p50
     canvas.line(x(p5), y, x(p95), y, f"whisker {side}-line")
-    title = f"{label}: median {words.number(p50)}, p95 {words.number(p95)}, p99 {words.number(p99)} {spread.unit}"
+    numbers = (formatting.number(value) for value in (p50, p95, p99))
+    title = f"{label}: " + "median {}, p95 {}, p99 {} ".format(*numbers) + spread.unit
     canvas.rect(x(p25), y - 6, max(x(p75) - x(p25), 2), 12, f"box {side}", title)
     canvas.line(x(p50), y - 8, x(p50), y + 8, "median")
     canvas.circle(x(p99), y, 3, f"ring {side}-line", title)
@@ -117,5 +117,5 @@ def _top(spread: Spread) -> float:
 
 def _labels(points: Sequence[Point]) -> list[str]:
     """`c=4`, with the lengths in front where the points differ in them."""
-    several = len({words.workload(point) for point in points}) > 1
-    return [f"{words.lengths(p)} c={p.concurrency}" if several else f"c={p.concurrency}" for p in points]
+    several = len({formatting.workload(point) for point in points}) > 1
+    return [f"{formatting.lengths(p)} c={p.concurrency}" if several else f"c={p.concurrency}" for p in points]

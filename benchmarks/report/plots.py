@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from benchmarks.report import words
+from benchmarks.report import formatting
 from benchmarks.report.schema import Point, Report
 from benchmarks.report.svg import Canvas, Scale, responsive, ticks
 
@@ -50,8 +50,8 @@ def throughput(report: Report) -> Markup:
     """Tokens a second against concurrency with their intervals, one panel a workload."""
     panels: dict[str, list[Point]] = {}
     for point in report.performance:
-        if words.HEADLINE in point.dense:
-            panels.setdefault(words.workload(point), []).append(point)
+        if formatting.HEADLINE in point.dense:
+            panels.setdefault(formatting.workload(point), []).append(point)
     return responsive([partial(_throughput, title, points) for title, points in panels.items()], wide=460)
 
 
@@ -66,7 +66,7 @@ def _accuracy_against_size(spots: Sequence[Spot], width: float) -> Markup:
     _y_axis(canvas, y, left, right)
     scale, unit = next((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if most >= s)
     for tick in ticks(0, x.high / scale, 4):
-        canvas.text(x(tick * scale), bottom + 18, words.tick(tick), "tick", "middle")
+        canvas.text(x(tick * scale), bottom + 18, formatting.tick(tick), "tick", "middle")
     canvas.line(left, bottom, right, bottom, "axis")
     canvas.text(right, bottom + 36, f"size of the weights, {unit}", "label", "end")
     canvas.text(0, 11, "perplexity; lower left is better", "label")
@@ -74,17 +74,17 @@ def _accuracy_against_size(spots: Sequence[Spot], width: float) -> Markup:
     if len(front) > 2:
         canvas.path([(x(size), y(perplexity)) for size, perplexity in front], "front-line")
     for size, perplexity, label, kind in spots:
-        said = f"{label}: {words.amount(size)}, perplexity {words.number(perplexity, 4)}"
+        said = f"{label}: {formatting.amount(size)}, perplexity {formatting.number(perplexity, 4)}"
         canvas.circle(x(size), y(perplexity), 4 if kind == "front" else 6.5, kind, said)
     for size, perplexity, label, kind in spots[-2:]:
         end, below = x(size) > width * 0.7, 20 if perplexity == best else -12
-        name = f"{label} {words.number(perplexity, 4)}"
+        name = f"{label} {formatting.number(perplexity, 4)}"
         canvas.text(
             x(size) + (6 if end else 0), y(perplexity) + below, name, f"name {kind}-text", "end" if end else "start"
         )
     return canvas.svg(
         "Perplexity against size: "
-        + "; ".join(f"{label} {words.amount(size)} at {words.number(p, 4)}" for size, p, label, _ in spots)
+        + "; ".join(f"{label} {formatting.amount(size)} at {formatting.number(p, 4)}" for size, p, label, _ in spots)
     )
 
 
@@ -92,7 +92,7 @@ def _throughput(title: str, points: Sequence[Point], width: float) -> Markup:
     left, right, top, bottom = 52.0, width - 16, 44.0, 250.0
     points = sorted(points, key=lambda point: point.concurrency)
     canvas = Canvas(width, bottom + 44)
-    spreads = [getattr(point, side)[words.HEADLINE] for point in points for side in SIDES]
+    spreads = [getattr(point, side)[formatting.HEADLINE] for point in points for side in SIDES]
     high = max(max(spread.mean, (spread.interval or (0, 0))[1]) for spread in spreads)
     y = Scale(0, high * 1.1, bottom, top)
     _y_axis(canvas, y, left, right)
@@ -103,7 +103,7 @@ def _throughput(title: str, points: Sequence[Point], width: float) -> Markup:
     for side, shift in zip(SIDES, (-5, 5), strict=True):
         spots = []
         for index, point in enumerate(points):
-            spread = getattr(point, side)[words.HEADLINE]
+            spread = getattr(point, side)[formatting.HEADLINE]
             place = left + (index + 0.5) * step + shift
             spots.append((place, y(spread.mean)))
             if spread.interval:
@@ -111,21 +111,21 @@ def _throughput(title: str, points: Sequence[Point], width: float) -> Markup:
         if len(spots) > 1:
             canvas.path(spots, f"curve {side}-line")
         for (place, level), point in zip(spots, points, strict=True):
-            spread = getattr(point, side)[words.HEADLINE]
+            spread = getattr(point, side)[formatting.HEADLINE]
             canvas.circle(
                 place,
                 level,
                 5,
                 side,
                 f"{side}, concurrency {point.concurrency}: "
-                f"{words.number(spread.mean)} {words.interval(spread.interval)} tokens/s",
+                f"{formatting.number(spread.mean)} {formatting.interval(spread.interval)} tokens/s",
             )
     for index, point in enumerate(points):
         canvas.text(left + (index + 0.5) * step, bottom + 18, str(point.concurrency), "tick", "middle")
     canvas.text(right, bottom + 36, "concurrency", "label", "end")
     said = "; ".join(
-        f"concurrency {p.concurrency}: dense {words.number(p.dense[words.HEADLINE].mean)}, "
-        f"built {words.number(p.built[words.HEADLINE].mean)}"
+        f"concurrency {p.concurrency}: dense {formatting.number(p.dense[formatting.HEADLINE].mean)}, "
+        f"built {formatting.number(p.built[formatting.HEADLINE].mean)}"
         for p in points
     )
     return canvas.svg(f"Output tokens a second, {title}. {said}")
@@ -134,7 +134,7 @@ def _throughput(title: str, points: Sequence[Point], width: float) -> Markup:
 def _y_axis(canvas: Canvas, y: Scale, left: float, right: float) -> None:
     for tick in ticks(y.low, y.high, 5):
         canvas.line(left, y(tick), right, y(tick), "grid")
-        canvas.text(left - 8, y(tick) + 4, words.tick(tick), "tick", "end")
+        canvas.text(left - 8, y(tick) + 4, formatting.tick(tick), "tick", "end")
 
 
 def _whisker(canvas: Canvas, x: float, low: float, high: float, kind: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from benchmarks.report import panels, plots, summary, tables, words
+from benchmarks.report import formatting, panels, plots, summary, tables
 from benchmarks.report.schema import Report
 
 
@@ -37,8 +37,8 @@ def _environment(html: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals.update(words=words, summary=summary, tables=tables, plots=plots, panels=panels)
-    for function in (words.number, words.amount, words.percent, words.times, words.interval):
+    environment.globals.update(words=formatting, summary=summary, tables=tables, plots=plots, panels=panels)
+    for function in (formatting.number, formatting.amount, formatting.percent, formatting.times, formatting.interval):
         environment.filters[function.__name__] = function
     return environment
 

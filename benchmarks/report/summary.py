@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.report import words
+from benchmarks.report import formatting
 from benchmarks.report.schema import Report, Speedup
 
 
@@ -32,7 +32,7 @@ def verdict(report: Report) -> str:
     if report.size:
         parts.append(_smaller(report))
     if report.accuracy:
-        parts.append(f"perplexity {words.percent(report.accuracy.perplexity_increase, signed=True)}")
+        parts.append(f"perplexity {formatting.percent(report.accuracy.perplexity_increase, signed=True)}")
     if (said := _speed(report)) is not None:
         parts.append(said)
     text = ", ".join(parts).capitalize() if parts else "Nothing was measured"
@@ -43,22 +43,24 @@ def verdict(report: Report) -> str:
 def _smaller(report: Report) -> str:
     assert report.size is not None
     ratio = report.size.dense_bytes / max(report.size.built_bytes, 1)
-    return f"{words.times(ratio)} smaller" if ratio >= 1 else f"{words.times(1 / ratio)} larger"
+    return f"{formatting.times(ratio)} smaller" if ratio >= 1 else f"{formatting.times(1 / ratio)} larger"
 
 
 def _speed(report: Report) -> str | None:
     """What the intervals of every measured point allow to be said of the throughput."""
-    speedups = [point.speedup[words.HEADLINE] for point in report.performance if words.HEADLINE in point.speedup]
+    speedups = [
+        point.speedup[formatting.HEADLINE] for point in report.performance if formatting.HEADLINE in point.speedup
+    ]
     if not speedups:
         return None
-    verdicts = {words.judge(speedup) for speedup in speedups}
-    if verdicts == {words.UNCLEAR}:
+    verdicts = {formatting.judge(speedup) for speedup in speedups}
+    if verdicts == {formatting.UNCLEAR}:
         return f"as fast as dense within the noise ({_range(speedups)})"
     return f"{_range(speedups)} as fast as dense"
 
 
 def _range(speedups: list[Speedup]) -> str:
-    low, high = (words.times(pick(speedup.ratio for speedup in speedups)) for pick in (min, max))
+    low, high = (formatting.times(pick(speedup.ratio for speedup in speedups)) for pick in (min, max))
     return low if low == high else f"{low} to {high}"
 
 
@@ -90,30 +92,31 @@ def _perplexity(report: Report) -> Card:
     if accuracy is None:
         return Card("Perplexity", "-", "not measured")
     bounds = accuracy.perplexity_increase_interval
-    detail = f"{words.number(accuracy.dense.perplexity, 4)} dense, {words.number(accuracy.built.perplexity, 4)} built"
-    detail += f"\n95% interval {words.interval(bounds, 'percent')}" if bounds else ""
-    return Card("Perplexity", words.percent(accuracy.perplexity_increase, signed=True), detail)
+    dense, built = (formatting.number(side.perplexity, 4) for side in (accuracy.dense, accuracy.built))
+    detail = f"{dense} dense, {built} built"
+    detail += f"\n95% interval {formatting.interval(bounds, 'percent')}" if bounds else ""
+    return Card("Perplexity", formatting.percent(accuracy.perplexity_increase, signed=True), detail)
 
 
 def _size(report: Report) -> Card:
     size = report.size
     if size is None:
         return Card("Size", "-", "not measured")
-    detail = f"{words.amount(size.dense_bytes)} dense, {words.amount(size.built_bytes)} built"
+    detail = f"{formatting.amount(size.dense_bytes)} dense, {formatting.amount(size.built_bytes)} built"
     return Card("Size", _smaller(report), detail)
 
 
 def _throughput(report: Report) -> Card:
     name = "Speed, output tokens/s"
-    points = [point for point in report.performance if words.HEADLINE in point.speedup]
+    points = [point for point in report.performance if formatting.HEADLINE in point.speedup]
     if not points:
         return Card(name, "-", "not measured")
-    speedups = [point.speedup[words.HEADLINE] for point in points]
+    speedups = [point.speedup[formatting.HEADLINE] for point in points]
     rows = [
-        f"c={point.concurrency}: {words.times(speedup.ratio)} {words.interval(speedup.interval, 'times')}"
+        f"c={point.concurrency}: {formatting.times(speedup.ratio)} {formatting.interval(speedup.interval, 'times')}"
         for point, speedup in zip(points, speedups, strict=True)
     ]
-    moods = {words.mood(speedup) for speedup in speedups}
+    moods = {formatting.mood(speedup) for speedup in speedups}
     return Card(
         name,
         _range(speedups),

@@ -1,11 +1,11 @@
 """Checkpoints on disk, in both formats: read lazily and verified from the files alone, without torch."""
 
+from builder.artifacts.filesystem import checkpoint_digest as digest
 from builder.checkpoint.reading import Checkpoint, LayerFacts, read
 from builder.checkpoint.safetensors_file import Tensor
 from builder.checkpoint.verification import Verification, verify
 from builder.checkpoint.violations import Code, VerificationError, Violation
 from builder.checkpoint.zeros import normalize_zeros
-from builder.files import checkpoint_digest as digest
 
 __all__ = [
     "Checkpoint",

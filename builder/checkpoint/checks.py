@@ -11,7 +11,7 @@ from builder.checkpoint.layout import ROW_PARALLEL, Expected
 from builder.checkpoint.reading import Checkpoint
 from builder.checkpoint.safetensors_file import HeaderError, Tensor
 from builder.checkpoint.violations import Code, Violation
-from plugins import pattern
+from plugins.sparsity import pattern
 
 Array = np.ndarray[Any, Any]
 

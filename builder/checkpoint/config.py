@@ -7,9 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from builder.architectures import ARCHITECTURES, Architecture, architecture
-from builder.compatibility import MODELOPT
-from plugins.errors import UserError
+from builder.planning.compatibility import MODELOPT
+from builder.planning.model_config import ARCHITECTURES, Architecture, architecture
+from plugins.common.errors import UserError
 
 Format = Literal["none", "int8", "fp8"]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from builder.architectures import Architecture
 from builder.checkpoint.config import FLOATS, Mapping, Quantization
+from builder.planning.model_config import Architecture
 
 Role = Literal["weight", "scale", "other"]
 

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from builder.architectures import Architecture
 from builder.checkpoint import config as configs
 from builder.checkpoint import layout
 from builder.checkpoint.safetensors_file import HeaderError, Tensor, read_header
 from builder.checkpoint.violations import Code, Unsupported, VerificationError, Violation
-from plugins.errors import UserError
+from builder.planning.model_config import Architecture
+from plugins.common.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.artifacts.filesystem import checkpoint_digest
+from builder.artifacts.manifest import is_build, verify_manifest
 from builder.checkpoint.checks import check_names, check_presence, check_split, check_types, check_values
 from builder.checkpoint.reading import Checkpoint, open_checkpoint
 from builder.checkpoint.violations import Code, VerificationError, Violation
-from builder.engines import lock
-from builder.files import checkpoint_digest
-from builder.manifest import is_build, verify_manifest
+from builder.engines.trtllm import version_lock
 
 PARTS = ("checkpoint", "checkpoint-trtllm")  # of a build
 THREADS = 4  # each holds one chunk of a tensor
@@ -152,8 +152,8 @@ def _check_all_values(
 
 def _check_locks(directory: Path) -> list[Violation]:
     """Whether the engine that `directory` is or holds may run on this machine."""
-    refusals = [lock.refusal(place) for place in (directory, directory / "engine")]
-    return [Violation(Code.LOCK, words, lock.FILE) for words in refusals if words is not None]
+    refusals = [version_lock.refusal(place) for place in (directory, directory / "engine")]
+    return [Violation(Code.LOCK, words, version_lock.FILE) for words in refusals if words is not None]
 
 
 def _check_engine_record(directory: Path) -> list[Violation]:

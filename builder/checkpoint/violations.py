@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from plugins.errors import GateError
+from plugins.common.errors import GateError
 
 
 class Code(str, Enum):

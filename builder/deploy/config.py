@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from plugins.config import Config
+from plugins.common.config import Config
 
 
 class DeployConfig(Config):

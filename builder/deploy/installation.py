@@ -16,7 +16,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from plugins.errors import UserError
+from plugins.common.errors import UserError
 
 CONTAINER = Path("/opt/tritonserver")
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from builder.deploy.installation import Installation, find, lay_out
-from plugins.errors import UserError
+from plugins.common.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 30  # a server that is still stopping then is killed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field
 
 from builder.engines.request import Request, Token
-from plugins.config import Config
+from plugins.common.config import Config
 
 if TYPE_CHECKING:
     import torch

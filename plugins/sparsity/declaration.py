@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plugins.errors import UserError
+from plugins.common.errors import UserError
 from plugins.sparsity.segments import Segments
 
 FILE = "sparsity.json"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from plugins.errors import UserError
+from plugins.common.errors import UserError
 
 Axis = Literal["rows", "inputs"]
 Kind = Literal["2:4", "dense"]

@@ -6,7 +6,7 @@ every worker that looks the architecture up imports it. After its layers are mad
 
 - loads as the built-in one does (fused q/k/v and gate/up, tensor parallel shards, FP8 scales),
 - compresses the loaded weight once, in `post_load_weights`, and lets the dense one go,
-- multiplies with the kernels of plugins/ops.py, which allocate from torch's pool only and never synchronise: safe in
+- multiplies with the kernels of torch_ops.py, which allocate from torch's pool only and never synchronise: safe in
   CUDA graphs.
 
 Legend: M tokens, N out_features, K in_features (of this rank).
@@ -23,10 +23,10 @@ import torch
 from tensorrt_llm._torch.modules.linear import FP8QDQLinearMethod, Linear, UnquantizedLinearMethod
 from tensorrt_llm.logger import logger
 
-from plugins.errors import UserError
-from plugins.kernel_linear import SKINNY_THEN_CUSPARSELT, Choices
-from plugins.modules import build_linear
-from plugins.packing import pack
+from plugins.common.errors import UserError
+from plugins.linear.factory import build_linear
+from plugins.linear.kernel_linear import SKINNY_THEN_CUSPARSELT, Choices
+from plugins.sparsity.torch_packing import pack
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 GROUP = 4

@@ -11,20 +11,23 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from plugins import library, ops, reference, skinny, timing, tuner
-from plugins.errors import UserError
-from plugins.packing import to_numpy
+from plugins.autotune import timing, tuner
+from plugins.common import numerics
+from plugins.common.errors import UserError
+from plugins.libtwofour import bindings, torch_ops
+from plugins.sparsity import skinny_layout
+from plugins.sparsity.torch_packing import to_numpy
 
 OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
-    "skinny": ops.skinny_linear,
-    "cusparselt": ops.cusparselt_linear,
-    "cublaslt": ops.dense_linear,
+    "skinny": torch_ops.skinny_linear,
+    "cusparselt": torch_ops.cusparselt_linear,
+    "cublaslt": torch_ops.dense_linear,
 }
 DEVICE = torch.device("cuda", 0)
 
 
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16, torch.float16)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=ops.FORMATS.get)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=torch_ops.FORMATS.get)
 each_kernel = pytest.mark.parametrize("kernel", OPERATORS)
 each_sparse_kernel = pytest.mark.parametrize("kernel", ["skinny", "cusparselt"])
 
@@ -32,7 +35,7 @@ each_sparse_kernel = pytest.mark.parametrize("kernel", ["skinny", "cusparselt"])
 @pytest.fixture(autouse=True)
 def skip_formats_that_the_gpu_lacks(request: pytest.FixtureRequest) -> None:
     dtype = request.node.callspec.params.get("dtype") if hasattr(request.node, "callspec") else None
-    sm = library.context(0).info().sm
+    sm = bindings.context(0).info().sm
     if dtype == torch.int8 and sm >= 100:
         pytest.skip("int8 is being withdrawn from the libraries on SM 100 and newer")
     if dtype == torch.float8_e4m3fn and sm < 89:
@@ -59,7 +62,7 @@ def check(kernel: str, dtype: torch.dtype, n: int, k: int, tokens: int, scaled: 
     scale = 2.0**-9 if eight_bit else 1.0
     scales = torch.rand(n, device=DEVICE) * scale if scaled and eight_bit else None
     bias = torch.randn(n, device=DEVICE).to(out) if biased else None
-    y = OPERATORS[kernel](x, ops.prepare(w, kernel), scale, scales, bias, n, out)
+    y = OPERATORS[kernel](x, torch_ops.prepare(w, kernel), scale, scales, bias, n, out)
     factor = torch.tensor(scale, device=DEVICE) if scales is None else scales
     exact = x.double() @ w.double().T * factor.double()
     if bias is not None:
@@ -106,25 +109,25 @@ def test_shapes_of_real_models(kernel: str, n: int, k: int, tokens: int, dtype: 
 
 
 def test_every_split_gives_the_same_integers() -> None:
-    context, w = library.context(0), timing.random_2to4(200, 4096, torch.int8, DEVICE)
-    x, packed = timing.random_operand(12, 4096, torch.int8, DEVICE), ops.prepare(w, "skinny")
-    problem = ops.describe("skinny", x, 200, torch.bfloat16, 1e-3)
+    context, w = bindings.context(0), timing.random_2to4(200, 4096, torch.int8, DEVICE)
+    x, packed = timing.random_operand(12, 4096, torch.int8, DEVICE), torch_ops.prepare(w, "skinny")
+    problem = torch_ops.describe("skinny", x, 200, torch.bfloat16, 1e-3)
     results = []
     for splits in (1, 2, 3, 5, 8, 16):
         context.set_algorithm(problem, (splits,) + (0,) * 7)
-        results.append(ops.skinny_linear(x, packed, 1e-3, None, None, 200, torch.bfloat16))
+        results.append(torch_ops.skinny_linear(x, packed, 1e-3, None, None, 200, torch.bfloat16))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
 @each_dtype
 def test_packing_on_the_device_is_numpys(dtype: torch.dtype) -> None:
     w = timing.random_2to4(70, 528, dtype, DEVICE)
-    packed = ops.prepare(w, "skinny")
-    expected = skinny.pack(to_numpy(w), ops.FORMATS[dtype])
+    packed = torch_ops.prepare(w, "skinny")
+    expected = skinny_layout.pack(to_numpy(w), torch_ops.FORMATS[dtype])
     assert torch.equal(packed.cpu(), torch.from_numpy(expected))
     unpacked = torch.empty_like(w)
-    problem = library.gemm("skinny", ops.FORMATS[dtype], "bf16", 70, 528)
-    library.context(0).unpack_weight(problem, packed.data_ptr(), unpacked.data_ptr())
+    problem = bindings.gemm("skinny", torch_ops.FORMATS[dtype], "bf16", 70, 528)
+    bindings.context(0).unpack_weight(problem, packed.data_ptr(), unpacked.data_ptr())
     torch.cuda.synchronize()
     assert torch.equal(unpacked.view(torch.uint8), w.view(torch.uint8))
 
@@ -134,7 +137,7 @@ def test_negative_zeros_change_nothing(kernel: str) -> None:
     w = timing.random_2to4(256, 512, torch.float16, DEVICE)
     negative = torch.where(w == 0, -torch.zeros_like(w), w)
     x = timing.random_operand(48, 512, torch.float16, DEVICE)
-    y = [OPERATORS[kernel](x, ops.prepare(v, kernel), 1.0, None, None, 256, torch.float16) for v in (w, negative)]
+    y = [OPERATORS[kernel](x, torch_ops.prepare(v, kernel), 1.0, None, None, 256, torch.float16) for v in (w, negative)]
     assert torch.equal(*y)
 
 
@@ -142,16 +145,16 @@ def test_negative_zeros_change_nothing(kernel: str) -> None:
 def test_weight_that_is_not_2to4_is_named(kernel: str) -> None:
     w = timing.random_2to4(64, 128, torch.bfloat16, DEVICE)
     w[9, 20:24] = 1
-    assert "row 9, group 5 (inputs 20 to 23) has more than 2 nonzeros" in refused(lambda: ops.prepare(w, kernel))
+    assert "row 9, group 5 (inputs 20 to 23) has more than 2 nonzeros" in refused(lambda: torch_ops.prepare(w, kernel))
 
 
 def test_shapes_that_cusparselt_cannot_take_say_what_works() -> None:
     w = timing.random_2to4(100, 200, torch.bfloat16, DEVICE)
-    assert "[100, 200] would fit as [112, 208]" in refused(lambda: ops.prepare(w, "cusparselt"))
+    assert "[100, 200] would fit as [112, 208]" in refused(lambda: torch_ops.prepare(w, "cusparselt"))
 
 
 def test_stamp_of_another_gpu_is_refused() -> None:
-    context, problem = library.context(0), library.gemm("cusparselt", "bf16", "bf16", 128, 128)
+    context, problem = bindings.context(0), bindings.gemm("cusparselt", "bf16", "bf16", 128, 128)
     stamp = context.stamp(problem)
     context.check_stamp(problem, stamp)
     assert stamp.version >= int(os.environ.get("TWOFOUR_CUSPARSELT_OLDEST", "801"))
@@ -159,21 +162,21 @@ def test_stamp_of_another_gpu_is_refused() -> None:
     assert "prepared for SM 75" in refused(lambda: context.check_stamp(problem, stamp))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=ops.FORMATS.get)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=torch_ops.FORMATS.get)
 @pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_quantize_is_the_reference(x_dtype: torch.dtype, dtype: torch.dtype) -> None:
     x = (torch.randn(37, 128, device=DEVICE) * 200).to(x_dtype)
     for multiplier in (torch.full((1,), 0.7, device=DEVICE), torch.rand(128, device=DEVICE) + 0.5):
-        rounded = reference.quantize_int8 if dtype == torch.int8 else reference.quantize_fp8
+        rounded = numerics.quantize_int8 if dtype == torch.int8 else numerics.quantize_fp8
         expected = rounded(x.float(), multiplier)
-        assert torch.equal(ops.quantize(x, multiplier, dtype).float(), expected.float())
+        assert torch.equal(torch_ops.quantize(x, multiplier, dtype).float(), expected.float())
 
 
 @each_dtype
 @each_kernel
 def test_captured_products_replay_bit_for_bit(kernel: str, dtype: torch.dtype) -> None:
     w = timing.random_2to4(512, 2048, dtype, DEVICE)
-    prepared, x = ops.prepare(w, kernel), timing.random_operand(12, 2048, dtype, DEVICE)
+    prepared, x = torch_ops.prepare(w, kernel), timing.random_operand(12, 2048, dtype, DEVICE)
     arguments = (prepared, 1.0, None, None, 512, out_of(dtype))
     eager = OPERATORS[kernel](x, *arguments)
     torch.cuda.synchronize()
@@ -188,10 +191,10 @@ def test_captured_products_replay_bit_for_bit(kernel: str, dtype: torch.dtype) -
 
 
 def test_capturing_without_a_plan_is_refused_with_words() -> None:
-    context = library.Context(0)  # a fresh one: no plans
+    context = bindings.Context(0)  # a fresh one: no plans
     w, x = (timing.random_2to4(256, 256, torch.bfloat16, DEVICE) for _ in range(2))
-    compressed, y = ops.prepare(w, "cusparselt"), torch.empty(256, 256, dtype=torch.bfloat16, device=DEVICE)
-    problem = ops.describe("cusparselt", x, 256, torch.bfloat16)
+    compressed, y = torch_ops.prepare(w, "cusparselt"), torch.empty(256, 256, dtype=torch.bfloat16, device=DEVICE)
+    problem = torch_ops.describe("cusparselt", x, 256, torch.bfloat16)
     workspace = torch.empty(64 << 20, dtype=torch.uint8, device=DEVICE)
     where = (workspace.data_ptr(), workspace.nbytes)
     words = ""
@@ -207,10 +210,10 @@ def test_capturing_without_a_plan_is_refused_with_words() -> None:
 
 
 def test_search_keeps_an_algorithm_and_counts_what_memory_left_out() -> None:
-    context, w = library.context(0), timing.random_2to4(1024, 1024, torch.bfloat16, DEVICE)
-    x, compressed = timing.random_operand(128, 1024, torch.bfloat16, DEVICE), ops.prepare(w, "cusparselt")
+    context, w = bindings.context(0), timing.random_2to4(1024, 1024, torch.bfloat16, DEVICE)
+    x, compressed = timing.random_operand(128, 1024, torch.bfloat16, DEVICE), torch_ops.prepare(w, "cusparselt")
     y = torch.empty(128, 1024, dtype=torch.bfloat16, device=DEVICE)
-    problem = ops.describe("cusparselt", x, 1024, torch.bfloat16)
+    problem = torch_ops.describe("cusparselt", x, 1024, torch.bfloat16)
     workspace = torch.empty(64 << 20, dtype=torch.uint8, device=DEVICE)
     found = context.search(
         problem, x.data_ptr(), compressed.data_ptr(), y.data_ptr(), (workspace.data_ptr(), workspace.nbytes)
@@ -231,7 +234,7 @@ def test_tuner_measures_and_its_tactics_are_taken_back() -> None:
 
 
 def test_layer_compiles_into_one_graph() -> None:
-    from plugins.kernel_linear import SKINNY_THEN_CUSPARSELT, KernelLinear
+    from plugins.linear.kernel_linear import SKINNY_THEN_CUSPARSELT, KernelLinear
 
     w = timing.random_2to4(512, 512, torch.bfloat16, DEVICE)
     layer = KernelLinear(w, None, None, None, torch.bfloat16, SKINNY_THEN_CUSPARSELT)
@@ -245,7 +248,7 @@ def test_layer_compiles_into_one_graph() -> None:
 def test_operators_pass_torchs_own_checks(kernel: str) -> None:
     checks = ("test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
     w, x = (timing.random_2to4(64, 64, torch.bfloat16, DEVICE) for _ in range(2))
-    arguments = (x, ops.prepare(w, kernel), 1.0, None, None, 64, torch.bfloat16)
+    arguments = (x, torch_ops.prepare(w, kernel), 1.0, None, None, 64, torch.bfloat16)
     torch.library.opcheck(OPERATORS[kernel], arguments, test_utils=checks)
 
 
@@ -257,6 +260,6 @@ def test_error_is_no_larger_than_the_dense_kernels(kernel: str, dtype: torch.dty
     exact = x.double() @ w.double().T * scale
     error = {}
     for name in (kernel, "cublaslt"):
-        y = OPERATORS[name](x, ops.prepare(w, name), scale, None, None, 2048, out_of(dtype))
+        y = OPERATORS[name](x, torch_ops.prepare(w, name), scale, None, None, 2048, out_of(dtype))
         error[name] = float((y.double() - exact).norm() / exact.norm())
     assert error[kernel] <= 1.05 * error["cublaslt"], error

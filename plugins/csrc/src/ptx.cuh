@@ -91,7 +91,7 @@ TWOFOUR_DEVICE void mma_sp(int (&d)[4], const Fragment& a, const Fragment& b, ui
   TWOFOUR_MMA_SP("m16n8k64.row.col.s32.s8.s8.s32", "r", "0x0");
 }
 
-// Rounded each on its own, never fused: the reference in plugins/reference.py is met bit for bit.
+// Rounded each on its own, never fused: the reference in plugins/common/numerics.py is met bit for bit.
 TWOFOUR_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 TWOFOUR_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 

@@ -1,0 +1,79 @@
+"""The GPU, its libraries' versions, and limits measured on it: launch time in a graph, copy rate, read rate.
+
+python -m benchmarks.kernels.gpu_machine --out machine.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.serving.records import replace_json
+from plugins.autotune import timing
+from plugins.common.errors import UserError
+
+NODES = 256  # kernels in one graph
+TOOLS = ("nvcc", "cmake", "ninja", "make", "g++", "ncu", "compute-sanitizer")
+
+
+def describe(device: int = 0) -> dict[str, Any]:
+    """Device, versions and tools. Raises UserError where torch sees no GPU."""
+    if not torch.cuda.is_available():
+        raise UserError(f"torch {torch.__version__} sees no GPU: install one that was built for CUDA")
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": timing.device_facts(device),
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "versions": {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cusparselt": torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None,
+            "oldest_cusparselt": os.environ.get("TWOFOUR_CUSPARSELT_OLDEST"),
+        },
+        "tools": {tool: shutil.which(tool) for tool in TOOLS},
+    }
+
+
+def measure_limits(device: int = 0) -> dict[str, float]:
+    """Microseconds of the smallest kernels in a graph, and bytes a second of large copies and reads."""
+    where = torch.device("cuda", device)
+    small = torch.zeros(1, device=where)
+    blocks = torch.zeros(132 * 4 * 1024, device=where)
+    buffers = torch.empty(2, 1 << 30, dtype=torch.uint8, device=where)
+    copy_us = timing.measure(lambda i: buffers[i].copy_(buffers[1 - i]), copies=2).us
+    words = buffers.view(torch.int64)
+    read_us = timing.measure(lambda i: words[i].sum(), copies=2).us
+    return {
+        "launch_us": round(timing.measure(lambda i: small.add_(1), NODES).us, 3),
+        "wave_us": round(timing.measure(lambda i: blocks.add_(1), NODES).us, 3),
+        "copy_bytes_per_s": 2 * (1 << 30) / (copy_us * 1e-6),
+        "read_bytes_per_s": (1 << 30) / (read_us * 1e-6),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    chosen = parser.parse_args(arguments)
+    try:
+        facts = describe()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    replace_json(chosen.out, facts)
+    facts["limits"] = measure_limits()
+    replace_json(chosen.out, facts)
+    print(facts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""python -m benchmarks.pruning.accuracy: 2:4 pruning methods, ours and others', on one model, the same tokens and seed.
+
+Each method runs in a process of its own, one after the other; llm-compressor in a virtual environment of its own, which
+is made here, as it wants other versions. All results are judged by the same code on text that no method saw. Writes the
+perplexity, seconds and peak memory of each to `benchmarks/results/`. Seconds and memory go from loading the model to
+the pruned weights on disk; memory is the peak above what the process held before, as imports differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import describe
+from plugins.common.errors import UserError
+
+SCRIPTS = Path(__file__).parent / "scripts"
+RESULTS = Path(__file__).parents[1] / "results"
+LLMCOMPRESSOR = ("llmcompressor==0.14.*", "torch==2.13.0")
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: the script that prunes, and what it calls the method."""
+
+    name: str
+    script: str
+    method: str
+
+
+METHODS = (
+    Method("magnitude", "prune_twofour.py", "magnitude"),
+    Method("modelopt sparsegpt", "prune_modelopt.py", "sparsegpt"),
+    Method("llm-compressor sparsegpt", "prune_llmcompressor.py", "sparsegpt"),
+    Method("llm-compressor wanda", "prune_llmcompressor.py", "wanda"),
+    Method("twofour sparsegpt", "prune_twofour.py", "sparsegpt"),
+    Method("twofour reconstruct", "prune_twofour.py", "reconstruct"),
+)
+
+
+def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """The whole comparison. Raises UserError for a model without config.json."""
+    layers, tokens = linear_layers(arguments.model), make_tokens(arguments, work)
+    found: dict[str, Any] = {"dense": {}}
+    directories = {"dense": str(arguments.model)}
+    for row in METHODS:
+        if arguments.only and row.name not in arguments.only:
+            continue
+        print(f"{row.name} ...", file=sys.stderr, flush=True)
+        out, metered = work / row.name.replace(" ", "-"), work / f"{row.name.replace(' ', '-')}.json"
+        python = environment_python(arguments.environment) if "llmcompressor" in row.script else sys.executable
+        names = json.dumps(layers)
+        run_script(python, row.script, row.method, str(arguments.model), str(tokens), names, str(out), str(metered))
+        found[row.name] = json.loads(metered.read_text())
+        directories[row.name] = str(out)
+    for name, judged in judge(arguments, layers, directories).items():
+        found[name] |= judged
+    settings = {
+        "model": str(arguments.model), "calibration": arguments.calibration, "evaluation": arguments.evaluation,
+        "samples": arguments.samples, "sequence_length": arguments.sequence_length, "seed": arguments.seed,
+        "layers": len(layers), "pattern": "2:4", "threads": arguments.threads,
+    }  # fmt: skip
+    return {"environment": describe(), "settings": settings, "methods": found, "shares": _shares(found)}
+
+
+def _shares(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of ours against each peer: perplexity increase, seconds and memory, as ratios."""
+    ours = [name for name in found if name.startswith("twofour")]
+    peers = [name for name in found if name not in ours and name != "dense"]
+    return {
+        f"{own} / {peer}": {
+            "perplexity_increase": found[own]["perplexity_increase"] / found[peer]["perplexity_increase"],
+            "seconds": found[own]["seconds"] / found[peer]["seconds"],
+            "peak_above_start_bytes": found[own]["peak_above_start_bytes"] / found[peer]["peak_above_start_bytes"],
+        }
+        for own in ours
+        for peer in peers
+    }
+
+
+def make_tokens(arguments: argparse.Namespace, work: Path) -> Path:
+    """The file of the calibration tokens."""
+    tokens = work / "tokens.npy"
+    shape = (str(arguments.sequence_length), str(arguments.samples), str(arguments.seed))
+    run_script(sys.executable, "make_tokens.py", str(arguments.model), arguments.calibration, *shape, str(tokens))
+    return tokens
+
+
+def judge(arguments: argparse.Namespace, layers: list[str], directories: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """By name, what the evaluation text says of each of the models against the dense one."""
+    print("judging ...", file=sys.stderr, flush=True)
+    judged = run_script(
+        sys.executable, "judge.py", str(arguments.model), arguments.evaluation, str(arguments.sequence_length),
+        json.dumps(layers), *directories.values(),
+    )  # fmt: skip
+    return {name: json.loads(line) for name, line in zip(directories, judged.splitlines(), strict=True)}
+
+
+def run_script(python: str, script: str, *arguments: str) -> str:
+    """Runs a script with our repository importable, and returns what it printed."""
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [python, str(SCRIPTS / script), *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise UserError(f"'{script} {arguments[0]}' ended with {done.returncode}: {_last_line(done.stderr)}")
+    return done.stdout
+
+
+def _last_line(text: str) -> str:
+    """The last that is no warning: what an error ends with."""
+    lines = [line for line in text.strip().splitlines() if not line.startswith("WARNING")]
+    return (lines or ["no words"])[-1]
+
+
+def environment_python(directory: Path) -> str:
+    """The interpreter of the environment that holds llm-compressor, made where it is missing."""
+    python = directory / "bin" / "python"
+    if not (directory / "complete").exists():
+        print(f"installing {' '.join(LLMCOMPRESSOR)} into {directory} ...", file=sys.stderr, flush=True)
+        venv.create(directory, with_pip=True, clear=True)
+        done = subprocess.run(
+            [str(python), "-m", "pip", "install", "-q", *LLMCOMPRESSOR], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise UserError(f"llm-compressor cannot be installed: {_last_line(done.stderr)}")
+        (directory / "complete").touch()
+    return str(python)
+
+
+def linear_layers(model: Path) -> list[str]:
+    """The linear layers of all blocks. Raises UserError for a directory without config.json."""
+    try:
+        blocks = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    except OSError:
+        raise UserError(f"'{model}' holds no config.json: name a model's directory") from None
+    return [f"model.layers.{block}.{name}" for block in range(blocks) for name in LINEARS]
+
+
+def write_result(name: str, found: dict[str, Any], out: Path) -> Path:
+    """Writes a benchmark's values into `out`, under its name, the machine's and the day's."""
+    environment = found["environment"]
+    machine = re.sub(r"[^a-z0-9]+", "-", environment["processor"].lower()).strip("-") + f"-{environment['cores']}cores"
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}-{machine}-{datetime.date.today().isoformat()}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return path
+
+
+def _table(found: dict[str, Any]) -> str:
+    lines = [f"{'method':26}{'perplexity':>11}{'increase':>10}{'KL':>8}{'seconds':>9}{'peak MiB':>10}  2:4"]
+    for name, row in found.items():
+        cost = f"{row['seconds']:9.1f}{row['peak_above_start_bytes'] / 2**20:10.0f}" if "seconds" in row else " " * 19
+        perplexity = row["built"]["perplexity"]
+        judged = f"{perplexity:11.2f}{row['perplexity_increase']:10.1%}{row['kl']:8.4f}"
+        lines.append(f"{name:26}{judged}{cost}  {'yes' if row['holds_2of4'] else 'no'}")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the texts and what else each benchmark of pruned models takes."""
+    parser.add_argument("--model", type=Path, default=Path("examples/docs-llama"))
+    parser.add_argument("--calibration", default="examples/docs-llama/calibration.jsonl")
+    parser.add_argument("--evaluation", default="examples/docs-llama/evaluation.jsonl")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=RESULTS)
+
+
+def run_in_scratch(run: Callable[[argparse.Namespace, Path], dict[str, Any]], arguments: argparse.Namespace) -> Any:
+    """`run` with a directory that is gone afterwards; a UserError ends the program in one line."""
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            return run(arguments, Path(work))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def main() -> None:
+    """Parses the command line, runs, prints the table and writes the file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning.accuracy", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--only", nargs="*", choices=[row.name for row in METHODS], help="rows besides dense")
+    parser.add_argument("--environment", type=Path, default=Path("build/peers/llmcompressor"))
+    arguments = parser.parse_args()
+    found = run_in_scratch(run, arguments)
+    print(_table(found["methods"]))
+    print(write_result("accuracy_peers", found, arguments.out))
+
+
+if __name__ == "__main__":
+    main()

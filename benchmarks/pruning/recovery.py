@@ -1,0 +1,62 @@
+"""python -m benchmarks.pruning.recovery TEXT: how much of one-shot pruning's loss some minutes of recovery take back.
+
+Prunes the model by the default method, distills the dense model into it on TEXT, and judges both by text that none of
+them saw. Writes perplexities, steps and seconds to `benchmarks/results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import describe
+from benchmarks.pruning.accuracy import (
+    add_arguments,
+    judge,
+    linear_layers,
+    make_tokens,
+    run_in_scratch,
+    run_script,
+    write_result,
+)
+
+
+def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Prunes, recovers and judges in processes of their own."""
+    model, length, minutes = str(arguments.model), str(arguments.sequence_length), str(arguments.minutes)
+    layers, tokens = linear_layers(arguments.model), str(make_tokens(arguments, work))
+    directories = {"dense": model, "pruned": str(work / "pruned"), "recovered": str(work / "recovered")}
+    _, pruned, recovered = directories.values()
+    names, metered, report = json.dumps(layers), str(work / "meter.json"), work / "recovery.json"
+    run_script(sys.executable, "prune_twofour.py", "reconstruct", model, tokens, names, pruned, metered)
+    print("recovering ...", file=sys.stderr, flush=True)
+    run_script(sys.executable, "recover.py", model, pruned, arguments.text, length, minutes, recovered, str(report))
+    found: dict[str, Any] = judge(arguments, layers, directories)
+    lost, left = (found[name]["perplexity_increase"] for name in ("pruned", "recovered"))
+    settings = {name: str(getattr(arguments, name)) for name in ("model", "calibration", "evaluation", "minutes")}
+    recovery = json.loads(report.read_text())
+    facts = {"environment": describe(), "settings": settings, "recovery": recovery}
+    return {**facts, **found, "taken_back": 1 - left / lost}
+
+
+def main() -> None:
+    """Parses the command line, runs, prints the result and writes the file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning.recovery", description=__doc__)
+    parser.add_argument("text", help="what recovery trains on: a file as recovery.data takes it")
+    parser.add_argument("--minutes", type=float, default=15)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    found = run_in_scratch(run, arguments)
+    perplexity = {name: found[name]["built"]["perplexity"] for name in ("dense", "pruned", "recovered")}
+    print(", ".join(f"{name} {value:.2f}" for name, value in perplexity.items()))
+    zeros = "all layers 2:4" if found["recovered"]["holds_2of4"] else "ZEROS WERE LOST"
+    steps, seconds = found["recovery"]["steps"], found["recovery"]["seconds"]
+    print(f"{found['taken_back']:.0%} of the loss taken back, {zeros}, {steps} steps in {seconds:.0f} s")
+    print(write_result("recovery", found, arguments.out))
+
+
+if __name__ == "__main__":
+    main()

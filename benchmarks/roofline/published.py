@@ -1,0 +1,173 @@
+"""Compares predictions with published figures: speed-ups of kernels, times of kernels, speed-ups of whole models.
+
+`published.yaml` holds each figure with its source and conditions. A prediction is a limit, so that its error against a
+published speed-up is mostly above zero, and against a published time mostly below. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from itertools import chain
+from typing import Literal
+
+import yaml
+from pydantic import Field
+
+from benchmarks.kernels.model_shapes import MODELS
+from benchmarks.roofline import roofline
+from benchmarks.roofline.roofline import Gpu, Layer
+from plugins.common.config import Config
+
+Kind = Literal["kernel speed-up", "kernel time", "end to end"]
+
+
+class Source(Config):
+    """Where figures are from, and what is special about how they were taken."""
+
+    url: str
+    note: str
+
+
+class Kernel(Config):
+    """A GEMM of `shape` [out_features, in_features], or the four GEMMs of each model's block, summed.
+
+    `ratio` is dense time over 2:4 time, geometric mean over models and token counts; `us` are microseconds by side.
+    """
+
+    source: str
+    gpu: str
+    format: str
+    tokens: tuple[int, ...]
+    shape: tuple[int, int] | None = None
+    models: tuple[str, ...] = ()
+    ratio: float | None = None
+    us: dict[Literal["dense", "sparse"], float] = Field(default_factory=dict)
+
+
+class EndToEnd(Config):
+    """A model's speed-up: formats of both sides' blocks, the share of `built`'s block weights in 2:4, and the load."""
+
+    source: str
+    gpu: str
+    model: str
+    phase: Literal["decode", "prefill", "generate"]
+    base: str
+    built: str
+    sparse: float
+    batch: int
+    input: int
+    output: int
+    ratio: float
+    note: str = ""
+
+
+class LeftOut(Config):
+    """A published figure that cannot be predicted, and what is missing."""
+
+    what: str
+    missing: str
+
+
+class Published(Config):
+    """published.yaml."""
+
+    sources: dict[str, Source]
+    kernels: tuple[Kernel, ...]
+    models: tuple[EndToEnd, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One published figure beside its prediction; microseconds for times, dense over built for speed-ups."""
+
+    kind: Kind
+    source: str
+    gpu: str
+    conditions: str
+    predicted: float
+    published: float
+
+    @property
+    def error(self) -> float:
+        """Relative to the published figure."""
+        return self.predicted / self.published - 1
+
+
+@cache
+def published() -> Published:
+    """The checked content of published.yaml."""
+    text = resources.files("benchmarks.roofline").joinpath("published.yaml").read_text(encoding="utf8")
+    return Published.model_validate(yaml.safe_load(text))
+
+
+def comparisons() -> list[Comparison]:
+    """Every published figure with its prediction, in the file's order."""
+    rows = published()
+    kernels = [each for kernel in rows.kernels for each in compare_kernel(kernel)]
+    return kernels + [_end_to_end(model) for model in rows.models]
+
+
+def median_error(rows: Sequence[Comparison], signed: bool = False) -> float:
+    """Median of the errors, or of their sizes unless `signed`."""
+    return statistics.median(row.error if signed else abs(row.error) for row in rows)
+
+
+def compare_kernel(row: Kernel) -> Iterator[Comparison]:
+    """The figures of one row, each with its prediction."""
+    card = roofline.gpu(row.gpu)
+    blocks = [[row.shape]] if row.shape else [list(MODELS[name].layers().values()) for name in row.models]
+    sides = {
+        side: [[_microseconds(card, m, block, row.format, side == "sparse") for m in row.tokens] for block in blocks]
+        for side in ("dense", "sparse")
+    }
+    what = "{} x {}".format(*row.shape) if row.shape else " and ".join(row.models)
+    conditions = f"{row.format}, {what}, {_span(row.tokens)} tokens"
+    for side, microseconds in row.us.items():
+        name = "2:4" if side == "sparse" else "dense"
+        yield Comparison("kernel time", row.source, card.name, f"{name} {conditions}", sides[side][0][0], microseconds)
+    ratio = row.ratio or (row.us["dense"] / row.us["sparse"] if len(row.us) == 2 else None)
+    if ratio:
+        pairs = zip(chain(*sides["dense"]), chain(*sides["sparse"]), strict=True)
+        predicted = statistics.geometric_mean(dense / sparse for dense, sparse in pairs)
+        yield Comparison("kernel speed-up", row.source, card.name, conditions, predicted, ratio)
+
+
+def _microseconds(card: Gpu, tokens: int, shapes: list[tuple[int, int]], number_format: str, sparse: bool) -> float:
+    return math.fsum(roofline.gemm_time(card, tokens, n, k, number_format, sparse).seconds for n, k in shapes) * 1e6
+
+
+def _end_to_end(row: EndToEnd) -> Comparison:
+    card = roofline.gpu(row.gpu)
+    base = _model_seconds(card, row, row.base, sparse=False)
+    built = _model_seconds(card, row, row.built, sparse=False)
+    if row.sparse:  # a hybrid's two segments share the time by their weights
+        built = row.sparse * _model_seconds(card, row, row.built, sparse=True) + (1 - row.sparse) * built
+    sides = f"{row.built} against {row.base}" if row.built != row.base else row.built
+    pattern = f", {row.sparse:.0%} of the weights 2:4" if 0 < row.sparse < 1 else ", 2:4" if row.sparse else ", dense"
+    load = f"batch {row.batch}, {row.input} + {row.output} tokens"
+    note = f" ({row.note})" if row.note else ""
+    conditions = f"{row.phase} {row.model}, {sides}{pattern}, {load}{note}"
+    return Comparison("end to end", row.source, card.name, conditions, base / built, row.ratio)
+
+
+def _model_seconds(card: Gpu, row: EndToEnd, number_format: str, sparse: bool) -> float:
+    """Of one decode step, of the prefill, or of a whole request; KV cache and lm_head in 16 bit."""
+    model = MODELS[row.model]
+    layers = [Layer(n, k, number_format, sparse, model.num_hidden_layers) for n, k in model.layers().values()]
+    layers.append(Layer(model.vocab_size, model.hidden_size, "bf16", last_token=True))
+    kv_bytes = 2.0 * 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    decode = roofline.decode_ceiling(card, layers, row.batch, row.input + row.output // 2, kv_bytes).seconds
+    prefill = roofline.prefill_ceiling(card, layers, row.input, row.batch).seconds
+    assert decode is not None
+    assert prefill is not None
+    return {"decode": decode, "prefill": prefill, "generate": prefill + row.output * decode}[row.phase]
+
+
+def _span(values: tuple[int, ...]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"

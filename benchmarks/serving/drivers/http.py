@@ -1,0 +1,156 @@
+"""Drives a server that streams server-sent events over HTTP. The dialects are in openai.py and triton.py.
+
+One process and one event loop send everything, so the client's own work is part of what it measures: where it shares
+the cores with the server, compare only sides that were driven alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import httpx
+
+from benchmarks.serving.records import Record
+from benchmarks.serving.workload import BenchRequest
+
+END = "[DONE]"  # what the OpenAI protocol sends last
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server and the model to ask of it. A request fails after `request_s` in all or `gap_s` without a byte."""
+
+    url: str
+    model: str = ""
+    request_s: float = 600.0
+    gap_s: float = 120.0
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one event says: tokens in it (None: a token event of unknown size, 0: no token), and the server's counts."""
+
+    tokens: int | None = 0
+    output_tokens: int | None = None
+    input_tokens: int | None = None
+
+
+class Dialect(Protocol):
+    """How a server is asked and how its events read."""
+
+    def path(self, endpoint: Endpoint) -> str: ...
+    def body(self, endpoint: Endpoint, request: BenchRequest) -> dict[str, Any]: ...
+    def read(self, event: dict[str, Any]) -> Chunk: ...
+
+
+class RequestError(Exception):
+    """The server did not serve the request; the words go into its record."""
+
+
+def run(dialect: Dialect, endpoint: Endpoint, requests: Sequence[BenchRequest], concurrency: int) -> list[Record]:
+    """Sends `requests` with at most `concurrency` under way, and returns a record of each, in their order.
+
+    Failures are recorded, not raised: an HTTP error, an error inside a 200, a stream that ends early or stalls, a count
+    of tokens that is not what was asked.
+    """
+    return asyncio.run(_run(dialect, endpoint, requests, concurrency))
+
+
+async def _run(
+    dialect: Dialect, endpoint: Endpoint, requests: Sequence[BenchRequest], concurrency: int
+) -> list[Record]:
+    timeout = httpx.Timeout(endpoint.gap_s, pool=None)
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    room = asyncio.Semaphore(concurrency)
+    # no proxy from the environment: it would be measured too
+    async with httpx.AsyncClient(
+        base_url=endpoint.url, timeout=timeout, limits=limits, headers=endpoint.headers, trust_env=False
+    ) as client:
+        began = time.perf_counter()
+
+        async def serve(request: BenchRequest) -> Record:
+            due = began + request.due
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            async with room:
+                start = due if request.due else time.perf_counter()
+                return await _measure(dialect, endpoint, client, request, start)
+
+        return await asyncio.gather(*(serve(request) for request in requests))
+
+
+async def _measure(
+    dialect: Dialect, endpoint: Endpoint, client: httpx.AsyncClient, request: BenchRequest, start: float
+) -> Record:
+    times: list[float] = []
+    counted, said, input_tokens, error = 0, None, len(request.input_ids), None
+
+    async def receive() -> None:
+        nonlocal counted, said, input_tokens
+        async for event in _events(client, dialect.path(endpoint), dialect.body(endpoint, request)):
+            now = time.perf_counter()
+            chunk = dialect.read(event)
+            if chunk.tokens != 0:
+                times.append(now)
+                counted += chunk.tokens or 1
+            said = said if chunk.output_tokens is None else chunk.output_tokens
+            input_tokens = input_tokens if chunk.input_tokens is None else chunk.input_tokens
+
+    try:
+        await asyncio.wait_for(receive(), endpoint.request_s)
+        output_tokens = counted if said is None else said
+        if not times or output_tokens != request.max_new_tokens:
+            error = f"ended after {output_tokens} of {request.max_new_tokens} tokens"
+    except (asyncio.TimeoutError, TimeoutError):
+        error = f"not done after {endpoint.request_s:g} s"
+    except httpx.TimeoutException:
+        error = f"silent for {endpoint.gap_s:g} s"
+    except (RequestError, httpx.HTTPError) as failure:
+        error = str(failure) or type(failure).__name__
+    return Record(request.id, input_tokens, counted if said is None else said, start, tuple(times), error)
+
+
+async def _events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """The JSON objects of a stream. Raises RequestError for an error in the status, the stream or a plain body."""
+    async with client.stream("POST", path, json=body) as answer:
+        if answer.status_code != 200:
+            text = (await answer.aread()).decode("utf8", "replace")
+            raise RequestError(f"HTTP {answer.status_code}: {_said(text)}")
+        events = 0
+        async for line in answer.aiter_lines():
+            if line.startswith("data:"):
+                data = line.removeprefix("data:").strip()
+                if data == END:
+                    return
+                events += 1
+                yield _parse(data)
+            elif line.strip() and not line.startswith((":", "event:", "id:", "retry:")):
+                raise RequestError(f"HTTP 200 with no stream: {_said(line)}")
+        if not events:
+            raise RequestError("HTTP 200 with an empty stream")
+
+
+def _parse(data: str) -> dict[str, Any]:
+    try:
+        event = json.loads(data)
+    except json.JSONDecodeError:
+        raise RequestError(f"not JSON in the stream: {_said(data)}") from None
+    if not isinstance(event, dict) or event.get("error") or event.get("object") == "error":
+        raise RequestError(f"HTTP 200 with an error: {_said(data)}")
+    return event
+
+
+def _said(text: str) -> str:
+    """The error's message where the text is one of the usual JSON forms, else its first 200 characters, in one line."""
+    try:
+        content = json.loads(text)
+        error = content.get("error", content)
+        text = error if isinstance(error, str) else error.get("message", text)
+    except (json.JSONDecodeError, AttributeError):
+        pass
+    return " ".join(str(text).split())[:200]

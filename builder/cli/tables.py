@@ -1,0 +1,233 @@
+"""Prints what the commands found: tables for a person, JSON for a program. Figures say whether they are predicted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from builder.checkpoint import Verification
+    from builder.doctor.checks import Examination
+    from builder.planning.plan import Plan
+
+
+def as_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = ()) -> None:
+    """A table as wide as it needs; columns numbered in `right` are set right."""
+    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if number in right else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*[str(cell) for cell in row])
+    Console(highlight=False).print(drawn)
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that reads best, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def plan(made: Plan) -> None:
+    """The plan by kinds of layer, then memory and ceilings."""
+    rows = []
+    for kind in _kinds(made.layers):
+        first, count = kind[0], len(kind)
+        dense, built = sum(x.dense_bytes for x in kind), sum(x.built_bytes for x in kind)
+        shape = f"{first.out_features} x {first.in_features}"
+        rows.append((_kind_name(first.name), count, shape, first.format, "2:4" if first.sparse else "dense",
+                     size(dense), size(built)))  # fmt: skip
+    head = ("layer", "count", "out x in", "format", "pattern", "bytes before", "after")
+    table(f"{made.model}: {made.architecture}, {made.format}, backend {made.backend}", head, rows, right=(1, 2, 5, 6))
+    share = made.built_bytes / made.dense_bytes
+    click.echo("")
+    for why in dict.fromkeys(
+        (_kind_name(x.name), x.reason) for x in made.layers if not x.sparse and "no sparsity" not in x.reason
+    ):
+        click.echo(f"dense         {why[0]}: {why[1]}")
+    click.echo(f"weights       {size(made.dense_bytes)} -> {size(made.built_bytes)} ({share:.1%})")
+    for stage, needed in made.calibration_bytes.items():
+        click.echo(f"memory        about {size(needed)} to {stage}")
+    click.echo(f"KV cache      {size(made.kv_bytes_per_token)} a token")
+    p = made.predicted
+    for phase, load in (
+        ("decode", f"batch {p['batch']}, context {p['context']}"),
+        ("prefill", f"{p['context']} tokens"),
+    ):
+        dense, built = p[phase]["dense"], p[phase]["built"]
+        if built.supported:
+            gain = built.tokens_per_second / dense.tokens_per_second
+            click.echo(
+                f"{phase:<13} at most {built.tokens_per_second:,.0f} tokens/s, {gain:.2f}x dense "
+                f"({load}, {built.bound}-bound; predicted for {p['gpu']})"
+            )
+            if built.fits_l2:
+                click.echo(
+                    f"{'':<13} this model fits the L2 cache of {p['gpu']}: the memory's rate is no real limit for it"
+                )
+        else:
+            click.echo(f"{phase:<13} not on {p['gpu']}: {built.reason}")
+    if (launch := p["launch_bound"])["products"]:
+        click.echo(
+            f"note          on {p['gpu']} 2:4 gains no time in {launch['products']} of {launch['of']} products of a "
+            f"decode step: each takes no longer than a kernel's least time, {launch['kernel_us']:.2f} us"
+        )
+    for note in made.notes:
+        click.echo(f"note          {note}")
+
+
+def _kinds(layers: Sequence[Any]) -> list[list[Any]]:
+    kinds: dict[tuple[Any, ...], list[Any]] = {}
+    for layer in layers:
+        key = (_kind_name(layer.name), layer.out_features, layer.in_features, layer.format, layer.sparse, layer.reason)
+        kinds.setdefault(key, []).append(layer)
+    return list(kinds.values())
+
+
+def _kind_name(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(part for part in parts[-2:] if not part.isdigit()) if "layers" in parts else name
+
+
+def explanation(found: dict[str, Any]) -> None:
+    """One block a kind of layer: what it is, then a line for each number of tokens; last, what runs dense and why."""
+    limits = " from its roofline: limits, not measurements" if found["source"] == "predicted" else ""
+    click.echo(f"Kernel times are {found['source']} for {found['gpu'] or 'this machine'}{limits}.")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in found["layers"]:
+        groups.setdefault(
+            json.dumps([_kind_name(row["name"]), row["reason"], row["buckets"], row["sparse"], row.get("valid_2to4")]),
+            [],
+        ).append(row)
+    for rows in groups.values():
+        first = rows[0]
+        pattern = "2:4" if first["sparse"] else "dense"
+        if "zeros" in first:
+            zeros = sum(row["zeros"] for row in rows) / len(rows)
+            pattern += f", {zeros:.1%} zeros" + (", valid" if first["sparse"] and first["valid_2to4"] else "")
+        click.echo(f"\n{_kind(rows)}  {first['out_features']} x {first['in_features']}  {first['format']}  {pattern}")
+        click.echo(f"  {first['reason']}")
+        for bucket in first["buckets"]:
+            click.echo("  " + _bucket(bucket))
+    dense = [rows for rows in groups.values() if rows[0]["runs_dense"]]
+    click.echo(f"\n{sum(map(len, dense))} of {len(found['layers'])} layers run dense at every number of tokens")
+    for rows in dense:
+        click.echo(f"  {_kind(rows)}: {rows[0]['reason']}")
+
+
+def _kind(rows: Sequence[dict[str, Any]]) -> str:
+    return str(rows[0]["name"]) if len(rows) == 1 else f"{len(rows)} x {_kind_name(rows[0]['name'])}"
+
+
+def _bucket(bucket: dict[str, Any]) -> str:
+    from builder.engines.predicted_tactics import PAYS
+
+    how = "measured" if bucket["measured"] else "predicted"
+    times = f"dense {bucket['dense_us']:.2f} us" if bucket["dense_us"] is not None else "no dense kernel"
+    if bucket["sparse_us"] is not None:
+        times += f", 2:4 {bucket['sparse_us']:.2f} us"
+    if ratio := bucket["ratio"]:
+        times += f", {ratio:.2f}x" + (f" (less than {PAYS:.2f}x is not worth it)" if ratio < PAYS else "")
+    words = f"{bucket['tokens']:>5} tokens  {bucket['kernel']:<15} {times}  ({how})"
+    return "\n         ".join([words, *bucket.get("notes", ())])
+
+
+def summary(report: dict[str, Any], out: Path) -> None:
+    """The end of a build: accuracy, size and speed, dense and built, then notes and gates."""
+    click.echo("")
+    if accuracy := report.get("accuracy"):
+        low, high = accuracy["perplexity_increase_interval"]
+        click.echo(
+            f"perplexity  dense {accuracy['dense']['perplexity']:.2f}, built {accuracy['built']['perplexity']:.2f} "
+            f"({accuracy['perplexity_increase']:+.1%}, 95% interval {low:+.1%} to {high:+.1%}); "
+            f"same top token {accuracy['top1_agreement']:.1%}, KL {accuracy['kl']:.3f} nats"
+        )
+    if sizes := report.get("size"):
+        share = sizes["built_bytes"] / sizes["dense_bytes"]
+        click.echo(f"size        dense {size(sizes['dense_bytes'])}, built {size(sizes['built_bytes'])} ({share:.1%})")
+    for point in report.get("performance", []):
+        click.echo("speed       " + speed(point))
+    for note in report.get("notes", []):
+        click.echo(f"note        {note}")
+    for gate in report["gates"]:
+        click.echo(f"gate        {'passed' if gate['passed'] else 'FAILED'}  {gate['name']}: {gate['words']}")
+    folders = ("checkpoint", "checkpoint-trtllm", "adapter", "engine", "triton")
+    parts = [name for name in folders if (out / name).is_dir()]
+    click.echo(f"\nin {out}: {' '.join(f'{part}/' for part in parts)} report/report.html")
+
+
+def speed(point: dict[str, Any]) -> str:
+    """One workload point in a line: tokens a second of both sides, and the ratio with its interval."""
+    name, load = "output_token_throughput", point["workload"]
+    dense, built, ratio = point["dense"][name], point["built"][name], point["speedup"][name]
+    return (
+        f"dense {dense['mean']:.0f} {interval(dense['interval'], '.0f')}, "
+        f"built {built['mean']:.0f} {interval(built['interval'], '.0f')} tokens/s: "
+        f"{ratio['ratio']:.2f}x {interval(ratio['interval'], '.2f')} "
+        f"({load['input_tokens']}+{load['output_tokens']} tokens, concurrency {point['concurrency']})"
+    )
+
+
+def interval(bounds: Sequence[float] | None, form: str) -> str:
+    return f"[{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "[no interval]"
+
+
+def accuracy(found: dict[str, Any]) -> None:
+    """The accuracy block in words."""
+    low, high = found["perplexity_increase_interval"]
+    click.echo(f"perplexity      dense {found['dense']['perplexity']:.3f}, built {found['built']['perplexity']:.3f}")
+    click.echo(f"increase        {found['perplexity_increase']:+.2%}, 95% interval {low:+.2%} to {high:+.2%}")
+    click.echo(f"same top token  {found['top1_agreement']:.2%}")
+    click.echo(f"KL              {found['kl']:.4f} nats a token")
+    click.echo(
+        f"on              {found['tokens']:,} tokens of {found['documents']} documents, "
+        f"context {found['context_length']}"
+    )
+    for task, score in found.get("tasks", {}).get("built", {}).items():
+        click.echo(f"{task:<15} dense {found['tasks']['dense'][task]}, built {score}")
+
+
+def verification(found: Verification) -> None:
+    """A line for each checkpoint, then one for each violation."""
+    for part in found.checkpoints:
+        sparse = f", {part.sparse_layers} of {part.layers} layers 2:4" if part.sparse_layers else ", dense"
+        ranks = f", {part.ranks} ranks" if part.ranks > 1 else ""
+        kv_cache = f", {part.kv_cache} KV cache" if part.kv_cache != "none" else ""
+        click.echo(
+            f"checked  {part.directory}: {part.format}{kv_cache}{sparse}{ranks}, "
+            f"{part.tensors} tensors, {size(part.bytes)}"
+        )
+    for violation in found.violations:
+        click.echo(f"FAILED   {violation.message}")
+    if found.ok:
+        click.echo(f"ok       every check holds ({found.seconds:.1f} s)")
+
+
+def health(found: Examination) -> None:
+    """What was found, then what can be done with it."""
+    width = max(len(finding.name) for finding in found.findings) + 2
+    for finding in found.findings:
+        told = " ".join(part for part in (finding.version, finding.words) if part)
+        click.echo(f"{finding.name:<{width}}{finding.state:<9}{told}")
+    click.echo("")
+    width = max(len(ability.name) for ability in found.abilities) + 2
+    for ability in found.abilities:
+        words = "can run" if ability.able else f"cannot run: {ability.missing}; {ability.fix}"
+        click.echo(f"{ability.name:<{width}}{words}" + (f"; {ability.note}" if ability.note else ""))

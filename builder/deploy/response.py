@@ -1,0 +1,111 @@
+"""Answers on their way to Triton's clients. Runs inside Triton's Python backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from builder.deploy import request_schema
+from builder.deploy.detokenizer import TextStream
+from builder.engines.base import Token
+from plugins.common.errors import UserError
+
+
+class Reply:
+    """The answer to one request: sent as the tokens come where the client streams, else when it is whole."""
+
+    def __init__(
+        self, ask: request_schema.Ask, sender: Any, text: TextStream, end_ids: frozenset[int], arrival: float
+    ) -> None:
+        self.id = ask.request.id
+        self.ask = ask
+        self.sender = sender
+        self.count = 0
+        self.ended = False
+        self._text = text
+        self._end_ids = end_ids
+        self._arrival = arrival
+        self._first = 0.0
+        self._last: Token | None = None
+        self._error: Exception | None = None
+        self._unsent_text = ask.echo
+        self._unsent_ids: list[int] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether the client has the whole answer."""
+        return self.ended and self._error is None
+
+    def take(self, event: Token | Exception) -> None:
+        """Notes a token, or the error that ends the answer."""
+        if isinstance(event, Exception):
+            self._error, self.ended = event, True
+            return
+        self.count += 1
+        self._first = self._first or event.time
+        self._last, self.ended = event, event.last
+        self._unsent_ids.append(event.token)
+        self._unsent_text += self._text.push(event.token)
+
+    def send(self) -> None:
+        """Sends what is new, if it is time to."""
+        if self._error is not None:
+            send_error(self.sender, self._error)
+        elif self.ended or self.ask.stream:
+            self._unsent_text += self._text.flush() if self.ended else ""
+            outputs = [_strings("text_output", self._unsent_text), _integers("output_ids", np.int32, *self._unsent_ids)]
+            outputs += self._summary() if self.ended else []
+            flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if self.ended else 0
+            self.sender.send(pb_utils.InferenceResponse(output_tensors=outputs), flags=flags)
+            self._unsent_text, self._unsent_ids = "", []
+
+    def totals(self) -> dict[str, int]:
+        """What a whole answer adds to the metrics."""
+        assert self._last is not None, "an answer has at least one token"
+        return {
+            "requests": 1,
+            "input_tokens": len(self.ask.request.input_ids),
+            "output_tokens": self.count,
+            "time_to_first_token_us": int((self._first - self._arrival) * 1e6),
+            "request_duration_us": int((self._last.time - self._arrival) * 1e6),
+        }
+
+    def _summary(self) -> list[Any]:
+        assert self._last is not None, "an answer has at least one token"
+        ended = self._last.token in self._end_ids and not self.ask.request.ignore_eos
+        outputs = [
+            _strings("finish_reason", "stop" if ended else "length"),
+            _integers("num_input_tokens", np.int32, len(self.ask.request.input_ids)),
+            _integers("num_output_tokens", np.int32, self.count),
+        ]
+        if self.ask.perf_metrics:
+            moments = {"arrival": self._arrival, "first_token": self._first, "last_token": self._last.time}
+            outputs += [_integers(f"{name}_time_ns", np.int64, int(time * 1e9)) for name, time in moments.items()]
+        return outputs
+
+
+class FullError(Exception):
+    """No room for another request."""
+
+
+class CancelledError(Exception):
+    """The client has gone."""
+
+
+def send_error(sender: Any, error: Exception) -> None:
+    codes = {UserError: "INVALID_ARG", FullError: "UNAVAILABLE", CancelledError: "CANCELLED"}
+    code = next((name for kind, name in codes.items() if isinstance(error, kind)), "INTERNAL")
+    if code == "INTERNAL":
+        pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+    triton_error = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, code))
+    sender.send(pb_utils.InferenceResponse(error=triton_error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _strings(name: str, value: str) -> Any:
+    return pb_utils.Tensor(name, np.array([value.encode("utf8")], dtype=object))
+
+
+def _integers(name: str, dtype: type[np.signedinteger[Any]], *values: int) -> Any:
+    return pb_utils.Tensor(name, np.array(values, dtype=dtype))

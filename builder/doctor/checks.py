@@ -1,0 +1,97 @@
+"""What this machine has, which backends it can run, and for each other one the one thing that is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from builder.doctor.probes import PROBES, Finding, run
+from builder.planning.compatibility import BACKENDS, TRTLLM, check, check_release
+
+# What each backend needs, in the order in which to get it. Calibration and deployment stand beside them.
+NEEDS = {
+    "tensorrt": ("GPU", "TensorRT-LLM", "TensorRT"),
+    "pytorch": ("GPU", "TensorRT-LLM"),
+    "torch": ("torch", "transformers"),
+    "calibration": ("torch", "transformers", "ModelOpt"),
+    "deploy": ("Triton",),
+}
+FORMATS = ("bf16", "fp8", "int8")  # that recipes build
+KERNELS = ("GPU", "CUDA driver", "cuSPARSELt", "libtwofour")  # the torch backend without them: reference numerics
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether something can be done here. `missing` is the one thing to get first, `fix` how."""
+
+    name: str
+    able: bool
+    missing: str = ""
+    fix: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All findings, and what follows from them."""
+
+    findings: tuple[Finding, ...]
+    abilities: tuple[Ability, ...]
+
+    @property
+    def backends(self) -> tuple[Ability, ...]:
+        return tuple(ability for ability in self.abilities if ability.name in BACKENDS)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine() -> Examination:
+    """Asks every probe, several at once. Takes seconds, never more than the slowest probe's limit."""
+    with ThreadPoolExecutor(4) as threads:
+        findings = tuple(threads.map(run, PROBES))
+    return Examination(findings, abilities(findings))
+
+
+def abilities(findings: Sequence[Finding]) -> tuple[Ability, ...]:
+    """What the findings allow, backends first, in the order in which `auto` tries them."""
+    found = {finding.name: finding for finding in findings}
+    return tuple(_ability(name, needs, found) for name, needs in NEEDS.items())
+
+
+def _ability(name: str, needs: Sequence[str], found: Mapping[str, Finding]) -> Ability:
+    for need in needs:
+        finding = found[need]
+        if not finding.ok and not _will_do(name, finding):
+            return Ability(name, False, f"{need}: {finding.words}", finding.fix)
+    if name == "tensorrt":
+        verdict = check_release("tensorrt", str(found["TensorRT-LLM"].version))
+        if not verdict.ok:
+            return Ability(name, False, f"TensorRT-LLM: {verdict.reason}", verdict.instead)
+    return Ability(name, True, note=_note(name, found))
+
+
+def _will_do(name: str, finding: Finding) -> bool:
+    """The torch backend also runs on the CPU of a machine whose GPU its torch does not know."""
+    return name in ("torch", "calibration") and finding.name == "torch" and finding.state == "unfit"
+
+
+def _note(name: str, found: Mapping[str, Finding]) -> str:
+    if name in TRTLLM:
+        return _formats(name, found)
+    if name != "torch":
+        return ""
+    lacking = next((found[need] for need in KERNELS if not found[need].ok), None)
+    if lacking is None:
+        return "sparse layers run on our CUDA kernels"
+    return f"sparse layers run on the reference, at no gain: {lacking.name}: {lacking.words}"
+
+
+def _formats(backend: str, found: Mapping[str, Finding]) -> str:
+    """Which number formats 2:4 layers may have there on this GPU, and why not the others."""
+    sm = int(str(found["GPU"].version).removeprefix("SM"))
+    asked = {name: check(name, True, backend, sm, tensorrt_llm=found["TensorRT-LLM"].version) for name in FORMATS}
+    refused = [f"not {name}: {verdict.reason}" for name, verdict in asked.items() if not verdict.ok]
+    return "; ".join([f"2:4 layers in {', '.join(name for name in asked if asked[name].ok)}", *refused])

@@ -1,0 +1,174 @@
+"""Which kernel each 2:4 layer runs on, measured on this machine's GPU. Where there is none, nothing is claimed.
+
+The torch and pytorch backends obey these tactics. For the tensorrt backend they answer one question: TensorRT times its
+own sparse tactics against its dense ones by itself, but cannot time our plugin against either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+from builder.artifacts.filesystem import sha256
+from builder.engines.base import EngineConfig
+from builder.hardware.nvidia_smi import gpus
+from builder.planning import compatibility
+from plugins.common.errors import UserError
+
+if TYPE_CHECKING:
+    from plugins.autotune.tuner import Shape
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # of a model's config.json, and of what our kernels put out
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one product each in TensorRT-LLM
+
+
+class Sized(compatibility.Shardable, Protocol):
+    """What is read of a checkpoint's layer (builder.checkpoint.LayerFacts), of all ranks together."""
+
+    @property
+    def format(self) -> str: ...
+
+
+def can_measure() -> bool:
+    """Whether there is a GPU that torch can use."""
+    if not gpus():
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def fingerprint() -> dict[str, Any]:
+    """What measured tactics depend on besides the layers, for a stage's key. Empty where nothing can be measured."""
+    if not can_measure():
+        return {}
+    from plugins.autotune import tuner
+    from plugins.libtwofour import bindings
+
+    gpu = gpus()[0]
+    try:
+        versions = tuner.versions(bindings.context(0).info()) | {"library": sha256(bindings.path())}
+    except UserError as error:
+        versions = {"none": str(error)}
+    return {"kernels": {"gpu": gpu.name, "sm": gpu.sm, "driver": gpu.driver, **versions}}
+
+
+def tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str, fused: bool = False) -> dict[str, Any]:
+    """tactics.json of a checkpoint's layers, timed at every number of tokens that the engine may be given.
+
+    `dtype` is the model's own, as its config.json names it. `fused`: as TensorRT-LLM's PyTorch backend runs them, q, k
+    and v, and gate and up, as one product of one rank's shard. Raises UserError where this GPU or its libraries cannot
+    run 2:4 kernels: a build that went on would be dense under a sparse name.
+    """
+    from plugins.autotune import tuner
+    from plugins.autotune.tactics import Tactics
+
+    sparse = {layer.name: layer for layer in layers if layer.sparse} if dtype in DTYPES else {}
+    shapes = {
+        name: shape(layer, config.tensor_parallel if fused else 1, dtype, sparse if fused else {})
+        for name, layer in sparse.items()
+    }
+    most = max(config.max_num_tokens, config.max_batch_size)
+    found = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most))
+    for layer in layers:
+        timed = found["layers"].get(layer.name)
+        found["layers"][layer.name] = {
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "format": layer.format,
+            "sparse": layer.sparse,
+            "reason": timed["reason"] if timed else _untimed(layer, dtype),
+            "buckets": timed["buckets"] if timed else [],
+        }
+    found["layers"] = {layer.name: found["layers"][layer.name] for layer in layers}  # in the checkpoint's order
+    checked: dict[str, Any] = Tactics.model_validate(found).model_dump(mode="json")
+    return checked
+
+
+def seconds_saved(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[str, float] | None:
+    """Seconds that 2:4 saves each layer at `tokens` tokens; 0 where dense is faster. None where none can be timed."""
+    if not can_measure() or dtype not in DTYPES:
+        return None
+    return _seconds_saved(tuple((layer.name, shape(layer, 1, dtype)) for layer in layers), tokens)
+
+
+@lru_cache(maxsize=4)
+def _seconds_saved(shapes: tuple[tuple[str, Shape], ...], tokens: int) -> dict[str, float]:
+    found = _tune(dict(shapes), (tokens,))["layers"]
+    buckets = {name: layer["buckets"][0] for name, layer in found.items()}
+    return {
+        name: 0.0 if _is_dense(bucket) or not bucket["ratio"] else (bucket["dense_us"] - bucket["sparse_us"]) * 1e-6
+        for name, bucket in buckets.items()
+    }
+
+
+def measure(layers: Iterable[Sized], config: EngineConfig, dtype: str) -> dict[str, float]:
+    """Dense over sparse time of each 2:4 layer; a ratio above 1 means ours is faster. Nothing where none can be timed.
+
+    `dtype` ("bf16" or "fp16") is what the layers put out.
+    """
+    if not gpus():
+        return {}
+    from plugins.autotune import tuner
+
+    names = {short: name for name, short in DTYPES.items()}
+    shapes = {layer.name: shape(layer, config.tensor_parallel, names[dtype]) for layer in layers if layer.sparse}
+    try:
+        return ratios(tuner.tune(shapes, buckets=(config.max_batch_size,)), config.max_batch_size)
+    except UserError:  # no libtwofour, or a GPU that it was not built for: TensorRT decides alone
+        return {}
+
+
+def ratios(tactics: Mapping[str, Any], tokens: int) -> dict[str, float]:
+    """Of a measured tactics.json: dense over sparse at `tokens`, of the layers where a sparse kernel was kept."""
+    found = {}
+    for name, layer in tactics["layers"].items():
+        bucket = next((bucket for bucket in layer["buckets"] if bucket["tokens"] >= tokens), None)
+        if bucket and bucket["measured"] and bucket["ratio"] and not _is_dense(bucket):
+            found[name] = float(bucket["ratio"])
+    return found
+
+
+def shape(layer: Sized, ranks: int, dtype: str, fused: Mapping[str, Sized] | None = None) -> Shape:
+    """What one rank multiplies. With `fused`, the sparse layers by name: all that TensorRT-LLM makes one product of."""
+    from plugins.autotune.tuner import Shape
+
+    rows, columns = layer.out_features, layer.in_features
+    block, _, last = layer.name.rpartition(".")
+    parts = next((parts for parts in FUSED if last in parts), ())
+    if fused and parts and all(f"{block}.{part}" in fused for part in parts):
+        rows = sum(fused[f"{block}.{part}"].out_features for part in parts)
+    if compatibility.is_row_parallel(layer.name):
+        columns //= ranks
+    else:
+        rows //= ranks
+    out = DTYPES[dtype]
+    number_format = layer.format if layer.format in ("int8", "fp8") else out
+    return Shape(rows, columns, number_format, number_format == "int8", out)
+
+
+def _tune(shapes: Mapping[str, Shape], buckets: Sequence[int]) -> dict[str, Any]:
+    """The tuner's tactics; without a layer, this GPU's facts alone. Raises UserError that names the GPU."""
+    from plugins.autotune import tuner
+    from plugins.libtwofour import bindings
+
+    gpu = gpus()[0]
+    if not shapes:
+        device = {"name": gpu.name, "sm": gpu.sm, "driver": gpu.driver}
+        return {"device": device, "source": "measured", "gpu": gpu.name, "versions": {}, "layers": {}}
+    try:
+        bindings.version("cusparselt")  # raises where it is missing or too old: without it, dense would win by default
+        return tuner.tune(shapes, buckets=buckets)
+    except UserError as error:
+        raise UserError(f"the 2:4 kernels of this machine's {gpu.name} cannot be timed: {error}") from None
+
+
+def _is_dense(bucket: Mapping[str, Any]) -> bool:
+    return not str(bucket["kernel"]).startswith(("skinny", "cusparselt"))
+
+
+def _untimed(layer: Sized, dtype: str) -> str:
+    if layer.sparse:
+        return f"stays dense: the model computes in {dtype}, and the 2:4 kernels in 16 bit"
+    return "dense: the weight is not 2:4"

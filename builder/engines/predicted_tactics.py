@@ -1,0 +1,93 @@
+"""Which kernel a layer would take at each number of tokens, predicted for a named GPU where none can be measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.roofline import roofline
+from builder.hardware import machine
+
+BUCKETS = (1, 8, 64, 512, 4096)  # tokens
+PAYS = 1.02  # a sparse kernel predicted to gain less than this is not worth a second layout
+
+
+def predict_tactics(checkpoint: Path, gpu: str) -> dict[str, Any]:
+    """tactics.json of a checkpoint for `gpu`, every figure marked as predicted."""
+    from builder import checkpoint as checkpoints
+
+    card = roofline.gpu(gpu)
+    layers = {}
+    for layer in checkpoints.read(checkpoint).layers():
+        buckets = [predict_bucket(card, tokens, layer) for tokens in BUCKETS]
+        layers[layer.name] = {
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "format": layer.format,
+            "sparse": layer.sparse,
+            "reason": reason(card, layer.sparse, buckets),
+            "buckets": buckets,
+        }
+    return {
+        "device": None,
+        "source": "predicted",
+        "gpu": card.name,
+        "versions": machine.versions("torch", "twofour"),
+        "layers": layers,
+    }
+
+
+def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any]:
+    """The roofline's times of one layer at one number of tokens, dense and 2:4, in microseconds."""
+    number_format = roofline.tensor_core_format(layer.format)
+    shape = (card, tokens, layer.out_features, layer.in_features, number_format)
+    if card.refuses(number_format, layer.sparse):
+        return {
+            "tokens": tokens,
+            "kernel": "none",
+            "dense_us": None,
+            "sparse_us": None,
+            "ratio": None,
+            "measured": False,
+        }
+    dense = roofline.gemm_time(*shape, sparse=False).seconds * 1e6
+    sparse = roofline.gemm_time(*shape, sparse=True).seconds * 1e6
+    ratio = dense / sparse
+    pays = layer.sparse and ratio >= PAYS
+    kernel = ("skinny" if tokens <= 16 else "cusparselt") if pays else "dense-cublaslt"
+    return {
+        "tokens": tokens,
+        "kernel": kernel,
+        "dense_us": round(dense, 3),
+        "sparse_us": round(sparse, 3) if layer.sparse else None,
+        "ratio": round(ratio, 3) if layer.sparse else None,
+        "measured": False,
+    }
+
+
+def reason(card: roofline.Gpu, sparse: bool, buckets: list[dict[str, Any]]) -> str:
+    """Why the layer runs dense or 2:4."""
+    if any(bucket["kernel"] == "none" for bucket in buckets):
+        return f"{card.name} cannot run this format"
+    if not sparse:
+        return "dense: the weight is not 2:4"
+    ratios = [bucket["ratio"] for bucket in buckets]
+    if max(ratios) >= PAYS:
+        limits = "(roofline limits, not measured)"
+        return f"2:4 pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {card.name} {limits}"
+    least = card.least_kernel_seconds * 1e6
+    if all(bucket["dense_us"] <= round(least, 3) for bucket in buckets):
+        return (
+            f"stays dense: on {card.name} a kernel takes at least {least:.2f} us, and the dense product takes no more"
+        )
+    return f"stays dense: no sparse kernel is predicted to gain on {card.name}"
+
+
+def read_tactics(engine: Path) -> dict[str, Any] | None:
+    """tactics.json of an engine directory, or None where there is none. Raises UserError for a damaged one."""
+    from plugins.autotune import tactics
+
+    if not (engine / "tactics.json").is_file():
+        return None
+    found: dict[str, Any] = tactics.read(engine).model_dump(mode="json")
+    return found

@@ -1,0 +1,84 @@
+"""Which module builds and loads each backend's engine. A closed list: nothing is imported by a name from a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from builder.engines.base import Engine, EngineConfig
+from builder.engines.trtllm import version_lock
+from plugins.common.errors import UserError
+
+
+def build(
+    backend: str, checkpoints: Path, out: Path, config: EngineConfig, gpu: str, *, speed_matters: bool = True
+) -> None:
+    """Builds the engine of `backend` into `out` from a folder of checkpoints (hf/, trtllm/).
+
+    Kernels are timed on this machine's GPU; `gpu` is the card that their times are predicted for where there is none,
+    or where speed does not matter, as in an engine that is asked for its logits alone. Raises UserError for what is
+    missing.
+    """
+    if backend == "torch":
+        from builder.engines.torch_backend import artifact
+
+        found = tactics(checkpoints / "hf", config, gpu, measured=speed_matters)
+        artifact.build(checkpoints / "hf", out, config, found)
+    elif backend == "pytorch":
+        from builder.engines.trtllm import pytorch
+
+        found = tactics(checkpoints / "hf", config, gpu, fused=True)
+        pytorch.build(checkpoints / "hf", out, config, tactics=found)
+    elif backend == "tensorrt":
+        from builder.engines.trtllm import tensorrt
+
+        tensorrt.build(checkpoints / "trtllm", out, config)
+    else:
+        raise UserError(f"'{backend}' is not a backend: use tensorrt, pytorch or torch")
+
+
+def tactics(
+    checkpoint: Path, config: EngineConfig, gpu: str, *, fused: bool = False, measured: bool = True
+) -> dict[str, Any]:
+    """tactics.json of a checkpoint: all of it measured here, or, without a GPU, all of it predicted for `gpu`."""
+    from builder import checkpoint as checkpoints
+    from builder.engines import measured_tactics
+    from builder.engines import predicted_tactics as prediction
+
+    if not measured or not measured_tactics.can_measure():
+        return prediction.predict_tactics(checkpoint, gpu)
+    found = checkpoints.read(checkpoint)
+    return measured_tactics.tactics(found.layers(), config, found.architecture.dtype, fused)
+
+
+def load(engine: Path) -> Engine:
+    """Opens an engine directory. Raises UserError for a foreign directory or a backend that cannot run here."""
+    backend = engine_facts(engine).get("backend")
+    version_lock.require(engine)
+    if backend == "torch":
+        from builder.engines.torch_backend import artifact
+
+        return artifact.load(engine)
+    raise UserError(
+        f"'{engine}' is a {backend} engine, which this process cannot open: serve it as its launch file says, "
+        "then measure it with twofour bench --url"
+    )
+
+
+def load_dense(model: Path, engine: Path) -> Engine:
+    """The dense baseline: the unpruned 16-bit model on the same backend and limits as `engine`."""
+    from builder.engines.torch_backend import artifact
+
+    facts = engine_facts(engine)
+    same = ("max_batch_size", "max_seq_len", "max_num_tokens", "chunked_prefill")
+    return artifact.load_hf(model, **{limit: facts[limit] for limit in same if limit in facts})
+
+
+def engine_facts(engine: Path) -> dict[str, Any]:
+    """engine.json. Raises UserError where there is none."""
+    try:
+        facts: dict[str, Any] = json.loads((engine / "engine.json").read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        raise UserError(f"'{engine}' is not an engine directory (no engine.json): name OUT/engine of a build") from None
+    return facts

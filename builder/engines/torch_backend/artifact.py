@@ -1,0 +1,175 @@
+"""The torch backend: builds an engine directory from a unified Hugging Face checkpoint, and loads it.
+
+    engine.json        backend, format, kv_cache, checkpoint_sha256, versions and limits; written last
+    config.json        the model's, without the quantization section
+    model.safetensors  the weights; those of 2:4 layers packed as plugins/sparsity/pattern.py describes
+    tactics.json       which kernel at which tokens, where it was given; and the tokenizer's files
+
+The dense baseline is the same engine, loaded from a 16-bit Hugging Face directory: one code path for both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from builder.artifacts.filesystem import checkpoint_digest
+from builder.engines.torch_backend import weights
+from builder.engines.torch_backend.decoder import CONFIGS, Decoder
+from builder.engines.torch_backend.engine import TorchEngine
+from builder.engines.torch_backend.limits import Limits
+from calibration.data.tokenizer_files import copy_tokenizer
+from plugins.common.errors import UserError
+
+if TYPE_CHECKING:
+    from builder.engines.base import EngineConfig
+
+__all__ = ["LAYOUT", "Limits", "TorchEngine", "build", "load", "load_hf"]
+
+LAYOUT = 1  # of the engine directory; an engine of another layout is refused
+
+
+def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: Mapping[str, Any] | None = None) -> None:
+    """Writes the engine directory `out` from a unified Hugging Face checkpoint.
+
+    `max_seq_len` is cut to what the model's positions allow. Raises UserError where the checkpoint is not what it says,
+    or its architecture is not supported.
+    """
+    model_config = _read_json(checkpoint / "config.json", "a unified Hugging Face checkpoint")
+    _check_architecture(checkpoint, model_config)
+    sparse_layers = _sparse_layers(checkpoint / "sparsity.json")
+    tensors = weights.Tensors(checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    weights.write(weights.packed(tensors, sparse_layers), out)
+    _write_json(out / "config.json", {k: v for k, v in model_config.items() if k != "quantization_config"})
+    copy_tokenizer(checkpoint, out)
+    if tactics is not None:
+        _write_json(out / "tactics.json", tactics)
+    engine = {
+        "backend": "torch",
+        "layout": LAYOUT,
+        "format": weights.number_format(tensors),
+        "kv_cache": _kv_cache(model_config, tensors),
+        "sparse_layers": len(sparse_layers),
+        "checkpoint_sha256": checkpoint_digest(checkpoint),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "max_batch_size": config.max_batch_size,
+        "max_seq_len": _max_seq_len(config.max_seq_len, model_config),
+        "max_num_tokens": config.max_num_tokens,
+        "chunked_prefill": config.chunked_prefill,
+        "cuda_graphs": config.cuda_graphs,
+    }
+    _write_json(out / "engine.json", engine)
+
+
+def load(engine_dir: Path, *, device: str | None = None, dtype: torch.dtype | None = None) -> TorchEngine:
+    """Opens an engine directory on `device` (the GPU where there is one), computing in `dtype`.
+
+    `dtype` None is the model's own on a GPU, and float32 on a CPU: bfloat16 was no faster there at 1 to 4 requests, 1.3
+    times at 16, and rounds more than a quantized model forgives. Raises UserError where the directory is missing,
+    another backend's, or of another layout.
+    """
+    engine = _read_json(engine_dir / "engine.json", "an engine directory")
+    if engine.get("backend") != "torch":
+        raise UserError(f"'{engine_dir}' is an engine of backend '{engine.get('backend')}': open it with that backend")
+    if engine.get("layout") != LAYOUT:
+        raise UserError(
+            f"'{engine_dir}' has layout {engine.get('layout')}, and this twofour reads {LAYOUT}: build the engine again"
+        )
+    limits = [field.name for field in fields(Limits)]
+    missing = [name for name in (*limits, "kv_cache") if name not in engine]
+    if missing:
+        raise UserError(f"'{engine_dir / 'engine.json'}' lacks '{missing[0]}': build the engine again")
+    return _open(engine_dir, Limits(**{name: engine[name] for name in limits}), engine["kv_cache"], device, dtype)
+
+
+def load_hf(
+    model_dir: Path,
+    *,
+    max_batch_size: int = Limits.max_batch_size,
+    max_seq_len: int = Limits.max_seq_len,
+    max_num_tokens: int = Limits.max_num_tokens,
+    chunked_prefill: bool = Limits.chunked_prefill,
+    cuda_graphs: bool = Limits.cuda_graphs,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> TorchEngine:
+    """The dense baseline: a 16-bit Hugging Face directory as an engine; the rest as `load` has it."""
+    length = _max_seq_len(max_seq_len, _read_json(model_dir / "config.json", "a Hugging Face model directory"))
+    limits = Limits(max_batch_size, length, max_num_tokens, chunked_prefill, cuda_graphs)
+    return _open(model_dir, limits, "none", device, dtype)
+
+
+def _open(
+    directory: Path, limits: Limits, kv_cache: str, device_name: str | None, dtype: torch.dtype | None
+) -> TorchEngine:
+    config = _read_json(directory / "config.json", "an engine directory")
+    _check_architecture(directory, config)
+    device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tactics = directory / "tactics.json"
+    if dtype is None:
+        own = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        dtype = getattr(torch, own) if device.type == "cuda" else torch.float32
+    with torch.inference_mode():
+        model = Decoder(
+            config,
+            weights.Tensors(directory),
+            dtype=dtype,
+            device=device,
+            positions=limits.max_seq_len,
+            tactics=_read_json(tactics, "an engine directory") if tactics.is_file() else None,
+        )
+    return TorchEngine(model, limits, _eos(directory, config), kv_cache)
+
+
+def _check_architecture(directory: Path, config: Mapping[str, Any]) -> None:
+    name = (config.get("architectures") or ["none"])[0]
+    if name not in CONFIGS:
+        raise UserError(f"'{directory}' has the architecture '{name}', not supported: use one of {', '.join(CONFIGS)}")
+
+
+def _sparse_layers(path: Path) -> list[str]:
+    """The declared 2:4 layers; none where there is no such file."""
+    layers = _read_json(path, "a checkpoint").get("layers") if path.is_file() else []
+    if not isinstance(layers, list):
+        raise UserError(f"'{path}' holds no list of 'layers': export the checkpoint again")
+    return layers
+
+
+def _max_seq_len(asked: int, config: Mapping[str, Any]) -> int:
+    return min(asked, int(config.get("max_position_embeddings") or asked))
+
+
+def _kv_cache(config: Mapping[str, Any], tensors: weights.Tensors) -> str:
+    """What the checkpoint's scales were calibrated for."""
+    scheme = (config.get("quantization_config") or {}).get("kv_cache_scheme")
+    if not scheme or not any(name.endswith(".k_scale") for name in tensors):
+        return "none"
+    return "int8" if scheme.get("type") == "int" else "fp8"
+
+
+def _eos(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    generation = directory / "generation_config.json"
+    value = _read_json(generation, "a model").get("eos_token_id") if generation.is_file() else None
+    value = config.get("eos_token_id") if value is None else value
+    return frozenset() if value is None else frozenset([value] if isinstance(value, int) else value)
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"'{path.parent}' is not {what}: it holds no {path.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not JSON ({error}): write it again") from None
+    return value
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf8")

@@ -1,0 +1,157 @@
+"""Attention over the batches of an iteration, as the attention function of transformers' own attention modules.
+
+A batch knows where its keys and values go and what each query may see. transformers hands it through its layers as the
+keyword `batch`, so that its modules, rotary embedding and norms run unchanged.
+
+Legend: B requests, T new tokens, H heads, G query heads a key-value head, S positions seen, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface
+
+from builder.engines.torch_backend.kv_cache import KVCache
+
+NAME = "twofour"
+
+
+class Batch(Protocol):
+    """The tokens of one forward pass."""
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None
+    ) -> torch.Tensor:
+        """Attention of q [B, heads, T, D] over k, v [B, H, T, D] and what went before. Out [B, T, heads, D]."""
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    batch: Batch,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in each layer; `attention_mask` is unused, the batch knows it."""
+    return batch.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
+
+
+AttentionInterface.register(NAME, attention)
+
+
+@dataclass
+class Whole:
+    """Whole sequences [B, T], each from position 0, nothing kept: what evaluation runs."""
+
+    cache: KVCache  # only for its scales and rounding
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None
+    ) -> torch.Tensor:
+        k, v = (self.cache.load(stored) for stored in self.cache.store(layer, k, v))
+        return _causal(q, k, v, self.cache.scales[layer], scaling, window)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Tokens `start` to `start + length` of the sequence in a cache row."""
+
+    row: int
+    start: int
+    length: int
+
+
+@dataclass
+class Prefill:
+    """Slices of prompts laid end to end, [1, T]: no padding, and each attends only to its own row."""
+
+    cache: KVCache
+    slices: list[Slice]
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None
+    ) -> torch.Tensor:
+        cache, outputs, first = self.cache, [], 0
+        k, v = cache.store(layer, k, v)
+        for part in self.slices:
+            last, end = first + part.length, part.start + part.length
+            keys, values = cache.keys[layer][part.row], cache.values[layer][part.row]
+            keys[:, part.start : end] = k[0, :, first:last]
+            values[:, part.start : end] = v[0, :, first:last]
+            k_seen, v_seen = cache.load(keys[None, :, :end]), cache.load(values[None, :, :end])
+            outputs.append(_causal(q[:, :, first:last], k_seen, v_seen, cache.scales[layer], scaling, window))
+            first = last
+        return torch.cat(outputs, dim=1)
+
+
+@dataclass
+class Decode:
+    """One new token for each of rows 0 to B - 1, [B, 1], at `positions` [B]."""
+
+    cache: KVCache
+    positions: torch.Tensor
+    length: int  # S: the longest sequence, its new token included
+    ragged: bool  # whether sequences differ in length
+    _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._rows = torch.arange(len(self.positions), device=self.positions.device)
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None
+    ) -> torch.Tensor:
+        cache, rows = self.cache, len(self.positions)
+        keys, values = cache.keys[layer], cache.values[layer]
+        k, v = cache.store(layer, k, v)
+        keys[self._rows, :, self.positions] = k[:, :, 0]
+        values[self._rows, :, self.positions] = v[:, :, 0]
+        k_seen, v_seen = cache.load(keys[:rows, :, : self.length]), cache.load(values[:rows, :, : self.length])
+        k_scale, v_scale = cache.scales[layer]
+        grouped = q.view(rows, k.shape[1], -1, q.shape[-1])  # [B, H, G, D]: G queries read one head's keys once
+        out = torch.nn.functional.scaled_dot_product_attention(
+            grouped, k_seen, v_seen, attn_mask=self._mask(window), scale=scaling * k_scale
+        )
+        return (out if v_scale == 1 else out * v_scale).reshape(rows, 1, -1, q.shape[-1])
+
+    def _mask(self, window: int | None) -> torch.Tensor | None:
+        """What each sequence sees, bool [B, 1, 1, S]; None where that is all."""
+        if window is not None and window >= self.length:
+            window = None
+        if window not in self._masks:
+            self._masks[window] = self._build_mask(window)
+        return self._masks[window]
+
+    def _build_mask(self, window: int | None) -> torch.Tensor | None:
+        if window is None and not self.ragged:
+            return None
+        seen_S, position_B1 = torch.arange(self.length, device=self.positions.device), self.positions[:, None]
+        mask_BS = seen_S <= position_B1
+        if window is not None:
+            mask_BS &= seen_S > position_B1 - window
+        return mask_BS[:, None, None]
+
+
+def _causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: tuple[float, float], scaling: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention of the last T of S positions: q [B, heads, T, D], k, v [B, H, S, D]. Out [B, T, heads, D]."""
+    new, seen = q.shape[2], k.shape[2]
+    mask = None
+    if new != seen or (window is not None and window < seen):
+        position_T1 = torch.arange(seen - new, seen, device=q.device)[:, None]
+        seen_S = torch.arange(seen, device=q.device)
+        mask = seen_S <= position_T1
+        if window is not None:
+            mask &= seen_S > position_T1 - window
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling * scales[0], enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return (out if scales[1] == 1 else out * scales[1]).transpose(1, 2)

@@ -1,0 +1,77 @@
+"""Decode steps of fixed shape, replayed as CUDA graphs: one launch instead of a thousand.
+
+A step is made for a number of rows and a length, both rounded up to a power of two, when it is first needed. Rows
+beyond the running requests compute on what lies in the cache and write to its last position, which no request ever
+reads: max_seq_len counts the last token, and that one is never fed back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from builder.engines.torch_backend.attention import Decode
+from builder.engines.torch_backend.decoder import Decoder
+from builder.engines.torch_backend.kv_cache import KVCache
+
+SHORTEST = 256  # positions
+WARM_UPS = 2  # runs before a capture, in which libraries plan and allocate
+
+
+class DecodeSteps:
+    """Runs one decode iteration of requests in cache rows 0 to B - 1; the same logits as `Decode`'s own shapes give."""
+
+    def __init__(self, model: Decoder, cache: KVCache, max_batch_size: int, max_seq_len: int) -> None:
+        self._model, self._cache = model, cache
+        self._max_batch_size, self._max_seq_len = max_batch_size, max_seq_len
+        self._steps: dict[tuple[int, int], _Step] = {}
+
+    def run(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Logits [B, V] of the last tokens at their positions. Overwritten by the next call."""
+        rows = _round_up(len(tokens), 1, self._max_batch_size)
+        length = _round_up(max(positions) + 1, SHORTEST, self._max_seq_len)
+        if (rows, length) not in self._steps:
+            self._steps[rows, length] = _Step(self._model, self._cache, rows, length, self._max_seq_len - 1)
+        return self._steps[rows, length].run(tokens, positions)
+
+
+class _Step:
+    """One shape: its input buffers, and on CUDA the graph that reads them."""
+
+    def __init__(self, model: Decoder, cache: KVCache, rows: int, length: int, unread: int) -> None:
+        self._model, self._cache, self._rows, self._length, self._unread = model, cache, rows, length, unread
+        self._inputs = torch.tensor([[0] * rows, [unread] * rows], device=model.device)  # tokens, positions
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if model.device.type == "cuda":
+            self._capture()
+
+    def run(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        padding = self._rows - len(tokens)
+        self._inputs.copy_(torch.tensor([[*tokens, *[0] * padding], [*positions, *[self._unread] * padding]]))
+        if self._graph is None:
+            self._logits = self._forward()
+        else:
+            self._graph.replay()
+        return self._logits[: len(tokens)]
+
+    def _forward(self) -> torch.Tensor:
+        tokens, positions = self._inputs
+        batch = Decode(self._cache, positions, self._length, ragged=True)
+        return self._model.logits(self._model.hidden(tokens[:, None], positions[:, None], batch)[:, 0])
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream(self._model.device)
+        stream.wait_stream(torch.cuda.current_stream(self._model.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._forward()
+        torch.cuda.current_stream(self._model.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._forward()
+
+
+def _round_up(number: int, least: int, most: int) -> int:
+    """The next power of two from `least`, at most `most`."""
+    return min(max(1 << (number - 1).bit_length(), least), most)

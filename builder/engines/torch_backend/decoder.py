@@ -1,0 +1,127 @@
+"""The decoder: transformers' architecture with our linear layers, run a batch at a time.
+
+The list of architectures is closed, and nothing of a checkpoint is ever imported. The loop over layers is ours, because
+transformers' own builds masks and caches that our batches replace.
+
+Legend: B requests, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from builder.engines.torch_backend import attention
+from builder.engines.torch_backend.attention import Batch
+from builder.engines.torch_backend.linears import Kernels, Source, is_tied, replace_linears
+from plugins.common.errors import UserError
+from plugins.linear.factory import remarks
+
+CONFIGS = {
+    "LlamaForCausalLM": "LlamaConfig",
+    "MistralForCausalLM": "MistralConfig",
+    "Qwen2ForCausalLM": "Qwen2Config",
+    "Qwen3ForCausalLM": "Qwen3Config",
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with the sequence's length
+
+
+class Decoder:
+    """A model ready to run on one device."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        tensors: Source,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        positions: int,
+        tactics: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        model = _empty_model(config)
+        self.config = model.config
+        kernels = Kernels(tactics, dtype, device)
+        self.linears = replace_linears(model, tensors, dtype, device, kernels)
+        self.remarks = [*kernels.remarks, *remarks(self.linears.values())]
+        if device.type == "cpu":
+            name = str(dtype).removeprefix("torch.")
+            self.remarks.append(f"what is not 8 bit computes in {name}, dense and built alike")
+        _put_rest(model, tensors, dtype, device)
+        body = model.model
+        self._embed, self._layers, self._norm = body.embed_tokens, list(body.layers), body.norm
+        self._head = model.lm_head
+        self._cos_SD, self._sin_SD = _rotary_table(model, positions, dtype, device)
+        self.kv_scales = [_kv_scale(tensors, f"model.layers.{i}.self_attn") for i in range(len(self._layers))]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory, in every form that a kernel has them; tied ones once."""
+        modules = (self._embed, *self._layers, self._norm, self._head)
+        held = {t.data_ptr(): t.nbytes for m in modules for t in (*m.parameters(), *m.buffers())}
+        return sum(held.values())
+
+    def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Final hidden states [B, T, hidden_size] of token ids [B, T] at positions [B, T] or [1, T]."""
+        rotary = (self._cos_SD[positions], self._sin_SD[positions])
+        x = self._embed(input_ids)
+        for layer in self._layers:
+            x = layer(x, position_embeddings=rotary, batch=batch)
+        return self._norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., hidden_size], in the compute dtype."""
+        logits: torch.Tensor = self._head(hidden)
+        return logits
+
+
+def _empty_model(config: dict[str, Any]) -> nn.Module:
+    """The architecture, one of CONFIGS, with no memory behind its parameters."""
+    name = config["architectures"][0]
+    values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    settings = getattr(transformers, CONFIGS[name]).from_dict(values)
+    rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise UserError(f"rope_type '{rope}' is not supported: the torch engine runs {', '.join(ROPE_TYPES)}")
+    settings._attn_implementation = attention.NAME
+    with torch.device("meta"):
+        model: nn.Module = getattr(transformers, name)(settings)
+    return model.eval()
+
+
+def _put_rest(model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives memory to what is no linear layer: embedding and norms."""
+    for name, parameter in list(model.named_parameters()):
+        if parameter.device.type != "meta":
+            continue
+        try:
+            tensor = tensors[name]
+        except KeyError:
+            raise UserError(f"no tensor '{name}': the checkpoint does not belong to its config.json") from None
+        if tensor.shape != parameter.shape:
+            raise UserError(f"'{name}' has shape {list(tensor.shape)}, but config.json says {list(parameter.shape)}")
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+    if is_tied(model, tensors):
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def _rotary_table(
+    model: nn.Module, positions: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [positions, head_dim], computed once in float32 by the model's own rotary embedding."""
+    rotary = type(model.model.rotary_emb)(config=model.config).to(device)
+    like = torch.empty(0, dtype=dtype, device=device)
+    cos, sin = rotary(like, torch.arange(positions, device=device)[None])
+    return cos[0], sin[0]
+
+
+def _kv_scale(tensors: Source, attention_name: str) -> tuple[float, float]:
+    """k_scale and v_scale of a layer; (1, 1) where there are none."""
+    k, v = (tensors.of(f"{attention_name}.{side}_proj").get(f"{side}_scale") for side in "kv")
+    return (1.0 if k is None else float(k), 1.0 if v is None else float(v))

@@ -1,0 +1,162 @@
+"""The torch engine: a model, its KV cache and its scheduler, an iteration at a time.
+
+Legend: B requests, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from builder.engines.request import Request, Token
+from builder.engines.torch_backend.attention import Decode, Prefill, Whole
+from builder.engines.torch_backend.cuda_graphs import DecodeSteps
+from builder.engines.torch_backend.decoder import Decoder
+from builder.engines.torch_backend.kv_cache import KVCache
+from builder.engines.torch_backend.limits import Limits
+from builder.engines.torch_backend.sampling import sample
+from builder.engines.torch_backend.scheduler import Move, Scheduler, Sequence
+from plugins.common.errors import UserError
+
+
+class TorchEngine:
+    """A loaded engine (see builder/engines/base.py). One thread at a time."""
+
+    backend = "torch"
+
+    def __init__(self, model: Decoder, limits: Limits, eos: frozenset[int], kv_cache: str = "none") -> None:
+        self.model, self.limits, self.eos = model, limits, eos
+        config = model.config
+        self._cache = KVCache(
+            model.kv_scales if kv_cache != "none" else [(1.0, 1.0)] * config.num_hidden_layers,
+            limits.max_batch_size,
+            config.num_key_value_heads,
+            limits.max_seq_len,
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            kind=kv_cache,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        use_graphs = limits.cuda_graphs and model.device.type == "cuda"
+        self._graphs = (
+            DecodeSteps(model, self._cache, limits.max_batch_size, limits.max_seq_len) if use_graphs else None
+        )
+        self._scheduler = Scheduler(limits.max_batch_size, limits.max_num_tokens, limits.chunked_prefill)
+
+    @torch.inference_mode()
+    def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, vocabulary] float32 of token ids [B, T] int64, nothing cached. UserError past max_seq_len."""
+        length = input_ids_BT.shape[1]
+        if length > self.limits.max_seq_len:
+            raise UserError(f"a sequence of {length} tokens exceeds max_seq_len {self.limits.max_seq_len}: cut it")
+        ids = input_ids_BT.to(self.model.device)
+        positions = torch.arange(length, device=ids.device)[None]
+        return self.model.logits(self.model.hidden(ids, positions, Whole(self._cache))).float()
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises UserError where it cannot run."""
+        self.limits.check(request, self.model.config.vocab_size)
+        if self._scheduler.holds(request.id):
+            raise UserError(f"request '{request.id}' is queued or running already: give each request an id of its own")
+        self._scheduler.add(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Forgets a request; no more of its tokens come. Unknown ids are ignored."""
+        self._carry_out(self._scheduler.cancel(request_id))
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is queued or running."""
+        return self._scheduler.busy
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """One iteration: prefills what fits, and decodes one token of each request that was running."""
+        running = list(self._scheduler.running)
+        tokens = self._prefill()
+        if running:
+            tokens += self._decode(running)
+        self._carry_out(self._scheduler.finish({token.request_id for token in tokens if token.last}))
+        return tokens
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Token]:
+        """Streams the tokens of `requests` in the order they become ready. Abandoned half-way, it cancels the rest."""
+        ids = []
+        try:
+            for request in requests:
+                self.add(request)
+                ids.append(request.id)
+            while self.busy:
+                yield from self.step()
+        finally:
+            for request_id in ids:
+                self.cancel(request_id)
+
+    def describe(self) -> dict[str, Any]:
+        """Device, compute dtype, bytes in memory, the number of layers on each kernel, and remarks in words."""
+        layers = self.model.linears.values()
+        return {
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "weight_bytes": self.model.nbytes,
+            "kv_cache": self._cache.kind,
+            "kv_cache_bytes": self._cache.nbytes,
+            "kernels": dict(Counter(layer.kernel for layer in layers)),
+            "remarks": self.model.remarks,
+        }
+
+    def _prefill(self) -> list[Token]:
+        slices = self._scheduler.prefill()
+        if not slices:
+            return []
+        ids: list[int] = []
+        positions: list[int] = []
+        ends = []
+        for sequence, part in slices:
+            span = range(part.start, part.start + part.length)
+            ids += sequence.request.input_ids[span.start : span.stop]
+            positions += span
+            ends.append(len(ids) - 1)
+        batch = Prefill(self._cache, [part for _, part in slices])
+        hidden = self.model.hidden(self._tensor(ids)[None], self._tensor(positions)[None], batch)
+        done = [(sequence, end) for (sequence, _), end in zip(slices, ends, strict=True) if sequence.prefilled]
+        if not done:
+            return []
+        logits = self.model.logits(hidden[0, [end for _, end in done]])
+        return self._emit(logits, [sequence for sequence, _ in done])
+
+    def _decode(self, running: list[Sequence]) -> list[Token]:
+        ids, positions = [sequence.tokens[-1] for sequence in running], [sequence.cached for sequence in running]
+        decode = self._decode_eagerly if self._graphs is None else self._graphs.run
+        logits = decode(ids, positions)
+        for sequence in running:
+            sequence.cached += 1
+        return self._emit(logits, running)
+
+    def _decode_eagerly(self, ids: list[int], positions: list[int]) -> torch.Tensor:
+        positions_B = self._tensor(positions)
+        batch = Decode(self._cache, positions_B, max(positions) + 1, ragged=min(positions) != max(positions))
+        hidden = self.model.hidden(self._tensor(ids)[:, None], positions_B[:, None], batch)
+        return self.model.logits(hidden[:, 0])
+
+    def _emit(self, logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[Token]:
+        requests, indices = [s.request for s in sequences], [len(s.tokens) for s in sequences]
+        chosen = sample(logits_BV, requests, indices)
+        now = perf_counter()
+        tokens = []
+        for sequence, request, index, token in zip(sequences, requests, indices, chosen, strict=True):
+            sequence.tokens.append(token)
+            last = index + 1 == request.max_new_tokens or (token in self.eos and not request.ignore_eos)
+            tokens.append(Token(request.id, token, index, last, now))
+        return tokens
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, device=self.model.device)
+
+    def _carry_out(self, moves: list[Move]) -> None:
+        for move in moves:
+            self._cache.move(move.source, move.target, move.length)

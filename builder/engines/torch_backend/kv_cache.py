@@ -1,0 +1,64 @@
+"""The KV cache: one row a running request, allocated once, 16-bit, INT8 or FP8.
+
+An 8-bit cache holds round(k / k_scale), with one static scale a layer and side. The scales never touch a cached
+element: k_scale goes into the softmax scale, v_scale onto the attention's output.
+
+Legend: R rows (max_batch_size), H key-value heads, S positions (max_seq_len), D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from plugins.common import numerics
+
+STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+class KVCache:
+    """Keys and values [R, H, S, D] of every layer; `scales` are its (k_scale, v_scale), (1, 1) for a 16-bit cache."""
+
+    def __init__(
+        self,
+        scales: list[tuple[float, float]],
+        rows: int,
+        heads: int,
+        positions: int,
+        head_dim: int,
+        *,
+        kind: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.kind, self.dtype, self.scales = kind, dtype, scales
+        self._multipliers = [tuple(torch.full((1,), 1 / scale, device=device) for scale in pair) for pair in scales]
+        shape, stored = (rows, heads, positions, head_dim), STORED.get(kind, dtype)
+        # zeros, not empty: a masked position weighs 0, and 0 * NaN would be NaN
+        self.keys = [torch.zeros(shape, dtype=stored, device=device) for _ in scales]
+        self.values = [torch.zeros(shape, dtype=stored, device=device) for _ in scales]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of any shape as the cache holds them."""
+        if self.kind == "none":
+            return k, v
+        quantize = numerics.quantize_int8 if self.kind == "int8" else numerics.quantize_fp8
+        k_multiplier, v_multiplier = self._multipliers[layer]
+        return quantize(k, k_multiplier), quantize(v, v_multiplier)
+
+    def load(self, stored: torch.Tensor) -> torch.Tensor:
+        """What the cache holds as numbers to compute with, still divided by their scale."""
+        if self.kind == "none":
+            return stored
+        if self.kind == "fp8" and not stored.is_cuda:
+            stored = numerics.fp8_values(stored)
+        return stored.to(self.dtype)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` positions of one row over another."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]

@@ -1,0 +1,96 @@
+"""Puts our linear layers into transformers' architecture, each on the kernel that suits it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from plugins.common.errors import UserError
+from plugins.linear.factory import build_linear, share_input
+from plugins.linear.torch_linear import Linear
+
+log = logging.getLogger(__name__)
+
+Choices = Sequence[tuple[int, str]]
+KV_SCALES = ("k_scale", "v_scale")  # stored under k_proj and v_proj, but the KV cache's
+
+
+class Source(Protocol):
+    """Where tensors come from: a directory's, or made up (a benchmark on random weights)."""
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __getitem__(self, name: str) -> torch.Tensor: ...
+    def of(self, module: str) -> dict[str, torch.Tensor]: ...
+
+
+class Kernels:
+    """Which of our kernels each layer runs on: on CUDA as tactics.json says, elsewhere none."""
+
+    def __init__(self, tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device) -> None:
+        self._layers: Mapping[str, Any] = (tactics or {}).get("layers", {})
+        self.remarks: list[str] = []
+        self._usable, self._amiss = False, ""
+        if device.type == "cuda":
+            self._usable, self._amiss = _open(tactics, dtype, device.index or 0)
+
+    def choices(self, name: str, stored: Mapping[str, torch.Tensor]) -> Choices | None:
+        """For a layer and its tensors; None: torch's own product."""
+        sparse = "weight_values" in stored
+        if sparse and self._amiss:  # said once, and only of a model that it slows down
+            log.warning("%s", self._amiss)
+            self.remarks.append(self._amiss)
+            self._amiss = ""
+        if not self._usable or not (sparse or "weight_scale" in stored):
+            return None
+        from plugins.linear.kernel_linear import choices_of
+
+        return choices_of(self._layers.get(name), sparse)
+
+
+def _open(tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: int) -> tuple[bool, str]:
+    """(whether our kernels run here, what a reader of speeds should know of it)."""
+    from plugins.autotune import tuner
+    from plugins.libtwofour import bindings, torch_ops
+
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False, f"2:4 layers run as dense ones: the kernels give out fp16 or bf16, and the model is {dtype}"
+    try:
+        bindings.context(device)
+        return True, tuner.apply(tactics or {}, torch_ops.FORMATS[dtype], device) or ""
+    except UserError as error:
+        return False, f"2:4 layers run as dense ones: {error}"
+
+
+def replace_linears(
+    model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device, kernels: Kernels
+) -> dict[str, Linear]:
+    """Replaces every linear layer by ours. Returns them by name."""
+    linears: dict[str, Linear] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        stored = {key: tensor for key, tensor in tensors.of(name).items() if key not in KV_SCALES}
+        if name == "lm_head" and is_tied(model, tensors):
+            stored = {"weight": tensors["model.embed_tokens.weight"]}
+        if "weight" not in stored and "weight_values" not in stored:
+            raise UserError(f"no tensor '{name}.weight': the checkpoint does not belong to its config.json")
+        linears[name] = layer = build_linear(stored, dtype, device, kernels.choices(name, stored))
+        if (layer.out_features, layer.in_features) != (module.out_features, module.in_features):
+            raise UserError(
+                f"'{name}' has shape [{layer.out_features}, {layer.in_features}], but config.json says "
+                f"[{module.out_features}, {module.in_features}]: they do not belong together"
+            )
+        model.set_submodule(name, layer)
+    for block in model.model.layers:
+        share_input([block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj])
+        share_input([block.mlp.gate_proj, block.mlp.up_proj])
+    return linears
+
+
+def is_tied(model: nn.Module, tensors: Source) -> bool:
+    """Whether lm_head is the embedding: the config says so, and no other weight is stored."""
+    return bool(model.config.tie_word_embeddings) and not tensors.of("lm_head")

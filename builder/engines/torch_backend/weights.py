@@ -1,0 +1,130 @@
+"""Safetensors in and out: named tensors of a directory, and its engine form with 2:4 weights packed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from plugins.common.errors import UserError
+from plugins.sparsity.torch_packing import pack
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 << 30
+FORMATS = {"I8": "int8", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+class Tensors:
+    """The tensors of a directory's safetensors files, read one at a time. Pickled weights are refused."""
+
+    def __init__(self, directory: Path) -> None:
+        self._handles: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        for path in _weight_files(directory):
+            try:
+                handle: Any = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"'{path}' cannot be read ({error}): copy or export it again") from None
+            self._handles[path.name] = handle
+            self._file_of |= dict.fromkeys(handle.keys(), path.name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._file_of))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._handles[self._file_of[name]].get_tensor(name)
+        return tensor
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as the file calls it ("BF16", "I8", "F8_E4M3"), without reading the tensor."""
+        dtype: str = self._handles[self._file_of[name]].get_slice(name).get_dtype()
+        return dtype
+
+    def of(self, module: str) -> dict[str, torch.Tensor]:
+        """The tensors right under a module's name, by their own names."""
+        prefix = f"{module}."
+        return {n[len(prefix) :]: self[n] for n in self if n.startswith(prefix) and "." not in n[len(prefix) :]}
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+        for name in names:
+            if not (directory / name).is_file():
+                raise UserError(f"'{index}' names '{name}', which is missing: copy or export it again")
+        return [directory / name for name in names]
+    paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
+        found = f"only '{pickled[0].name}', and pickled weights are never loaded" if pickled else "no safetensors file"
+        raise UserError(f"'{directory}' holds {found}: convert or export the model to safetensors")
+    return paths
+
+
+def packed(tensors: Tensors, sparse_layers: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors by name, the weights of 2:4 layers as `weight_values` and `weight_indices`. Raises UserError for a
+    declared layer that is not 2:4, or is not there."""
+    sparse = {f"{layer}.weight" for layer in sparse_layers}
+    for name in sparse:
+        if name not in tensors:
+            raise UserError(
+                f"sparsity.json declares '{name.removesuffix('.weight')}', which the checkpoint does not hold"
+            )
+    for name in tensors:
+        if name in sparse:
+            try:
+                values, indices = pack(tensors[name])
+            except UserError as error:
+                raise UserError(f"'{name}' is declared 2:4, but {error}") from None
+            yield f"{name}_values", values
+            yield f"{name}_indices", indices
+        else:
+            yield name, tensors[name]
+
+
+def write(tensors: Iterable[tuple[str, torch.Tensor]], directory: Path) -> None:
+    """Writes model.safetensors, or shards of SHARD_BYTES and their index, holding one shard in memory."""
+    shards: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    size = total = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            _write_shard(shard, directory, shards)
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    _write_shard(shard, directory, shards)
+    if len(shards) == 1:
+        (directory / _shard_name(1)).rename(directory / "model.safetensors")
+        return
+    names = {i: f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)}
+    for i, name in names.items():
+        (directory / _shard_name(i)).rename(directory / name)
+    weight_map = {tensor: names[i] for i, held in enumerate(shards, start=1) for tensor in held}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf8")
+
+
+def _write_shard(shard: dict[str, torch.Tensor], directory: Path, shards: list[list[str]]) -> None:
+    shards.append(list(shard))
+    save_file(shard, directory / _shard_name(len(shards)), metadata={"format": "pt"})
+
+
+def _shard_name(number: int) -> str:
+    return f"model-{number:05}.safetensors"
+
+
+def number_format(tensors: Tensors) -> str:
+    """ "int8" or "fp8" where a layer's weight is, else what the weights are."""
+    found = {tensors.dtype(name) for name in tensors if name.endswith("_proj.weight")}
+    return next((name for dtype, name in FORMATS.items() if dtype in found), "fp32")

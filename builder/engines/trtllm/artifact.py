@@ -1,0 +1,95 @@
+"""The files that TensorRT-LLM's two backends share in an engine directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from builder.artifacts.filesystem import write_json
+from builder.checkpoint import digest
+from builder.engines.base import EngineConfig
+from builder.hardware import machine
+from calibration.data import tokenizer_files
+
+KV_CACHE_FRACTION = 0.9  # of the memory left after loading; TensorRT-LLM's own default, written so that it is seen
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Carries the tokenizer along: trtllm-serve finds no other in an engine directory.
+
+    The class that transformers 5 names is unknown to transformers 4, which TensorRT-LLM 1.0 to 1.2 pins: both know the
+    other name that it has.
+    """
+    tokenizer_files.copy_tokenizer(source, out)
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def weight_bytes(checkpoint: Path) -> int:
+    """Bytes of all safetensors files of a checkpoint."""
+    return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+
+
+def write_facts(
+    out: Path,
+    backend: str,
+    number_format: str,
+    kv_cache: str,
+    checkpoint: Path,
+    config: EngineConfig,
+    remarks: Sequence[str],
+) -> None:
+    """Writes `engine.json`: what this engine is. `remarks` are for the reader of a build's report."""
+    write_json(
+        out / "engine.json",
+        {
+            "backend": backend,
+            "format": number_format,
+            "kv_cache": kv_cache,
+            "checkpoint_sha256": digest(checkpoint),
+            "versions": machine.versions("tensorrt-llm", "tensorrt", "torch", "twofour"),
+            "max_batch_size": config.max_batch_size,
+            "max_seq_len": config.max_seq_len,
+            "max_num_tokens": config.max_num_tokens,
+            "tensor_parallel": config.tensor_parallel,
+            "pipeline_parallel": config.pipeline_parallel,
+            "chunked_prefill": config.chunked_prefill,
+            "remarks": list(remarks),
+        },
+    )
+
+
+def llm_args(config: EngineConfig, backend: str, kv_cache: str, reuse: bool = True) -> dict[str, Any]:
+    """LlmArgs fields for `--extra_llm_api_options`: the recipe's keys, and none that only some releases know.
+
+    `reuse` is whether the engine can use blocks of its KV cache again at all.
+    """
+    cache: dict[str, Any] = {
+        "enable_block_reuse": config.kv_cache_block_reuse and reuse,
+        "free_gpu_memory_fraction": KV_CACHE_FRACTION,
+    }
+    if backend == "pytorch" and kv_cache != "none":
+        cache["dtype"] = kv_cache  # a TensorRT engine has its cache's dtype built in, and refuses the key
+    args: dict[str, Any] = {
+        "tensor_parallel_size": config.tensor_parallel,
+        "pipeline_parallel_size": config.pipeline_parallel,
+        "max_batch_size": config.max_batch_size,
+        "max_seq_len": config.max_seq_len,
+        "max_num_tokens": config.max_num_tokens,
+        "enable_chunked_prefill": config.chunked_prefill,
+        "kv_cache_config": cache,
+    }
+    if backend == "pytorch" and not config.cuda_graphs:
+        args["cuda_graph_config"] = None  # on by default; null is off
+    return args
+
+
+def write_llm_args(out: Path, config: EngineConfig, backend: str, kv_cache: str, reuse: bool = True) -> None:
+    text = yaml.safe_dump(llm_args(config, backend, kv_cache, reuse), sort_keys=False)
+    (out / "llm_args.yaml").write_text(text, encoding="utf8")

@@ -1,0 +1,139 @@
+"""What a TensorRT-LLM checkpoint's `config.json` says, refused here where TensorRT-LLM would refuse it late, or never.
+
+A TensorRT-LLM checkpoint is `config.json` and one `rank{N}.safetensors` a rank, with our `sparsity.json` beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder.planning import compatibility
+from plugins.common.errors import UserError
+
+FORMATS = {None: "none", "FP8": "fp8", "W8A8_SQ_PER_CHANNEL": "int8"}  # quantization.quant_algo -> our name
+KV_CACHES = {None: "none", "FP8": "fp8", "INT8": "int8"}
+DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+# The keys that TensorRT-LLM's QuantConfig takes: a newer release of it refuses any other.
+QUANTIZATION_KEYS = frozenset(
+    [
+        "quant_algo",
+        "kv_cache_quant_algo",
+        "group_size",
+        "smoothquant_val",
+        "clamp_val",
+        "use_meta_recipe",
+        "has_zero_point",
+        "pre_quant_scale",
+        "exclude_modules",
+    ]
+)
+REQUIRED = ("architecture", "dtype", "hidden_size", "num_hidden_layers", "num_attention_heads", "mapping")
+
+
+@dataclass(frozen=True)
+class TrtllmCheckpoint:
+    """The facts that building an engine needs."""
+
+    directory: Path
+    config: dict[str, Any]
+    sparse_layers: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.config["architecture"])
+
+    @property
+    def dtype(self) -> str:
+        return str(self.config["dtype"])
+
+    @property
+    def quantization(self) -> str:
+        """ "none", "int8" or "fp8"."""
+        return FORMATS[(self.config.get("quantization") or {}).get("quant_algo")]
+
+    @property
+    def format(self) -> str:
+        """The number format of the linear layers: "bf16", "fp16", "int8" or "fp8"."""
+        return DTYPES[self.dtype] if self.quantization == "none" else self.quantization
+
+    @property
+    def kv_cache(self) -> str:
+        return KV_CACHES[(self.config.get("quantization") or {}).get("kv_cache_quant_algo")]
+
+    @property
+    def tensor_parallel(self) -> int:
+        return int(self.config["mapping"]["tp_size"])
+
+    @property
+    def pipeline_parallel(self) -> int:
+        return int(self.config["mapping"]["pp_size"])
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def blocks(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    def blocks_of(self, rank: int) -> range:
+        """The decoder blocks that a rank holds: its pipeline stage's, and a stage has as many as any other."""
+        count, stage = self.blocks // self.pipeline_parallel, rank // self.tensor_parallel
+        return range(stage * count, (stage + 1) * count)
+
+
+def read(directory: Path) -> TrtllmCheckpoint:
+    """Reads and checks `directory`. Raises UserError for what no TensorRT-LLM release from 1.0 to 1.2 would build."""
+    config = _read_json(directory / "config.json", directory)
+    where = directory / "config.json"
+    for key in REQUIRED:
+        if key not in config:
+            what = "a Hugging Face checkpoint" if "architectures" in config else f"no '{key}'"
+            raise UserError(f"'{where}' is {what}: name the TensorRT-LLM checkpoint directory (checkpoint-trtllm)")
+    compatibility.check_architecture(str(config["architecture"]), "tensorrt").require()
+    if config["dtype"] not in DTYPES:
+        raise UserError(f"'{where}' has dtype '{config['dtype']}': export it as {' or '.join(DTYPES)}")
+    _check_quantization(config, where)
+    if "rotary_base" not in config:
+        raise UserError(
+            f"'{where}' says no rotary_base, and TensorRT-LLM would silently take 10000: add the model's rope_theta "
+            "under that name, or export it again with twofour"
+        )
+    sparse = (
+        _read_json(directory / "sparsity.json", directory)["layers"] if (directory / "sparsity.json").is_file() else ()
+    )
+    checkpoint = TrtllmCheckpoint(directory, config, tuple(sparse))
+    for rank in range(checkpoint.ranks):
+        if not (directory / f"rank{rank}.safetensors").is_file():
+            raise UserError(f"'{directory}' lacks rank{rank}.safetensors of {checkpoint.ranks} ranks: export it again")
+    return checkpoint
+
+
+def _check_quantization(config: dict[str, Any], where: Path) -> None:
+    """Names what a newer ModelOpt may have written and TensorRT-LLM does not know."""
+    quantization = config.get("quantization") or {}
+    producer = config.get("producer") or {}
+    writer = f"{producer.get('name', 'an unknown tool')} {producer.get('version', '')}".strip()
+    again = f"it was written by {writer}, export it again with nvidia-modelopt {compatibility.MODELOPT}"
+    for key in quantization:
+        if key not in QUANTIZATION_KEYS:
+            raise UserError(
+                f"'{where}' has the quantization key '{key}', which TensorRT-LLM 1.0 to 1.2 refuses: {again}"
+            )
+    for key, known in (("quant_algo", FORMATS), ("kv_cache_quant_algo", KV_CACHES)):
+        if quantization.get(key) not in known:
+            names = ", ".join(str(name) for name in known if name)
+            raise UserError(f"'{where}' has {key} '{quantization[key]}', which is none of {names}: {again}")
+
+
+def _read_json(path: Path, directory: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise UserError(f"'{directory}' holds no {path.name}: name a TensorRT-LLM checkpoint directory") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): export the checkpoint again") from None
+    return content

@@ -1,0 +1,265 @@
+"""The tensorrt backend: TensorRT-LLM checkpoint -> engine, with TensorRT-LLM 1.0 to 1.2.
+
+    engine/
+      engine.json  lock.json            what it is, and what it may run with
+      build_config.json  build.sh       the same build by hand, with trtllm-build
+      hooks/{models.py, routes.json}    the model class that swaps layers for our plugin, and which layers
+      launch/  llm_args.yaml            how to serve it; tokenizer files
+      rank{r}.engine  config.json       TensorRT-LLM's own, once built
+      build-rank{r}.log  inspector-rank{r}.json  sparsity_log.json  tactics.json      what TensorRT picked
+
+`prepare` writes all that needs no GPU and no TensorRT-LLM; `build` goes on from there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+
+from builder.artifacts.filesystem import write_json
+from builder.checkpoint import read
+from builder.engines import measured_tactics
+from builder.engines.base import EngineConfig
+from builder.engines.trtllm import (
+    artifact,
+    gpu_memory,
+    launch,
+    rank_processes,
+    sparsity_report,
+    version_lock,
+)
+from builder.engines.trtllm import (
+    checkpoint as trtllm_checkpoint,
+)
+from builder.engines.trtllm.build_config import HOOKS, MODEL_CLASS, build_command, build_config, pages_context, routes
+from builder.engines.trtllm.checkpoint import TrtllmCheckpoint
+from builder.hardware.nvidia_smi import gpus
+from builder.planning import compatibility
+from plugins.common.errors import UserError
+from plugins.libtwofour import bindings
+from plugins.tensorrt_llm.log import Status
+
+__all__ = ["build", "build_command", "build_config", "prepare", "routes"]
+
+# trtllm-build loads this file under the name `models`, and its workers import it again by that name: hence its own.
+_MODELS_PY = '''\
+"""The model class that trtllm-build loads: TensorRT-LLM's own, with the layers in routes.json on our plugin."""
+
+from pathlib import Path
+
+from tensorrt_llm.models import {base}
+
+from plugins.tensorrt_llm.network import SparseNetwork
+
+
+class {name}(SparseNetwork, {base}):
+    routes = Path(__file__).with_name("routes.json")
+'''
+
+_BUILD_SH = """\
+#!/usr/bin/env bash
+# Builds this engine by hand, in the container {container}.
+# CHECKPOINT names the TensorRT-LLM checkpoint directory.
+set -euo pipefail
+source "$(dirname "${{BASH_SOURCE[0]}}")/launch/env.sh"
+checkpoint=${{CHECKPOINT:-$engine/../checkpoint-trtllm}}
+export PYTHONPATH="$engine/{hooks}${{PYTHONPATH:+:$PYTHONPATH}}"  # its workers import the model class from there
+{command}
+"""
+
+
+def prepare(
+    checkpoint: Path,
+    out: Path,
+    config: EngineConfig,
+    *,
+    tokenizer: Path | None = None,
+    ratios: Mapping[str, float] | None = None,
+) -> list[str]:
+    """Writes into `out` all that needs no GPU, and returns the build command.
+
+    `tokenizer` is a directory with tokenizer files, by default the unified checkpoint beside this one. Raises UserError
+    where the checkpoint cannot become this engine.
+    """
+    found = trtllm_checkpoint.read(checkpoint)
+    _check(found, config)
+    return _prepare(found, out, config, routes(found, ratios), tokenizer)
+
+
+def build(
+    checkpoint: Path,
+    out: Path,
+    config: EngineConfig,
+    *,
+    tokenizer: Path | None = None,
+    ratios: Mapping[str, float] | None = None,
+    plugin: Path | None = None,
+    progress: rank_processes.Progress | None = None,
+) -> None:
+    """Builds the engine, one process a rank, and writes what TensorRT picked into tactics.json.
+
+    First every 2:4 layer is left to TensorRT, which times its own sparse tactics. Where it picks none and our kernels
+    measure faster (`ratios`, dense over sparse; measured here where not given), the engine is built again with those
+    layers on `plugin`, our TensorRT plugin library. INT8 layers, for which TensorRT has no such tactic, go there first.
+
+    Raises UserError, before the build for what is missing (TensorRT-LLM, a GPU, memory, the library), after it for the
+    rank that failed, with the cause.
+    """
+    found = trtllm_checkpoint.read(checkpoint)
+    _check(found, config)
+    _require_machine(found, config)
+    given = ratios is not None
+    plugin = plugin or _installed_plugin()
+    if ratios is None:
+        out_dtype = trtllm_checkpoint.DTYPES[found.dtype]
+        ratios = measured_tactics.measure(read(checkpoint).layers(), config, out_dtype) if plugin else {}
+    chosen = routes(found, ratios if given or found.format == "int8" else None)
+    status = _build_ranks(found, out, config, chosen, tokenizer, plugin, progress)
+    better = routes(found, ratios, [layer for layer, word in status.items() if word == "picked"])
+    if "plugin" in better.values() and chosen != better and not given:
+        chosen = better
+        _build_ranks(found, out, config, chosen, tokenizer, plugin, progress)
+    version_lock.write(out, version_lock.current("tensorrt", plugin if "plugin" in chosen.values() else None))
+    remarks = [*sparsity_report.remarks(out), *_remarks(found, config, timed=bool(ratios))]
+    artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config, remarks)
+
+
+def _remarks(found: TrtllmCheckpoint, config: EngineConfig, timed: bool) -> list[str]:
+    words = []
+    if found.sparse_layers and not timed:
+        words.append(
+            "our plugin's kernels were not timed against TensorRT's here: every 2:4 layer was left to TensorRT"
+        )
+    if config.kv_cache_block_reuse and not pages_context(found):
+        words.append(f"KV-cache blocks are not used again: TensorRT-LLM cannot with this {found.kv_cache} KV cache")
+    return words
+
+
+def _prepare(
+    found: TrtllmCheckpoint, out: Path, config: EngineConfig, chosen: Mapping[str, str], tokenizer: Path | None
+) -> list[str]:
+    settings = build_config(found, config, chosen)
+    (out / HOOKS).mkdir(parents=True, exist_ok=True)
+    if chosen:
+        base = compatibility.TENSORRT_CLASS[found.architecture]
+        (out / HOOKS / "models.py").write_text(_MODELS_PY.format(base=base, name=MODEL_CLASS), encoding="utf8")
+        write_json(out / HOOKS / "routes.json", {"layers": chosen})
+        shutil.copyfile(found.directory / "sparsity.json", out / "sparsity.json")
+    write_json(out / "build_config.json", settings)
+    artifact.copy_tokenizer(tokenizer or _tokenizer(found.directory), out)
+    artifact.write_llm_args(out, config, "tensorrt", found.kv_cache, reuse=pages_context(found))
+    preload = "plugin" in chosen.values()
+    launch.write(
+        out, config, _serve(config), version_lock.SUPPORTED_CONTAINER, "tensorrt", modules=False, preload=preload
+    )
+    by_hand = build_command(PurePath("$checkpoint"), PurePath("$engine"), config, bool(chosen), settings)
+    script = out / "build.sh"
+    page = _BUILD_SH.format(container=version_lock.SUPPORTED_CONTAINER, hooks=HOOKS, command=launch.shell(by_hand))
+    script.write_text(page, encoding="utf8")
+    script.chmod(0o755)
+    return build_command(found.directory, out, config, bool(chosen), settings)
+
+
+def _build_ranks(
+    found: TrtllmCheckpoint,
+    out: Path,
+    config: EngineConfig,
+    chosen: Mapping[str, str],
+    tokenizer: Path | None,
+    plugin: Path | None,
+    progress: rank_processes.Progress | None,
+) -> dict[str, Status]:
+    """Builds all ranks and returns what became of each 2:4 layer."""
+    _prepare(found, out, config, chosen, tokenizer)
+    preload = _place_plugin(plugin, out) if "plugin" in chosen.values() else None
+    rank_processes.run_ranks(
+        [_rank_command(found.directory, out, rank) for rank in range(found.ranks)],
+        [out / f"build-rank{rank}.log" for rank in range(found.ranks)],
+        [_rank_environment(out, rank, preload) for rank in range(found.ranks)],
+        "building the TensorRT engine",
+        progress,
+    )
+    return sparsity_report.write(out, found, read(found.directory).layers(), chosen)
+
+
+def _tokenizer(checkpoint: Path) -> Path:
+    """The unified checkpoint beside this one, as builds lay them; else this one, which may have a tokenizer."""
+    beside = [checkpoint.parent / "hf", checkpoint.resolve().parent / "checkpoint"]
+    return next((path for path in beside if path.is_dir()), checkpoint)
+
+
+def _check(found: TrtllmCheckpoint, config: EngineConfig) -> None:
+    device = gpus()[0] if gpus() else None
+    compatibility.check(
+        found.format,
+        bool(found.sparse_layers),
+        "tensorrt",
+        device.sm if device else None,
+        kv_cache=found.kv_cache,
+        parallel=found.ranks,
+        tensorrt_llm=version_lock.installed("tensorrt_llm"),
+    ).require()
+    if config.chunked_prefill and not pages_context(found):
+        raise UserError(
+            f"engine.chunked_prefill is not possible with quantization.kv_cache={found.kv_cache} and {found.format} "
+            "weights, which TensorRT-LLM does not page for prompts: set it to false, or quantization.kv_cache=none"
+        )
+    for key, have, want in (
+        ("tensor_parallel", found.tensor_parallel, config.tensor_parallel),
+        ("pipeline_parallel", found.pipeline_parallel, config.pipeline_parallel),
+    ):
+        if have != want:
+            raise UserError(
+                f"'{found.directory.resolve()}' was exported for {key} {have} and engine.{key} is {want}: "
+                f"set engine.{key}={have}, or export it again"
+            )
+
+
+def _require_machine(found: TrtllmCheckpoint, config: EngineConfig) -> None:
+    if version_lock.installed("tensorrt_llm") is None:
+        raise UserError(
+            "engine.backend=tensorrt needs the package tensorrt_llm, which is not installed: run 'twofour engine' "
+            f"in the container {version_lock.SUPPORTED_CONTAINER}, or use engine.backend=torch"
+        )
+    if not gpus():
+        raise UserError(
+            "engine.backend=tensorrt needs a GPU, and there is none: run 'twofour engine' on a machine with one"
+        )
+    need = gpu_memory.estimate(found.config, artifact.weight_bytes(found.directory), found.kv_cache, config)
+    gpu_memory.require(need, gpus(), found.ranks, building=True)
+
+
+def _installed_plugin() -> Path | None:
+    try:
+        return bindings.tensorrt_plugin_path()
+    except UserError:
+        return None
+
+
+def _place_plugin(plugin: Path | None, out: Path) -> Path:
+    """Copies the plugin library into the engine, where its launch files look for it."""
+    if plugin is None or not plugin.is_file():
+        raise UserError(
+            f"the plugin library {launch.PLUGIN_LIBRARY} is missing{f' at {plugin}' if plugin else ''}: "
+            "build it with 'twofour plugins build'"
+        )
+    return Path(shutil.copyfile(plugin, out / launch.PLUGIN_LIBRARY))
+
+
+def _rank_command(checkpoint: Path, out: Path, rank: int) -> list[str]:
+    words: Sequence[object] = (sys.executable, "-m", "plugins.tensorrt_llm.build_rank", checkpoint, out, "--rank", rank)
+    return [str(word) for word in words]
+
+
+def _rank_environment(out: Path, rank: int, preload: Path | None) -> dict[str, str]:
+    """Each rank sees one GPU: its own where there are enough, for an engine can be built on any GPU of its kind."""
+    environment = {"CUDA_VISIBLE_DEVICES": str(rank % len(gpus()))}
+    return environment | ({"LD_PRELOAD": str(preload)} if preload else {})
+
+
+def _serve(config: EngineConfig) -> list[str]:
+    words = ["trtllm-serve", "$engine", "--backend", "tensorrt", "--tokenizer", "$engine"]
+    words += ["--tp_size", str(config.tensor_parallel), "--pp_size", str(config.pipeline_parallel)]
+    return [*words, "--extra_llm_api_options", "$engine/llm_args.yaml"]

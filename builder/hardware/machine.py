@@ -1,0 +1,67 @@
+"""What this machine is, in the few facts that a measurement or an engine depends on. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from functools import cache
+from typing import Any
+
+from benchmarks.environment import processor
+from builder.hardware.nvidia_smi import gpus
+
+TOOLS = ("torch", "transformers", "safetensors", "numpy", "nvidia-modelopt", "tensorrt-llm", "tensorrt", "twofour")
+
+
+@cache
+def device() -> dict[str, Any]:
+    """The GPU where there is one (name, sm, driver, memory), else the CPU (name, cores)."""
+    return _gpu() or {"type": "cpu", "name": processor(), "cores": len(os.sched_getaffinity(0))}
+
+
+def gpu() -> dict[str, Any] | None:
+    """The same, where it is a GPU."""
+    return device() if device()["type"] == "gpu" else None
+
+
+def sm() -> int | None:
+    """The GPU's compute capability as TensorRT writes it (90 for 9.0), or None without a GPU."""
+    found = device().get("sm")
+    return int(found) if found else None
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Installed versions of `names` (all of TOOLS where none is given); missing packages are left out."""
+    found = {}
+    for name in names or TOOLS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """For the report: the machine, its software, and the threads that the CPU's figures stand for."""
+    return {
+        "device": device(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "versions": versions(),
+    }
+
+
+def _gpu() -> dict[str, Any] | None:
+    found = gpus()
+    if not found:
+        return None
+    first = found[0]
+    return {
+        "type": "gpu",
+        "name": first.name,
+        "sm": first.sm,
+        "driver": first.driver,
+        "memory_bytes": first.memory_total,
+        "count": len(found),
+    }

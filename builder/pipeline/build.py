@@ -1,0 +1,211 @@
+"""One command from a recipe to a proven, measured build: runs the line, then puts the result in place at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from benchmarks.roofline import roofline
+from builder.artifacts.cache import Entry, Store
+from builder.artifacts.install import claimed, publish
+from builder.artifacts.manifest import MANIFEST, as_bytes, make_manifest, now
+from builder.hardware import machine
+from builder.pipeline.stages import Line
+from builder.planning.compatibility import BACKENDS, check, check_mapping, check_shards, choose_backend
+from builder.planning.hub import find_model
+from builder.planning.plan import Plan, make_plan
+from builder.progress import Console
+from builder.recipe import Recipe
+from builder.report.assemble import assemble
+from calibration.data.documents import find_file
+from plugins.common.errors import GateError
+
+Until = Literal["checkpoint", "engine", "evaluate", "benchmark", "deploy"]
+STAGES: tuple[Until, ...] = ("checkpoint", "engine", "evaluate", "benchmark", "deploy")
+
+
+def default_store() -> Path:
+    """Where stage outputs are kept unless --store says otherwise: shared by all builds of this user."""
+    cache = os.environ.get("TWOFOUR_STORE")
+    return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twofour"
+
+
+def build(
+    recipe: Recipe,
+    out: Path,
+    console: Console,
+    store: Path | None = None,
+    until: Until = "deploy",
+    gpu: str = "H100-SXM",
+    wait: bool = True,
+) -> dict[str, Any]:
+    """Builds `recipe` into `out` and returns the report, whose gates may have failed (see `require_gates`).
+
+    Raises UserError for wrong input and GateError for a checkpoint that does not verify, with `out` untouched.
+    """
+    started = now()
+    plan = resolve(recipe, gpu)
+    model = find_model(recipe.model, recipe.revision, recipe.trust_remote_code)
+    for data in (recipe.calibration.data, recipe.accuracy.data):
+        if data is not None:
+            find_file(data)  # a wrong path is told now, not after the stages before it
+    with claimed(out) as place:
+        line = Line(recipe, plan, model, Store(store or default_store(), console.say), console, wait)
+        run(line, until)
+        report = assemble(line)
+        _publish(line, report, place, until, started)
+    return report
+
+
+def require_gates(report: dict[str, Any], out: Path) -> None:
+    """Raises GateError where a gate of the report failed."""
+    if failed := [gate["words"] for gate in report["gates"] if not gate["passed"]]:
+        raise GateError(f"{'; '.join(failed)}: see {out / 'report' / 'report.html'}")
+
+
+def resolve(recipe: Recipe, gpu: str, batch: int = 8, context: int = 1024) -> Plan:
+    """The plan with its backend chosen. Raises UserError where no backend can run what the recipe asks for."""
+    plan = make_plan(recipe, gpu, batch, context)
+    engine = recipe.engine
+    check_shards(plan.layers, engine.tensor_parallel).require()
+    backend, words = pick_backend(
+        engine.backend,
+        _engine_format(plan),
+        bool(plan.sparse_layers),
+        recipe.quantization.kv_cache,
+        engine.tensor_parallel * engine.pipeline_parallel,
+    )
+    check_mapping(plan.heads, plan.blocks, engine.tensor_parallel, engine.pipeline_parallel, backend).require()
+    notes = [*plan.notes, *([f"backend {words}"] if engine.backend == "auto" else [])]
+    card = roofline.gpu(gpu)
+    if machine.sm() is None:  # it will run elsewhere: such as on the card that times are predicted for
+        there = check(
+            _engine_format(plan), bool(plan.sparse_layers), backend, card.sm, kv_cache=recipe.quantization.kv_cache
+        )
+        notes += [] if there.ok else [f"not on {card.name}: {there.reason}; {there.instead}"]
+    return dataclasses.replace(plan, backend=backend, notes=tuple(notes))
+
+
+def pick_backend(
+    asked: str, number_format: str, sparse: bool, kv_cache: str, parallel: int = 1, among: Sequence[str] = BACKENDS
+) -> tuple[str, str]:
+    """The backend to build for on this machine, and why. Raises UserError where `asked`, or with "auto" any, cannot.
+
+    `among` are those that "auto" may take.
+    """
+    if asked == "auto":
+        trtllm = machine.versions("tensorrt-llm").get("tensorrt-llm")
+        return choose_backend(
+            number_format, sparse, machine.sm(), trtllm, kv_cache=kv_cache, parallel=parallel, among=among
+        )
+    verdict = check(number_format, sparse, asked, machine.sm(), kv_cache=kv_cache, parallel=parallel).require()
+    return asked, verdict.reason
+
+
+def run(line: Line, until: Until) -> None:
+    """Runs the stages up to and with `until`."""
+    reached = STAGES.index(until)
+    line.adapter()
+    line.checkpoint()
+    if reached >= STAGES.index("engine"):
+        line.engine()
+    if reached >= STAGES.index("evaluate"):
+        line.accuracy()
+    if reached >= STAGES.index("benchmark"):
+        line.performance()
+
+
+def _publish(line: Line, report: dict[str, Any], out: Path, until: Until, started: str) -> None:
+    """Checkpoints, adapter, engine, model repository, report and manifest, swapped into `out` in one rename."""
+    from benchmarks.report.render import render
+
+    entries = line.entries
+    checkpoints = entries["checkpoint"].path
+    parts = {"checkpoint": Part(entries["checkpoint"], "hf")}
+    if (checkpoints / "trtllm").is_dir():
+        parts["checkpoint-trtllm"] = Part(entries["checkpoint"], "trtllm")
+    if "adapter" in entries:
+        parts["adapter"] = Part(entries["adapter"], "adapter")
+    if "engine" in entries:
+        parts["engine"] = Part(entries["engine"])
+    if "benchmark" in entries:
+        parts["report/records.jsonl"] = Part(entries["benchmark"], "records.jsonl")
+    files = {
+        "recipe.yaml": yaml.safe_dump(line.recipe.model_dump(mode="json"), sort_keys=False).encode(),
+        "plan.json": as_bytes(line.plan.to_dict()),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        if until == "deploy":
+            _deploy(entries["engine"].path, Path(scratch) / "triton")
+        if "checkpoint-trtllm" in parts and "engine" not in parts:
+            from builder.engines.trtllm import tensorrt
+
+            tensorrt.prepare(checkpoints / "trtllm", Path(scratch) / "engine", line.recipe.engine)
+        render(report, Path(scratch) / "report")
+        files |= {
+            path.relative_to(scratch).as_posix(): path.read_bytes()
+            for path in sorted(Path(scratch).rglob("*"))
+            if path.is_file()
+        }
+    files[MANIFEST] = as_bytes(_manifest(line, parts, files, started))
+    publish({name: part.path for name, part in parts.items()}, out, files)
+
+
+def _deploy(engine: Path, triton: Path) -> None:
+    from builder.deploy.config import DeployConfig
+    from builder.deploy.repository import write_repository
+
+    write_repository(engine, triton, DeployConfig(engine_path="../../engine"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What of a stage's output goes into OUT: all of it, or the file or folder named `inner`."""
+
+    entry: Entry
+    inner: str = ""
+
+    @property
+    def path(self) -> Path:
+        return self.entry.path / self.inner
+
+    def digests(self, name: str) -> dict[str, str]:
+        """sha256 by path in OUT, where the part is called `name`: as the store found them when it read the entry."""
+        found = self.entry.files
+        if self.inner in found:
+            return {name: found[self.inner]}
+        prefix = f"{self.inner}/" if self.inner else ""
+        return {f"{name}/{path[len(prefix) :]}": found[path] for path in found if path.startswith(prefix)}
+
+
+def _manifest(line: Line, parts: Mapping[str, Part], files: Mapping[str, bytes], started: str) -> dict[str, Any]:
+    subjects = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    for name, part in parts.items():
+        subjects |= part.digests(name)
+    sources = {"model": line.model_digest}
+    if "calibration" in line.entries:
+        calibration = json.loads((line.entries["calibration"].path / "calibration.json").read_text())
+        sources["calibration"] = calibration["sha256"]
+    return make_manifest(
+        subjects,
+        recipe=line.recipe.model_dump(mode="json"),
+        tools=machine.versions(),
+        gpu=machine.gpu(),
+        sources=sources,
+        stages=list(line.entries.values()),
+        started=started,
+        finished=now(),
+    )
+
+
+def _engine_format(plan: Plan) -> str:
+    formats = {layer.format for layer in plan.layers} & {"int8", "fp8"}
+    return formats.pop() if formats else ("fp16" if plan.layers[0].format == "fp16" else "bf16")

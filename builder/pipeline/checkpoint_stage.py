@@ -1,0 +1,53 @@
+"""The checkpoint stage: quantize, export through ModelOpt, and prove the files before anything else reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from builder import checkpoint
+from calibration.config import Quantization
+from calibration.quantization import export
+from calibration.quantization.quantize import load_model, quantize
+
+Progress = Callable[[str, int, int], None]
+
+
+def write_checkpoints(
+    source: Path,
+    config: Quantization,
+    layers: Sequence[str],
+    tokens: Any,
+    out: Path,
+    trtllm: tuple[int, int] | None,
+    progress: Progress,
+) -> None:
+    """Writes out/hf and, for `trtllm` (tensor parallel, pipeline parallel), out/trtllm.
+
+    `layers` are the modules to quantize; `tokens` [samples, length] may be None where nothing is.
+    Raises GateError where a written file is not what it should be.
+    """
+    sparse = _declared(source)
+    if not config.wanted and trtllm is None:
+        export.copy_checkpoint(source, out / "hf", sparse)
+    else:
+        model = load_model(source)
+        if config.wanted:
+            model = quantize(model, config, layers, tokens, progress)
+        if trtllm is not None:
+            export.export_trtllm(model, source, out / "trtllm", sparse, *trtllm)
+        if config.wanted:
+            export.export_hf(model, source, out / "hf", sparse)
+        else:
+            export.copy_checkpoint(source, out / "hf", sparse)
+    for written in sorted(out.iterdir()):
+        checkpoint.normalize_zeros(written)  # rounding to FP8 leaves -0.0 where a kept weight was tiny
+        checkpoint.verify(written).require()
+
+
+def _declared(source: Path) -> dict[str, Any] | None:
+    path = source / "sparsity.json"
+    declared: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return declared

@@ -1,0 +1,106 @@
+"""What is measured on a built engine: accuracy and speed, each against the dense model on the same backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.config import Benchmark
+from benchmarks.roofline import roofline
+from benchmarks.roofline.roofline import Gpu, Layer
+from benchmarks.roofline.utilization import ModelCost, add_limits
+from builder.artifacts.filesystem import write_json
+from builder.engines import registry
+from builder.engines.predicted_tactics import read_tactics
+from builder.hardware import machine
+from builder.planning.model_config import architecture, read_config
+from calibration.config import Accuracy
+from plugins.common.errors import UserError
+
+if TYPE_CHECKING:
+    from benchmarks.serving.compare import Comparison
+
+Progress = Callable[[str, int, int], None]
+
+
+def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) -> dict[str, Any]:
+    """The report's `accuracy` block: perplexity, KL and agreement on the recipe's held-out text."""
+    from calibration.data.windows import windows
+    from calibration.evaluation.evaluate import evaluate
+
+    assert config.data is not None
+    text = windows(config.data, model, config.sequence_length, config.samples)
+    dense, built = registry.load_dense(model, engine), registry.load(engine)
+    found = evaluate(dense.logits, built.logits, text.tokens, text.documents, progress).to_dict()
+    found["engines"] = {"dense": dense.describe(), "built": built.describe()}
+    if config.tasks:
+        from calibration.evaluation.lm_eval import lm_eval_tasks
+
+        limit = config.sequence_length
+        found["tasks"] = {
+            name: lm_eval_tasks(engine.logits, model, config.tasks, limit)
+            for name, engine in (("dense", dense), ("built", built))
+        }
+    return found
+
+
+def performance(model: Path, engine: Path, config: Benchmark, out: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Writes performance.json (the report's `performance`), records.jsonl and engines.json (how both sides ran) into
+    `out`; returns the points."""
+    from benchmarks.serving.compare import compare
+
+    dense, built = registry.load_dense(model, engine), registry.load(engine)
+    measured = compare(dense, built, config, _vocabulary(model), progress)
+    write_json(out / "engines.json", {"dense": dense.describe(), "built": built.describe()})
+    if (costs := _costs(model, engine)) and (card := _this_gpu()):
+        add_limits(measured.points, costs, card)
+    return _write(measured, out)
+
+
+def _this_gpu() -> Gpu | None:
+    """The limits of this machine's GPU. A CPU has none here: what its caches allow depends on the model's size."""
+    try:
+        return roofline.gpu(machine.device()["name"]) if machine.sm() else None
+    except UserError:
+        return None  # a card that gpus.yaml does not describe: figures stand without a share
+
+
+def _costs(model: Path, engine: Path) -> dict[str, ModelCost]:
+    """What one decode step of each side moves and multiplies, from the engine's tactics and the model's config."""
+    tactics = read_tactics(engine)
+    shapes = architecture(read_config(model))
+    if tactics is None:
+        return {}
+    built = [
+        Layer(x["out_features"], x["in_features"], x["format"], x["sparse"], last_token=name == "lm_head")
+        for name, x in tactics["layers"].items()
+    ]
+    dense = [dataclasses.replace(layer, format="bf16", sparse=False) for layer in built]
+    kv_bytes = 1 if registry.engine_facts(engine).get("kv_cache", "none") != "none" else 2
+    return {
+        "dense": ModelCost(dense, 2.0 * shapes.kv_values_per_token),
+        "built": ModelCost(built, float(kv_bytes * shapes.kv_values_per_token)),
+    }
+
+
+def _write(measured: Comparison, out: Path) -> list[dict[str, Any]]:
+    write_json(out / "performance.json", measured.points)
+    measured.write_records(out / "records.jsonl")
+    return measured.points
+
+
+def _vocabulary(model: Path) -> int:
+    return int(read_config(model)["vocab_size"])
+
+
+def endpoints(
+    dense_url: str, built_url: str, model: Path, config: Benchmark, out: Path, progress: Progress
+) -> list[dict[str, Any]]:
+    """As `performance`, of two OpenAI-compatible endpoints that serve the dense baseline and the build."""
+    from benchmarks.serving.compare import compare
+    from benchmarks.serving.drivers import openai
+
+    dense, built = openai.Endpoint(dense_url), openai.Endpoint(built_url)
+    return _write(compare(dense, built, config, _vocabulary(model), progress, drive=openai.run), out)

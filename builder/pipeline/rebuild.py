@@ -1,0 +1,185 @@
+"""What can be done with a finished build, engine or checkpoint: measure it again, rebuild its engine, deploy it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.config import Benchmark, Workload
+from builder import recipe
+from builder.artifacts.filesystem import remove, sha256_tree
+from builder.artifacts.install import claimed, publish
+from builder.artifacts.manifest import MANIFEST, as_bytes, is_build, make_manifest, now, record_folder
+from builder.checkpoint import Checkpoint
+from builder.engines.base import EngineConfig
+from builder.engines.trtllm import version_lock
+from builder.hardware import machine
+from builder.pipeline import measure
+from builder.pipeline.build import pick_backend
+from builder.planning.hub import find_model
+from builder.progress import Console
+from calibration.config import Accuracy
+from plugins.common.errors import UserError
+
+
+def evaluate(
+    artifact: Path, model: str | None, data: str | None, samples: int | None, tasks: tuple[str, ...], console: Console
+) -> dict[str, Any]:
+    """The accuracy block of an engine, on the build's own text and against its own dense model unless named."""
+    engine, built = _engine(artifact), _recipe(artifact)
+    config = built.accuracy if built else Accuracy()
+    config = config.model_copy(
+        update={"data": data or config.data, "samples": samples or config.samples, "tasks": tasks}
+    )
+    if config.data is None:
+        raise UserError("no text to evaluate on: name it with --data")
+    return measure.accuracy(_dense(built, model), engine, config, console.progress)
+
+
+def benchmark_config(input_tokens: int, output_tokens: int, concurrency: str, requests: int, rounds: int) -> Benchmark:
+    """The command line's workload. Raises UserError for a concurrency that is not a list of numbers."""
+    try:
+        levels = tuple(int(level) for level in concurrency.split(","))
+        workload = Workload(
+            input_tokens=input_tokens, output_tokens=output_tokens, concurrency=levels, requests=requests
+        )
+        if min(levels) < 1:
+            raise ValueError
+        return Benchmark(workloads=(workload,), rounds=rounds)
+    except ValueError:
+        raise UserError(
+            f"--concurrency '{concurrency}', --input-tokens {input_tokens}, --output-tokens {output_tokens}, "
+            f"--requests {requests}, --rounds {rounds}: each must be 1 or more, for example --concurrency 1,8"
+        ) from None
+
+
+def bench(
+    artifact: Path, model: str | None, config: Benchmark, url: str | None, dense_url: str | None, out: Path | None,
+    console: Console,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measures an engine in process, or two OpenAI-compatible endpoints; writes the raw records into `out`."""
+    built = _recipe(artifact)
+    engine = artifact
+    if url is None:
+        engine = _engine(artifact)
+        version_lock.require(engine)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = out or Path(scratch)
+        place.mkdir(parents=True, exist_ok=True)
+        if url is None:
+            return measure.performance(_dense(built, model), engine, config, place, console.progress)
+        if dense_url is None:
+            raise UserError(f"--url '{url}' is measured beside the dense baseline: name its endpoint with --dense-url")
+        return measure.endpoints(dense_url, url, _dense(built, model), config, place, console.progress)
+
+
+def build_engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...], gpu: str) -> dict[str, Any]:
+    """Builds an engine from a checkpoint directory, of either format. Raises UserError where no backend can."""
+    from builder import checkpoint as checkpoints
+    from builder.engines import registry
+
+    started = now()
+    found = checkpoints.read(checkpoint)
+    checkpoints.verify(checkpoint).require()
+    config = _engine_config(found, overrides)
+    backend = _backend_of(found, backend, config)
+    with claimed(out) as place, tempfile.TemporaryDirectory(dir=place.parent, prefix=".engine-") as scratch:
+        folder = Path(scratch) / "checkpoints"
+        folder.mkdir()
+        (folder / found.kind).symlink_to(checkpoint.resolve())
+        engine = Path(scratch) / "engine"
+        registry.build(backend, folder, engine, config, gpu)
+        facts = registry.engine_facts(engine)
+        manifest = make_manifest(
+            sha256_tree(engine),
+            recipe={"engine": config.model_dump(mode="json")},
+            tools=machine.versions(),
+            gpu=machine.gpu(),
+            sources={"checkpoint": checkpoints.digest(checkpoint)},
+            stages=[],
+            started=started,
+            finished=now(),
+        )
+        publish({path.name: path for path in engine.iterdir()}, place, {MANIFEST: as_bytes(manifest)})
+    return facts
+
+
+def _engine_config(found: Checkpoint, overrides: tuple[str, ...]) -> EngineConfig:
+    """The engine section: a checkpoint that is split already says over how many ranks, where the user does not."""
+    config = recipe.load("any/model", overrides=[f"engine.{override}" for override in overrides]).engine
+    if found.kind == "hf":
+        return config
+    split = {"tensor_parallel": found.mapping.tp, "pipeline_parallel": found.mapping.pp}
+    return config.model_copy(update={key: n for key, n in split.items() if key not in config.model_fields_set})
+
+
+def _backend_of(found: Checkpoint, asked: str, config: EngineConfig) -> str:
+    """The backend to build for. Raises UserError where it does not read this kind of checkpoint."""
+    can_read = ("tensorrt",) if found.kind == "trtllm" else ("pytorch", "torch")
+    if asked not in ("auto", *can_read):
+        kinds = {"hf": "a unified Hugging Face", "trtllm": "a TensorRT-LLM"}
+        other = next(kind for kind in kinds if kind != found.kind)
+        part = {"hf": "checkpoint", "trtllm": "checkpoint-trtllm"}[other]
+        raise UserError(
+            f"'{found.directory}' is {kinds[found.kind]} checkpoint, and {asked} needs {kinds[other]} one: "
+            f"name OUT/{part} of a build for engine.backend={asked}, or use --backend {can_read[0]}"
+        )
+    parallel = config.tensor_parallel * config.pipeline_parallel
+    if asked == "auto" and len(can_read) == 1:
+        asked = can_read[0]
+    return pick_backend(asked, found.format, bool(found.sparse_layers), found.kv_cache, parallel, can_read)[0]
+
+
+def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Writes build/triton and notes it in the manifest."""
+    from builder.deploy.config import DeployConfig
+    from builder.deploy.repository import write_repository
+
+    version_lock.require(build / "engine")
+    config = DeployConfig(**options, engine_path="../../engine")
+    repository = build / "triton"
+    if is_build(build):  # all of its triton/ is ours: the new model replaces the one that the build wrote
+        with tempfile.TemporaryDirectory(dir=build.resolve().parent, prefix=f".{build.name}-triton-") as scratch:
+            write_repository(build / "engine", Path(scratch) / "triton", config)
+            remove(repository)
+            (Path(scratch) / "triton").rename(repository)
+        record_folder(build, "triton")
+    else:
+        write_repository(build / "engine", repository, config)
+    return {
+        "repository": str(repository),
+        "model": config.model_name,
+        "files": list(sha256_tree(repository)),
+        "words": _how_to_start(build, repository, config.model_name),
+    }
+
+
+def _how_to_start(build: Path, repository: Path, model: str) -> str:
+    if (repository / "make_repository.py").is_file():
+        return f"run {repository}/make_repository.py in NVIDIA's Triton container (docs/deploy.md says how)"
+    return f"{repository} serves '{model}': start it with twofour serve {build}"
+
+
+def _engine(artifact: Path) -> Path:
+    """The engine directory that `artifact` is or holds. Raises UserError where it is neither."""
+    for place in (artifact, artifact / "engine"):
+        if (place / "engine.json").is_file():
+            return place
+    raise UserError(f"'{artifact}' is neither a build nor an engine: name the --out of twofour build or twofour engine")
+
+
+def _recipe(artifact: Path) -> recipe.Recipe | None:
+    """The recipe that a build keeps; None for an engine on its own."""
+    path = artifact / "recipe.yaml"
+    return recipe.Recipe.model_validate(yaml.safe_load(path.read_text())) if path.is_file() else None
+
+
+def _dense(built: recipe.Recipe | None, model: str | None) -> Path:
+    if model is not None:
+        return find_model(model)
+    if built is None:
+        raise UserError("an engine on its own does not say which dense model it came from: name it with --model")
+    return find_model(built.model, built.revision, built.trust_remote_code)

@@ -1,0 +1,359 @@
+"""What can be built: one table of number format x sparsity x backend x GPU, with why not and what to use instead.
+
+`plan`, `build`, `engine` and `doctor` all ask here, so that they never disagree.
+
+Legend: `sm` is the GPU's compute capability times ten (H100: 90); None where no GPU is known, which skips the rules
+about GPUs, because they are asked again on the machine that builds the engine.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from plugins.common.errors import UserError
+
+BACKENDS = ("tensorrt", "pytorch", "torch")
+FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
+LAST_TENSORRT = (1, 2)  # the last line of TensorRT-LLM that builds TensorRT engines; 1.3 dropped the backend
+FIRST_SUPPORTED = (1, 0)
+MODELOPT = "0.47"  # whose checkpoints are known here
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a combination can be built. `reason` says how it runs, or why not; `instead` what to use in its place."""
+
+    ok: bool
+    reason: str
+    instead: str = ""
+
+    def require(self) -> Verdict:
+        """Returns itself. Raises UserError where the answer is no."""
+        if not self.ok:
+            raise UserError(f"{self.reason}: {self.instead}" if self.instead else self.reason)
+        return self
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table. Empty or None means any; `sm` is an inclusive range, matched only when the GPU is known."""
+
+    verdict: Verdict
+    formats: tuple[str, ...] = ()
+    kv_caches: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    sparse: bool | None = None
+    sm: tuple[int, int] | None = None
+    parallel: bool | None = None
+
+    def matches(self, ask: Ask) -> bool:
+        return (
+            (not self.formats or ask.format in self.formats)
+            and (not self.kv_caches or ask.kv_cache in self.kv_caches)
+            and (not self.backends or ask.backend in self.backends)
+            and (self.sparse is None or ask.sparse == self.sparse)
+            and (self.sm is None or (ask.sm is not None and self.sm[0] <= ask.sm <= self.sm[1]))
+            and (self.parallel is None or ask.parallel == self.parallel)
+        )
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One combination, as the table is asked for it."""
+
+    format: str
+    sparse: bool
+    backend: str
+    sm: int | None = None
+    kv_cache: str = "none"
+    parallel: bool = False
+
+
+def _no(reason: str, instead: str) -> Verdict:
+    return Verdict(False, reason, instead)
+
+
+def _yes(reason: str) -> Verdict:
+    return Verdict(True, reason)
+
+
+TRTLLM = ("tensorrt", "pytorch")
+ANY_LATER = 999
+
+# The first row that matches decides. Refusals stand before permissions.
+TABLE: tuple[Rule, ...] = (
+    # -- the GPU itself
+    Rule(
+        _no(
+            "2:4 sparsity needs the sparse tensor cores that begin with SM80 (A100)",
+            "remove the recipe's 'sparsity' section, or use a newer GPU",
+        ),
+        sparse=True,
+        sm=(0, 79),
+    ),
+    Rule(
+        _no("TensorRT-LLM 1.x supports no GPU before SM80 (A100)", "use engine.backend=torch, or a newer GPU"),
+        backends=TRTLLM,
+        sm=(0, 79),
+    ),
+    Rule(
+        _no(
+            "FP8 needs the FP8 tensor cores that begin with SM89 (L4, L40S, RTX 4090)",
+            "use quantization.format=int8 with engine.backend=tensorrt or torch",
+        ),
+        formats=("fp8",),
+        sm=(0, 88),
+    ),
+    Rule(
+        _no("an FP8 KV cache needs SM89 or later", "use quantization.kv_cache=none"),
+        kv_caches=("fp8",),
+        sm=(0, 88),
+    ),
+    # -- TensorRT-LLM's own limits
+    Rule(
+        _no(
+            "the PyTorch backend of TensorRT-LLM has no INT8 W8A8 linear layer ('unsupported quant mode')",
+            "use quantization.format=fp8, or engine.backend=tensorrt (TensorRT-LLM 1.0 to 1.2, up to SM90), or torch",
+        ),
+        formats=("int8",),
+        backends=("pytorch",),
+    ),
+    Rule(
+        _no(
+            "TensorRT-LLM refuses SmoothQuant INT8 on SM100 and later",
+            "use quantization.format=fp8, or engine.backend=torch",
+        ),
+        formats=("int8",),
+        backends=("tensorrt",),
+        sm=(100, ANY_LATER),
+    ),
+    Rule(
+        _no("the PyTorch backend of TensorRT-LLM has no INT8 KV cache", "use quantization.kv_cache=fp8 or none"),
+        kv_caches=("int8",),
+        backends=("pytorch",),
+    ),
+    Rule(
+        _no("TensorRT-LLM refuses an INT8 KV cache on SM100 and later", "use quantization.kv_cache=fp8 or none"),
+        kv_caches=("int8",),
+        backends=("tensorrt",),
+        sm=(100, ANY_LATER),
+    ),
+    Rule(
+        _no(
+            "the torch engine runs on one device",
+            "use engine.tensor_parallel=1 and engine.pipeline_parallel=1, or engine.backend=tensorrt or pytorch",
+        ),
+        backends=("torch",),
+        parallel=True,
+    ),
+    Rule(
+        _no("there is no sparse kernel for float32 weights", "start from a bfloat16 or float16 model"),
+        formats=("fp32",),
+        sparse=True,
+        backends=TRTLLM,
+    ),
+    # -- what is possible, and how it runs
+    Rule(
+        _yes(
+            "our plugin: TensorRT's sparse INT8 tactics need INT8 outputs, and TensorRT-LLM's INT8 layers give 16 bit"
+        ),
+        formats=("int8",),
+        sparse=True,
+        backends=("tensorrt",),
+    ),
+    Rule(
+        _yes("TensorRT's sparse tactics (reported on SM89: FP8 layers eligible, none picked) or our plugin"),
+        formats=("fp8",),
+        sparse=True,
+        backends=("tensorrt",),
+        sm=(89, 89),
+    ),
+    Rule(_yes("TensorRT's sparse tactics (GEMM plugins off) or our plugin"), sparse=True, backends=("tensorrt",)),
+    Rule(_yes("TensorRT-LLM's own dense kernels"), sparse=False, backends=("tensorrt",)),
+    Rule(_yes("our linear method in an out-of-tree module"), sparse=True, backends=("pytorch",)),
+    Rule(_yes("TensorRT-LLM's own dense kernels"), sparse=False, backends=("pytorch",)),
+    Rule(_yes("our sparse kernels on CUDA, their reference numerics elsewhere"), sparse=True, backends=("torch",)),
+    Rule(_yes("our dense linear layers"), sparse=False, backends=("torch",)),
+)
+
+
+def check(
+    format: str,
+    sparse: bool,
+    backend: str,
+    sm: int | None = None,
+    *,
+    kv_cache: str = "none",
+    parallel: int = 1,
+    tensorrt_llm: str | None = None,
+) -> Verdict:
+    """What the table says of one combination.
+
+    `format` is one of FORMATS, `kv_cache` "none", "int8" or "fp8", `parallel` the number of GPUs one engine spans and
+    `tensorrt_llm` the installed version, where it is known. Raises UserError for a name that the table does not hold.
+    """
+    _known("format", format, FORMATS)
+    _known("backend", backend, BACKENDS)
+    if tensorrt_llm is not None and backend in TRTLLM:
+        verdict = check_release(backend, tensorrt_llm)
+        if not verdict.ok:
+            return verdict
+    ask = Ask(format, sparse, backend, sm, kv_cache, parallel > 1)
+    return next(rule.verdict for rule in TABLE if rule.matches(ask))
+
+
+def check_release(backend: str, version: str) -> Verdict:
+    """Whether a TensorRT-LLM release has the backend. TensorRT engines ended with the 1.2 line."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if not numbers:
+        return _no(f"'{version}' is not a TensorRT-LLM version", "install tensorrt-llm>=1.0")
+    release = (int(numbers[1]), int(numbers[2]))
+    if release < FIRST_SUPPORTED:
+        return _no(f"TensorRT-LLM {version} is older than 1.0", "install tensorrt-llm>=1.0")
+    if backend == "tensorrt" and release > LAST_TENSORRT:
+        return _no(
+            f"TensorRT-LLM {version} is past the 1.2 line, the last that builds TensorRT engines",
+            "use engine.backend=pytorch, or the container nvcr.io/nvidia/tensorrt-llm/release:1.2.1",
+        )
+    return _yes(f"TensorRT-LLM {version} has the {backend} backend")
+
+
+def choose_backend(
+    format: str,
+    sparse: bool,
+    sm: int | None,
+    tensorrt_llm: str | None,
+    *,
+    kv_cache: str = "none",
+    parallel: int = 1,
+    among: Sequence[str] = BACKENDS,
+) -> tuple[str, str]:
+    """Resolves `engine.backend: auto`: the first of `among` that this machine can run, and why, in words.
+
+    `sm` is None on a machine with no GPU and `tensorrt_llm` None where the package is missing: both leave only `torch`.
+    Raises UserError where not even that is possible.
+    """
+    passed_over: list[str] = []
+    for backend in [name for name in among if name in TRTLLM]:
+        if sm is None:
+            verdict = _no("there is no GPU", "")
+        elif tensorrt_llm is None:
+            verdict = _no("tensorrt_llm is not installed", "")
+        else:
+            verdict = check(
+                format, sparse, backend, sm, kv_cache=kv_cache, parallel=parallel, tensorrt_llm=tensorrt_llm
+            )
+        if verdict.ok:
+            return backend, "; ".join([*passed_over, f"{backend}: {verdict.reason}"])
+        passed_over.append(f"not {backend}: {verdict.reason}")
+    check(format, sparse, "torch", sm, kv_cache=kv_cache, parallel=parallel).require()
+    return "torch", "; ".join([*passed_over, "torch runs anywhere"])
+
+
+# -- architectures
+
+
+TENSORRT_CLASS = {  # Hugging Face architecture -> class in tensorrt_llm.models (MODEL_MAP of 1.0 to 1.2)
+    "LlamaForCausalLM": "LLaMAForCausalLM",
+    "MistralForCausalLM": "LLaMAForCausalLM",
+    "Qwen2ForCausalLM": "QWenForCausalLM",
+    "Qwen3ForCausalLM": "QWenForCausalLM",
+}
+
+
+def check_architecture(architecture: str, backend: str) -> Verdict:
+    """Whether our hooks reach a model of this architecture on the backend."""
+    if architecture in TENSORRT_CLASS:
+        return _yes(f"{backend} knows {architecture}")
+    known = ", ".join(TENSORRT_CLASS)
+    return _no(f"'{architecture}' is not an architecture that the {backend} backend builds here", f"use one of {known}")
+
+
+# -- tensor parallelism
+
+
+class Shardable(Protocol):
+    """What `check_shards` reads of a layer: weight [out_features, in_features] and whether it is 2:4."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def sparse(self) -> bool: ...
+
+
+ROW_PARALLEL = (
+    "*.o_proj",
+    "*.down_proj",
+    "*.attention.dense",
+    "*.mlp.proj",
+)  # split along in_features; others along out
+
+
+def is_row_parallel(name: str) -> bool:
+    """Whether tensor parallelism cuts this layer's in_features, in the naming of either checkpoint format."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in ROW_PARALLEL)
+
+
+def check_shards(layers: Sequence[Shardable], tensor_parallel: int) -> Verdict:
+    """Whether every layer of the unsplit model divides over the ranks, and no cut falls inside a group of 4.
+
+    The answer is about the first layer that does not. A row-parallel layer loses whole columns, and with them the 2:4
+    groups that straddle the cut; a column-parallel layer loses rows, which never breaks a group.
+    """
+    for layer in layers:
+        reason = _cut(layer, tensor_parallel)
+        if reason:
+            fits = [n for n in range(1, tensor_parallel) if not any(_cut(other, n) for other in layers)]
+            return _no(reason, f"use engine.tensor_parallel={max(fits)}")
+    return _yes(f"every layer splits over {tensor_parallel} ranks")
+
+
+def check_mapping(heads: int, blocks: int, tensor_parallel: int, pipeline_parallel: int, backend: str) -> Verdict:
+    """Whether attention heads divide over the tensor-parallel ranks, and decoder blocks over the stages.
+
+    The PyTorch backend gives the first stages one block more where they do not divide; engines want them even.
+    """
+    if heads % tensor_parallel:
+        return _no(
+            f"the model has {heads} attention heads, which tensor_parallel {tensor_parallel} does not divide",
+            f"use engine.tensor_parallel={_largest_divisor(heads, tensor_parallel)}",
+        )
+    if blocks % pipeline_parallel and (backend == "tensorrt" or blocks < pipeline_parallel):
+        return _no(
+            f"the model has {blocks} decoder blocks, which pipeline_parallel {pipeline_parallel} does not divide",
+            f"use engine.pipeline_parallel={_largest_divisor(blocks, pipeline_parallel)}",
+        )
+    return _yes(f"heads and blocks divide over {tensor_parallel} x {pipeline_parallel} ranks")
+
+
+def _largest_divisor(size: int, below: int) -> int:
+    return max(n for n in range(1, below) if size % n == 0)
+
+
+def _cut(layer: Shardable, ranks: int) -> str:
+    """What is wrong with splitting one layer over the ranks, in words; empty where nothing is."""
+    if layer.name == "lm_head":  # TensorRT-LLM pads the vocabulary to the ranks
+        return ""
+    row = is_row_parallel(layer.name)
+    axis, size = ("in_features", layer.in_features) if row else ("out_features", layer.out_features)
+    if size % ranks:
+        return f"'{layer.name}' has {axis} {size}, which tensor_parallel {ranks} does not divide"
+    if row and layer.sparse and (size // ranks) % 4:
+        return (
+            f"'{layer.name}' has in_features {size}: tensor_parallel {ranks} gives each rank {size // ranks}, "
+            "which cuts a 2:4 group of 4"
+        )
+    return ""
+
+
+def _known(what: str, name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        raise UserError(f"'{name}' is not a {what}: use one of {', '.join(names)}")

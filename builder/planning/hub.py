@@ -1,0 +1,74 @@
+"""Finds the model that a recipe names: a local directory, or a Hugging Face id fetched through `huggingface_hub`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from builder.planning.model_config import read_config
+from plugins.common.errors import UserError
+
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def find_config(model: str, revision: str | None = None) -> tuple[dict[str, Any], str]:
+    """The model's config and where it was read, fetching no weights. Raises UserError."""
+    if is_local(model):
+        return read_config(Path(model)), str(Path(model) / "config.json")
+    directory = _fetch(model, revision, ["config.json"])
+    return read_config(directory), f"{model}/config.json"
+
+
+def find_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """The directory that holds the model's config, tokenizer and safetensors.
+
+    Raises UserError for a missing model, a model with only pickled weights, and one that brings its own code where
+    `trust_remote_code` does not allow it.
+    """
+    directory = Path(model) if is_local(model) else _fetch(model, revision, WANTED)
+    config = read_config(directory)
+    if config.get("auto_map") and not trust_remote_code:
+        raise UserError(
+            f"'{model}' brings its own code (auto_map in config.json), which is not run: "
+            "read it, then allow it with --trust-remote-code"
+        )
+    if not any(directory.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+        if pickles:
+            raise UserError(f"'{model}' holds only pickled weights ('{pickles[0]}'): convert them to safetensors first")
+        raise UserError(f"'{model}' holds no *.safetensors: fetch the model's weights")
+    return directory
+
+
+def is_local(model: str) -> bool:
+    """Whether `model` is a directory. Raises UserError for what can be neither a directory nor a Hugging Face id."""
+    path = Path(model)
+    if path.is_dir():
+        return True
+    if path.is_file():
+        raise UserError(f"'{model}' is a file: name the directory that holds config.json, or a recipe ending in .yaml")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"no model at '{model}': check the path, or name a Hugging Face id such as Qwen/Qwen3-0.6B")
+    return False
+
+
+def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        raise UserError(f"'{model}' is gated: accept its licence on the hub, then set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"no model '{model}' here or on the Hugging Face hub: check the name, or set HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"'{model}' has no revision '{revision}': check it on the hub") from None
+    except Exception as error:  # huggingface_hub raises many kinds where the network is closed
+        cause = type(error).__name__
+        raise UserError(
+            f"no directory '{model}' here, and the Hugging Face hub cannot be reached ({cause}): "
+            "check the path, or download the model where there is network"
+        ) from None

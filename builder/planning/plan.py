@@ -1,0 +1,255 @@
+"""Recipe and `config.json` -> plan: what becomes of each linear layer, the bytes, the memory and the ceilings.
+
+Nothing here reads a weight or imports torch. Every figure of time is predicted, from the roofline of a named GPU.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks.roofline import roofline
+from builder.planning.hub import find_config
+from builder.planning.model_config import Architecture, Linear, architecture
+from builder.recipe import Recipe
+from calibration.config import check_adapter_rank
+from plugins.common.errors import UserError
+
+PRODUCTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+FORMAT_NAME = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one linear layer. Bytes are of its weight, with scales."""
+
+    name: str
+    out_features: int
+    in_features: int
+    format: str
+    sparse: bool
+    dense_bytes: int
+    built_bytes: int
+    reason: str
+
+    @property
+    def bytes_saved_by_pruning(self) -> int:
+        """Of the weight at its own format: 0 for a dense layer."""
+        shape = (self.out_features, self.in_features, self.format)
+        return round(roofline.weight_bytes(*shape) - roofline.weight_bytes(*shape, self.sparse))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe resolved for one model."""
+
+    model: str
+    architecture: str
+    format: str
+    backend: str
+    layers: tuple[LayerPlan, ...]
+    dense_bytes: int
+    built_bytes: int
+    kv_bytes_per_token: int
+    heads: int
+    blocks: int
+    calibration_bytes: dict[str, int]
+    predicted: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def sparse_layers(self) -> list[str]:
+        return [layer.name for layer in self.layers if layer.sparse]
+
+    @property
+    def quantized_layers(self) -> list[str]:
+        return [layer.name for layer in self.layers if layer.format in ("int8", "fp8")]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe, gpu: str = "H100-SXM", batch: int = 8, context: int = 1024) -> Plan:
+    """Resolves `recipe`. Raises UserError for a model, layer or pattern that cannot be built."""
+    config, source = find_config(recipe.model, recipe.revision)
+    shapes = architecture(config, source)
+    layers = tuple(_layer(linear, shapes, recipe) for linear in shapes.linears())
+    _check_globs(recipe, [layer.name for layer in layers])
+    other = shapes.other_parameters * roofline.VALUE_BYTES[_dense_format(shapes)]
+    head = layers[-1].dense_bytes if shapes.tied_embeddings else 0
+    kv_bytes = shapes.kv_values_per_token * (1 if recipe.quantization.kv_cache != "none" else 2)
+    return Plan(
+        model=recipe.model,
+        architecture=shapes.name,
+        format=recipe.format,
+        backend=recipe.engine.backend,
+        layers=layers,
+        dense_bytes=sum(layer.dense_bytes for layer in layers) + other - head,
+        built_bytes=sum(layer.built_bytes for layer in layers) + other - head,
+        kv_bytes_per_token=kv_bytes,
+        heads=shapes.num_heads,
+        blocks=shapes.num_blocks,
+        calibration_bytes=_calibration_bytes(recipe, shapes, layers, other),
+        predicted=predict(gpu, shapes, layers, kv_bytes, batch, context),
+        notes=tuple(_notes(recipe, layers)),
+    )
+
+
+def matches(name: str, globs: Sequence[str]) -> bool:
+    """Whether a module name matches any of the globs; a glob without a dot also matches the last part."""
+    return any(fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.rsplit(".", 1)[-1], glob) for glob in globs)
+
+
+def _layer(linear: Linear, shapes: Architecture, recipe: Recipe) -> LayerPlan:
+    shape, dense_format = (linear.out_features, linear.in_features), _dense_format(shapes)
+    quantized = recipe.quantization.format != "none" and not matches(linear.name, recipe.quantization.exclude)
+    number_format = recipe.quantization.format if quantized else dense_format
+    sparse, reason = _sparse(linear, shapes, recipe, number_format)
+    built = roofline.weight_bytes(*shape, number_format, sparse)
+    return LayerPlan(
+        name=linear.name,
+        out_features=linear.out_features,
+        in_features=linear.in_features,
+        format=number_format,
+        sparse=sparse,
+        dense_bytes=round(roofline.weight_bytes(*shape, dense_format)),
+        built_bytes=round(built) + (_scale_bytes(linear, recipe) if quantized else 0),
+        reason=reason,
+    )
+
+
+def _dense_format(shapes: Architecture) -> str:
+    return FORMAT_NAME.get(shapes.dtype, "bf16")
+
+
+def _scale_bytes(linear: Linear, recipe: Recipe) -> int:
+    """FP8: one weight and one input scale, float32. INT8: a scale a row, the input's, and a 16-bit one a column."""
+    if recipe.quantization.format == "fp8":
+        return 8
+    return 4 * linear.out_features + 4 + 2 * linear.in_features
+
+
+def _sparse(linear: Linear, shapes: Architecture, recipe: Recipe, number_format: str) -> tuple[bool, str]:
+    if recipe.sparsity is None:
+        return False, "the recipe asks for no sparsity"
+    if matches(linear.name, recipe.sparsity.exclude):
+        return False, "excluded by the recipe"
+    if not matches(linear.name, recipe.sparsity.layers):
+        return False, "not among the recipe's layers"
+    if linear.name == "lm_head" and shapes.tied_embeddings:
+        raise UserError(
+            "'lm_head' shares its weight with the embedding and cannot be pruned: add it to sparsity.exclude"
+        )
+    alignment = 32 // roofline.VALUE_BYTES[number_format]
+    if linear.in_features % 4 or linear.in_features % alignment:
+        what = "2:4 needs a multiple of 4" if linear.in_features % 4 else f"the kernels need a multiple of {alignment}"
+        last = linear.name.rsplit(".", 1)[-1]
+        raise UserError(
+            f"'{linear.name}' has in_features {linear.in_features}, and {what}: "
+            f"leave it dense with --set 'sparsity.exclude=[lm_head, {last}]'"
+        )
+    if recipe.sparsity.adapter_rank is not None:
+        check_adapter_rank(recipe.sparsity.adapter_rank, linear.name, linear.out_features, linear.in_features)
+    if recipe.sparsity.budget:
+        return True, "a candidate: chosen under the budget during the build"
+    return True, "pruned to 2:4"
+
+
+def _check_globs(recipe: Recipe, names: list[str]) -> None:
+    """A glob that the user wrote and that matches nothing is a typing error."""
+    written = [("sparsity.layers", recipe.sparsity.layers)] if recipe.sparsity else []
+    written += [("sparsity.exclude", recipe.sparsity.exclude)] if recipe.sparsity else []
+    for key, globs in [*written, ("quantization.exclude", recipe.quantization.exclude)]:
+        for glob in globs:
+            if not any(matches(name, [glob]) for name in names):
+                raise UserError(f"{key} '{glob}' matches no linear layer: layers are named like '{names[0]}'")
+
+
+def _calibration_bytes(
+    recipe: Recipe, shapes: Architecture, layers: tuple[LayerPlan, ...], other: int
+) -> dict[str, int]:
+    """Peak memory of each calibrating stage: one block with its statistics, or the whole model at its own width."""
+    tokens = recipe.calibration.samples * recipe.calibration.sequence_length
+    estimate: dict[str, int] = {}
+    if recipe.sparsity:
+        block = sum(4 * layer.out_features * layer.in_features for layer in layers if ".layers.0." in layer.name)
+        inputs = (shapes.hidden_size, shapes.num_heads * shapes.head_dim, shapes.hidden_size, shapes.intermediate_size)
+        hessians = sum(2 * 4 * width * width for width in inputs)  # H and the mixed target's, float32
+        activations = 2 * 2 * 4 * tokens * shapes.hidden_size  # of the dense and the pruned model, in and out
+        estimate["sparsify"] = block + hessians + activations
+    if recipe.quantization.wanted:
+        estimate["quantize"] = (
+            sum(layer.dense_bytes for layer in layers)
+            + other
+            + 4 * max(layer.out_features * layer.in_features for layer in layers)
+        )
+    return estimate
+
+
+def predict(
+    gpu: str, shapes: Architecture, layers: Sequence[LayerPlan], kv_bytes: int, batch: int, context: int
+) -> dict[str, Any]:
+    """Decode and prefill ceilings of the dense model and of the build on `gpu`. Predicted, never measured.
+
+    The embedding is left out: decode reads one row of it a sequence, which is nothing beside the layers.
+    """
+    card = roofline.gpu(gpu)
+    dense_format = _dense_format(shapes)
+    built, dense = _products(layers), _products(layers, dense_format)
+    kv_dense = shapes.kv_values_per_token * 2
+    return {
+        "gpu": card.name,
+        "batch": batch,
+        "context": context,
+        "launch_bound": _launch_bound(card, batch, built),
+        "decode": {
+            "dense": roofline.decode_ceiling(card, dense, batch, context, kv_dense),
+            "built": roofline.decode_ceiling(card, built, batch, context, kv_bytes),
+        },
+        "prefill": {
+            "dense": roofline.prefill_ceiling(card, dense, context),
+            "built": roofline.prefill_ceiling(card, built, context),
+        },
+    }
+
+
+def _products(layers: Sequence[LayerPlan], dense_format: str | None = None) -> list[roofline.Layer]:
+    """The GEMMs that an engine runs: layers with the same input are one product where their format and pattern agree.
+
+    With `dense_format`, those of the dense model.
+    """
+    products: dict[tuple[object, ...], roofline.Layer] = {}
+    for layer in layers:
+        block, _, name = layer.name.rpartition(".")
+        number_format, sparse = (dense_format, False) if dense_format else (layer.format, layer.sparse)
+        key = (block, PRODUCTS.get(name, name), layer.in_features, number_format, sparse)
+        before = products[key].out_features if key in products else 0
+        products[key] = roofline.Layer(
+            before + layer.out_features,
+            layer.in_features,
+            roofline.tensor_core_format(number_format),
+            sparse,
+            last_token=layer.name == "lm_head",  # prefill needs the logits of each prompt's last token only
+        )
+    return list(products.values())
+
+
+def _launch_bound(card: roofline.Gpu, tokens: int, products: Sequence[roofline.Layer]) -> dict[str, Any]:
+    """How many 2:4 products of one decode step 2:4 cannot shorten, because their dense product takes one launch."""
+    sparse = [x for x in products if x.sparse and not card.refuses(x.format, True)]
+    times = [roofline.gemm_time(card, tokens, x.out_features, x.in_features, x.format) for x in sparse]
+    bound = sum(time.bound == "launch" for time in times)
+    return {"products": bound, "of": len(sparse), "kernel_us": round(card.least_kernel_seconds * 1e6, 3)}
+
+
+def _notes(recipe: Recipe, layers: Sequence[LayerPlan]) -> list[str]:
+    notes = []
+    if recipe.sparsity and not any(layer.sparse for layer in layers):
+        notes.append("no layer is pruned: sparsity.layers and sparsity.exclude leave none")
+    if recipe.sparsity:
+        notes.append(
+            "2:4 pays only on a GPU with sparse tensor cores (SM80 and later); on a CPU it saves bytes, not time"
+        )
+    return notes

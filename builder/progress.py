@@ -1,0 +1,85 @@
+"""What a person sees while a build runs: a progress bar on a terminal, plain lines elsewhere. All of it on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from plugins.common.errors import Caution
+
+QUIET_SECONDS = 10.0  # between plain lines of one stage
+
+
+class Console:
+    """Says which stage runs and how far it is, and what to beware of. `close` leaves the terminal as it was.
+
+    It keeps the standard error that it began with, as libraries at work below have theirs redirected.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.stream = sys.stderr
+        self.terminal = Terminal(file=self.stream, highlight=False, soft_wrap=True)
+        self._show_other: Any = None
+        self._bar: Progress | None = None
+        self._last = 0.0
+
+    def __enter__(self) -> Console:
+        self._show_other, warnings.showwarning = warnings.showwarning, self._show_warning
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        warnings.showwarning = self._show_other
+        self.close()
+
+    def warn(self, message: object) -> None:
+        """One line that begins with `warning:`, also where nothing else is said."""
+        (self._bar.console if self._bar else self.terminal).print(f"warning: {message}", markup=False)
+
+    def say(self, line: str) -> None:
+        """One plain line."""
+        if not self.quiet:
+            (self._bar.console if self._bar else self.terminal).print(line, markup=False)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` steps of `what`. Fits every part's `progress` argument."""
+        if self.quiet:
+            return
+        if self.terminal.is_terminal:
+            self._show(what, done, total)
+        elif time.monotonic() - self._last > QUIET_SECONDS:
+            self._last = time.monotonic()
+            print(f"  {what}: {done}/{total}", file=self.stream, flush=True)
+
+    def stage_done(self) -> None:
+        """Ends the current bar and starts the plain lines' clock."""
+        self.close()
+        self._last = time.monotonic()
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _show_warning(self, message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        """Ours in one line, others' as they would be shown."""
+        if issubclass(category, Caution):
+            self.warn(message)
+        else:
+            self._show_other(message, category, *where, **more)
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=self.terminal, transient=True)
+            self._bar.add_task(what, total=total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total)

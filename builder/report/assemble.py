@@ -1,0 +1,182 @@
+"""Assembles report.json's content from what the stages measured, and judges the gates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from builder.artifacts.manifest import now
+from builder.engines.predicted_tactics import read_tactics
+from builder.hardware import machine
+from builder.pipeline.stages import Line
+from calibration.quantization.trtllm_config import trtllm_name
+
+ON_CPU = (
+    "2:4 gives no speed on this machine: a CPU has no sparse matrix instructions, so its kernels multiply the zeros "
+    "too. Here it saves bytes. The gain on a GPU is predicted above, never measured here."
+)
+CPU_FIGURES = (
+    "The speeds are real and stand for this CPU alone; they say nothing about a GPU. Both sides compute in float32 "
+    "here, which holds the dense model back where bfloat16 products would be faster, at large batches."
+)
+ADAPTER = (
+    "The adapter of rank {rank} takes back {share:.0%} of the squared output error that pruning left in the median "
+    "layer. The engine does not apply it, and no figure here has it in: a server that loads LoRA adapters can apply it."
+)
+
+
+ELSEWHERE = (
+    "This is an engine of TensorRT-LLM's {backend} backend, which only TensorRT-LLM's server opens. Accuracy, where it "
+    "is given, is that of the same checkpoint on the torch engine. Speed is not measured: serve the engine "
+    "(engine/launch/serve.sh), then compare it with twofour bench --url."
+)
+
+
+def assemble(line: Line) -> dict[str, Any]:
+    """The report of a build, with what it reached. Measured and predicted figures stand in blocks of their own."""
+    recipe, plan, entries = line.recipe, line.plan, line.entries
+    report: dict[str, Any] = {
+        "twofour": machine.versions("twofour").get("twofour", "unknown"),
+        "model": recipe.model,
+        "recipe": recipe.model_dump(mode="json"),
+        "backend": plan.backend,
+        "device": machine.device(),
+        "created": now(),
+        "predicted": plan.predicted,
+        "environment": machine.environment(),
+        "gates": [],
+        "notes": _notes(line),
+    }
+    if "engine" in entries:
+        report["size"] = {"dense_bytes": weight_bytes(line.model), "built_bytes": weight_bytes(entries["engine"].path)}
+        report["layers"] = _layers(line)
+    if "evaluate" in entries:
+        report["accuracy"] = _read(entries["evaluate"].path / "accuracy.json")
+    if "benchmark" in entries:
+        report["performance"] = _read(entries["benchmark"].path / "performance.json")
+    if "selection" in entries:
+        report["pareto"] = _pareto(line, report)
+    report["gates"] = gates(line, report)
+    return report
+
+
+def gates(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each limit that the recipe sets, and one for the verification that every checkpoint passed."""
+    found: list[dict[str, Any]] = []
+    if "checkpoint" in line.entries:
+        words = "every check of the written checkpoint holds"
+        found.append({"name": "verification", "passed": True, "words": words})
+    if "accuracy" in report:
+        from calibration.evaluation import evaluate
+
+        found += evaluate.gates(evaluate.Accuracy.from_dict(report["accuracy"]), line.recipe.accuracy)
+        budget = line.recipe.sparsity and line.recipe.sparsity.budget
+        if budget:
+            value, limit = report["accuracy"]["perplexity_increase"], budget.perplexity_increase
+            words = f"perplexity {value:+.2%} under a budget of {limit:.2%}"
+            found.append({"name": "budget", "limit": limit, "value": value, "passed": value <= limit, "words": words})
+    benchmark = line.recipe.benchmark
+    if benchmark and benchmark.min_speedup and line.unmeasured:
+        words = (
+            f"not measured, and at least {benchmark.min_speedup:.2f}x is asked for: measure it with twofour bench --url"
+        )
+        found.append({"name": "speedup", "limit": benchmark.min_speedup, "passed": False, "words": words})
+    if benchmark and benchmark.min_speedup and report.get("performance"):
+        for point in report["performance"]:
+            ratio = point["speedup"]["output_token_throughput"]["ratio"]
+            words = f"output tokens a second {ratio:.2f}x at concurrency {point['concurrency']}"
+            found.append({
+                "name": "speedup", "limit": benchmark.min_speedup, "value": ratio,
+                "passed": ratio >= benchmark.min_speedup, "words": f"{words} (at least {benchmark.min_speedup:.2f}x)",
+            })  # fmt: skip
+    return found
+
+
+def weight_bytes(directory: Path) -> int:
+    """Bytes of the files that hold a model's or an engine's weights."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.suffix in (".safetensors", ".engine"))
+
+
+def _pareto(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The measured selections as points of size and perplexity. Predicted ones stay in selection.json."""
+    if "accuracy" not in report:
+        return []
+    dense = report["accuracy"]["dense"]["perplexity"]
+    most = line.plan.built_bytes + sum(layer.bytes_saved_by_pruning for layer in line.plan.layers)
+    return [
+        {
+            "label": f"{len(point['layers'])} layers 2:4",
+            "bytes": most - point["bytes"],
+            "perplexity": dense * (1 + point["increase"]),
+            "chosen": point["chosen"],
+        }
+        for point in _read(line.entries["selection"].path / "selection.json")["pareto"]
+        if point["measured"]
+    ]
+
+
+def _layers(line: Line) -> list[dict[str, Any]]:
+    """Each layer as it was written: facts read off the checkpoint's own files, with the plan's dense bytes."""
+    from builder import checkpoint
+
+    engine = line.entries["engine"].path
+    tactics = (read_tactics(engine) or {}).get("layers", {})
+    dense = {layer.name: layer.dense_bytes for layer in line.plan.layers}
+    rows = []
+    for layer in checkpoint.read(line.entries["checkpoint"].path / "hf").layers():
+        tactic = tactics.get(layer.name) or tactics.get(trtllm_name(layer.name), {})
+        rows.append({
+            "name": layer.name,
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "format": layer.format,
+            "sparse": layer.sparse,
+            "zeros": layer.zeros,
+            "dense_bytes": dense.get(layer.name),
+            "built_bytes": layer.packed_bytes,
+            "kernel": "reference" if line.plan.backend == "torch" and machine.device()["type"] == "cpu" else None,
+            "reason": tactic.get("reason"),
+        })  # fmt: skip
+    return rows
+
+
+def _notes(line: Line) -> list[str]:
+    notes = []
+    if line.plan.backend != "torch" and "engine" in line.entries:
+        notes.append(ELSEWHERE.format(backend=line.plan.backend))
+    notes += [f"The engine: {remark}." for remark in _remarks(line)]
+    if machine.device()["type"] == "cpu":
+        notes += [ON_CPU] if line.recipe.sparsity else []
+        notes += [CPU_FIGURES]
+    if "sparsify" in line.entries:
+        reports = _read(line.entries["sparsify"].path / "layers.json")
+        notes += [f"'{layer['name']}' stayed dense: {layer['note']}" for layer in reports if not layer["pruned"]]
+        kept = sum(layer["pruned"] and bool(layer["note"]) for layer in reports)
+        notes += [f"{kept} layers were 2:4 already: their masks were kept"] if kept else []
+    if "adapter" in line.entries:
+        adapter = line.entries["adapter"]
+        share = median(layer["taken_back"] for layer in _read(adapter.path / "layers.json"))
+        notes.append(ADAPTER.format(rank=adapter.record["config"]["rank"], share=share))
+    if line.recipe.trust_remote_code:
+        notes.append(
+            "The model's own code was allowed (trust_remote_code); of a supported architecture transformers' code ran."
+        )
+    return notes
+
+
+def _remarks(line: Line) -> list[str]:
+    """What the built engine says of itself: when it was built, and where it was opened to be measured."""
+    if "engine" not in line.entries:
+        return []
+    remarks: list[str] = _read(line.entries["engine"].path / "engine.json").get("remarks", [])
+    if line.plan.backend == "torch" and "evaluate" in line.entries:
+        remarks += _read(line.entries["evaluate"].path / "accuracy.json")["engines"]["built"]["remarks"]
+    elif "benchmark" in line.entries:
+        remarks += _read(line.entries["benchmark"].path / "engines.json")["built"]["remarks"]
+    return remarks
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf8"))

@@ -1,0 +1,88 @@
+"""Answers, layer by layer, whether 2:4 runs and whether it pays: the question that the field asks most."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from pathlib import Path
+from typing import Any
+
+from builder import checkpoint
+from builder.checkpoint import LayerFacts
+from builder.engines.predicted_tactics import predict_tactics, read_tactics
+from plugins.common.errors import UserError
+from plugins.sparsity import pattern
+
+
+def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[str, Any]:
+    """Facts of every linear layer of a build, an engine or a checkpoint.
+
+    Kernel times are the engine's own where they were measured, else the roofline's for `gpu`, and say which. Raises
+    UserError where `artifact` is neither, or no layer matches.
+    """
+    weights, engine = _places(artifact)
+    tactics = read_tactics(engine) if engine else None
+    facts: dict[str, LayerFacts] = {}
+    if weights is not None:
+        facts = {layer.name: layer for layer in checkpoint.read(weights).layers()}
+    if tactics is None or (gpu is not None and tactics["source"] == "predicted"):
+        if weights is None:
+            raise UserError(f"'{artifact}' holds no checkpoint to predict from: name the build that holds the engine")
+        tactics = predict_tactics(weights, gpu or "H100-SXM")
+    why_dense = _why_dense(artifact)
+    names = [name for name in tactics["layers"] if fnmatch.fnmatchcase(name, layers)]
+    if not names:
+        raise UserError(
+            f"no linear layer matches '{layers}': layers are named like '{next(iter(tactics['layers']), '')}'"
+        )
+    return {
+        "artifact": str(artifact),
+        "source": tactics["source"],
+        "gpu": tactics["gpu"],
+        "layers": [_row(name, tactics["layers"][name], facts.get(name), why_dense.get(name)) for name in names],
+    }
+
+
+def _places(artifact: Path) -> tuple[Path | None, Path | None]:
+    """(checkpoint, engine) of whatever the user named."""
+    if (artifact / "engine.json").is_file():
+        return None, artifact
+    if (artifact / "checkpoint").is_dir():
+        split = artifact / "checkpoint-trtllm"  # an engine of TensorRT names its layers as this one does
+        return split if split.is_dir() else artifact / "checkpoint", artifact / "engine"
+    if (artifact / "config.json").is_file():
+        return artifact, None
+    raise UserError(f"'{artifact}' is neither a build, an engine nor a checkpoint: name the --out of a build")
+
+
+def _why_dense(artifact: Path) -> dict[str, str]:
+    """Why a build's recipe left layers unpruned, by their names, from its plan.json; nothing where there is none."""
+    try:
+        layers = json.loads((artifact / "plan.json").read_text(encoding="utf8"))["layers"]
+        return {x["name"]: "its pruning does not fit the budget" if x["sparse"] else x["reason"] for x in layers}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # a checkpoint or an engine on its own
+
+
+def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None, why_dense: str | None) -> dict[str, Any]:
+    reason = tactic["reason"]
+    cannot = any(bucket["kernel"] == "none" for bucket in tactic["buckets"])
+    row = {
+        "name": name,
+        "out_features": tactic["out_features"],
+        "in_features": tactic["in_features"],
+        "format": tactic["format"],
+        "sparse": tactic["sparse"],
+        "runs_dense": not (cannot or reason.startswith("2:4")),  # as every reason begins of what a sparse kernel takes
+        "reason": reason if tactic["sparse"] or why_dense is None else f"dense: {why_dense}",
+        "buckets": tactic["buckets"],
+    }
+    if facts is not None:
+        row |= {"zeros": facts.zeros, "valid_2to4": _valid(facts)}
+    return row
+
+
+def _valid(facts: LayerFacts) -> bool:
+    """Whether the stored weight holds at most 2 nonzeros in every group of 4, whatever the checkpoint declares."""
+    chunks = (rows for weight in facts.weights for _, rows in weight.chunks())
+    return facts.in_features % 4 == 0 and all(pattern.first_violation(rows) is None for rows in chunks)

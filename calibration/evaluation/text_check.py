@@ -1,0 +1,30 @@
+"""Whether the calibration text is text of the model's kind: the dense model's perplexity on it tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from calibration.data.windows import Tokens
+
+WINDOWS = 16  # of each text: enough to tell a wrong tokenizer or language
+FAR = 3.0  # times the held-out text's perplexity
+
+
+def compare_text(model: Path, calibration: Tokens, held_out: Tokens) -> dict[str, float]:
+    """The dense model's perplexity on a few windows of each text. Raises GateError where its logits are not finite."""
+    from calibration.evaluation.evaluate import hf_logits, perplexity
+    from calibration.quantization.quantize import load_model
+
+    logits = hf_logits(load_model(model))
+    texts = {"calibration": calibration, "held_out": held_out}
+    return {name: perplexity(logits, tokens[:WINDOWS]) for name, tokens in texts.items()}
+
+
+def words(found: dict[str, float]) -> str:
+    """What to say of `compare_text`'s result; nothing where the texts are alike."""
+    if found["calibration"] <= FAR * found["held_out"]:
+        return ""
+    return (
+        f"the calibration text looks wrong for this model: perplexity {found['calibration']:.4g}, and "
+        f"{found['held_out']:.4g} on the evaluation text; check calibration.data"
+    )

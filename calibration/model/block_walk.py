@@ -1,0 +1,46 @@
+"""The way of hidden states through a model, block by block, in the files of one run.
+
+Suffixes: B samples, T tokens of a sample, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from calibration.model.activation_file import States
+from calibration.model.blocks import Blocks
+from calibration.model.device import products, products_dtype
+from calibration.pruning.block_store import Finished
+
+
+class Passage:
+    """What every walk over the blocks has: where states are kept, and how they are sent on.
+
+    States and the sums over them are float32; the linear layers of a model in bfloat16 compute in that within
+    `products`, as they will in use.
+    """
+
+    def __init__(self, blocks: Blocks, tokens_BT: Tensor, finished: Finished):
+        self.blocks, self.tokens_BT, self.finished = blocks, tokens_BT, finished
+        self.arguments = blocks.arguments(tokens_BT.shape[1])
+        self.dtype = products_dtype(blocks.weights.dtype("model.embed_tokens.weight"))
+        self.products = products(self.dtype)
+
+    def states(self, number: int, name: str, features: int | None = None) -> States:
+        """The named states [B, T, features] of block `number`; features: None means the hidden size."""
+        shape_BTD = (*self.tokens_BT.shape, features or self.blocks.config.hidden_size)
+        return States(self.finished.states(number, name), shape_BTD, self.blocks.device)
+
+    def entering(self, number: int, name: str) -> States:
+        """The states that enter a block: what the one before left, or the embedded tokens."""
+        states = self.states(number, name)
+        if number == 0:  # written anew at each start: only what leaves a block is sure to be whole
+            states.write(self.blocks.embed(self.tokens_BT))
+        return states
+
+    def send(self, entering: States, through: Callable[[Tensor], Tensor], leaving: States) -> None:
+        """Sends states through a part of the model."""
+        with self.products:
+            leaving.write(through(x_BTD) for x_BTD in entering.batches())

@@ -1,0 +1,108 @@
+"""Weights of a Hugging Face directory, read one tensor at a time, and a copy of the directory with some replaced."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from plugins.common.errors import UserError
+
+CHUNK = 1 << 20
+
+
+class Weights:
+    """The tensors of all `*.safetensors` files of a directory, by name. None is read before it is asked for."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.files = _files(directory)
+        self.file_of: dict[str, Path] = {}
+        for file in self.files:
+            try:
+                with safe_open(str(file), "pt") as opened:
+                    self.file_of.update(dict.fromkeys(opened.keys(), file))
+            except SafetensorError as error:
+                raise UserError(f"'{file}' is not a whole safetensors file ({error}): fetch it again") from None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own. Raises UserError where the directory lacks it."""
+        with safe_open(str(self._file(name)), "pt") as opened:
+            return opened.get_tensor(name).clone()
+
+    def read_rows(self, name: str, rows: Iterable[int]) -> Tensor:
+        """These rows of a matrix, without reading the others."""
+        with safe_open(str(self._file(name)), "pt") as opened:
+            matrix = opened.get_slice(name)
+            return torch.cat([matrix[row : row + 1] for row in rows])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which the tensor is stored."""
+        with safe_open(str(self._file(name)), "pt") as opened:
+            row: Tensor = opened.get_slice(name)[0:1]
+        return row.dtype
+
+    def sha256(self) -> str:
+        """Of all the files' bytes."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as opened:
+                while chunk := opened.read(CHUNK):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def _file(self, name: str) -> Path:
+        if name not in self.file_of:
+            raise UserError(f"'{self.directory}' lacks the tensor '{name}': its weights do not fit its config.json")
+        return self.file_of[name]
+
+
+def copy_with(source: Path, out: Path, names: Iterable[str], replacement: Callable[[str], Tensor]) -> None:
+    """Copies a directory's files to `out`, the tensors `names` replaced by tensors of the same shape and dtype.
+
+    Headers stay as they are, so that the copy has the source's files and differs in the replaced bytes alone. Weights
+    in other forms than safetensors are left behind. Each file is complete and on disk before it gets its name.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = set(names)
+    for file in sorted(path for path in source.iterdir() if path.is_file()):
+        if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"):
+            continue
+        copy = out / f".{file.name}.partial"
+        shutil.copyfile(file, copy)
+        with copy.open("r+b") as opened:
+            if file.suffix == ".safetensors":
+                _replace(opened.fileno(), wanted, replacement)
+            os.fsync(opened.fileno())
+        copy.rename(out / file.name)
+
+
+def _replace(file: int, names: set[str], replacement: Callable[[str], Tensor]) -> None:
+    size = int.from_bytes(os.pread(file, 8, 0), "little")
+    for name, facts in json.loads(os.pread(file, size, 8)).items():
+        if name in names:
+            begin, end = facts["data_offsets"]
+            data = replacement(name).contiguous().view(torch.uint8).numpy().tobytes()
+            assert len(data) == end - begin, f"'{name}' changed its shape or dtype"
+            os.pwrite(file, data, 8 + size + begin)
+
+
+def _files(directory: Path) -> list[Path]:
+    """The files that the index names, or else the only one."""
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        if not (files := sorted(directory.glob("*.safetensors"))):
+            raise UserError(f"'{directory}' holds no *.safetensors: fetch the model's weights")
+        return files
+    files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
+    for file in files:
+        if not file.exists():
+            raise UserError(f"'{index}' names '{file.name}', which is missing: fetch it")
+    return files

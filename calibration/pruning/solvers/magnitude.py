@@ -1,0 +1,21 @@
+"""Keeps the largest weights. Han et al., Learning both Weights and Connections, NeurIPS 2015, arXiv:1506.02626."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from calibration.pruning.solvers.masks import Pattern, apply
+from calibration.pruning.solvers.protocol import Statistics
+
+
+class Magnitude:
+    """Looks at no activations."""
+
+    needs_inputs = False
+    needs_dense_inputs = False
+    tunes_blocks = False
+    refits_head = False
+
+    def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
+        """Keeps the largest |w|."""
+        return apply(weight_NK, pattern.select(weight_NK.abs()))

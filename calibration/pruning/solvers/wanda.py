@@ -1,0 +1,28 @@
+"""Keeps the weights that matter most to the outputs. Sun et al., ICLR 2024, arXiv:2306.11695."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from calibration.pruning.solvers.hessian import check_finite
+from calibration.pruning.solvers.masks import Pattern, apply
+from calibration.pruning.solvers.protocol import Statistics
+
+
+class Wanda:
+    """Scores a weight by its size times the norm of its input; compares within a row, never across rows."""
+
+    needs_inputs = True
+    needs_dense_inputs = False
+    tunes_blocks = False
+    refits_head = False
+
+    def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
+        """Keeps the largest |w_ij| * |x_j|. Raises UserError where the inputs are not finite."""
+        assert statistics is not None
+        check_finite(name, statistics.hessian)
+        score_NK = weight_NK.abs() * statistics.hessian.diagonal().sqrt()
+        if pattern.group == 0:
+            row = Pattern(round(pattern.keep * weight_NK.shape[1]), weight_NK.shape[1])
+            return apply(weight_NK, row.select(score_NK))
+        return apply(weight_NK, pattern.select(score_NK))

@@ -1,0 +1,100 @@
+"""Prunes a Hugging Face model into a copy of it: our solvers block by block, or ModelOpt's on the whole model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibration.config import Sparsity
+from calibration.model.blocks import HEAD, Blocks
+from calibration.model.device import device
+from calibration.model.weights import Weights, copy_with
+from calibration.pruning import modelopt
+from calibration.pruning.block_pruner import LayerReport, Walk, report
+from calibration.pruning.block_store import Finished
+from calibration.pruning.lm_head_refit import refit_head
+from calibration.pruning.solvers import SOLVERS, Pattern
+
+VERSION = 12  # of the results: raised whenever the same input gives other weights
+Progress = Callable[[str, int, int], None]
+Changed = dict[str, Callable[[], Tensor]]  # what reads the new tensor, by the tensor's name
+
+
+@torch.no_grad()
+def sparsify(
+    source: Path,
+    tokens: np.ndarray[Any, np.dtype[np.int64]],
+    config: Sparsity,
+    layers: Sequence[str],
+    out: Path,
+    work: Path,
+    progress: Progress,
+) -> list[LayerReport]:
+    """Prunes `layers` (module names) of the Hugging Face directory `source` into `out`, with the same files and dtypes.
+
+    A method that refits the output head reports it behind the layers. `tokens` [samples, length] are what the layers'
+    inputs are taken from. `work` keeps the finished blocks: a run that was killed goes on behind them, to the same
+    bytes. Writes `out/sparsity.json`. Raises UserError for an architecture that cannot be pruned, weights that do not
+    fit the config, and inputs that are not finite.
+    """
+    if config.method in SOLVERS:
+        reports, changed = _walk(source, torch.from_numpy(tokens), config, layers, work, progress)
+    else:
+        reports, changed = _modelopt(source, torch.from_numpy(tokens), config, layers, progress)
+    copy_with(source, out, changed, lambda name: changed[name]())
+    pruned = [layer.name for layer in reports if layer.pruned]
+    declared = {"pattern": config.pattern, "method": config.method, "layers": pruned}
+    (out / "sparsity.json").write_text(json.dumps(declared, indent=2) + "\n")
+    return reports
+
+
+def _walk(
+    source: Path, tokens_BT: Tensor, config: Sparsity, layers: Sequence[str], work: Path, progress: Progress
+) -> tuple[list[LayerReport], Changed]:
+    blocks = Blocks(source, device())
+    facts = [VERSION, config.pattern, config.method, list(layers), blocks.config.to_dict()]
+    key = hashlib.sha256(json.dumps(facts, default=str).encode())
+    key.update(blocks.weights.sha256().encode() + tokens_BT.numpy().tobytes())
+    finished = Finished(work, key.hexdigest())
+    walk = Walk(blocks, tokens_BT, SOLVERS[config.method](), Pattern.parse(config.pattern), layers, finished)
+    for number in range(finished.count(), blocks.count):
+        progress("sparsify", number, blocks.count)
+        weights, reports = walk.prune_block(number)
+        finished.add(number, weights, [asdict(layer) for layer in reports])
+    progress("sparsify", blocks.count, blocks.count)
+    found: list[LayerReport] = []
+    changed: Changed = {}
+    for number in range(blocks.count):
+        layers_found = [LayerReport(**layer) for layer in finished.reports(number)]
+        tensors = [f"{layer.name}.weight" for layer in layers_found if layer.pruned]
+        changed |= {name: partial(finished.weight, number, name) for name in tensors}
+        found += layers_found
+    if walk.refits_head and any(layer.pruned and not layer.note for layer in found):
+        head_report, head_VD = refit_head(blocks, walk.left("pruned"), walk.left("dense"))
+        changed[f"{HEAD}.weight"] = lambda: head_VD
+        found.append(head_report)
+    return found, changed
+
+
+def _modelopt(
+    source: Path, tokens_BT: Tensor, config: Sparsity, layers: Sequence[str], progress: Progress
+) -> tuple[list[LayerReport], Changed]:
+    weights = Weights(source)
+    pruned = modelopt.prune(source, tokens_BT, config.method, layers, progress)
+    reports: list[LayerReport] = []
+    changed: Changed = {}
+    for name, weight_NK in pruned.items():
+        note = "" if Pattern.parse(config.pattern).holds(weight_NK) else "ModelOpt skips a layer of this size"
+        reports.append(report(name, weight_NK, pruned=not note, note=note))
+        if not note:
+            changed[f"{name}.weight"] = partial(weight_NK.to, weights.dtype(f"{name}.weight"))
+    return reports, changed

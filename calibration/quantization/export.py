@@ -1,0 +1,147 @@
+"""Writes both checkpoint formats through ModelOpt, with the tokenizer and the list of 2:4 layers beside the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibration.data.tokenizer_files import copy_tokenizer
+from calibration.model.silence import quiet
+from calibration.quantization.trtllm_config import complete_config, for_transformers_4, trtllm_name
+from plugins.common.errors import UserError
+
+DECODERS = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen",
+    "Qwen3ForCausalLM": "qwen",
+}
+
+
+def export_hf(model: nn.Module, source: Path, out: Path, sparse: dict[str, Any] | None) -> None:
+    """A unified Hugging Face checkpoint. ModelOpt packs the model in place: it cannot run afterwards."""
+    from modelopt.torch.export import export_hf_checkpoint
+
+    int8_kv_scales = take_int8_kv_scales(model)
+    settle_weights(model)
+    with quiet(), torch.inference_mode():
+        export_hf_checkpoint(model, export_dir=out, extra_state_dict=int8_kv_scales or None)
+    if int8_kv_scales:
+        _declare_int8_kv(out)
+    _name_rotary_twice(out / "config.json")
+    copy_tokenizer(source, out)
+    write_sparsity(out, sparse)
+
+
+def settle_weights(model: nn.Module) -> None:
+    """Moves every quantized weight to the 8-bit number that fake quantization takes it for.
+
+    ModelOpt's fake quantization multiplies by the inverse scale in float32, its export divides by the scale, for FP8 in
+    16 bits: near a tie they round apart, 0.1% of the weights in INT8 and 4% in FP8. From a weight on its 8-bit number
+    both go to that number, so that the file holds the model that was calibrated and evaluated in memory.
+    """
+    for module in model.modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if quantizer is not None and quantizer.is_enabled:
+            with torch.no_grad():
+                module.weight.copy_(quantizer(module.weight.float()))
+
+
+def take_int8_kv_scales(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Scales of INT8 KV-cache quantizers, which are switched off.
+
+    ModelOpt's unified export knows FP8 and NVFP4 KV caches only; its TensorRT-LLM export knows INT8. We write the INT8
+    scales into the unified checkpoint under the names that it gives FP8's.
+    """
+    scales = {}
+    for name, module in model.named_modules():
+        for which in ("k", "v"):
+            quantizer = getattr(module, f"{which}_bmm_quantizer", None)
+            if quantizer is not None and quantizer.is_enabled and quantizer.num_bits == 8:
+                scales[f"{name}.{which}_proj.{which}_scale"] = (quantizer.amax.float() / 127).reshape(()).clone()
+                quantizer.disable()
+                del quantizer._amax  # or the exporter finds it and refuses
+    return scales
+
+
+def _declare_int8_kv(out: Path) -> None:
+    quantization: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": "INT8", "exclude_modules": []}
+    path = out / "hf_quant_config.json"
+    written = json.loads(path.read_text()) if path.is_file() else {"producer": {"name": "modelopt"}}
+    written["quantization"] = {**quantization, **written.get("quantization", {}), "kv_cache_quant_algo": "INT8"}
+    path.write_text(json.dumps(written, indent=4))
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    section = config.setdefault("quantization_config", {"quant_method": "modelopt", "quant_algo": None, "ignore": []})
+    section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "int"}
+    path.write_text(json.dumps(config, indent=4))
+
+
+def _name_rotary_twice(path: Path) -> None:
+    """Readers on transformers 4 (TensorRT-LLM, vLLM) know no `rope_parameters`, and take a base of 10000 in silence."""
+    config = json.loads(path.read_text(encoding="utf8"))
+    if "rope_parameters" in config:
+        path.write_text(json.dumps(for_transformers_4(config), indent=2) + "\n", encoding="utf8")
+
+
+def copy_checkpoint(source: Path, out: Path, sparse: dict[str, Any] | None) -> None:
+    """A checkpoint that quantization leaves alone: the same files, 16 bit."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.suffix == ".safetensors" or path.name in ("config.json", "model.safetensors.index.json"):
+            shutil.copyfile(path, out / path.name)
+    _name_rotary_twice(out / "config.json")
+    copy_tokenizer(source, out)
+    write_sparsity(out, sparse)
+
+
+def export_trtllm(
+    model: nn.Module,
+    source: Path,
+    out: Path,
+    sparse: dict[str, Any] | None,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+) -> None:
+    """A TensorRT-LLM checkpoint, one rank{N}.safetensors a rank. Run it before `export_hf`, which packs the model."""
+    from modelopt.torch.export import export_tensorrt_llm_checkpoint
+
+    dtype = next(model.parameters()).dtype
+    config = json.loads((source / "config.json").read_text(encoding="utf8"))
+    architecture = config["architectures"][0]
+    with quiet() as said, torch.inference_mode():
+        export_tensorrt_llm_checkpoint(
+            model,
+            DECODERS[architecture],
+            dtype,
+            out,
+            inference_tensor_parallel=tensor_parallel,
+            inference_pipeline_parallel=pipeline_parallel,
+        )
+    if not (out / "rank0.safetensors").is_file():  # ModelOpt swallows its own failures and writes a bare state instead
+        words = said.getvalue().strip().splitlines()[-1:] or ["no reason given"]
+        raise UserError(f"ModelOpt could not write a TensorRT-LLM checkpoint of {architecture} ({words[0][:160]})")
+    path = out / "config.json"
+    path.write_text(json.dumps(complete_config(config, json.loads(path.read_text())), indent=4) + "\n", encoding="utf8")
+    write_sparsity(out, sparse and {**sparse, "layers": trtllm_layers(sparse["layers"])})
+
+
+def trtllm_layers(layers: Sequence[str]) -> list[str]:
+    """TensorRT-LLM's names of 2:4 layers. q, k and v become one layer, which is 2:4 only where all three are."""
+    parts: dict[str, int] = {}
+    for layer in layers:
+        name = trtllm_name(layer)
+        parts[name] = parts.get(name, 0) + 1
+    return [name for name, count in parts.items() if count == (3 if name.endswith(".qkv") else 1)]
+
+
+def write_sparsity(out: Path, sparse: dict[str, Any] | None) -> None:
+    """`sparsity.json`: which modules are declared 2:4. No file where none is."""
+    if sparse and sparse["layers"]:
+        (out / "sparsity.json").write_text(json.dumps(sparse, indent=1) + "\n", encoding="utf8")

@@ -1,0 +1,115 @@
+"""What a recovery is asked to do, kept in its work directory: a resumed run and each process of it read the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from calibration.config import Quantization, Recovery
+from calibration.data.windows import Tokens
+from calibration.model.weights import Weights
+from plugins.common.errors import UserError
+
+VERSION = 3  # of the results: raised whenever the same input gives other weights
+HELD_OUT = 16  # windows at most that judge the training and never train
+CALIBRATION = 64  # windows at most that set the ranges of fake quantizers
+
+
+@dataclass(frozen=True)
+class Job:
+    """The two models, by directory, and how the one is trained towards the other."""
+
+    dense: str
+    pruned: str
+    config: Recovery
+    quantization: Quantization
+    quantized: tuple[str, ...]
+
+    def open(self, work: Path, tokens: Tokens) -> None:
+        """Writes the job and its tokens; drops what another job left in `work`."""
+        key = self._key(tokens)
+        if (found := read_json(work / "job.json")) and found["key"] == key:
+            return
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        order = np.random.default_rng(self.config.seed).permutation(len(tokens))
+        held_out = max(1, min(HELD_OUT, len(tokens) // 8))
+        save_tokens(work / "held_out.npy", tokens[order[:held_out]])
+        save_tokens(work / "text.npy", tokens[order[held_out:]])
+        values = {**asdict(self), "config": self.config.model_dump(), "quantization": self.quantization.model_dump()}
+        write_json(work / "job.json", {**values, "key": key})
+
+    @classmethod
+    def read(cls, work: Path) -> Job:
+        """The job that `open` wrote."""
+        values = read_json(work / "job.json")
+        config, quantization = Recovery(**values["config"]), Quantization(**values["quantization"])
+        return cls(values["dense"], values["pruned"], config, quantization, tuple(values["quantized"]))
+
+    def layers(self) -> list[str]:
+        """The layers declared sparse in the pruned directory."""
+        declared = read_json(Path(self.pruned) / "sparsity.json") or {"layers": []}
+        return list(declared["layers"])
+
+    def models(self, work: Path) -> tuple[Any, Any]:
+        """The dense model, and the pruned one in float32 with its masks held (and fake quantizers, if any)."""
+        from calibration.pruning.modelopt import hand_over
+        from calibration.recovery import distill
+
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        dense = _load(self.dense, torch.bfloat16 if torch.cuda.is_available() else torch.float32).to(device)
+        student = hand_over(_load(self.pruned, torch.float32).to(device), self.layers())
+        if self.quantization.wanted:
+            text = np.load(work / "text.npy")[:CALIBRATION]
+            student = distill.fake_quantize(student, self.quantization, self.quantized, text)
+        return dense.requires_grad_(False), student
+
+    def _key(self, tokens: Tokens) -> str:
+        digest = hashlib.sha256(f"{VERSION} {self.config!r} {self.quantization!r} {self.quantized!r}".encode())
+        for directory in (self.dense, self.pruned):
+            digest.update(Weights(Path(directory)).sha256().encode())
+        digest.update(repr(tokens.shape).encode() + tokens.tobytes())
+        return digest.hexdigest()
+
+
+def _load(directory: str, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    from calibration.model.sdpa_float32 import attention
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, attn_implementation=attention()
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise UserError(f"'{directory}' cannot be loaded ({words}): check its files") from None
+    return model.eval()
+
+
+def read_json(path: Path) -> Any:
+    """The file's value, or None where there is no file."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)
+
+
+def save_tokens(path: Path, tokens: Tokens) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial.npy")
+    np.save(partial, tokens)
+    partial.replace(path)

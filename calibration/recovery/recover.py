@@ -1,0 +1,220 @@
+"""Takes back what pruning lost: distills the dense model into the pruned one, with the masks held.
+
+Three steps, each of which a killed run finds finished or goes on with: prepare (sample text, time a step, fix the
+number of steps), train (transformers' Trainer, with checkpoints), finish (judge on held-out windows, write). Runs on a
+CPU or a GPU; where several GPUs are seen the training starts itself under `accelerate launch`, on each of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calibration.config import Quantization, Recovery
+from calibration.data.windows import Tokens
+from calibration.evaluation.evaluate import evaluate, hf_logits
+from calibration.model.silence import quiet
+from calibration.model.weights import Weights, copy_with
+from calibration.pruning.solvers.masks import apply
+from calibration.recovery.job import Job, read_json, save_tokens, write_json
+from plugins.common.errors import Caution, GateError, UserError
+
+PLANNED = 1.1  # of the steps that fit: the time ends the training, and a step timed alone may be slower than the others
+SHARE = 0.98  # of the minutes that is planned with
+LEAST = 20  # steps: fewer are not worth starting
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What training did. `kl_before` and `kl_after`: mean KL(dense || pruned) a token on held-out windows, nats."""
+
+    steps: int
+    planned_steps: int  # more than `steps` where the time was over first
+    windows: int  # trained on, the sampled ones among them
+    sampled_windows: int
+    seconds: float
+    kl_before: float
+    kl_after: float | None  # None: not finite
+    kept: bool  # false: training did not help, and the weights are the pruned ones
+
+
+def recover(
+    dense: Path,
+    pruned: Path,
+    tokens: Tokens,
+    config: Recovery,
+    out: Path,
+    work: Path,
+    progress: Progress,
+    quantization: Quantization | None = None,
+    quantized: Sequence[str] = (),
+) -> RecoveryReport:
+    """Trains the Hugging Face directory `pruned` towards `dense` on `tokens` [windows, T] and writes it to `out`.
+
+    Zeros of the layers that `pruned/sparsity.json` declares stay zero; files, names and dtypes are those of `pruned`.
+    With `quantization` the layers `quantized` train under ModelOpt's fake quantizers; what is written has the dtype of
+    before and is quantized afterwards. `work` keeps the checkpoints. Writes `out/recovery.json`. Raises UserError for
+    too few tokens and too little time; warns, and writes the pruned weights, where the held-out KL did not fall.
+    """
+    if len(tokens) < 4:
+        raise UserError(
+            f"recovery needs at least 4 windows of text and got {len(tokens)}: name more with recovery.data"
+        )
+    started = time.monotonic()
+    job = Job(str(dense), str(pruned), config, quantization or Quantization(), tuple(quantized))
+    job.open(work, tokens)
+    with quiet():
+        plan = _prepare(job, work, progress, started)
+        if torch.cuda.device_count() > 1:
+            _launch(work, torch.cuda.device_count())
+        else:
+            train(work, progress)
+        report = _finish(job, work, plan, out, started)
+    if not report.kept:
+        after = "not finite" if report.kl_after is None else f"{report.kl_after:.4g}"
+        warnings.warn(
+            f"recovery did not help (held-out KL {report.kl_before:.4g} before, {after} after): the pruned weights "
+            "stay; try a lower recovery.learning_rate or more text",
+            Caution,
+            stacklevel=2,
+        )
+    return report
+
+
+def _prepare(job: Job, work: Path, progress: Progress, started: float) -> Any:
+    """Writes train.npy, what is trained on, and plan.json: the number of steps, and the held-out KL before them."""
+    from calibration.recovery import distill
+    from calibration.recovery.self_generated import sample
+
+    if found := read_json(work / "plan.json"):
+        return found
+    text = np.load(work / "text.npy")
+    dense, student = job.models(work)
+    sampled = sample(dense, text, job.config.sampled_windows, job.config.seed, progress)
+    save_tokens(work / "train.npy", np.concatenate([text, sampled]))
+    plan: dict[str, Any] = {"steps": job.config.steps, "kl_before": _held_out_kl(dense, student, work)}
+    if plan["steps"] is None:
+        a_step = distill.seconds_a_step(distill.add_teacher(student, dense, job.config), text, job.config)
+        before = time.monotonic() - started
+        plan["deadline"] = SHARE * job.config.minutes * 60 - 2 * before  # judging and writing take about as long
+        plan["steps"] = steps = max(0, int(PLANNED * plan["deadline"] / a_step))
+        if steps < LEAST:
+            raise UserError(
+                f"recovery.minutes {job.config.minutes:g} gives {steps} steps of {a_step:.1f} s: "
+                f"set it to {job.config.minutes + (LEAST + 1) * a_step / PLANNED / 60:.1f} or more"
+            )
+    write_json(work / "plan.json", plan)
+    return plan
+
+
+def train(work: Path, progress: Progress) -> None:
+    """From the last checkpoint in `work`, if there is one, to the planned end. Each process of a launch runs this."""
+    from calibration.recovery import distill
+
+    job, plan = Job.read(work), read_json(work / "plan.json")
+    watch = distill.Watch(progress, work / "spent.json", plan.get("deadline"))
+    dense, student = job.models(work)
+    distill.train(
+        distill.add_teacher(student, dense, job.config),
+        np.load(work / "train.npy"),
+        job.config,
+        plan["steps"],
+        work,
+        watch,
+    )
+
+
+def _launch(work: Path, processes: int) -> None:
+    """`train` on each GPU, under accelerate."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+    ]
+    command += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--multi_gpu",
+        "-m",
+        "calibration.recovery.recover",
+        str(work),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (work / "launch.log").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        raise RuntimeError(f"the training processes ended with {done.returncode}: see {work / 'launch.log'}")
+
+
+def _finish(job: Job, work: Path, plan: dict[str, Any], out: Path, started: float) -> RecoveryReport:
+    """Rounds the trained weights to their dtype, judges them, and writes them, or the pruned ones if not better."""
+    from calibration.recovery import distill
+
+    checkpoint = distill.last_checkpoint(work)
+    assert checkpoint, "the Trainer saves when it ends"
+    trained = _Trained(Path(job.pruned), checkpoint, set(job.layers()))
+    dense, student = job.models(work)
+    for name, parameter in student.named_parameters():
+        if name in trained.names:
+            parameter.data.copy_(trained.stored(name))
+    try:
+        kl = _held_out_kl(dense, student, work)
+    except GateError:  # the training diverged
+        kl = None
+    kept = kl is not None and kl < plan["kl_before"]
+    copy_with(Path(job.pruned), out, trained.names if kept else [], trained.stored)
+    report = RecoveryReport(
+        steps=read_json(checkpoint / "trainer_state.json")["global_step"],
+        planned_steps=plan["steps"],
+        windows=len(np.load(work / "train.npy", mmap_mode="r")),
+        sampled_windows=job.config.sampled_windows,
+        seconds=time.monotonic() - started,
+        kl_before=plan["kl_before"],
+        kl_after=kl,
+        kept=kept,
+    )
+    write_json(out / "recovery.json", asdict(report))
+    return report
+
+
+class _Trained:
+    """The weights of a training checkpoint in the form in which they are written."""
+
+    def __init__(self, pruned: Path, checkpoint: Path, sparse: set[str]):
+        self.pruned, self.trained, self.sparse = Weights(pruned), Weights(checkpoint), sparse
+        self.names = [name for name in self.pruned.file_of if name in self.trained.file_of]
+
+    def stored(self, name: str) -> Tensor:
+        """In the file's dtype, and +0 wherever the weight of a sparse layer was 0."""
+        weight = self.trained.read(name).to(self.pruned.dtype(name))
+        if name.removesuffix(".weight") not in self.sparse:
+            return weight
+        return apply(weight, self.pruned.read(name) != 0)
+
+
+def _held_out_kl(dense: nn.Module, student: nn.Module, work: Path) -> float:
+    """Raises GateError where a model's logits are not finite."""
+    student.eval()
+    return evaluate(hf_logits(dense), hf_logits(student), np.load(work / "held_out.npy")).kl
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    train(Path(sys.argv[1]), lambda *_: None)

@@ -1,0 +1,84 @@
+"""tactics.json: which kernel each layer runs at how many tokens, with the times it was chosen by. Imports no torch.
+
+A bucket holds for token counts up to its `tokens`, the last one also beyond. `measured` separates times taken on the
+device from predictions; the two never mix in one bucket.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from plugins.common.config import Config
+from plugins.common.errors import UserError
+
+Kernel = Literal["dense-cublaslt", "cusparselt", "skinny", "reference", "none"]
+
+
+class Bucket(Config):
+    """The choice for up to `tokens` tokens; times in microseconds; `ratio` is dense over sparse."""
+
+    tokens: int = Field(ge=1)
+    kernel: Kernel
+    dense_us: float | None = None
+    sparse_us: float | None = None
+    ratio: float | None = None
+    measured: bool
+    algorithm: tuple[int, ...] | None = None  # of the kernel, as libtwofour's search found it for this GPU and version
+    notes: tuple[str, ...] = ()  # what a reader of the times should know: algorithms left out for want of memory
+
+
+class Layer(Config):
+    """One linear layer."""
+
+    out_features: int = Field(ge=1)
+    in_features: int = Field(ge=1)
+    format: str
+    sparse: bool
+    reason: str
+    buckets: tuple[Bucket, ...]
+
+
+class Device(Config):
+    """The GPU that the times are from; clocks in MHz as seen while timing."""
+
+    name: str
+    sm: int
+    driver: str | None = None
+    clocks: dict[str, float] = Field(default_factory=dict)
+
+
+class Tactics(Config):
+    """The whole file. `gpu` names the card that predictions are for."""
+
+    device: Device | None
+    source: Literal["measured", "predicted"]
+    gpu: str | None
+    versions: dict[str, Any]
+    layers: dict[str, Layer]
+
+
+def read(path: Path) -> Tactics:
+    """Reads tactics.json, from a file or the engine directory that holds it. Raises UserError."""
+    file = path / "tactics.json" if path.is_dir() else path
+    try:
+        return Tactics.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"no '{file}': build the engine again with twofour engine") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"'{file}' is no tactics file: {place}: {first['msg']}; tune the engine again") from None
+
+
+def write(tactics: Tactics | dict[str, Any], path: Path) -> None:
+    """Writes tactics.json, validated, to a file or into an engine directory; a reader never sees half of it."""
+    checked = tactics if isinstance(tactics, Tactics) else Tactics.model_validate(tactics)
+    file = path / "tactics.json" if path.is_dir() else path
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(checked.model_dump(mode="json", exclude_none=False), indent=2) + "\n")
+    os.replace(partial, file)

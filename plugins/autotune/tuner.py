@@ -1,0 +1,333 @@
+"""Chooses each layer's kernel at each number of tokens by timing them on the GPU. Needs torch alone.
+
+For each unique shape and bucket of tokens: cuBLASLt on the dense weight (the best of our search and of torch's own
+call), cuSPARSELt, and the skinny kernel up to 64 tokens, weights cold (autotune/timing.py). A sparse kernel is kept
+where it is faster than dense by at least MARGIN. A layer on which none wins stays dense, and its entry says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from plugins.autotune import timing
+from plugins.common import numerics
+from plugins.common.errors import UserError
+from plugins.libtwofour import bindings, torch_ops
+
+log = logging.getLogger(__name__)
+
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+MARGIN = 0.02
+PADDED = (16, 32)  # tokens that a dense FP8 product is also timed with
+WORKSPACE = 128 << 20
+NAMES = {"cublaslt": "dense-cublaslt", "torch": "dense-torch"}  # in tactics.json; sparse kernels go by their own
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer as far as its speed depends on it."""
+
+    out_features: int
+    in_features: int
+    format: str  # fp16, bf16, int8, fp8
+    per_channel: bool = False  # one weight scale a row
+    out: str = "bf16"
+
+    def __str__(self) -> str:
+        return f"{self.format} [{self.out_features}, {self.in_features}]"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A kernel's time for one call in microseconds, the algorithm it ran, and what a reader should know of it."""
+
+    kernel: str
+    us: float
+    algorithm: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Bench:
+    """Operands of one shape on the GPU, made once for all buckets and freed with it."""
+
+    shape: Shape
+    device: torch.device
+    most_tokens: int
+    l2_bytes: int
+    weights: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        s, dtype = self.shape, torch_ops.DTYPES[self.shape.format]
+        self.dense = timing.random_2to4(s.out_features, s.in_features, dtype, self.device)
+        self.x = timing.random_operand(self.most_tokens, s.in_features, dtype, self.device)
+        self.out_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch_ops.DTYPES[s.out]
+        self.scale = 1.0 if self.out_dtype == dtype else 2.0**-10
+        rows = torch.full((s.out_features,), self.scale, device=self.device)
+        self.channel_scales = rows if s.per_channel and self.out_dtype != dtype else None
+
+    def copies(self, kernel: str) -> list[torch.Tensor]:
+        """As many copies of the prepared weight as defeat the L2 cache."""
+        if kernel not in self.weights:
+            first = torch_ops.prepare(self.dense, kernel)
+            count = timing.copies_to_fill(first.nbytes, self.l2_bytes)
+            self.weights[kernel] = [first, *(first.clone() for _ in range(count - 1))]
+        return self.weights[kernel]
+
+
+Timer = Callable[[Bench, str, int], Timing]
+
+
+def tune(
+    layers: Mapping[str, Shape],
+    buckets: Sequence[int] = BUCKETS,
+    device: int = 0,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """tactics.json of 2:4 `layers` (module names and shapes) measured on a CUDA device.
+
+    Raises UserError where there is no GPU with sparse tensor cores, no library, or not the memory for one layer.
+    """
+    info = bindings.context(device).info()
+    unique = list(dict.fromkeys(layers.values()))
+    measured: dict[Shape, list[dict[str, Any]]] = {}
+    facts = timing.device_facts(device)
+    for done, shape in enumerate(unique):
+        progress(str(shape), done, len(unique))
+        measured[shape] = _measure(shape, sorted(buckets), device, info.l2_bytes)
+        clocks = timing.device_facts(device)["clocks"]  # while the GPU is still warm
+        facts["clocks"] = {name: max(clock, facts["clocks"].get(name, 0.0)) for name, clock in clocks.items()}
+    progress("done", len(unique), len(unique))
+    return {
+        "device": facts,
+        "source": "measured",
+        "gpu": facts["name"],
+        "versions": versions(info),
+        "layers": {name: entry(shape, measured[shape], facts["name"]) for name, shape in layers.items()},
+    }
+
+
+def _measure(shape: Shape, buckets: Sequence[int], device: int, l2_bytes: int) -> list[dict[str, Any]]:
+    """The shape's buckets; its operands are freed afterwards."""
+    try:
+        bench = Bench(shape, torch.device("cuda", device), max(*buckets, *PADDED), l2_bytes)
+        return [bucket_of(bench, tokens, time_kernel) for tokens in buckets]
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"GPU memory ran out while timing {shape}: free some and build again ({_line(error)})"
+        ) from None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def bucket_of(bench: Bench, tokens: int, timer: Timer) -> dict[str, Any]:
+    """Times all kernels at `tokens` and returns the bucket of tactics.json. Kernels that cannot run are left out."""
+    timings = []
+    for kernel in ("cublaslt", "torch", "cusparselt", *(("skinny",) if tokens <= torch_ops.MAX_SKINNY_TOKENS else ())):
+        try:
+            timings.append(time_padded(bench, kernel, tokens, timer))
+        except torch.OutOfMemoryError:
+            raise
+        except (UserError, RuntimeError) as error:  # RuntimeError: torch's own product refuses some shapes
+            log.info("%s at %d tokens leaves out %s: %s", bench.shape, tokens, kernel, _line(error))
+    return choose(tokens, timings)
+
+
+def time_padded(bench: Bench, kernel: str, tokens: int, timer: Timer) -> Timing:
+    """The kernel's time at `tokens`; of a dense FP8 product the best of these and of tokens padded to 16 and 32.
+
+    cuBLASLt is often faster with more tokens there (vllm-project/vllm#4691); the padding itself is not timed.
+    """
+    best = timer(bench, kernel, tokens)
+    if kernel in NAMES and bench.shape.format == "fp8":
+        for padded in PADDED:
+            if padded > tokens:
+                other = timer(bench, kernel, padded)
+                if other.us < best.us:
+                    note = f"fastest with its tokens padded to {padded}"
+                    best = replace(best, us=other.us, notes=(*best.notes, note))
+    return best
+
+
+def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
+    """The bucket: the fastest sparse kernel where it beats the fastest dense one by MARGIN, else the dense one."""
+    by_time = sorted(timings, key=lambda t: t.us)
+    dense = next((t for t in by_time if t.kernel in NAMES), None)
+    sparse = next((t for t in by_time if t.kernel not in NAMES), None)
+    ours = next((t for t in by_time if t.kernel == "cublaslt"), None)  # what a layer can run dense
+    if dense is None and sparse is None:
+        raise UserError(f"no kernel ran at {tokens} tokens: see the log; `twofour doctor` says what is missing")
+    pays = sparse is not None and (dense is None or sparse.us * (1 + MARGIN) <= dense.us)
+    winner = sparse if pays else ours
+    return {
+        "tokens": tokens,
+        "kernel": "reference" if winner is None else NAMES.get(winner.kernel, winner.kernel),
+        "dense_us": None if dense is None else round(dense.us, 3),
+        "sparse_us": None if sparse is None else round(sparse.us, 3),
+        "ratio": None if dense is None or sparse is None else round(dense.us / sparse.us, 4),
+        "measured": True,
+        "algorithm": None if winner is None or winner.algorithm is None else list(winner.algorithm),
+        "notes": [f"{NAMES.get(t.kernel, t.kernel)}: {note}" for t in by_time for note in t.notes],
+    }
+
+
+def entry(shape: Shape, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str, Any]:
+    """A layer's entry in tactics.json."""
+    return {
+        "out_features": shape.out_features,
+        "in_features": shape.in_features,
+        "format": shape.format,
+        "sparse": True,
+        "reason": reason(buckets, gpu),
+        "buckets": list(buckets),
+    }
+
+
+def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
+    """Why the layer runs as it does, in words."""
+    ratios = {b["tokens"]: b["ratio"] for b in buckets if b["ratio"] is not None}
+    won = [b for b in buckets if b["kernel"] in ("skinny", "cusparselt")]
+    if not won:
+        if not ratios:
+            return f"stays dense: no sparse kernel runs this shape on {gpu}"
+        best = max(ratios, key=lambda tokens: ratios[tokens])
+        return (
+            f"stays dense: no sparse kernel is faster by {MARGIN:.0%} on {gpu}; the best is {ratios[best]:.2f}x at "
+            f"{best} tokens"
+        )
+    words = [f"{b['ratio']:.2f}x at {b['tokens']}" if b["ratio"] else f"at {b['tokens']}" for b in won]
+    lost = [str(b["tokens"]) for b in buckets if b not in won]
+    dense = f"; dense at {', '.join(lost)}" if lost else ""
+    return f"2:4 is faster on {gpu}: {', '.join(words)} tokens{dense}"
+
+
+def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str | None:
+    """Gives libtwofour the algorithms that were found when `tactics` were measured, so that nothing is searched again.
+
+    `out` is what the layers put out, "bf16" or "fp16". Only where they were measured on this kind of GPU with these
+    libraries; else the libraries' own defaults run, and the answer says in words what is amiss.
+    """
+    context = bindings.context(device)
+    info = context.info()
+    amiss = check_device(tactics, torch.cuda.get_device_name(device), info.sm, versions(info))
+    if amiss is not None:
+        return amiss
+    for layer in tactics["layers"].values():
+        format = out if layer["format"] in ("fp16", "bf16") else layer["format"]
+        for bucket in layer["buckets"]:
+            kernel = bucket["kernel"].removeprefix("dense-")
+            if bucket.get("algorithm") is None or kernel not in bindings.KERNELS:
+                continue
+            sizes = (layer["out_features"], layer["in_features"], bucket["tokens"])
+            try:
+                context.set_algorithm(bindings.gemm(kernel, format, out, *sizes), tuple(bucket["algorithm"]))
+            except bindings.LibraryError as error:
+                log.info("%s keeps its default algorithm at %d tokens: %s", kernel, bucket["tokens"], error)
+    return None
+
+
+def check_device(tactics: Mapping[str, Any], name: str, sm: int, here: Mapping[str, Any]) -> str | None:
+    """What is amiss with using `tactics` on this GPU with these library versions, in words; None: nothing."""
+    device, known = tactics.get("device"), tactics.get("versions", {})
+    if tactics.get("source") != "measured" or device is None:
+        return "its kernels were chosen by prediction, not measured: build the engine again on this GPU"
+    there = f"{device['name']} (SM {device['sm']})"
+    if (device["name"], device["sm"]) != (name, sm):
+        return f"its kernels were timed on {there}, and this is {name} (SM {sm}): build the engine again here"
+    for library_name in ("libtwofour", "cusparselt", "cublaslt"):
+        timed = known.get(library_name)
+        if timed != here[library_name]:
+            words = f"{library_name} {timed or 'of an unknown version'}"
+            return f"its kernels were timed with {words}, and here is {here[library_name]}: build the engine again"
+    return None
+
+
+def versions(info: bindings.Info) -> dict[str, Any]:
+    """What the times depend on besides the GPU."""
+    return {
+        "libtwofour": bindings.load().twofour_version(),
+        "cusparselt": info.cusparselt_version,
+        "cublaslt": info.cublaslt_version,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+def time_kernel(bench: Bench, kernel: str, tokens: int) -> Timing:
+    """Searches the kernel's algorithm for this bucket and times it. Raises UserError where it cannot run."""
+    x_MK = bench.x[:tokens]
+    if kernel == "torch":
+        weights = bench.copies("cublaslt")
+        call = torch_dense(bench, x_MK)
+        return Timing(kernel, timing.measure(lambda i: call(weights[i]), len(weights)).us)
+    weights = bench.copies(kernel)
+    context = bindings.context(bench.device.index)
+    s = bench.shape
+    problem = torch_ops.describe(kernel, x_MK, s.out_features, bench.out_dtype, bench.scale, bench.channel_scales)
+    y_MN = torch.empty(tokens, s.out_features, dtype=bench.out_dtype, device=bench.device)
+    workspace, notes = _workspace(bench.device)
+    flush = torch.empty(2 * bench.l2_bytes, dtype=torch.uint8, device=bench.device)
+    found = context.search(
+        problem,
+        x_MK.data_ptr(),
+        weights[0].data_ptr(),
+        y_MN.data_ptr(),
+        (workspace.data_ptr(), workspace.nbytes),
+        (flush.data_ptr(), flush.nbytes),
+        torch.cuda.current_stream(bench.device).cuda_stream,
+    )
+    if found.over_workspace:
+        notes = (*notes, f"{found.over_workspace} algorithms want more than {workspace.nbytes >> 20} MiB of workspace")
+    for note in notes:
+        log.info("%s at %d tokens, %s: %s", s, tokens, kernel, note)
+
+    def call_ours(i: int) -> None:
+        context.matmul(
+            problem,
+            x_MK.data_ptr(),
+            weights[i].data_ptr(),
+            y_MN.data_ptr(),
+            (workspace.data_ptr(), workspace.nbytes),
+            torch.cuda.current_stream(bench.device).cuda_stream,
+        )
+
+    time = timing.measure(call_ours, len(weights))
+    return Timing(kernel, time.us, context.algorithm(problem), notes)
+
+
+def torch_dense(bench: Bench, x_MK: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """torch's own dense product of the same problem: linear, _int_mm or _scaled_mm."""
+    if bench.shape.format == "int8":
+        factor = (
+            torch.full((1,), bench.scale, device=bench.device) if bench.channel_scales is None else bench.channel_scales
+        )
+        return lambda w_NK: numerics.int8_linear(x_MK, w_NK, factor).to(bench.out_dtype)
+    if bench.shape.format == "fp8":
+        scale = torch.tensor(bench.scale, device=bench.device)
+        return lambda w_NK: numerics.fp8_linear(x_MK, w_NK, scale, bench.out_dtype)
+    return lambda w_NK: torch.nn.functional.linear(x_MK, w_NK)
+
+
+def _line(error: Exception) -> str:
+    """An error's first line; its kind where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _workspace(device: torch.device) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """WORKSPACE bytes, or what memory has left: then algorithms that want more are passed over, and it is said."""
+    size = WORKSPACE
+    while True:
+        try:
+            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            if size <= 1 << 20:
+                raise UserError("no GPU memory is left for a workspace: free some, or tune a smaller model") from None
+            size //= 2
+        else:
+            short = (f"only {size >> 20} MiB of GPU memory for a workspace",) if size < WORKSPACE else ()
+            return workspace, short

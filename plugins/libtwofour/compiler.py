@@ -1,0 +1,230 @@
+"""Builds libtwofour, and its TensorRT plugin where TensorRT's headers are given, with nvcc. Imports no torch.
+
+cuSPARSELt, cuSPARSE and cuBLAS are needed as headers only: the library finds them when it runs. They come from the
+PyPI wheels (nvidia-cusparselt-cu13, nvidia-cusparse, nvidia-cublas) or the system. With CMake on the PATH the build
+is plugins/csrc/CMakeLists.txt; without it nvcc is called directly on the same sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from plugins.common.errors import UserError
+
+SOURCES = Path(__file__).parents[1] / "csrc"
+OUT = Path(__file__).parents[1] / "lib"
+SMS = ("80", "86", "89", "90a", "100a", "120a")
+HEADERS = {
+    "cusparseLt.h": "nvidia-cusparselt-cu13",
+    "cusparse.h": "nvidia-cusparse",
+    "cublasLt.h": "nvidia-cublas",
+}
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a build left: paths of the libraries, the SMs they hold code for, the compiler."""
+
+    library: str
+    plugin: str | None
+    sms: tuple[str, ...]
+    nvcc: str
+
+
+def build(
+    sms: Sequence[str] | None = None,
+    out: Path | None = None,
+    tensorrt_include: Path | None = None,
+    progress: Progress = lambda line: None,
+    use_cmake: bool | None = None,
+) -> Build:
+    """Compiles for `sms` ("90a", "sm_90", "9.0"; None: the GPU here, else all of SMS) into the directory `out` (OUT).
+
+    `tensorrt_include` (or the environment variable TENSORRT_INCLUDE) names TensorRT 10's headers and adds
+    libtwofour_tensorrt.so. Raises UserError where the compiler or a header is missing, or the compilation fails.
+    """
+    nvcc, out = find_nvcc(), out or OUT
+    chosen = tuple(dict.fromkeys(parse_sm(sm) for sm in sms)) if sms else gpu_sms() or SMS
+    includes = find_includes()
+    if tensorrt_include is None and os.environ.get("TENSORRT_INCLUDE"):
+        tensorrt_include = Path(os.environ["TENSORRT_INCLUDE"])
+    if tensorrt_include is not None and not (tensorrt_include / "NvInfer.h").exists():
+        raise UserError(f"no NvInfer.h in '{tensorrt_include}': give the include directory of TensorRT 10")
+    progress(f"compiling {SOURCES} for sm_{', sm_'.join(chosen)} with {nvcc}")
+    compile_ = _with_cmake if (_can_use_cmake() if use_cmake is None else use_cmake) else _with_nvcc
+    with tempfile.TemporaryDirectory(prefix="twofour-build-") as work:
+        made = compile_(nvcc, chosen, includes, tensorrt_include, Path(work), progress)
+        out.mkdir(parents=True, exist_ok=True)
+        for file in made:
+            shutil.copy2(file, out / (file.name + ".new"))
+            os.replace(out / (file.name + ".new"), out / file.name)  # a process that has the old one open keeps it
+    plugin = out / "libtwofour_tensorrt.so"
+    result = Build(str(out / "libtwofour.so"), str(plugin) if tensorrt_include else None, chosen, _version(nvcc))
+    (out / "build.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+    return result
+
+
+def parse_sm(text: str) -> str:
+    """nvcc's name of an architecture written like sm_90a, 90 or 9.0: "90a". Raises UserError."""
+    match = re.fullmatch(r"(?:sm_?|compute_?)?(\d+)\.?(\d)([af]?)", text.strip().lower())
+    if match is None:
+        raise UserError(f"'{text}' is no GPU architecture: write one like sm_90a or 9.0")
+    number = int(match[1]) * 10 + int(match[2])
+    if number < 80:
+        raise UserError(f"'{text}' has no sparse tensor cores: the first is sm_80 (A100)")
+    return f"{number}{match[3] or ('a' if number in (90, 100, 120) else '')}"
+
+
+def gpu_sms() -> tuple[str, ...]:
+    """The architectures of the GPUs here, by nvidia-smi; empty where there is none."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(dict.fromkeys(parse_sm(line) for line in text.split() if re.fullmatch(r"\d+\.\d", line)))
+
+
+def gpu_names() -> tuple[str, ...]:
+    """The names of the GPUs here, by nvidia-smi; empty where there is none."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def find_nvcc() -> str:
+    """The compiler's path: CUDA_HOME/bin, then the PATH, then /usr/local/cuda. Raises UserError."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for candidate in [*(f"{home}/bin/nvcc" for home in homes), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]:
+        if candidate and os.access(candidate, os.X_OK):
+            return candidate
+    raise UserError("no nvcc found: install the CUDA toolkit 12.8 or newer, or set CUDA_HOME")
+
+
+def find_includes() -> list[Path]:
+    """The directories of cusparseLt.h, cusparse.h and cublasLt.h. Raises UserError naming the wheel that has it."""
+    found = []
+    for header, wheel in HEADERS.items():
+        directory = next((d for d in _include_candidates() if (d / header).exists()), None)
+        if directory is None:
+            raise UserError(f"no {header} found: pip install {wheel}")
+        found.append(directory)
+    return list(dict.fromkeys(found))
+
+
+def _include_candidates() -> list[Path]:
+    wheels = [path for entry in sys.path if entry for path in sorted(Path(entry).glob("nvidia/*/include"))]
+    homes = [
+        Path(os.environ[name]) / "include"
+        for name in ("CUSPARSELT_HOME", "CUDA_HOME", "CUDA_PATH")
+        if os.environ.get(name)
+    ]
+    system = [
+        Path("/usr/local/cuda/include"),
+        Path("/usr/include"),
+        *sorted(Path("/usr/include/libcusparseLt").glob("*")),
+    ]
+    return [*homes, *wheels, *system]
+
+
+def _can_use_cmake() -> bool:
+    """Whether CMake and a build program that it can drive are here."""
+    return shutil.which("cmake") is not None and shutil.which("make") is not None
+
+
+def _with_cmake(
+    nvcc: str, sms: Sequence[str], includes: list[Path], tensorrt: Path | None, work: Path, progress: Progress
+) -> list[Path]:
+    options = {
+        "CMAKE_CUDA_COMPILER": nvcc,
+        "CMAKE_CUDA_ARCHITECTURES": ";".join(f"{sm}-real" for sm in sms),
+        "TWOFOUR_INCLUDES": ";".join(map(str, includes)),
+        "TENSORRT_INCLUDE": str(tensorrt or ""),
+    }
+    _run(["cmake", "-S", str(SOURCES), "-B", str(work), *(f"-D{k}={v}" for k, v in options.items())], progress)
+    _run(["cmake", "--build", str(work), "--parallel", str(_jobs())], progress)
+    return [work / "libtwofour.so", *([work / "tensorrt" / "libtwofour_tensorrt.so"] if tensorrt else [])]
+
+
+def _with_nvcc(
+    nvcc: str, sms: Sequence[str], includes: list[Path], tensorrt: Path | None, work: Path, progress: Progress
+) -> list[Path]:
+    codes = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in sms]
+    search = [f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'src'}", *(f"-isystem={path}" for path in includes)]
+    common = [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *search]
+
+    def compile_one(source: Path, *options: str) -> str:
+        target = work / f"{source.stem}.o"
+        _run(
+            [*common, *(codes if source.suffix == ".cu" else []), *options, "-c", str(source), "-o", str(target)],
+            progress,
+        )
+        return str(target)
+
+    with ThreadPoolExecutor(_jobs()) as pool:
+        objects = list(pool.map(compile_one, sorted((SOURCES / "src").glob("*.c*[pu]"))))
+    library = work / "libtwofour.so"
+    _run([nvcc, *codes, "-shared", "-cudart=static", *objects, "-o", str(library), "-ldl"], progress)
+    if tensorrt is None:
+        return [library]
+    plugin = work / "libtwofour_tensorrt.so"
+    parts = [compile_one(source, f"-isystem={tensorrt}") for source in sorted((SOURCES / "tensorrt").glob("*.cpp"))]
+    exports = f"-Xlinker=--version-script={SOURCES / 'tensorrt' / 'exports.map'}"
+    _run([nvcc, *codes, "-shared", "-cudart=static", exports, *objects, *parts, "-o", str(plugin), "-ldl"], progress)
+    return [library, plugin]
+
+
+def _run(command: list[str], progress: Progress) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    for line in done.stdout.splitlines():
+        progress(line)
+    if done.returncode != 0:
+        wrong = [line for line in done.stdout.splitlines() if "error" in line.lower()] or done.stdout.splitlines()[-1:]
+        raise UserError(
+            f"compiling libtwofour failed: {wrong[0].strip() if wrong else command[0]}; {' '.join(command)}"
+        )
+
+
+def _version(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"release ([\d.]+), V([\d.]+)", text)
+    return match[2] if match else "unknown"
+
+
+def _jobs() -> int:
+    return max(1, min(8, os.cpu_count() or 1))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Builds for the GPU here and writes what was built to `--out`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    chosen = parser.parse_args(arguments)
+    try:
+        result = build(use_cmake=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    chosen.out.write_text(json.dumps(asdict(result)) + "\n", encoding="utf8")
+    print(f"built {result.library} for sm_{', sm_'.join(result.sms)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

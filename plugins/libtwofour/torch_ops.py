@@ -1,0 +1,250 @@
+"""The kernels as torch operators `torch.ops.twofour.*`: functional, with fake implementations, safe in CUDA graphs.
+
+    quantize(x_MK, multiplier, dtype)                                                     -> q_MK
+    skinny_linear(x_MK, packed, scale, channel_scales, bias, out_features, out_dtype)     -> y_MN, 1 to 64 tokens
+    cusparselt_linear(x_MK, compressed, ... the same ...)                                 -> y_MN
+    dense_linear(x_MK, w_NK, ... the same ...)                                            -> y_MN, by cuBLASLt
+
+y = s * (x_MK w_NK^T) + bias, where s is `channel_scales` [N] float32, or the number `scale` where that is None; the
+bias [N] has the out_dtype. x has the weight's dtype: float16, bfloat16, int8 or float8_e4m3fn. Numerics are those of
+plugins/common/numerics.py: int8 exact in int32, then each of scale, bias and output rounded once.
+
+On CUDA these run libtwofour; on a CPU the reference, which `cusparselt_linear` lacks, as its compressed form is
+cuSPARSELt's own. `prepare` turns a dense 2:4 weight into what an operator takes.
+
+Legend: M tokens, N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from plugins.common import numerics
+from plugins.common.errors import UserError
+from plugins.libtwofour import bindings
+from plugins.sparsity import skinny_layout
+from plugins.sparsity.torch_packing import from_numpy, to_numpy
+
+FORMATS = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "fp8",
+}
+DTYPES = {name: dtype for dtype, name in FORMATS.items()}
+MAX_SKINNY_TOKENS = 64
+
+
+@torch.library.custom_op("twofour::quantize", mutates_args=(), device_types="cpu")
+def quantize(x: torch.Tensor, multiplier: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [M, K] times `multiplier` ([1] or [K] float32: 1 / input scale), rounded to int8 or float8_e4m3fn, clamped."""
+    rounded = numerics.quantize_int8 if dtype == torch.int8 else numerics.quantize_fp8
+    return rounded(x.float(), multiplier)
+
+
+@torch.library.custom_op("twofour::skinny_linear", mutates_args=(), device_types="cpu")
+def skinny_linear(
+    x_MK: torch.Tensor,
+    packed_weight: torch.Tensor,
+    scale: float,
+    channel_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The skinny kernel; `packed_weight` as plugins/sparsity/skinny_layout.py. Raises UserError above 64 tokens."""
+    _check_skinny(x_MK)
+    w_NK = unpack_skinny(packed_weight, out_features, x_MK.shape[1], x_MK.dtype)
+    return _reference(x_MK, w_NK, scale, channel_scales, bias, out_dtype)
+
+
+@torch.library.custom_op("twofour::cusparselt_linear", mutates_args=(), device_types="cpu")
+def cusparselt_linear(
+    x_MK: torch.Tensor,
+    compressed: torch.Tensor,
+    scale: float,
+    channel_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """cuSPARSELt; `compressed` belongs to the GPU and library version that `prepare` ran on."""
+    raise UserError("a weight compressed by cuSPARSELt is readable on its GPU only: use skinny_linear or dense_linear")
+
+
+@torch.library.custom_op("twofour::dense_linear", mutates_args=(), device_types="cpu")
+def dense_linear(
+    x_MK: torch.Tensor,
+    w_NK: torch.Tensor,
+    scale: float,
+    channel_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """cuBLASLt, with the algorithm that a search kept."""
+    return _reference(x_MK, w_NK, scale, channel_scales, bias, out_dtype)
+
+
+@quantize.register_fake
+def _(x: torch.Tensor, multiplier: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@quantize.register_kernel("cuda")
+def _(x: torch.Tensor, multiplier: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    x = x.contiguous()
+    q = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel():
+        bindings.context(x.device.index).quantize(
+            FORMATS[dtype],
+            FORMATS[x.dtype],
+            (x.numel() // x.shape[-1], x.shape[-1]),
+            x.data_ptr(),
+            (multiplier.data_ptr(), multiplier.numel()),
+            q.data_ptr(),
+            _stream(x),
+        )
+    return q
+
+
+def launch(
+    kernel: str,
+    x_MK: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+    channel_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """What the operators do on CUDA: one call of libtwofour on torch's current stream."""
+    x_MK = x_MK.contiguous()
+    y_MN = torch.empty((x_MK.shape[0], out_features), dtype=out_dtype, device=x_MK.device)
+    if x_MK.shape[0] == 0:
+        return y_MN
+    problem = describe(kernel, x_MK, out_features, out_dtype, scale, channel_scales, bias)
+    context = bindings.context(x_MK.device.index)
+    # From torch's allocator: inside a CUDA graph it comes from the graph's own pool.
+    needed = context.workspace_bytes(problem)
+    try:
+        workspace = torch.empty(needed, dtype=torch.uint8, device=x_MK.device)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"no GPU memory for the {needed >> 20} MiB of workspace that {kernel} needs at {x_MK.shape[0]} tokens: "
+            "lower engine.max_num_tokens, or free some"
+        ) from None
+    place = (workspace.data_ptr(), workspace.nbytes)
+    context.matmul(problem, x_MK.data_ptr(), weight.data_ptr(), y_MN.data_ptr(), place, _stream(x_MK))
+    return y_MN
+
+
+def _register(op: Any, kernel: str) -> None:
+    @op.register_fake  # type: ignore[untyped-decorator]
+    def _(
+        x_MK: torch.Tensor,
+        weight: torch.Tensor,
+        scale: float,
+        channel_scales: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_features: int,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        return x_MK.new_empty((x_MK.shape[0], out_features), dtype=out_dtype)
+
+    op.register_kernel("cuda")(partial(launch, kernel))
+
+
+for _op, _kernel in ((skinny_linear, "skinny"), (cusparselt_linear, "cusparselt"), (dense_linear, "cublaslt")):
+    _register(_op, _kernel)
+
+
+def describe(
+    kernel: str,
+    x_MK: torch.Tensor,
+    out_features: int,
+    out_dtype: torch.dtype,
+    scale: float = 1.0,
+    channel_scales: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> bindings.Gemm:
+    """The problem of one call as libtwofour describes it. The tensors must outlive it."""
+    if x_MK.dtype not in FORMATS or out_dtype not in (torch.float16, torch.bfloat16):
+        raise UserError(f"no kernel takes {x_MK.dtype} to {out_dtype}: {', '.join(FORMATS.values())} to fp16 or bf16")
+    for name, tensor, dtype in (("channel_scales", channel_scales, torch.float32), ("bias", bias, out_dtype)):
+        if tensor is not None and (tensor.dtype != dtype or tensor.shape != (out_features,)):
+            raise UserError(f"{name} is {tensor.dtype} {list(tensor.shape)}: it must be {dtype} [{out_features}]")
+    return bindings.gemm(
+        kernel,
+        FORMATS[x_MK.dtype],
+        FORMATS[out_dtype],
+        out_features,
+        x_MK.shape[1],
+        x_MK.shape[0],
+        scale,
+        0 if channel_scales is None else channel_scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+    )
+
+
+def prepare(w_NK: torch.Tensor, kernel: str) -> torch.Tensor:
+    """A dense 2:4 weight [N, K] as `kernel` takes it: uint8 for "skinny" and "cusparselt", itself for "cublaslt".
+
+    Raises UserError naming the first row and group that is not 2:4, or sizes the kernel cannot take and what works.
+    """
+    w_NK = w_NK.detach().contiguous()
+    if kernel == "cublaslt":
+        return w_NK
+    if w_NK.is_cuda:
+        return prepare_on_device(w_NK, kernel)
+    if kernel != "skinny":
+        raise UserError("cuSPARSELt compresses for the GPU it runs on: move the weight to CUDA")
+    return torch.from_numpy(skinny_layout.pack(to_numpy(w_NK), FORMATS[w_NK.dtype]))
+
+
+def prepare_on_device(w_NK: torch.Tensor, kernel: str) -> torch.Tensor:
+    """`prepare` by libtwofour."""
+    out = "fp16" if w_NK.dtype == torch.float16 else "bf16"
+    problem = bindings.gemm(kernel, FORMATS[w_NK.dtype], out, *w_NK.shape)
+    context = bindings.context(w_NK.device.index)
+    prepared = torch.empty(context.weight_bytes(problem), dtype=torch.uint8, device=w_NK.device)
+    context.prepare_weight(problem, w_NK.data_ptr(), prepared.data_ptr(), _stream(w_NK))
+    return prepared
+
+
+def unpack_skinny(packed_weight: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight [N, K] of a packed one, on the CPU."""
+    bits = skinny_layout.unpack(packed_weight.numpy(), out_features, in_features, FORMATS[dtype])
+    return from_numpy(bits, dtype)
+
+
+def _reference(
+    x_MK: torch.Tensor,
+    w_NK: torch.Tensor,
+    scale: float,
+    channel_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    factor = torch.tensor(scale, dtype=torch.float32) if channel_scales is None else channel_scales
+    if x_MK.dtype == torch.int8:
+        y_MN = numerics.int8_linear(x_MK, w_NK, factor)
+    else:
+        y_MN = torch.nn.functional.linear(x_MK.float(), w_NK.float()) * factor
+    if bias is not None:
+        y_MN = y_MN + bias.float()
+    return y_MN.to(out_dtype)
+
+
+def _check_skinny(x_MK: torch.Tensor) -> None:
+    if x_MK.shape[0] > MAX_SKINNY_TOKENS:
+        raise UserError(
+            f"{x_MK.shape[0]} tokens: the skinny kernel takes 1 to {MAX_SKINNY_TOKENS}; use cusparselt_linear"
+        )
+
+
+def _stream(tensor: torch.Tensor) -> int:
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream)

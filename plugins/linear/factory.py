@@ -1,0 +1,135 @@
+"""Makes the linear layers that the torch engine runs, from the tensors stored under a layer's name:
+
+    weight [N, K] | weight_values [N, K/2] and weight_indices uint8 [N, ceil(K/8)] (plugins/sparsity/pattern.py)
+    weight_scale  [] or [N], input_scale [], pre_quant_scale [K]    8-bit layers only
+    bias          [N]
+
+The weight's dtype says the format. Without `choices` a layer runs on torch's own products (torch_linear.py), with
+them on our kernels (kernel_linear.py).
+
+Legend: M tokens, N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from plugins.common.errors import UserError
+from plugins.linear.torch_linear import (
+    DenseLinear,
+    Fp8Linear,
+    Fp8ValuesLinear,
+    Int8Linear,
+    Linear,
+    QuantizedLinear,
+    Scales,
+)
+from plugins.sparsity.torch_packing import unpack
+
+FORMATS = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "fp8",
+}
+EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
+UNFIT = ("misaligned", "unsupported")  # statuses of libtwofour after which torch's own product takes the layer
+
+
+def build_linear(
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    choices: Sequence[tuple[int, str]] | None = None,
+) -> Linear:
+    """The layer that `tensors` describe, computing in `dtype` on `device`.
+
+    `choices` names a kernel of torch_ops.py by tokens (kernel_linear.py); None asks for torch's own products,
+    which also take over where a kernel cannot take the layer's shape. Raises UserError where a tensor is missing, or
+    the weight's dtype is none of ours.
+    """
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    sparse = "weight_values" in tensors
+    stored = tensors["weight_values" if sparse else "weight"]
+    if stored.dtype not in FORMATS:
+        raise UserError(f"a weight of dtype {stored.dtype} is none of {', '.join(FORMATS.values())}: export it again")
+    w_NK = unpack(stored, tensors["weight_indices"]) if sparse else stored
+    scales = _scales(tensors) if stored.dtype in EIGHT_BIT else None
+    bias_N = tensors.get("bias")
+    layer, refused = None, None
+    if choices is not None:
+        layer, refused = _on_kernels(w_NK, scales, bias_N, dtype, choices)
+    if layer is None:
+        layer = _on_torch(w_NK, scales, bias_N, dtype)
+    layer.format, layer.sparse, layer.refused = FORMATS[stored.dtype], sparse, refused
+    layer.out_features, layer.in_features = w_NK.shape
+    return layer
+
+
+def _scales(tensors: Mapping[str, torch.Tensor]) -> Scales:
+    for name in ("weight_scale", "input_scale"):
+        if name not in tensors:
+            raise UserError(f"an 8-bit layer has no {name}: export it with static scales")
+    pre_quant = tensors.get("pre_quant_scale")
+    return Scales(
+        tensors["weight_scale"].float().reshape(-1),
+        tensors["input_scale"].float().reshape(1),
+        None if pre_quant is None else pre_quant.float(),
+    )
+
+
+def _on_torch(w_NK: torch.Tensor, scales: Scales | None, bias_N: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+    if scales is None:
+        return DenseLinear(w_NK, bias_N, dtype)
+    kind: type[QuantizedLinear] = Int8Linear
+    if w_NK.dtype == torch.float8_e4m3fn:
+        kind = Fp8Linear if w_NK.is_cuda else Fp8ValuesLinear
+    return kind(w_NK, scales, bias_N, dtype)
+
+
+def _on_kernels(
+    w_NK: torch.Tensor,
+    scales: Scales | None,
+    bias_N: torch.Tensor | None,
+    dtype: torch.dtype,
+    choices: Sequence[tuple[int, str]],
+) -> tuple[Linear | None, str | None]:
+    """(the layer, None), or (None, why a kernel cannot take its shape)."""
+    from plugins.libtwofour.bindings import LibraryError
+    from plugins.linear.kernel_linear import KernelLinear
+
+    try:
+        return KernelLinear(w_NK, scales, bias_N, dtype, choices), None
+    except LibraryError as error:
+        if error.status not in UNFIT:
+            raise
+        return None, str(error)
+
+
+def share_input(layers: Sequence[Linear]) -> None:
+    """Lets layers that are always called with one and the same tensor, and scale it alike, round it once."""
+    first = layers[0].quantizer
+    if first is None:
+        return
+    for layer in layers[1:]:
+        own = layer.quantizer
+        if own is not None and own.rounds_like(first):
+            layer.quantizer = first
+            first.users += 1
+
+
+def remarks(layers: Iterable[Linear]) -> list[str]:
+    """What a reader of measurements should know of how these layers run, in words."""
+    layers = list(layers)
+    words = []
+    if any(layer.sparse and next(layer.buffers()).device.type == "cpu" for layer in layers):
+        words.append("2:4 weights are unpacked when they are loaded: no CPU kernel gains from 2:4")
+    if any(isinstance(layer, Fp8ValuesLinear) for layer in layers):
+        words.append("fp8 numbers are multiplied as floats: torch's own float8 product is far slower on a CPU")
+    for reason in sorted({layer.refused for layer in layers if layer.refused}):
+        words.append(f"some layers run on torch's own product: {reason}")
+    return words

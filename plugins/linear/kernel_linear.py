@@ -1,0 +1,98 @@
+"""The linear layer on our own kernels (libtwofour/torch_ops.py): which one multiplies depends on the number of tokens.
+
+On CUDA that is libtwofour. The operators' CPU forms compute the same numbers, so that tests of this layer need no GPU.
+
+Legend: M tokens, N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from plugins.libtwofour import torch_ops
+from plugins.linear.torch_linear import InputQuantizer, Linear, Scales
+
+Choices = Sequence[tuple[int, str]]
+"""(tokens, kernel) in ascending order: the kernel for up to so many tokens, the last also for more."""
+
+LIMIT = torch_ops.MAX_SKINNY_TOKENS
+SKINNY_THEN_CUSPARSELT: Choices = ((LIMIT, "skinny"), (LIMIT + 1, "cusparselt"))
+DENSE: Choices = ((1, "cublaslt"),)
+OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
+    "skinny": torch_ops.skinny_linear,
+    "cusparselt": torch_ops.cusparselt_linear,
+    "cublaslt": torch_ops.dense_linear,
+}
+
+
+def choices_of(tactics: Mapping[str, Any] | None, sparse: bool) -> Choices:
+    """The choices of one layer's entry in tactics.json; without an entry, or in a dense layer, the usual ones."""
+    if not sparse:
+        return DENSE
+    if tactics is None:
+        return SKINNY_THEN_CUSPARSELT
+    named = [(int(bucket["tokens"]), str(bucket["kernel"]).removeprefix("dense-")) for bucket in tactics["buckets"]]
+    known = sorted((tokens, kernel) for tokens, kernel in named if kernel in OPERATORS)
+    return known or SKINNY_THEN_CUSPARSELT
+
+
+class KernelLinear(Linear):
+    """x [..., K] float16 or bfloat16 -> y [..., N] of the same dtype, from a 16-bit, int8 or fp8 weight."""
+
+    def __init__(
+        self,
+        w_NK: torch.Tensor,
+        scales: Scales | None,
+        bias_N: torch.Tensor | None,
+        dtype: torch.dtype,
+        choices: Choices,
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.bias = None if bias_N is None else nn.Buffer(bias_N.to(dtype))
+        per_channel = scales is not None and scales.product.numel() > 1
+        self.scale = 1.0 if scales is None or per_channel else float(scales.product)
+        self.channel_scales = nn.Buffer(scales.product) if scales is not None and per_channel else None
+        self.quantizer = None if scales is None else InputQuantizer(scales.multiplier, _quantize_to(w_NK.dtype))
+        self.out_features, self.in_features = w_NK.shape
+        self._tokens, self._kernels = _runnable(choices)
+        self.kernel = " or ".join(dict.fromkeys(self._kernels))
+        w_NK = w_NK.to(dtype) if scales is None else w_NK
+        self.weights = {kernel: torch_ops.prepare(w_NK, kernel) for kernel in dict.fromkeys(self._kernels)}
+        for kernel, weight in self.weights.items():  # so that the model's bytes count them
+            self.register_buffer(f"{kernel}_weight", weight, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_MK = (x if self.quantizer is None else self.quantizer(x)).view(-1, x.shape[-1])
+        kernel = self.kernel_for(x_MK.shape[0])
+        y_MN = OPERATORS[kernel](
+            x_MK, self.weights[kernel], self.scale, self.channel_scales, self.bias, self.out_features, self.dtype
+        )
+        return y_MN.view(*x.shape[:-1], -1)
+
+    def kernel_for(self, tokens: int) -> str:
+        """The kernel that multiplies `tokens` rows."""
+        return self._kernels[min(bisect_left(self._tokens, tokens), len(self._tokens) - 1)]
+
+
+def _runnable(choices: Choices) -> tuple[list[int], list[str]]:
+    """Tokens and kernels, with cuSPARSELt instead of the skinny kernel above the number of tokens that this takes."""
+    chosen = [(tokens, "cusparselt" if kernel == "skinny" and tokens > LIMIT else kernel) for tokens, kernel in choices]
+    if chosen[-1][1] == "skinny":
+        chosen.append((LIMIT + 1, "cusparselt"))
+    return [tokens for tokens, _ in chosen], [kernel for _, kernel in chosen]
+
+
+@cache  # one function a dtype: layers that share an input are known by it
+def _quantize_to(dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def quantize(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+        quantized: torch.Tensor = torch_ops.quantize(x, multiplier, dtype)
+        return quantized
+
+    return quantize

@@ -1,0 +1,261 @@
+"""A machine with a GPU measures, one without predicts, and nothing mixes the two. The GPU is the tests' stand-in, the
+times are made up; what is tested is who asks for them, what is kept, and what the engine then runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from builder.engines import measured_tactics, registry
+from builder.engines.base import EngineConfig
+from builder.engines.torch_backend.linears import Kernels
+from builder.pipeline import layer_selection
+from builder.planning.plan import LayerPlan
+from plugins.autotune import tactics, tuner
+from plugins.common.errors import UserError
+from plugins.libtwofour import bindings
+from tests.support.models import random_model
+from tests.support.stand_in_gpu import by_kernel, open_gpu, use_machine, use_times, use_torch
+
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+CONFIG = EngineConfig(max_batch_size=2, max_seq_len=64, max_num_tokens=16)
+FAST = {"cublaslt": 10.0, "torch": 11.0, "cusparselt": 8.0, "skinny": 5.0}
+CUDA = torch.device("cuda", 0)
+STORED = {"weight_values": torch.empty(0)}  # what a 2:4 layer's tensors are known by
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    """A folder of checkpoints whose model has two 2:4 layers of two shapes."""
+    hf = random_model(tmp_path / "checkpoints" / "hf", "Llama", hidden_size=64, intermediate_size=96)
+    tensors = load_file(hf / "model.safetensors")
+    for name in (UP, DOWN):
+        groups = tensors[f"{name}.weight"].view(-1, 4)
+        groups.scatter_(-1, groups.abs().topk(2, largest=False).indices, 0)
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    (hf / "sparsity.json").write_text(json.dumps({"pattern": "2:4", "method": "magnitude", "layers": [UP, DOWN]}))
+    return hf.parent
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> bindings.Context:
+    """The builder sees a GPU, and what runs on it runs on the stand-in."""
+    opened = open_gpu(monkeypatch)
+    use_torch(monkeypatch, opened)
+    use_machine(monkeypatch)
+    return opened
+
+
+def sources(found: dict[str, Any]) -> set[tuple[str, bool]]:
+    """The file's source with every bucket's own word."""
+    return {(found["source"], bucket["measured"]) for layer in found["layers"].values() for bucket in layer["buckets"]}
+
+
+def test_torch_engine_is_tuned_on_a_gpu_and_obeys(
+    checkpoints: Path, gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def us(bench: tuner.Bench, kernel: str, tokens: int) -> float:
+        slow = kernel == "skinny" and bench.shape.in_features == 96  # down_proj: skinny loses, cuSPARSELt too
+        return 12.0 if slow or (kernel == "cusparselt" and bench.shape.in_features == 96) else FAST[kernel]
+
+    use_times(monkeypatch, us)
+    registry.build("torch", checkpoints, tmp_path / "engine", CONFIG, "H100-SXM")
+    read = tactics.read(tmp_path / "engine")
+    found = json.loads((tmp_path / "engine" / "tactics.json").read_text())
+    assert sources(found) == {("measured", True)}
+    assert (read.source, read.gpu, read.versions["cusparselt"]) == ("measured", "Stand-in", 801)
+    assert [(b.tokens, b.kernel, b.ratio) for b in read.layers[UP].buckets] == [
+        (1, "skinny", 2.0), (8, "skinny", 2.0), (16, "skinny", 2.0),
+    ]  # fmt: skip
+    assert read.layers[DOWN].reason.startswith("stays dense: no sparse kernel is faster by 2% on Stand-in")
+    assert read.layers["model.layers.0.self_attn.q_proj"].reason == "dense: the weight is not 2:4"
+    assert list(read.layers)[-1] == "lm_head"
+    assert not read.layers["lm_head"].buckets
+
+    kernels = Kernels(found, torch.bfloat16, CUDA)
+    assert kernels.choices(UP, STORED) == [(1, "skinny"), (8, "skinny"), (16, "skinny")]
+    assert kernels.choices(DOWN, STORED) == [(1, "cublaslt"), (8, "cublaslt"), (16, "cublaslt")]
+    assert kernels.remarks == []
+    problem = bindings.gemm("cublaslt", "bf16", "bf16", 64, 96, 8)
+    assert gpu.algorithm(problem) == read.layers[DOWN].buckets[1].algorithm
+
+
+def test_without_a_gpu_everything_is_predicted(checkpoints: Path, tmp_path: Path) -> None:
+    registry.build("torch", checkpoints, tmp_path / "engine", CONFIG, "L4")
+    found = json.loads((tmp_path / "engine" / "tactics.json").read_text())
+    assert sources(found) == {("predicted", False)}
+    assert (found["device"], found["gpu"]) == (None, "L4")
+    assert measured_tactics.fingerprint() == {}
+    assert measured_tactics.seconds_saved([], 8, "bfloat16") is None
+
+
+def test_an_engine_for_its_logits_alone_needs_no_tuning(
+    checkpoints: Path, gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The torch engine that stands in for TensorRT-LLM's when accuracy is measured, where nobody built libtwofour."""
+    monkeypatch.setattr(bindings, "context", None)
+    registry.build("torch", checkpoints, tmp_path / "engine", CONFIG, "L4", speed_matters=False)
+    assert sources(json.loads((tmp_path / "engine" / "tactics.json").read_text())) == {("predicted", False)}
+
+
+def test_predicted_or_foreign_tactics_on_a_gpu_are_said_to_be(
+    gpu: bindings.Context, checkpoints: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_times(monkeypatch, by_kernel(FAST))
+    measured = registry.tactics(checkpoints / "hf", CONFIG, "L4")
+    monkeypatch.setattr(measured_tactics, "gpus", tuple)
+    predicted = registry.tactics(checkpoints / "hf", CONFIG, "L4")
+    foreign = {**measured, "device": {**measured["device"], "name": "NVIDIA L4", "sm": 89}}
+    older = {**measured, "versions": {**measured["versions"], "cusparselt": 900}}
+    for given, words in (
+        (predicted, "its kernels were chosen by prediction, not measured: build the engine again on this GPU"),
+        (foreign, "its kernels were timed on NVIDIA L4 (SM 89), and this is Stand-in (SM 90): build the engine again"),
+        (older, "its kernels were timed with cusparselt 900, and here is 801: build the engine again"),
+    ):
+        caplog.clear()
+        kernels = Kernels(given, torch.bfloat16, CUDA)
+        with caplog.at_level(logging.WARNING):
+            assert kernels.choices("lm_head", {"weight": torch.empty(0)}) is None
+            assert kernels.remarks == [], "a dense layer gives no cause to speak"
+            kernels.choices(UP, STORED)
+            kernels.choices(DOWN, STORED)
+        (remark,) = kernels.remarks
+        assert remark.startswith(words)
+        assert [record.message for record in caplog.records] == [remark]
+
+
+def test_kernels_that_cannot_run_are_said(monkeypatch: pytest.MonkeyPatch, gpu: bindings.Context) -> None:
+    kernels = Kernels(None, torch.float32, CUDA)
+    assert kernels.choices(UP, STORED) is None
+    assert kernels.remarks[0].startswith("2:4 layers run as dense ones: the kernels give out fp16 or bf16, and")
+
+    def missing(device: int) -> bindings.Context:
+        raise UserError("no 'libtwofour.so': run `twofour plugins build`, or set TWOFOUR_LIBRARY")
+
+    monkeypatch.setattr(bindings, "context", missing)
+    kernels = Kernels(None, torch.bfloat16, CUDA)
+    assert kernels.choices(UP, STORED) is None
+    assert kernels.remarks[0].endswith("no 'libtwofour.so': run `twofour plugins build`, or set TWOFOUR_LIBRARY")
+
+
+def test_gpu_whose_kernels_cannot_be_timed_is_refused(
+    checkpoints: Path, gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It would run every 2:4 layer dense, and nobody would be told."""
+
+    def refused(error: str, **changes: Any) -> None:
+        with monkeypatch.context() as patched:
+            for name, value in changes.items():
+                patched.setattr(bindings, name, value)
+            with pytest.raises(UserError) as caught:
+                registry.build("torch", checkpoints, tmp_path / "engine", CONFIG, "H100-SXM")
+        assert str(caught.value) == f"the 2:4 kernels of this machine's Stand-in cannot be timed: {error}"
+        assert not (tmp_path / "engine" / "engine.json").exists()
+
+    def raises(error: str) -> Any:
+        def call(*_: object) -> None:
+            raise UserError(error)
+
+        return call
+
+    refused("cuSPARSELt 0.8.0 is too old: ...", version=raises("cuSPARSELt 0.8.0 is too old: ..."))
+    refused("no 'libtwofour.so': ...", context=raises("no 'libtwofour.so': ..."))
+    refused("Stand-in has compute capability 7.5: ...", context=raises("Stand-in has compute capability 7.5: ..."))
+
+
+def test_memory_that_runs_out_while_timing_is_a_line(
+    checkpoints: Path, gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(tuner, "Bench", full)
+    with pytest.raises(
+        UserError, match=r"GPU memory ran out while timing bf16 \[96, 64\]: free some .*allocate 2 GiB\)"
+    ):
+        registry.tactics(checkpoints / "hf", CONFIG, "H100-SXM")
+
+
+def test_a_model_without_2to4_layers_needs_no_kernels(gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bindings, "context", None)
+    layer = SimpleNamespace(name="lm_head", out_features=8, in_features=8, format="fp8", sparse=False)
+    found = measured_tactics.tactics([layer], CONFIG, "bfloat16")
+    assert (found["source"], found["device"]["name"], found["layers"]["lm_head"]["buckets"]) == (
+        "measured",
+        "Stand-in",
+        [],
+    )
+    wide = SimpleNamespace(name=UP, out_features=8, in_features=8, format="fp32", sparse=True)
+    reason = measured_tactics.tactics([wide], CONFIG, "float32")["layers"][UP]["reason"]
+    assert reason == "stays dense: the model computes in float32, and the 2:4 kernels in 16 bit"
+
+
+def plan_layer(name: str, n: int, k: int, format: str = "fp8") -> LayerPlan:
+    return LayerPlan(name, n, k, format, True, 0, 0, "pruned to 2:4")
+
+
+def test_shapes_are_those_that_a_rank_multiplies() -> None:
+    block = "model.layers.0.self_attn"
+    layers = {f"{block}.{name}": plan_layer(f"{block}.{name}", n, 64) for name, n in (("q_proj", 64), ("k_proj", 32))}
+    layers |= {f"{block}.v_proj": plan_layer(f"{block}.v_proj", 32, 64, "int8")}
+    q = layers[f"{block}.q_proj"]
+    assert measured_tactics.shape(q, 1, "bfloat16") == tuner.Shape(64, 64, "fp8", False, "bf16")
+    assert measured_tactics.shape(q, 2, "bfloat16", layers) == tuner.Shape(
+        (64 + 32 + 32) // 2, 64, "fp8", False, "bf16"
+    )
+    assert measured_tactics.shape(layers[f"{block}.v_proj"], 1, "float16") == tuner.Shape(32, 64, "int8", True, "fp16")
+    assert measured_tactics.shape(plan_layer(DOWN, 64, 96, "bf16"), 2, "float16", layers) == tuner.Shape(
+        64, 48, "fp16", False, "fp16"
+    )
+    del layers[f"{block}.k_proj"]  # one part dense: TensorRT-LLM's product is dense, and each part stands for itself
+    assert measured_tactics.shape(q, 1, "bfloat16", layers).out_features == 64
+
+
+def test_selection_weighs_measured_times_where_there_are_any(docs_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two equal layers by the roofline, the measured table knows one that gains and one that does not."""
+    layers = (plan_layer(UP, 96, 64), plan_layer(DOWN, 64, 96))
+    load = SimpleNamespace(concurrency=(1, 16))
+    line = SimpleNamespace(
+        plan=SimpleNamespace(layers=layers, predicted={"gpu": "H100-SXM"}),
+        recipe=SimpleNamespace(benchmark=SimpleNamespace(workloads=(load,))),
+        model=docs_llama,
+    )
+    predicted = layer_selection._seconds_saved(line, layers)
+    assert min(predicted.values()) > 0, "launches bound both, so that bytes decide"
+
+    asked = []
+
+    def tune(shapes: dict[str, tuner.Shape], buckets: tuple[int, ...]) -> dict[str, Any]:
+        asked.append((list(shapes), buckets))
+        times = {UP: {"cublaslt": 20.0, "skinny": 13.0}, DOWN: {"cublaslt": 10.0, "skinny": 11.0}}
+        made = {name: tuner.choose(16, [tuner.Timing(k, us) for k, us in times[name].items()]) for name in shapes}
+        return {"layers": {name: {"buckets": [bucket]} for name, bucket in made.items()}}
+
+    use_machine(monkeypatch)
+    monkeypatch.setattr(bindings, "version", lambda kernel: 801)
+    monkeypatch.setattr(tuner, "tune", tune)
+    measured_tactics._seconds_saved.cache_clear()
+    assert layer_selection._seconds_saved(line, layers) == {UP: pytest.approx(7e-6), DOWN: 0.0}
+    assert asked == [([UP, DOWN], (16,))], "timed once, at the workload's decode batch"
+
+
+def test_stage_keys_change_with_what_times_depend_on(
+    gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "libtwofour.so"
+    monkeypatch.setenv("TWOFOUR_LIBRARY", str(file))
+    file.write_bytes(b"one")
+    first = measured_tactics.fingerprint()
+    assert (first["kernels"]["gpu"], first["kernels"]["cusparselt"]) == ("Stand-in", 801)
+    assert measured_tactics.fingerprint() == first
+    file.write_bytes(b"two")
+    assert measured_tactics.fingerprint() != first
+    file.unlink()
+    assert "twofour plugins build" in measured_tactics.fingerprint()["kernels"]["none"]

@@ -1,0 +1,140 @@
+"""The compatibility table: complete, its refusals are named, and nothing heavy is imported to ask it."""
+
+import itertools
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from builder.planning import compatibility
+from builder.planning.compatibility import BACKENDS, FORMATS, Verdict, check, check_shards, choose_backend
+from plugins.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    out_features: int
+    in_features: int
+    sparse: bool = True
+
+
+def test_every_combination_has_one_answer_and_each_refusal_says_what_to_use():
+    gpus = (None, 75, 80, 86, 89, 90, 100, 103, 120)
+    for number_format, sparse, backend, sm, kv, parallel in itertools.product(
+        FORMATS, (False, True), BACKENDS, gpus, ("none", "int8", "fp8"), (1, 2)
+    ):
+        verdict = check(number_format, sparse, backend, sm, kv_cache=kv, parallel=parallel)
+        assert verdict.reason
+        assert "\n" not in verdict.reason
+        assert verdict.ok or verdict.instead
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        ({"format": "int8", "sparse": False, "backend": "pytorch", "sm": 90}, "no INT8 W8A8 linear layer"),
+        ({"format": "int8", "sparse": True, "backend": "pytorch"}, "no INT8 W8A8 linear layer"),
+        ({"format": "int8", "sparse": False, "backend": "tensorrt", "sm": 100}, "SmoothQuant INT8 on SM100"),
+        ({"format": "int8", "sparse": False, "backend": "tensorrt", "sm": 120}, "SmoothQuant INT8 on SM100"),
+        ({"format": "fp8", "sparse": False, "backend": "pytorch", "sm": 86}, "FP8 tensor cores"),
+        ({"format": "fp8", "sparse": False, "backend": "torch", "sm": 80}, "FP8 tensor cores"),
+        ({"format": "bf16", "sparse": True, "backend": "torch", "sm": 75}, "sparse tensor cores"),
+        ({"format": "bf16", "sparse": False, "backend": "tensorrt", "sm": 75}, "no GPU before SM80"),
+        ({"format": "bf16", "sparse": False, "backend": "tensorrt", "sm": 80, "kv_cache": "fp8"}, "FP8 KV cache"),
+        ({"format": "fp8", "sparse": False, "backend": "pytorch", "sm": 90, "kv_cache": "int8"}, "no INT8 KV cache"),
+        (
+            {"format": "fp8", "sparse": False, "backend": "tensorrt", "sm": 100, "kv_cache": "int8"},
+            "INT8 KV cache on SM100",
+        ),
+        ({"format": "bf16", "sparse": False, "backend": "torch", "sm": 90, "parallel": 2}, "one device"),
+        (
+            {"format": "bf16", "sparse": False, "backend": "tensorrt", "sm": 90, "tensorrt_llm": "1.3.0rc24"},
+            "past the 1.2 line",
+        ),
+        (
+            {"format": "bf16", "sparse": False, "backend": "pytorch", "sm": 90, "tensorrt_llm": "0.18.2"},
+            "older than 1.0",
+        ),
+    ],
+)
+def test_refusal(ask, words):
+    verdict = check(**ask)
+    assert not verdict.ok
+    assert words in verdict.reason
+    with pytest.raises(UserError, match=words):
+        verdict.require()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        {"format": "fp8", "sparse": True, "backend": "tensorrt", "sm": 90, "tensorrt_llm": "1.2.1"},
+        {"format": "fp8", "sparse": True, "backend": "pytorch", "sm": 90, "tensorrt_llm": "1.3.0rc26"},
+        {"format": "int8", "sparse": True, "backend": "tensorrt", "sm": 80},
+        {"format": "int8", "sparse": True, "backend": "torch", "sm": None},
+        {"format": "bf16", "sparse": True, "backend": "pytorch", "sm": 120, "parallel": 4},
+    ],
+)
+def test_possible(ask):
+    assert check(**ask).ok
+
+
+def test_native_sparse_tactics_are_not_promised_for_int8():
+    assert check("int8", True, "tensorrt", 90).reason.startswith("our plugin")
+
+
+def test_unknown_name_is_quoted():
+    with pytest.raises(UserError, match="'int4' is not a format"):
+        check("int4", False, "torch")
+    with pytest.raises(UserError, match="'vllm' is not a backend"):
+        check("bf16", False, "vllm")
+
+
+def test_auto_takes_the_first_that_can_run_and_says_why():
+    assert choose_backend("fp8", True, 90, "1.2.1")[0] == "tensorrt"
+    backend, words = choose_backend("fp8", True, 90, "1.3.0")
+    assert backend == "pytorch"
+    assert "not tensorrt: TensorRT-LLM 1.3.0 is past the 1.2 line" in words
+    assert choose_backend("int8", True, 100, "1.2.1")[0] == "torch"
+    backend, words = choose_backend("bf16", True, None, None)
+    assert backend == "torch"
+    assert "there is no GPU" in words
+    with pytest.raises(UserError, match="sparse tensor cores"):
+        choose_backend("bf16", True, 70, None)
+
+
+def test_row_parallel_cut_inside_a_group_is_refused_and_a_smaller_split_named():
+    layers = [Layer("model.layers.0.mlp.down_proj", 64, 24), Layer("model.layers.0.mlp.up_proj", 24, 64)]
+    assert check_shards(layers, 2).ok
+    verdict = check_shards(layers, 4)  # 24 / 4 = 6 columns a rank
+    assert not verdict.ok
+    assert "'model.layers.0.mlp.down_proj'" in verdict.reason
+    assert "cuts a 2:4 group of 4" in verdict.reason
+    assert verdict.instead == "use engine.tensor_parallel=3"  # 24 / 3 = 8; up_proj's 24 rows divide as well
+    assert check_shards([Layer("model.layers.0.mlp.down_proj", 64, 24, sparse=False)], 4).ok
+
+
+def test_column_parallel_split_never_cuts_a_group():
+    assert check_shards([Layer("transformer.layers.0.attention.qkv", 12, 8)], 4).ok
+    assert not check_shards([Layer("model.layers.0.self_attn.q_proj", 10, 8)], 4).ok
+
+
+def test_architecture_that_no_backend_builds():
+    assert compatibility.check_architecture("Qwen3ForCausalLM", "tensorrt").ok
+    verdict = compatibility.check_architecture("MambaForCausalLM", "pytorch")
+    assert not verdict.ok
+    assert "LlamaForCausalLM" in verdict.instead
+
+
+def test_asking_imports_nothing_heavy():
+    heavy = "('torch', 'transformers', 'numpy')"
+    code = f"import builder.planning.compatibility, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_verdict_without_alternative_still_reads_as_one_line():
+    with pytest.raises(UserError, match=r"^no$"):
+        Verdict(False, "no").require()

@@ -1,0 +1,130 @@
+"""Recipes: presets, files and overrides laid over each other; a closed schema that names the nearest key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from builder import recipe
+from plugins.common.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("preset", "format", "sparse"),
+    [
+        ("fp8", "fp8", False),
+        ("int8", "int8", False),
+        ("2of4", "none", True),
+        ("fp8-2of4", "fp8", True),
+        ("int8-2of4", "int8", True),
+    ],
+)
+def test_a_preset_is_named_for_what_it_builds(preset: str, format: str, sparse: bool) -> None:
+    found = recipe.load("acme/model", preset)
+    assert (found.model, found.quantization.format, found.sparsity is not None) == ("acme/model", format, sparse)
+    assert found.format == preset
+
+
+def test_every_preset_is_listed() -> None:
+    assert recipe.preset_names() == ["2of4", "fp8", "fp8-2of4", "int8", "int8-2of4"]
+
+
+def test_the_file_lies_over_the_preset_and_the_overrides_over_both(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: acme/model\nsparsity: {method: wanda}\nquantization: {kv_cache: fp8}\n")
+    found = recipe.load(str(path), "fp8-2of4", ["sparsity.exclude=[down_proj, lm_head]", "calibration.samples=7"])
+    assert found.sparsity is not None
+    assert (found.sparsity.method, found.sparsity.exclude) == ("wanda", ("down_proj", "lm_head"))
+    assert (found.quantization.format, found.quantization.kv_cache) == ("fp8", "fp8")
+    assert found.calibration.samples == 7
+
+
+def test_a_later_override_wins() -> None:
+    found = recipe.load("acme/model", None, ["calibration.seed=1", "calibration.seed=2"])
+    assert found.calibration.seed == 2
+
+
+def test_an_override_takes_any_yaml_value() -> None:
+    overrides = [
+        "benchmark=null",
+        'quantization.exclude=["lm_head", "*.o_proj"]',
+        "accuracy.max_perplexity_increase=5%",
+    ]
+    found = recipe.load("acme/model", "fp8", overrides)
+    assert found.benchmark is None
+    assert found.quantization.exclude == ("lm_head", "*.o_proj")
+    assert found.accuracy.max_perplexity_increase == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("written", ["15%", " 15 %".strip(), "0.15", "15.0%"])
+def test_a_percentage_is_written_either_way(written: str) -> None:
+    found = recipe.load("acme/model", None, [f"accuracy.max_perplexity_increase={written}"])
+    assert found.accuracy.max_perplexity_increase == pytest.approx(0.15)
+
+
+def test_the_texts_beside_a_local_model_are_used(docs_llama: Path) -> None:
+    found = recipe.load(str(docs_llama))
+    assert found.calibration.data == str(docs_llama / "calibration.jsonl")
+    assert found.accuracy.data == str(docs_llama / "evaluation.jsonl")
+    assert recipe.load(str(docs_llama), None, ["calibration.data=mine.txt"]).calibration.data == "mine.txt"
+    assert recipe.load("acme/model").calibration.data is None
+
+
+def test_a_recipe_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    import yaml
+
+    found = recipe.load("acme/model", "fp8-2of4", ["accuracy.max_perplexity_increase=5%"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(found.model_dump(mode="json")))
+    assert recipe.load(str(path)) == found
+
+
+def test_a_recipe_cannot_change_once_read() -> None:
+    found = recipe.load("acme/model")
+    with pytest.raises(ValueError, match="frozen"):
+        found.model = "other/model"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sparsity.metod=wanda", "unknown recipe key 'sparsity.metod' (did you mean 'method'?)"),
+        ("engine.max_batchsize=3", "unknown recipe key 'engine.max_batchsize' (did you mean 'max_batch_size'?)"),
+        ("sparsity.budget.perplexity=1%", "'sparsity.budget.perplexity' (did you mean 'perplexity_increase'?)"),
+        (
+            "benchmark={workloads: [{input_token: 3}]}",
+            "'benchmark.workloads.0.input_token' (did you mean 'input_tokens'?)",
+        ),
+        ("zzz=1", "unknown recipe key 'zzz': known keys are accuracy, benchmark, calibration"),
+        ("sparsity.budget={}", "the recipe lacks 'sparsity.budget.perplexity_increase': add it"),
+        ("accuracy.max_perplexity_increase=1001%", "is '1001%': input should be less than or equal to 10"),
+        ("engine.tensor_parallel=0", "recipe key 'engine.tensor_parallel' is 0: input should be greater"),
+        ("benchmark.rounds=many", "recipe key 'benchmark.rounds' is 'many'"),
+        ("calibration=yes", "recipe key 'calibration' is True"),
+    ],
+)
+def test_a_wrong_key_or_value_is_quoted(override: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        recipe.load("acme/model", "fp8-2of4", [override])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"model: [", "is not YAML"),
+        (b"- a list", "is not a recipe"),
+        (b"", "is not a recipe"),
+        (b"\xff\xfe", "cannot be read as a recipe"),
+        (b"quantization: {format: fp8}", "the recipe lacks 'model': add it"),
+        (b"model: !!python/object/apply:os.system ['true']", "is not YAML"),
+    ],
+)
+def test_a_broken_recipe_file(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
+        recipe.load(str(path))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,355 @@
+"""libtwofour: it compiles without a warning, packs as the PTX ISA says, and its skinny kernel, whose very source is run
+thread by thread on the CPU, multiplies right. Nothing here needs a GPU."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plugins.common.errors import UserError
+from plugins.libtwofour import bindings, compiler
+from plugins.sparsity import skinny_layout
+from tests.support import native
+
+DTYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
+OUT = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    native.use_library()
+
+
+@pytest.fixture(scope="module")
+def host() -> bindings.Context:
+    return bindings.Context(bindings.HOST)
+
+
+def random_values(shape: tuple[int, ...], format: str, rng: np.random.Generator) -> np.ndarray:
+    if format == "int8":
+        return rng.integers(-128, 128, shape).astype(np.int8)
+    return (rng.standard_normal(shape) * 2).astype(DTYPES[format])
+
+
+def poison(w_NK: np.ndarray, format: str, rng: np.random.Generator) -> np.ndarray:
+    """Turns some zeros into -0.0 and some kept values into the smallest denormal."""
+    if format == "int8":
+        return w_NK
+    bits = w_NK.view(f"u{w_NK.itemsize}").copy()
+    chance = rng.random(bits.shape)
+    sign = 1 << (8 * w_NK.itemsize - 1)
+    zero = bits & (sign - 1) == 0
+    bits[zero & (chance < 0.3)] = sign
+    bits[~zero & (chance < 0.1)] = 1
+    return bits.view(w_NK.dtype)
+
+
+def pack(host: bindings.Context, w_NK: np.ndarray, format: str) -> np.ndarray:
+    problem = bindings.gemm("skinny", format, "fp16", *w_NK.shape)
+    packed = native.aligned(np.zeros(host.weight_bytes(problem), np.uint8))
+    weight = native.aligned(w_NK)
+    host.prepare_weight(problem, weight.ctypes.data, packed.ctypes.data)
+    return packed
+
+
+def matmul(
+    host: bindings.Context,
+    x_MK: np.ndarray,
+    packed: np.ndarray,
+    format: str,
+    out: str,
+    out_features: int,
+    scale: float = 1.0,
+    channel_scales: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    splits: int | None = None,
+) -> np.ndarray:
+    x = native.aligned(x_MK)
+    y = native.aligned(np.full((x_MK.shape[0], out_features), np.nan, OUT[out]))
+    addresses = [0 if a is None else a.ctypes.data for a in (channel_scales, bias)]
+    problem = bindings.gemm("skinny", format, out, out_features, x_MK.shape[1], x_MK.shape[0], scale, *addresses)
+    if splits is not None:
+        host.set_algorithm(problem, (splits,) + (0,) * 7)
+    workspace = native.aligned(np.full(host.workspace_bytes(problem), 0xCD, np.uint8))
+    host.matmul(problem, x.ctypes.data, packed.ctypes.data, y.ctypes.data, (workspace.ctypes.data, workspace.nbytes))
+    return y
+
+
+shapes = {
+    "format": st.sampled_from(sorted(DTYPES)),
+    "n": st.integers(1, 150),
+    "chunks": st.integers(1, 40),  # of 16 bytes: K on and off the 256-input blocks
+    "seed": st.integers(0, 2**32 - 1),
+}
+
+
+def in_features(format: str, chunks: int) -> int:
+    return chunks * 16 // np.dtype(DTYPES[format]).itemsize
+
+
+@settings(max_examples=60, deadline=None)
+@given(**shapes)
+def test_packing_agrees_with_numpy_and_inverts(format: str, n: int, chunks: int, seed: int) -> None:
+    host, rng = bindings.context(bindings.HOST), np.random.default_rng(seed)
+    clean = native.prune(random_values((n, in_features(format, chunks)), format, rng), rng)
+    w_NK = poison(clean, format, rng)
+    packed = pack(host, w_NK, format)
+    np.testing.assert_array_equal(packed, skinny_layout.pack(w_NK, format))
+    assert packed.size == skinny_layout.packed_bytes(*w_NK.shape, format)
+
+    bits = w_NK.view(f"u{w_NK.itemsize}")
+    sign = 0 if format == "int8" else 1 << (8 * w_NK.itemsize - 1)
+    canonical = np.where(bits == sign, 0, bits)  # -0.0 comes back as 0
+    problem = bindings.gemm("skinny", format, "fp16", *w_NK.shape)
+    unpacked = native.aligned(np.full_like(w_NK, 1))
+    host.unpack_weight(problem, packed.ctypes.data, unpacked.ctypes.data)
+    np.testing.assert_array_equal(unpacked.view(bits.dtype), canonical)
+    np.testing.assert_array_equal(skinny_layout.unpack(packed, *w_NK.shape, format), canonical)
+
+
+@pytest.mark.parametrize("format", ["fp16", "int8"])
+def test_packed_block_is_the_fragments_of_the_ptx_isa(host: bindings.Context, format: str) -> None:
+    """Lane by lane, by the formulas of "Matrix fragments for sparse mma.m16n8k32" (fp16) and "... m16n8k64" (int8)."""
+    rng = np.random.default_rng(5)
+    w = native.prune(random_values((16, 256), format, rng), rng, nonzeros=(2,))
+    block = pack(host, w, format)
+    chunks = block.reshape(-1, 32, 16)  # [chunk, lane, byte]
+    metadata = chunks[-1].view("<u4")  # [lane, unit]
+    per_register, depth = (2, 32) if format == "fp16" else (4, 64)
+    for step in range(256 // depth):
+        seen = np.zeros((16, depth), w.dtype)
+        for lane in range(32):
+            group_id, in_group = divmod(lane, 4)
+            values = chunks[step, lane].view(w.dtype)  # a0, a1, ...
+            for i, value in enumerate(values):
+                register = i // per_register
+                row = group_id + (8 if register % 2 else 0)
+                first = in_group * 2 * per_register + (depth // 2 if register >= 2 else 0)
+                chunk = (first + i % per_register // 2 * 4) // 4  # of the row, 4 columns each
+                if format == "fp16":  # selector step % 2: threads T0, T1 or T2, T3; both rows in one register
+                    word = metadata[4 * group_id + 2 * (step % 2) + chunk // 4, step // 2]
+                    code = word >> (16 * (row // 8) + 4 * (chunk % 4))
+                else:  # T0: row g, columns 0-31; T1: row g + 8; T2, T3: columns 32-63
+                    word = metadata[4 * group_id + row // 8 + 2 * (chunk // 8), step]
+                    code = word >> (4 * (chunk % 8))
+                assert (int(code) & 15) in (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
+                seen[row, 4 * chunk + (int(code) >> (2 * (i % 2)) & 3)] = value
+        np.testing.assert_array_equal(seen, w[:, step * depth : (step + 1) * depth])
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(1, 64), splits=st.integers(1, 5), out=st.sampled_from(sorted(OUT)), **shapes)
+def test_simulated_kernel_against_float64(
+    format: str, n: int, chunks: int, seed: int, tokens: int, splits: int, out: str
+) -> None:
+    host, rng, k = bindings.context(bindings.HOST), np.random.default_rng(seed), in_features(format, chunks)
+    w_NK = poison(native.prune(random_values((n, k), format, rng), rng), format, rng)
+    x_MK = random_values((tokens, k), format, rng)
+    scales = rng.uniform(1e-3, 2e-3, n).astype(np.float32) if seed % 2 else None
+    bias = native.aligned(rng.standard_normal(n).astype(OUT[out])) if seed % 3 else None
+    packed = native.aligned(skinny_layout.pack(w_NK, format))
+    y_MN = matmul(host, x_MK, packed, format, out, n, 2e-3, scales, bias, splits)
+
+    factor = np.float32(2e-3) if scales is None else scales
+    shift = np.float32(0) if bias is None else bias.astype(np.float32)
+    if format == "int8":  # exact: int32 sums, then one rounding each for scale, bias and output
+        sums = x_MK.astype(np.int64) @ w_NK.astype(np.int64).T
+        expected = (sums.astype(np.float32) * factor + shift).astype(OUT[out])
+        np.testing.assert_array_equal(y_MN.view(np.uint16), expected.view(np.uint16))
+        return
+    x, w = x_MK.astype(np.float64), w_NK.astype(np.float64)
+    expected = x @ w.T * factor + shift
+    size = np.abs(x) @ np.abs(w).T * factor + np.abs(shift)
+    epsilon = 2.0 ** (-10 if out == "fp16" else -7)
+    assert (np.abs(y_MN.astype(np.float64) - expected) <= epsilon * np.abs(expected) + 2.0**-20 * size + 1e-7).all()
+
+
+@pytest.mark.parametrize("format", sorted(DTYPES))
+def test_same_bits_for_every_replay_of_a_split(host: bindings.Context, format: str) -> None:
+    """The counters return to zero, and sums are added in order: launching again gives the same bits."""
+    rng = np.random.default_rng(1)
+    w_NK = native.prune(random_values((80, 1024), format, rng), rng)
+    x_MK, packed = random_values((9, 1024), format, rng), native.aligned(skinny_layout.pack(w_NK, format))
+    first, second = (matmul(host, x_MK, packed, format, "bf16", 80, 0.01, splits=4) for _ in range(2))
+    np.testing.assert_array_equal(first.view(np.uint16), second.view(np.uint16))
+
+
+def violation(host: bindings.Context, w_NK: np.ndarray, format: str) -> tuple[int, int] | None:
+    weight = native.aligned(w_NK)
+    return host.first_violation(format, *w_NK.shape, weight.ctypes.data)
+
+
+@pytest.mark.parametrize("format", sorted(DTYPES))
+def test_third_nonzero_of_a_group_is_named(host: bindings.Context, format: str) -> None:
+    w = np.zeros((20, 64), DTYPES[format])
+    w[:, 1::2] = 1  # every group full
+    assert violation(host, w, format) is None
+    w[7, 40] = 1
+    assert violation(host, w, format) == (7, 10)
+    with pytest.raises(UserError, match=r"row 7, group 10 \(inputs 40 to 43\) has more than 2 nonzeros"):
+        pack(host, w, format)
+
+
+def test_negative_zero_is_a_zero_but_int8_minus_128_is_not(host: bindings.Context) -> None:
+    w = np.full((1, 16), -0.0, np.float16)
+    w[0, :2] = 1
+    assert violation(host, w, "fp16") is None
+    assert violation(host, np.full((1, 16), -128, np.int8), "int8") == (0, 0)
+
+
+def gemm(**changes: object) -> bindings.Gemm:
+    values: dict[str, object] = {"kernel": "skinny", "format": "int8", "out": "fp16", "out_features": 16}
+    return bindings.gemm(**{**values, "in_features": 256, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "words"),
+    [
+        (gemm(in_features=250), "misaligned", "in_features=250 is not a multiple of 16 .* pad x and the weight to 256"),
+        (gemm(tokens=65), "unsupported", "tokens=65: the skinny kernel takes 1 to 64; use cusparselt or cublaslt"),
+        (gemm(tokens=0), "invalid argument", "tokens=0: at least 1"),
+        (gemm(out_features=0), "invalid argument", r"a weight cannot be \[0, 256\]"),
+        (gemm(kernel="cusparselt"), "no GPU", "cusparselt runs on a GPU only"),
+        (gemm(kernel="cublaslt"), "no GPU", "cublaslt runs on a GPU only"),
+    ],
+)
+def test_problem_that_cannot_run(host: bindings.Context, problem: bindings.Gemm, status: str, words: str) -> None:
+    with pytest.raises(bindings.LibraryError, match=words) as caught:
+        host.workspace_bytes(problem)
+    assert caught.value.status == status
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_numbers_are_refused(host: bindings.Context) -> None:
+    for field, value in (("kernel", 3), ("type", 4), ("out_type", 2)):
+        problem = gemm()
+        setattr(problem, field, value)
+        with pytest.raises(bindings.LibraryError, match=f"{value} is not"):
+            host.workspace_bytes(problem)
+
+
+def test_workspace_that_is_too_small_and_pointer_off_alignment(host: bindings.Context) -> None:
+    problem = gemm(in_features=1024, tokens=4)
+    host.set_algorithm(problem, (4,) + (0,) * 7)
+    needed = host.workspace_bytes(problem)
+    assert needed > 0
+    memory = native.aligned(np.zeros(max(needed, 16 * 1024) + 16, np.uint8))
+    start = memory.ctypes.data
+    with pytest.raises(
+        bindings.LibraryError, match=f"needs {needed} bytes of workspace for 4 tokens, got {needed - 1}"
+    ):
+        host.matmul(problem, start, start, start, (start, needed - 1))
+    with pytest.raises(bindings.LibraryError, match="not at a multiple of 16 bytes; copy it"):
+        host.matmul(problem, start + 2, start, start, (start, needed))
+
+
+def test_stamp_of_another_shape_gpu_or_version_is_refused(host: bindings.Context) -> None:
+    problem = gemm()
+    stamp = host.stamp(problem)
+    host.check_stamp(problem, stamp)
+    for field, value, words in (
+        ("out_features", 32, r"prepared for skinny, int8, \[32, 256\]; wanted skinny, int8, \[16, 256\]"),
+        ("sm", 89, "prepared for SM 89 and version 1, here are SM 0 and version 1; prepare it again"),
+        ("version", 7, "version 7"),
+    ):
+        wrong = bindings.Stamp.from_buffer_copy(stamp)
+        setattr(wrong, field, value)
+        with pytest.raises(bindings.LibraryError, match=words) as caught:
+            host.check_stamp(problem, wrong)
+        assert caught.value.status == "wrong build"
+
+
+def test_no_gpu_is_said() -> None:
+    if ctypes.util.find_library("cuda"):
+        pytest.skip("there is a CUDA driver here")
+    with pytest.raises(bindings.LibraryError, match=r"no CUDA GPU here .* engine.backend=torch") as caught:
+        bindings.Context(0)
+    assert caught.value.status == "no GPU"
+
+
+def version_or_words(kernel: str, **environment: str) -> str:
+    """What a fresh process is told of a library's version."""
+    code = (
+        "from plugins.common import errors\nfrom plugins.libtwofour import bindings\n"
+        f"try: print(bindings.version('{kernel}'))\n"
+        "except errors.UserError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_libraries_of_the_wheels_are_found() -> None:
+    assert bindings.version("cusparselt") >= 801
+    assert bindings.version("cublaslt") >= 120000
+    assert bindings.version("skinny") == 1
+
+
+def test_missing_library_names_the_wheel() -> None:
+    words = version_or_words("cusparselt", TWOFOUR_CUSPARSELT="/nowhere.so")
+    assert "/nowhere.so" in words
+    assert words.endswith("pip install nvidia-cusparselt-cu13, or set TWOFOUR_CUSPARSELT")
+
+
+def test_cusparselt_0_8_0_is_refused(tmp_path: Path) -> None:
+    """0.8.0 regressed on H100 and L4. A stand-in library says that it is one."""
+    names = re.findall(r"F\((cusparseLt\w+)\)", (compiler.SOURCES / "src" / "cusparselt.cpp").read_text())
+    stubs = "".join(f"int {name}() {{ return 0; }}\n" for name in names if name != "cusparseLtGetProperty")
+    stubs += "int cusparseLtGetProperty(int which, int *value) { *value = which == 1 ? 8 : 0; return 0; }\n"
+    (tmp_path / "old.c").write_text(stubs)
+    subprocess.run(["gcc", "-shared", "-fPIC", "old.c", "-o", "old.so"], cwd=tmp_path, check=True)
+    words = version_or_words("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "old.so"))
+    assert words.startswith("cuSPARSELt 0.8.0 is too old: 0.8.0 is slow on H100 and L4; pip install")
+    (tmp_path / "empty.c").write_text("int nothing;\n")
+    subprocess.run(["gcc", "-shared", "-fPIC", "empty.c", "-o", "empty.so"], cwd=tmp_path, check=True)
+    words = version_or_words("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "empty.so"))
+    assert "undefined symbol: cusparseLtInit: install a newer version" in words
+
+
+def test_library_that_is_not_built_says_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TWOFOUR_LIBRARY", f"{tmp_path}/libtwofour.so")
+    with pytest.raises(UserError, match=r"no '.*libtwofour.so': run `twofour plugins build`"):
+        bindings.path()
+    monkeypatch.setenv("TWOFOUR_PLUGIN_LIBRARY", f"{tmp_path}/libtwofour_tensorrt.so")
+    with pytest.raises(UserError, match=r"libtwofour_tensorrt.so', which this engine's sparse layers need.*LD_PRELOAD"):
+        bindings.tensorrt_plugin_path()
+
+
+@pytest.mark.parametrize(
+    ("text", "sm"), [("sm_90a", "90a"), ("90", "90a"), ("9.0", "90a"), ("sm_86", "86"), ("8.9", "89"), ("120", "120a")]
+)
+def test_architecture_names(text: str, sm: str) -> None:
+    assert compiler.parse_sm(text) == sm
+
+
+@pytest.mark.parametrize(("text", "words"), [("75", "'75' has no sparse tensor cores"), ("hopper", "is no GPU arch")])
+def test_architecture_that_cannot_be(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        compiler.parse_sm(text)
+
+
+def test_compiler_or_headers_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiler, "_include_candidates", list)
+    with pytest.raises(UserError, match=r"no cusparseLt\.h found: pip install nvidia-cusparselt-cu13"):
+        compiler.find_includes()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"no NvInfer.h in .*include directory of TensorRT 10"):
+        compiler.build(["90"], tensorrt_include=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sms", [("80", "89"), ("86", "100a", "120a")], ids="-".join)
+def test_compiles_without_a_warning(sms: tuple[str, ...]) -> None:
+    """Warnings are errors in CMakeLists.txt, for the host and the device compiler."""
+    native.compile_library(sms)

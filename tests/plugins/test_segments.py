@@ -1,0 +1,77 @@
+"""Segments of a weight and their declaration: what they hold, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from plugins.common.errors import UserError
+from plugins.sparsity.declaration import Declaration
+from plugins.sparsity.segments import Segment, Segments
+
+UP, Q = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"
+
+
+def test_a_split_puts_the_2of4_channels_first() -> None:
+    segments = Segments.split("rows", 128, 32)
+    assert segments.parts == (Segment("2:4", 0, 32), Segment("dense", 32, 128))
+    assert (segments.fraction, segments.size) == (0.25, 128)
+    assert Segments.split("rows", 128, 128).parts == (Segment("2:4", 0, 128),)
+    assert Segments.split("rows", 128, 0).dense == (Segment("dense", 0, 128),)
+
+
+def test_each_rank_holds_its_share_of_both_kinds() -> None:
+    segments = Segments.split("inputs", 256, 128, ranks=2)
+    assert [(part.kind, part.size) for part in segments.parts] == [("2:4", 64), ("dense", 64)] * 2
+    assert segments.rank(0, 2) == segments.rank(1, 2) == Segments.split("inputs", 128, 64)
+    assert segments.indices("2:4").tolist() == [*range(64), *range(128, 192)]
+
+
+@pytest.mark.parametrize(("ranks", "words"), [(2, "100%, 0% are 2:4 on 2 ranks"), (3, "no multiple of 32")])
+def test_ranks_with_unequal_shares_are_refused(ranks: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Segments.split("inputs", 128, 64).rank(0, ranks)
+
+
+def test_the_declaration_survives_its_file(tmp_path: Path) -> None:
+    hybrid = {UP: Segments.split("rows", 128, 64, ranks=2)}
+    order = {"model.layers.0.mlp": tuple(np.random.default_rng(0).permutation(128).tolist())}
+    declared = Declaration((Q,), hybrid, order, "reconstruct")
+    declared.write(tmp_path)
+    assert Declaration.read(tmp_path) == declared
+    assert declared.pruned == (Q, UP)
+    assert Declaration.read(tmp_path / "nowhere") == Declaration()
+
+
+VALID: dict[str, Any] = {"axis": "rows", "segments": [["2:4", 64], ["dense", 64]]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pattern": "4:8"}, "it does not say"),
+        ({"layers": "all"}, "it does not say"),
+        ({"hybrid": []}, "are not tables"),
+        ({"layers": [UP]}, "as a whole and in part"),
+        ({"hybrid": {UP: {"axis": "rows"}}}, "does not say"),
+        ({"hybrid": {UP: VALID | {"axis": "columns"}}}, "'columns'"),
+        ({"hybrid": {UP: VALID | {"segments": [["4:8", 64]]}}}, "'4:8'"),
+        ({"hybrid": {UP: VALID | {"segments": [["2:4", 30], ["dense", 98]]}}}, "segment of 30 rows"),
+        ({"hybrid": {UP: VALID | {"segments": [["2:4", -32]]}}}, "segment of -32 rows"),
+        ({"hybrid": {UP: VALID | {"segments": [["2:4", True]]}}}, "segment of True rows"),
+        ({"order": {"model.layers.0.mlp": "0 1 1 3"}}, "does not hold each channel from 0 to 3 once"),
+        ({"order": {"model.layers.0.mlp": [0, 1]}}, "is no list of numbers"),
+    ],
+)
+def test_a_declaration_that_makes_no_sense_is_refused_in_one_line(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    content = {"pattern": "2:4", "method": "", "layers": [], "hybrid": {UP: VALID}} | change
+    (tmp_path / "sparsity.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words) as raised:
+        Declaration.read(tmp_path)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,340 @@
+"""libtwofour's host side (plans, padding, epilogues, algorithms, workspaces, errors) on a stand-in GPU with stand-in
+libraries, which refuse what the real ones are known to refuse. The kernels' speed and the real libraries need a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.kernels import gemm
+from plugins.autotune import tactics, timing, tuner
+from plugins.common.errors import UserError
+from plugins.libtwofour import bindings, torch_ops
+from tests.support import native
+from tests.support.stand_in_gpu import CPU, open_gpu, set_environment, use_times, use_torch
+
+DTYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
+CAPTURING = 0xC  # a stream
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> bindings.Context:
+    """A context on the stand-in GPU: an H100 unless STAND_IN_SM says otherwise."""
+    return open_gpu(monkeypatch)
+
+
+class Layer:
+    """Operands of a layer, and y by numpy."""
+
+    def __init__(self, format: str, n: int, k: int, tokens: int, out: str = "bf16", seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.format, self.n, self.k, self.tokens, self.out = format, n, k, tokens, out
+        self.w = native.aligned(native.prune(self.numbers((n, k), rng), rng))
+        self.x = native.aligned(self.numbers((tokens, k), rng))
+        self.scales = native.aligned(rng.uniform(1e-3, 2e-3, n).astype(np.float32))
+        self.bias = native.aligned(rng.standard_normal(n).astype(DTYPES[out]))
+
+    def numbers(self, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        if self.format == "int8":
+            return rng.integers(-128, 128, shape).astype(np.int8)
+        return rng.standard_normal(shape).astype(DTYPES[self.format])
+
+    def problem(self, kernel: str, scale: float = 1.0, scaled: bool = False, biased: bool = False) -> bindings.Gemm:
+        sizes = (self.n, self.k, self.tokens)
+        addresses = (self.scales.ctypes.data if scaled else 0, self.bias.ctypes.data if biased else 0)
+        return bindings.gemm(kernel, self.format, self.out, *sizes, scale, *addresses)
+
+    def prepare(self, gpu: bindings.Context, kernel: str) -> np.ndarray:
+        problem = self.problem(kernel)
+        prepared = native.aligned(np.zeros(gpu.weight_bytes(problem), np.uint8))
+        gpu.prepare_weight(problem, self.w.ctypes.data, prepared.ctypes.data)
+        return prepared
+
+    def run(self, gpu: bindings.Context, kernel: str, problem: bindings.Gemm, stream: int = 0) -> np.ndarray:
+        prepared = self.prepare(gpu, kernel)
+        y = native.aligned(np.full((self.tokens + 1, self.n), 99, DTYPES[self.out]))  # the last row must stay
+        workspace = native.aligned(np.full(gpu.workspace_bytes(problem) + 16, 0xCD, np.uint8))
+        place = (workspace.ctypes.data, workspace.nbytes - 16)
+        gpu.matmul(problem, self.x.ctypes.data, prepared.ctypes.data, y.ctypes.data, place, stream)
+        assert (workspace[-16:] == 0xCD).all()
+        assert (y[-1].astype(np.float32) == 99).all()
+        return y[:-1]
+
+    def expected(self, scale: float, scaled: bool, biased: bool) -> np.ndarray:
+        wide = np.int64 if self.format == "int8" else np.float64
+        sums = (self.x.astype(wide) @ self.w.astype(wide).T).astype(np.float32)
+        y = sums * (self.scales if scaled else np.float32(scale))
+        return (y + self.bias.astype(np.float32)) if biased else y
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "channels"])
+@pytest.mark.parametrize("kernel", bindings.KERNELS)
+@pytest.mark.parametrize(("format", "out"), [("bf16", "bf16"), ("fp16", "fp16"), ("int8", "fp16"), ("fp8", "bf16")])
+def test_every_kernel_and_epilogue(
+    gpu: bindings.Context, kernel: str, format: str, out: str, scaled: bool, biased: bool
+) -> None:
+    layer = Layer(format, 64, 96, 24, out)
+    if (kernel, format in ("bf16", "fp16"), scaled) == ("cusparselt", True, True):
+        with pytest.raises(bindings.LibraryError, match="takes no channel_scales with .* fold them into the weight"):
+            gpu.plan(layer.problem(kernel, scaled=True))
+        return
+    scale = 2e-3 if format in ("int8", "fp8") else 1.0
+    y = layer.run(gpu, kernel, layer.problem(kernel, scale, scaled, biased)).astype(np.float32)
+    expected = layer.expected(scale, scaled, biased)
+    np.testing.assert_allclose(y, expected, rtol=2.0 ** (-10 if out == "fp16" else -7), atol=2e-2)
+    if format == "int8":
+        np.testing.assert_array_equal(y, expected.astype(DTYPES[out]).astype(np.float32))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 15, 16, 17, 33])
+@pytest.mark.parametrize("format", sorted(DTYPES))
+def test_cusparselt_pads_tokens_in_the_workspace(gpu: bindings.Context, format: str, tokens: int) -> None:
+    """x and y are padded where the library needs it, and its own workspace, which it scribbles over, is apart."""
+    layer = Layer(format, 32, 64, tokens, format if format in ("fp16", "bf16") else "bf16", seed=tokens)
+    for biased in (False, True):
+        scale = 1e-2 if format in ("int8", "fp8") else 1.0
+        y = layer.run(gpu, "cusparselt", layer.problem("cusparselt", scale, biased=biased)).astype(np.float32)
+        np.testing.assert_allclose(y, layer.expected(scale, False, biased), rtol=2**-7, atol=2e-2)
+
+
+def test_fp8_to_fp32_alone_still_gives_16_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = open_gpu(monkeypatch, STAND_IN_FP8="fp32")
+    layer = Layer("fp8", 64, 64, 9)
+    y = layer.run(gpu, "cusparselt", layer.problem("cusparselt", 0.5, biased=True)).astype(np.float32)
+    np.testing.assert_allclose(y, layer.expected(0.5, False, True), rtol=2**-7, atol=2e-2)
+
+
+def test_negative_zeros_never_reach_the_compression(gpu: bindings.Context) -> None:
+    layer = Layer("fp16", 32, 64, 8, "fp16")
+    before = layer.run(gpu, "cusparselt", layer.problem("cusparselt"))
+    layer.w[layer.w == 0] = -0.0
+    np.testing.assert_array_equal(before, layer.run(gpu, "cusparselt", layer.problem("cusparselt")))
+
+
+def test_layers_of_one_shape_share_plans_but_not_scales(gpu: bindings.Context) -> None:
+    for seed, scale in ((1, 0.5), (2, 0.25)):
+        layer = Layer("fp8", 64, 64, 16, seed=seed)
+        y = layer.run(gpu, "cusparselt", layer.problem("cusparselt", scale)).astype(np.float32)
+        np.testing.assert_allclose(y, layer.expected(scale, False, False), rtol=2**-7, atol=2e-2)
+
+
+def search(gpu: bindings.Context, layer: Layer, kernel: str, bytes_: int) -> bindings.Search:
+    prepared = layer.prepare(gpu, kernel)
+    y = native.aligned(np.zeros((layer.tokens, layer.n), DTYPES[layer.out]))
+    workspace = native.aligned(np.zeros(bytes_, np.uint8))
+    place = (workspace.ctypes.data, workspace.nbytes)
+    return gpu.search(layer.problem(kernel), layer.x.ctypes.data, prepared.ctypes.data, y.ctypes.data, place)
+
+
+def test_search_takes_the_fastest_that_fits_and_counts_the_rest(gpu: bindings.Context) -> None:
+    """The stand-in's later algorithms are faster, and want more workspace."""
+    layer = Layer("bf16", 64, 64, 16)
+    found = search(gpu, layer, "cusparselt", 250_000)
+    assert (found.tried, found.over_workspace) == (9, 0)  # 3 configurations x split-K of 1, and -1 in 2 modes
+    assert gpu.algorithm(layer.problem("cusparselt"))[0] == 2
+    found = search(gpu, layer, "cusparselt", 150_000)
+    assert (found.tried, found.over_workspace) == (6, 3)
+    assert gpu.algorithm(layer.problem("cusparselt"))[0] == 1
+    with pytest.raises(bindings.LibraryError, match="no algorithm of cusparselt ran; 9 want more workspace than 100"):
+        search(gpu, layer, "cusparselt", 100)
+    assert search(gpu, layer, "cublaslt", 250_000).tried == 3
+    assert search(gpu, layer, "skinny", 1 << 20).tried == 1  # K of one block cannot be split
+
+
+def test_split_k_before_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = open_gpu(monkeypatch, sm=86)
+    assert search(gpu, Layer("bf16", 64, 64, 16), "cusparselt", 1 << 20).tried == 12
+
+
+def test_algorithm_serves_its_whole_bucket_of_tokens(gpu: bindings.Context) -> None:
+    chosen, other = Layer("bf16", 64, 64, 33), Layer("bf16", 64, 64, 65)
+    gpu.set_algorithm(chosen.problem("cusparselt"), (2, 1) + (0,) * 6)
+    same = Layer("bf16", 64, 64, 64)
+    assert gpu.algorithm(same.problem("cusparselt"))[0] == 2
+    assert gpu.algorithm(other.problem("cusparselt"))[0] == 0
+    one, eight = Layer("bf16", 64, 64, 1), Layer("bf16", 64, 64, 8)
+    gpu.set_algorithm(one.problem("cublaslt"), gpu.algorithm(eight.problem("cublaslt")))
+    fast = search(gpu, eight, "cublaslt", 250_000)
+    assert fast.tried == 3
+    assert gpu.algorithm(one.problem("cublaslt")) != gpu.algorithm(eight.problem("cublaslt")), "decode keeps its own"
+    np.testing.assert_allclose(
+        same.run(gpu, "cusparselt", same.problem("cusparselt")).astype(np.float32),
+        same.expected(1.0, False, False),
+        rtol=2**-7,
+        atol=2e-2,
+    )
+    with pytest.raises(bindings.LibraryError, match="cusparseLtMatmulAlgSetAttribute"):
+        gpu.set_algorithm(chosen.problem("cusparselt"), (77, 1) + (0,) * 6)
+
+
+def test_capture_needs_a_plan_and_then_neither_allocates_nor_waits(gpu: bindings.Context) -> None:
+    for kernel in bindings.KERNELS:
+        layer = Layer("bf16", 64, 64, 16)
+        problem = layer.problem(kernel)
+        prepared = layer.prepare(gpu, kernel)
+        y, workspace = (native.aligned(np.zeros(1 << 20, np.uint8)) for _ in range(2))
+        call = (problem, layer.x.ctypes.data, prepared.ctypes.data, y.ctypes.data)
+        place = (workspace.ctypes.data, workspace.nbytes)
+        if kernel != "skinny":
+            with pytest.raises(bindings.LibraryError, match="no plan for 16 tokens .* call twofour_plan first"):
+                gpu.matmul(*call, place, CAPTURING)
+        gpu.plan(problem)
+        gpu.matmul(*call, place, CAPTURING)
+
+
+def test_token_counts_padded_to_the_same_share_a_plan(gpu: bindings.Context) -> None:
+    for format, planned, shared, other in (("bf16", 17, 24, 25), ("int8", 17, 32, 33)):
+        layer = Layer(format, 64, 64, shared)
+        prepared = layer.prepare(gpu, "cusparselt")
+        gpu.plan(bindings.gemm("cusparselt", format, "bf16", 64, 64, planned, 0.01))
+        y, workspace = (native.aligned(np.zeros(1 << 20, np.uint8)) for _ in range(2))
+        addresses = (
+            layer.x.ctypes.data,
+            prepared.ctypes.data,
+            y.ctypes.data,
+            (workspace.ctypes.data, workspace.nbytes),
+        )
+        gpu.matmul(bindings.gemm("cusparselt", format, "bf16", 64, 64, shared, 0.01), *addresses, CAPTURING)
+        with pytest.raises(bindings.LibraryError, match=f"no plan for {other} tokens"):
+            gpu.matmul(bindings.gemm("cusparselt", format, "bf16", 64, 64, other, 0.01), *addresses, CAPTURING)
+        made = y[: shared * 64 * 2].view(DTYPES["bf16"]).reshape(shared, 64).astype(np.float32)
+        np.testing.assert_allclose(made, layer.expected(0.01, False, False), rtol=2**-7, atol=2e-2)
+
+
+def test_shapes_that_a_library_cannot_take_say_what_works(gpu: bindings.Context) -> None:
+    for kernel, format, words in (
+        ("cusparselt", "bf16", r"multiples of 16: \[100, 200\] would fit as \[112, 208\]; use the skinny"),
+        ("cusparselt", "fp8", r"multiples of 32: \[100, 200\] would fit as \[128, 224\]"),
+        ("cublaslt", "fp8", r"multiples of 16: \[100, 200\] would fit as \[112, 208\]"),
+    ):
+        with pytest.raises(bindings.LibraryError, match=words) as caught:
+            gpu.weight_bytes(bindings.gemm(kernel, format, "bf16", 100, 200))
+        assert caught.value.status == "misaligned"
+    with pytest.raises(bindings.LibraryError, match="cuSPARSELt writes bf16 for bf16 weights, not fp16"):
+        gpu.plan(bindings.gemm("cusparselt", "bf16", "fp16", 64, 64, 8))
+
+
+def test_gpu_without_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        bindings.LibraryError, match=r"Stand-in has compute capability 7\.5: .* begin at 8\.0"
+    ) as caught:
+        open_gpu(monkeypatch, sm=75)
+    assert caught.value.status == "SM unsupported"
+
+
+def test_fp8_before_ada(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = open_gpu(monkeypatch, sm=80)
+    for kernel in bindings.KERNELS:
+        with pytest.raises(bindings.LibraryError, match=r"fp8 needs compute capability 8\.9 .* has 8\.0; use int8"):
+            gpu.weight_bytes(bindings.gemm(kernel, "fp8", "bf16", 64, 64))
+
+
+def test_compressed_weight_of_another_gpu_or_version(gpu: bindings.Context) -> None:
+    problem = bindings.gemm("cusparselt", "bf16", "bf16", 64, 64)
+    stamp = gpu.stamp(problem)
+    assert (stamp.sm, stamp.version) == (90, 801)
+    gpu.check_stamp(problem, stamp)
+    for field, value in (("sm", 89), ("version", 800)):
+        wrong = bindings.Stamp.from_buffer_copy(stamp)
+        setattr(wrong, field, value)
+        with pytest.raises(bindings.LibraryError, match="prepare it again from the dense weight"):
+            gpu.check_stamp(problem, wrong)
+
+
+def test_memory_that_runs_out_while_compressing_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = open_gpu(monkeypatch)
+    used = bindings.load().stand_in_used
+    before = used()
+    set_environment(monkeypatch, "STAND_IN_MEMORY", "30000")
+    with pytest.raises(bindings.LibraryError, match="cudaMalloc of compression scratch: out of memory") as caught:
+        Layer("bf16", 128, 128, 8).prepare(gpu, "cusparselt")
+    assert caught.value.status == "out of memory"
+    Layer("bf16", 64, 64, 8).prepare(gpu, "cusparselt")
+    assert used() == before
+    gpu.close()
+    assert used() < before
+
+
+def test_two_contexts_are_apart(gpu: bindings.Context) -> None:
+    other = bindings.Context(0)
+    problem = Layer("bf16", 64, 64, 16).problem("cusparselt")
+    other.set_algorithm(problem, (2, 1) + (0,) * 6)
+    assert gpu.algorithm(problem)[0] == 0
+    other.close()
+    assert ctypes.c_void_p.from_buffer(other._handle).value is None
+
+
+@pytest.fixture
+def torch_on_stand_in(gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> bindings.Context:
+    """torch's CPU tensors as the stand-in's device memory: what the operators and the tuner do on CUDA, done here."""
+    use_torch(monkeypatch, gpu)
+    return gpu
+
+
+@pytest.mark.parametrize("dtype", list(torch_ops.FORMATS))
+@pytest.mark.parametrize("kernel", bindings.KERNELS)
+def test_operators_hand_over_what_libtwofour_needs(
+    torch_on_stand_in: bindings.Context, kernel: str, dtype: torch.dtype
+) -> None:
+    w, x = (
+        timing.random_2to4(64, 96, dtype, torch.device("cpu")),
+        timing.random_operand(13, 96, dtype, torch.device("cpu")),
+    )
+    out = dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    scales = torch.rand(64) * 1e-3 if dtype == torch.int8 else None
+    rest = (0.5, scales, torch.randn(64).to(out), 64, out)
+    y = torch_ops.launch(kernel, x, torch_ops.prepare(w, kernel), *rest)
+    expected = torch_ops.dense_linear(x, w, *rest)
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=2e-2)
+    assert torch_ops.launch(kernel, x[:0], torch_ops.prepare(w, kernel), *rest).shape == (0, 64)
+
+
+def test_memory_that_runs_out_for_a_calls_workspace_is_said(
+    torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, x = timing.random_2to4(64, 96, torch.bfloat16, CPU), timing.random_operand(13, 96, torch.bfloat16, CPU)
+    compressed, empty = torch_ops.prepare(w, "cusparselt"), torch.empty
+
+    def full(*shape: object, dtype: torch.dtype, **where: object) -> torch.Tensor:
+        if dtype == torch.uint8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*shape, dtype=dtype, **where)
+
+    monkeypatch.setattr(torch, "empty", full)
+    words = "no GPU memory for the 0 MiB of workspace that cusparselt needs at 13 tokens: lower engine.max_num_tokens"
+    with pytest.raises(UserError, match=words):
+        torch_ops.launch("cusparselt", x, compressed, 1.0, None, None, 64, torch.bfloat16)
+
+
+def test_tuner_times_every_kernel(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From shapes to tactics.json; every kernel takes as long as every other, so dense stays."""
+    use_times(monkeypatch, lambda bench, kernel, tokens: 5.0)
+    layers = {"a": tuner.Shape(64, 96, "bf16"), "b": tuner.Shape(64, 96, "bf16"), "c": tuner.Shape(100, 96, "int8")}
+    found = tactics.Tactics.model_validate(tuner.tune(layers, buckets=(8, 96)))
+    assert found.layers["a"] == found.layers["b"]
+    assert {b.kernel for b in found.layers["a"].buckets} == {"dense-cublaslt"}
+    assert found.layers["a"].buckets[0].algorithm == (2, 0, 0, 0, 0, 0, 0, 0)
+    assert found.layers["a"].reason.startswith("stays dense: no sparse kernel is faster by 2% on Stand-in; the best is")
+    assert found.layers["c"].buckets[0].sparse_us is not None  # the skinny kernel takes 100 rows
+    assert found.layers["c"].buckets[1].sparse_us is None  # cuSPARSELt does not
+    assert (found.versions["cusparselt"], found.versions["cublaslt"]) == (801, 130000)
+    assert found.device is not None
+    assert found.device.clocks == {"sm": 1980.0}
+
+
+def test_row_of_the_table_measures_errors(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "measure", lambda call, copies: timing.Time(5.0, 5.0, 5.0))
+    monkeypatch.setattr(tuner, "WORKSPACE", 1 << 20)
+    for name in ("skinny", "cusparselt"):
+        operator = partial(torch_ops.launch, name)
+        monkeypatch.setattr(torch_ops, f"{name}_linear", operator)
+    bench = tuner.Bench(tuner.Shape(64, 96, "bf16"), CPU, 16, 1 << 20)
+    row = gemm.row(bench, 16, gemm.Ceilings(1e9, {"bf16": 1e12}), peers=False, timer=tuner.time_kernel)
+    assert set(row["kernels_us"]) == {"cublaslt", "torch", "cusparselt", "skinny"}
+    assert 0 < row["error"]["sparse"] < 1.05 * row["error"]["dense"]

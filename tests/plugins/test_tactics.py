@@ -1,0 +1,218 @@
+"""tactics.json and the tuner's choices: what is kept, what is said, what is refused. The times are made up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from plugins.autotune import tactics, timing, tuner
+from plugins.autotune.tuner import Shape, Timing
+from plugins.common.errors import UserError
+from plugins.libtwofour import bindings
+
+SHAPE = Shape(4096, 14336, "fp8")
+
+
+def bucket(tokens: int, **us: float) -> dict:
+    return tuner.choose(tokens, [Timing(kernel, time, (1, 2, 3)) for kernel, time in us.items()])
+
+
+def test_fastest_sparse_kernel_is_kept_with_its_algorithm() -> None:
+    chosen = bucket(8, cublaslt=20.0, torch=22.0, cusparselt=18.0, skinny=13.0)
+    assert chosen == {
+        "tokens": 8,
+        "kernel": "skinny",
+        "dense_us": 20.0,
+        "sparse_us": 13.0,
+        "ratio": 1.5385,
+        "measured": True,
+        "algorithm": [1, 2, 3],
+        "notes": [],
+    }
+
+
+def test_sparse_must_beat_the_best_dense_by_the_margin() -> None:
+    assert bucket(512, cublaslt=100.0, torch=90.0, cusparselt=89.5)["kernel"] == "dense-cublaslt"
+    assert bucket(512, cublaslt=100.0, torch=90.0, cusparselt=88.0)["kernel"] == "cusparselt"
+
+
+def test_ratio_is_against_the_best_dense_not_against_ours() -> None:
+    assert bucket(512, cublaslt=100.0, torch=90.0, cusparselt=45.0)["ratio"] == 2.0
+
+
+def test_kernels_that_cannot_run_are_left_out() -> None:
+    def timer(bench: object, kernel: str, tokens: int) -> Timing:
+        if kernel == "cusparselt":
+            raise UserError("in_features=36 is not a multiple of 32")
+        return Timing(kernel, {"cublaslt": 10.0, "torch": 11.0, "skinny": 5.0}[kernel])
+
+    bench = SimpleNamespace(shape=SHAPE)
+    assert tuner.bucket_of(bench, 64, timer)["kernel"] == "skinny"
+    assert tuner.bucket_of(bench, 65, timer)["kernel"] == "dense-cublaslt"  # the skinny kernel ends at 64
+
+    def nothing(bench: object, kernel: str, tokens: int) -> Timing:
+        raise UserError("no")
+
+    with pytest.raises(UserError, match=r"no kernel ran at 8 tokens.*twofour doctor"):
+        tuner.bucket_of(bench, 8, nothing)
+
+
+def test_torchs_own_refusal_leaves_out_torch_alone() -> None:
+    def timer(bench: object, kernel: str, tokens: int) -> Timing:
+        if kernel == "torch":
+            raise RuntimeError("")  # torch._int_mm wants multiples of 8
+        return Timing(kernel, 10.0, notes=("3 algorithms want more than 128 MiB of workspace",))
+
+    found = tuner.bucket_of(SimpleNamespace(shape=SHAPE), 128, timer)
+    assert (found["dense_us"], found["sparse_us"]) == (10.0, 10.0)
+    assert found["notes"][1] == "cusparselt: 3 algorithms want more than 128 MiB of workspace"
+
+    def full(bench: object, kernel: str, tokens: int) -> Timing:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # of the whole layer's operands, not of one kernel
+        tuner.bucket_of(SimpleNamespace(shape=SHAPE), 128, full)
+
+
+def test_reasons_in_words() -> None:
+    wins = [bucket(8, cublaslt=20.0, skinny=13.0), bucket(512, cublaslt=100.0, cusparselt=99.0)]
+    assert tuner.reason(wins, "H100") == "2:4 is faster on H100: 1.54x at 8 tokens; dense at 512"
+    loses = [bucket(8, cublaslt=10.0, skinny=12.5), bucket(512, cublaslt=100.0, cusparselt=101.0)]
+    assert tuner.reason(loses, "L4") == (
+        "stays dense: no sparse kernel is faster by 2% on L4; the best is 0.99x at 512 tokens"
+    )
+    assert tuner.reason([bucket(8, cublaslt=10.0)], "L4") == "stays dense: no sparse kernel runs this shape on L4"
+
+
+def measured() -> dict:
+    buckets = [bucket(8, cublaslt=20.0, skinny=13.0)]
+    device = {"name": "H100", "sm": 90, "driver": "580.1", "clocks": {"sm": 1980.0}}
+    return {
+        "device": device,
+        "source": "measured",
+        "gpu": "H100",
+        "versions": {"cusparselt": 801},
+        "layers": {"model.layers.0.mlp.down_proj": tuner.entry(SHAPE, buckets, "H100")},
+    }
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    tactics.write(measured(), tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+    read = tactics.read(tmp_path)
+    assert read == tactics.read(tmp_path / "tactics.json")
+    layer = read.layers["model.layers.0.mlp.down_proj"]
+    assert (layer.out_features, layer.buckets[0].kernel, layer.buckets[0].algorithm) == (4096, "skinny", (1, 2, 3))
+    assert json.loads((tmp_path / "tactics.json").read_text())["layers"] == measured()["layers"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"source": "guessed"}, "source: Input should be 'measured' or 'predicted'"),
+        ({"extra": 1}, "extra: Extra inputs are not permitted"),
+        ({"layers": {"a": {}}}, "layers.a.out_features: Field required"),
+    ],
+)
+def test_damaged_file_is_named(tmp_path: Path, change: dict, words: str) -> None:
+    (tmp_path / "tactics.json").write_text(json.dumps({**measured(), **change}))
+    with pytest.raises(UserError, match=f"is no tactics file: {words}; tune the engine again"):
+        tactics.read(tmp_path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="build the engine again with twofour engine"):
+        tactics.read(tmp_path)
+
+
+def test_tactics_of_another_gpu_or_library_are_not_trusted() -> None:
+    here = {"libtwofour": 100, "cusparselt": 801, "cublaslt": 130100}
+    ours = {**measured(), "versions": here}
+    assert tuner.check_device(ours, "H100", 90, here) is None
+    said = tuner.check_device(ours, "L4", 89, here)
+    assert said == "its kernels were timed on H100 (SM 90), and this is L4 (SM 89): build the engine again here"
+    newer = str(tuner.check_device(ours, "H100", 90, {**here, "cusparselt": 900}))
+    assert newer == "its kernels were timed with cusparselt 801, and here is 900: build the engine again"
+    unknown = str(tuner.check_device({**ours, "versions": {}}, "H100", 90, here))
+    assert unknown.startswith("its kernels were timed with libtwofour of an unknown version, and here is 100")
+    for change in ({"device": None}, {"source": "predicted"}):
+        assert "chosen by prediction, not measured" in str(tuner.check_device({**ours, **change}, "H100", 90, here))
+
+
+def test_algorithms_are_given_back_only_to_the_same_gpu_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, str, str, tuple[int, ...]]] = []
+
+    def take(problem: bindings.Gemm, words: tuple[int, ...]) -> None:
+        given.append((problem.tokens, bindings.FORMATS[problem.type], bindings.FORMATS[problem.out_type], words))
+
+    fake = SimpleNamespace(
+        info=lambda: SimpleNamespace(sm=90, cusparselt_version=801, cublaslt_version=130100),
+        set_algorithm=take,
+    )
+    monkeypatch.setattr(bindings, "context", lambda device: fake)
+    monkeypatch.setattr(bindings, "load", lambda: SimpleNamespace(twofour_version=lambda: 100))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    file = {**measured(), "versions": {"libtwofour": 100, "cusparselt": 801, "cublaslt": 130100}}
+    assert tuner.apply(file, "fp16") is None
+    assert given == [(8, "fp8", "fp16", (1, 2, 3))]  # of the problem that the engine will ask for
+    assert tuner.apply({**file, "versions": {**file["versions"], "cusparselt": 802}})
+    assert tuner.apply({**file, "device": {**file["device"], "sm": 89}})
+    assert tuner.apply({**file, "device": None})
+    assert len(given) == 1
+
+
+def test_workspace_shrinks_with_memory_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def small(size: int, **kwargs: object) -> torch.Tensor:
+        if size > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(size, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", small)
+    limit = 40 << 20
+    workspace, notes = tuner._workspace(torch.device("cpu"))
+    assert (workspace.nbytes, notes) == (32 << 20, ("only 32 MiB of GPU memory for a workspace",))
+    limit = 100
+    with pytest.raises(UserError, match="no GPU memory is left for a workspace"):
+        tuner._workspace(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_random_weights_have_exactly_two_nonzeros_a_group(dtype: torch.dtype) -> None:
+    weight = timing.random_2to4(32, 256, dtype, torch.device("cpu"))
+    nonzeros = (weight.float().view(32, 64, 4) != 0).sum(-1)
+    assert weight.dtype == dtype
+    assert bool((nonzeros == 2).all())
+
+
+def test_clocks_are_those_of_the_device_that_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi numbers GPUs as the driver does, whatever CUDA_VISIBLE_DEVICES leaves."""
+    asked = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        asked.append(command[1])
+        return SimpleNamespace(stdout="580.1, 1980, [N/A]\n")
+
+    facts = {"name": "H100", "major": 9, "minor": 0}
+    monkeypatch.setattr(timing.subprocess, "run", run)
+    for properties in (SimpleNamespace(**facts, uuid="b7a2-7"), SimpleNamespace(**facts)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert timing.device_facts(1) == {"name": "H100", "sm": 90, "driver": "580.1", "clocks": {"sm": 1980.0}}
+    assert asked == ["--id=GPU-b7a2-7", "--id=1"]
+
+
+def test_copies_defeat_the_cache() -> None:
+    assert timing.copies_to_fill(10 << 20, 50 << 20) * (10 << 20) > 100 << 20
+    assert timing.copies_to_fill(1 << 30, 50 << 20) == 2
+
+
+def test_model_of_the_file_needs_no_torch() -> None:
+    code = "import sys, plugins.autotune.tactics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
