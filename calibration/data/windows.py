@@ -7,16 +7,15 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from calibration.config import CalibrationData
-from calibration.data.documents import Document, read_documents
+from calibration.data.documents import read_documents
+from calibration.data.encoding import encode_documents
+from calibration.data.tokenizer import load_tokenizer
 from plugins.common.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -55,14 +54,14 @@ def windows(
     takes all, `seed` None keeps the order of the data. Raises UserError where there are fewer than `samples`.
     """
     vocabulary = _vocabulary(model)
-    if data.endswith((".safetensors", ".npy")):
+    if data.lower().endswith((".safetensors", ".npy")):
         found = _token_file(Path(data), length)
     else:
         tokenizer = load_tokenizer(model)
         documents = read_documents(data)
         if seed is not None:
             random.Random(seed).shuffle(documents)
-        found = _cut(_encode(documents, tokenizer, chat_template), length)
+        found = _cut(encode_documents(documents, tokenizer, chat_template), length)
     count = len(found.tokens)
     if count == 0 or (samples is not None and count < samples):
         asked = f"{samples} samples" if samples else "a sample"
@@ -77,41 +76,9 @@ def windows(
     return Windows(found.tokens[:samples], found.documents[:samples])
 
 
-def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer. Raises UserError where the directory holds none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
-        raise UserError(
-            f"'{model}' holds no tokenizer that loads ({type(error).__name__}): add tokenizer.json"
-        ) from None
-    return tokenizer
-
-
 def _vocabulary(model: Path) -> int:
     config = json.loads((model / "config.json").read_text(encoding="utf8"))
     return int(config["vocab_size"])
-
-
-def _encode(documents: list[Document], tokenizer: Any, chat_template: bool | None) -> list[list[int]]:
-    """Token ids of each document. No padding, so a tokenizer without a padding token works as it is."""
-    encoded = []
-    for document in documents:
-        if isinstance(document, str):
-            if chat_template:
-                document = [{"role": "user", "content": document}]
-            else:
-                encoded.append(list(tokenizer(document, verbose=False)["input_ids"]))
-                continue
-        if tokenizer.chat_template is None or chat_template is False:
-            joined = "\n\n".join(message["content"] for message in document)
-            encoded.append(list(tokenizer(joined, verbose=False)["input_ids"]))
-        else:
-            text = tokenizer.apply_chat_template(document, tokenize=False)
-            encoded.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
-    return encoded
 
 
 def _cut(documents: list[list[int]], length: int) -> Windows:
@@ -131,7 +98,7 @@ def _cut(documents: list[list[int]], length: int) -> Windows:
 def _token_file(path: Path, length: int) -> Windows:
     """A .npy, or a .safetensors with `input_ids`: [samples, at least `length`] of any integer dtype."""
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             stored = np.load(path, allow_pickle=False)
         else:
             from safetensors.numpy import load_file
@@ -142,7 +109,8 @@ def _token_file(path: Path, length: int) -> Windows:
     except KeyError:
         raise UserError(f"'{path}' has no tensor 'input_ids': name the tokens so") from None
     except Exception as error:  # numpy and safetensors each have their own errors
-        raise UserError(f"'{path}' cannot be read as tokens ({error}): write a .npy or .safetensors") from None
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"'{path}' cannot be read as tokens ({reason}): write a .npy or .safetensors") from None
     if stored.ndim != 2 or not np.issubdtype(stored.dtype, np.integer) or stored.shape[1] < length:
         raise UserError(
             f"'{path}' holds {stored.dtype} of shape {list(stored.shape)}: "

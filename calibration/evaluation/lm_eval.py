@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.data.windows import load_tokenizer
+from calibration.data.tokenizer import load_tokenizer
 from plugins.common.errors import UserError
 
 Logits = Callable[[Tensor], Tensor]  # ids [1, T] -> [1, T, V] float32

@@ -12,7 +12,8 @@ import pytest
 
 from calibration.config import CalibrationData
 from calibration.data.documents import read_documents
-from calibration.data.windows import Windows, calibration_windows, load_tokenizer, windows
+from calibration.data.tokenizer import load_tokenizer
+from calibration.data.windows import Windows, calibration_windows, windows
 from plugins.common.errors import UserError
 
 TEXTS = ["The first text. " * 30, "A second one, longer. " * 50, "short", "The last of them. " * 20]
@@ -84,7 +85,8 @@ def test_every_kind_of_text_file_holds_the_same_text(model: Path, tmp_path: Path
 
 def test_a_form_feed_parts_the_documents_of_a_plain_text(tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("one\n\nstill one\fand two\f \n")
-    assert read_documents(str(tmp_path / "two.txt")) == ["one\n\nstill one", "and two"]
+    documents = read_documents(str(tmp_path / "two.txt"))
+    assert [document.content for document in documents] == ["one\n\nstill one", "and two"]
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "tokens.safetensors"])
@@ -172,5 +174,6 @@ def test_a_dataset_is_streamed_and_its_text_column_found(monkeypatch: pytest.Mon
         return datasets.IterableDataset.from_generator(lambda: ({"id": i, "article": f"text {i}"} for i in range(3)))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read_documents("acme/news:3.0.0:validation") == ["text 0", "text 1", "text 2"]
+    documents = read_documents("acme/news:3.0.0:validation")
+    assert [document.content for document in documents] == ["text 0", "text 1", "text 2"]
     assert asked == [(("acme/news", "3.0.0"), {"split": "validation", "streaming": True})]

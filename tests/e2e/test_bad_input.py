@@ -224,7 +224,7 @@ def test_in_features_that_cannot_be_2of4(
         ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2 is not UTF-8 (byte 0xe9)"),
         ("latin.txt", b"a\nb\ncaf\xe9\n", "line 3 is not UTF-8 (byte 0xe9)"),
         ("keyless.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', "line 3 has neither 'text' nor 'messages'"),
-        ("list.jsonl", b'["a"]\n', "line 1 is not an object"),
+        ("list.jsonl", b'["a"]\n["b"]\n', "line 1 is not an object"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("cut.jsonl.gz", b"\x1f\x8b\x08\x00", "is not a whole gzip file"),
         ("utf16.jsonl", '{"text": "a"}\n'.encode("utf-16"), "line 1 is not UTF-8 (byte 0xff)"),

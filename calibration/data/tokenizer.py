@@ -1,0 +1,97 @@
+"""The model's tokenizer, held against its own tokenizer.json.
+
+transformers 5 builds some tokenizers from their class, not from their file: under a SentencePiece class such as
+LlamaTokenizerFast a byte-level tokenizer.json loses every space (https://github.com/huggingface/transformers/issues/45488).
+TensorRT-LLM and others follow the file, and so does this module.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plugins.common.errors import Caution, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBES = (
+    "The first  line, and 12 more.",
+    " def f(x):\n\treturn x == 10  # it's\n\n",
+    "Grüße, 東京 🙂 naïve",
+)
+PLAIN = PROBES[0]  # of characters that every tokenizer keeps
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory, which gives the tokens of its tokenizer.json.
+
+    Warns where transformers would read the file as something else, or where decoding loses text. Raises UserError where
+    the directory holds no tokenizer that loads.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = _load(AutoTokenizer, model)
+    difference = find_difference(tokenizer, model)
+    if difference:
+        name = type(tokenizer).__name__
+        tokenizer = _load(PreTrainedTokenizerFast, model)
+        if find_difference(tokenizer, model):
+            raise UserError(f"'{model}': transformers does not read tokenizer.json as it is ({difference}): replace it")
+        warnings.warn(
+            Caution(
+                f"'{model}': transformers reads tokenizer.json as {name}, {difference}: the tokens of tokenizer.json "
+                "are used; set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast"
+            ),
+            stacklevel=2,
+        )
+    if (text := tokenizer.decode(_ids(tokenizer, PLAIN))).strip() != PLAIN:
+        warnings.warn(Caution(f"'{model}': its tokenizer turns '{PLAIN}' into '{text}': check it"), stacklevel=2)
+    return tokenizer
+
+
+def find_difference(tokenizer: PreTrainedTokenizerBase, model: Path) -> str:
+    """How the tokens differ from those of the model's tokenizer.json; empty where they do not, or there is no file."""
+    path = model / "tokenizer.json"
+    if not path.is_file():
+        return ""
+    own = _own(path)
+    for text in PROBES:
+        expected, ids = own.encode(text, add_special_tokens=False).ids, _ids(tokenizer, text)
+        if ids != expected:
+            return f"which turns {text!r} into {tokenizer.decode(ids)!r}"
+        if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != own.decode(ids):
+            return f"which decodes {ids[:8]} to {tokenizer.decode(ids)!r}, not {own.decode(ids)!r}"
+    return ""
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _load(kind: Any, model: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(str(model), trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
+        raise UserError(_unusable(model, error)) from None
+    return tokenizer
+
+
+def _own(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    except Exception as error:
+        raise UserError(_unusable(path.parent, error)) from None
+    return tokenizer
+
+
+def _unusable(model: Path, error: Exception) -> str:
+    if not (model / "tokenizer.json").is_file():
+        return f"'{model}' holds no tokenizer that loads ({type(error).__name__}): add tokenizer.json"
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return f"'{model}' holds no tokenizer that loads ({reason}): fetch its tokenizer files again"
