@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.planning.model_config import read_config
+from calibration.model.weight_files import stored_dtype, weight_files
 from plugins.common.errors import UserError
 
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]
@@ -13,9 +14,15 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def find_config(model: str, revision: str | None = None) -> tuple[dict[str, Any], str]:
-    """The model's config and where it was read, fetching no weights. Raises UserError."""
+    """The model's config and where it was read, fetching no weights. Raises UserError.
+
+    A local config that names no dtype gets that of the weights beside it, as in transformers.
+    """
     if is_local(model):
-        return read_config(Path(model)), str(Path(model) / "config.json")
+        config = read_config(Path(model))
+        if not (config.get("dtype") or config.get("torch_dtype")) and any(Path(model).glob("*.safetensors")):
+            config["dtype"] = stored_dtype(Path(model))
+        return config, str(Path(model) / "config.json")
     directory = _fetch(model, revision, ["config.json"])
     return read_config(directory), f"{model}/config.json"
 
@@ -33,11 +40,10 @@ def find_model(model: str, revision: str | None = None, trust_remote_code: bool 
             f"'{model}' brings its own code (auto_map in config.json), which is not run: "
             "read it, then allow it with --trust-remote-code"
         )
-    if not any(directory.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
-        if pickles:
-            raise UserError(f"'{model}' holds only pickled weights ('{pickles[0]}'): convert them to safetensors first")
-        raise UserError(f"'{model}' holds no *.safetensors: fetch the model's weights")
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    if pickles and not any(directory.glob("*.safetensors")):
+        raise UserError(f"'{model}' holds only pickled weights ('{pickles[0]}'): convert them to safetensors first")
+    weight_files(directory)
     return directory
 
 

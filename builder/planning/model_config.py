@@ -26,14 +26,27 @@ class Linear:
     block: int | None
 
 
-# architecture -> which of the attention projections (q, k, v; o) have a bias when the config does not say
-_BIAS_QKV_O = {
-    "LlamaForCausalLM": (False, False),
-    "MistralForCausalLM": (False, False),
-    "Qwen2ForCausalLM": (True, False),
-    "Qwen3ForCausalLM": (False, False),
+@dataclass(frozen=True)
+class Family:
+    """What transformers takes for a key that `config.json` leaves out, and which keys the family reads at all."""
+
+    max_position_embeddings: int
+    num_key_value_heads: int | None = None  # None: as many as attention heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    bias_qkv: bool = False  # always, whatever the config has
+    attention_bias: bool = False  # whether the key is read: biases of q, k, v and o
+    mlp_bias: bool = False  # whether the key is read
+    sliding_window: int | None = None
+    use_sliding_window: bool = False  # whether the key must be true for a window
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(2048, attention_bias=True, mlp_bias=True),
+    "MistralForCausalLM": Family(131072, num_key_value_heads=8, sliding_window=4096),
+    "Qwen2ForCausalLM": Family(32768, 32, bias_qkv=True, sliding_window=4096, use_sliding_window=True),
+    "Qwen3ForCausalLM": Family(32768, 32, 128, attention_bias=True, sliding_window=4096, use_sliding_window=True),
 }
-ARCHITECTURES = tuple(_BIAS_QKV_O)
+ARCHITECTURES = tuple(FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class Architecture:
     bias_qkv: bool
     bias_o: bool
     bias_mlp: bool
+    sliding_window: int | None = None
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, in the order of the forward pass; `lm_head` last, also when it is tied."""
@@ -92,8 +106,11 @@ def read_config(model: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError:
         raise UserError(f"'{model}' holds no config.json: name a Hugging Face model directory or id") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not JSON ({error}): fetch the model again") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}): check the file") from None
+    except (ValueError, RecursionError) as error:
+        words = " ".join(str(error).split())[:160]
+        raise UserError(f"'{path}' is not JSON ({words}): fetch the model again") from None
     if not isinstance(config, dict):
         raise UserError(f"'{path}' is not a JSON object: fetch the model again")
     return config
@@ -101,35 +118,66 @@ def read_config(model: Path) -> dict[str, Any]:
 
 def architecture(config: dict[str, Any], source: str = "config.json") -> Architecture:
     """The architecture that a `config.json` describes. Raises UserError where we do not build it or a size lacks."""
-    names = config.get("architectures") or ["none"]
-    name = names[0]
-    if name not in _BIAS_QKV_O:
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join(ARCHITECTURES)
-        raise UserError(f"'{source}' names the architecture '{name}', which is not supported: use one of {known}")
+        shown = str(name or "none")[:60]
+        raise UserError(f"'{source}' names the architecture '{shown}', which is not supported: use one of {known}")
     if config.get("quantization_config"):
         raise UserError(f"'{source}' is quantized already: start from the 16-bit model it was made from")
-    bias_qkv, bias_o = _BIAS_QKV_O[name]
-    if "attention_bias" in config and name != "Qwen2ForCausalLM":
-        bias_qkv = bias_o = bool(config["attention_bias"])
-    try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        return Architecture(
-            name=name,
-            hidden_size=hidden,
-            intermediate_size=int(config["intermediate_size"]),
-            num_blocks=int(config["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
-            bias_qkv=bias_qkv,
-            bias_o=bias_o,
-            bias_mlp=bool(config.get("mlp_bias", False)),
-        )
-    except KeyError as missing:
-        raise UserError(f"'{source}' lacks {missing}: it is not a complete {name} config") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"'{source}' holds a size that is not a number ({error}): fetch the model again") from None
+    family = FAMILIES[name]
+    bias = family.attention_bias and _flag(config, "attention_bias", source)
+    hidden, heads = (_size(config, key, source) for key in ("hidden_size", "num_attention_heads"))
+    kv_heads = _size(config, "num_key_value_heads", source, family.num_key_value_heads or heads, null=heads)
+    head_dim = _size(
+        config, "head_dim", source, family.head_dim or hidden // heads, null=family.head_dim or hidden // heads
+    )
+    if heads % kv_heads:
+        raise UserError(f"'{source}': num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
+    if not config.get("head_dim") and family.head_dim is None and hidden % heads:
+        raise UserError(f"'{source}': num_attention_heads {heads} does not divide hidden_size {hidden}")
+    return Architecture(
+        name=name,
+        hidden_size=hidden,
+        intermediate_size=_size(config, "intermediate_size", source),
+        num_blocks=_size(config, "num_hidden_layers", source),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=_size(config, "vocab_size", source),
+        max_position_embeddings=_size(config, "max_position_embeddings", source, family.max_position_embeddings),
+        tied_embeddings=_flag(config, "tie_word_embeddings", source),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+        bias_qkv=bias or family.bias_qkv,
+        bias_o=bias,
+        bias_mlp=family.mlp_bias and _flag(config, "mlp_bias", source),
+        sliding_window=_sliding_window(config, family, source),
+    )
+
+
+def _size(config: dict[str, Any], key: str, source: str, default: int | None = None, null: int | None = None) -> int:
+    """A positive number of the config; `default` where the key is missing, `null` where it is null."""
+    if key not in config and default is None:
+        raise UserError(f"'{source}' lacks '{key}': it is not a complete config")
+    value = config.get(key, default)
+    value = (default if null is None else null) if value is None else value
+    if type(value) is not int or not 0 < value < 1 << 40:
+        raise UserError(f"'{source}': {key} is {str(value)[:40]!r}, not a positive whole number: fetch the model again")
+    return value
+
+
+def _flag(config: dict[str, Any], key: str, source: str) -> bool:
+    value = config.get(key)
+    if value not in (None, True, False):
+        raise UserError(f"'{source}': {key} is {str(value)[:40]!r}, not true or false: fetch the model again")
+    return bool(value)
+
+
+def _sliding_window(config: dict[str, Any], family: Family, source: str) -> int | None:
+    """Tokens that attention looks back; None where it sees all."""
+    if family.sliding_window is None or config.get("sliding_window", 0) is None:
+        return None
+    if family.use_sliding_window and not _flag(config, "use_sliding_window", source):
+        return None
+    return _size(config, "sliding_window", source, family.sliding_window)

@@ -13,17 +13,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from calibration.model.weight_files import INDEX, SINGLE, weight_files
 from plugins.common.errors import UserError
 
 CHUNK = 1 << 20
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 class Weights:
-    """The tensors of all `*.safetensors` files of a directory, by name. None is read before it is asked for."""
+    """The tensors of a model's safetensors files, by name. None is read before it is asked for."""
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.files = _files(directory)
+        self.files = weight_files(directory)
         self.file_of: dict[str, Path] = {}
         for file in self.files:
             try:
@@ -68,13 +70,15 @@ def copy_with(source: Path, out: Path, names: Iterable[str], replacement: Callab
     """Copies a directory's files to `out`, the tensors `names` replaced by tensors of the same shape and dtype.
 
     Headers stay as they are, so that the copy has the source's files and differs in the replaced bytes alone. Weights
-    in other forms than safetensors are left behind. Each file is complete and on disk before it gets its name.
+    that are not the model's own safetensors are left behind. Each file is complete and on disk before it gets its name.
     """
     out.mkdir(parents=True, exist_ok=True)
-    wanted = set(names)
+    wanted, weights = set(names), weight_files(source)
     for file in sorted(path for path in source.iterdir() if path.is_file()):
-        if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"):
+        if file.suffix in OTHER_WEIGHTS and file not in weights:
             continue
+        if file.name == INDEX and weights[0].name == SINGLE:
+            continue  # transformers prefers the one file to the index
         copy = out / f".{file.name}.partial"
         shutil.copyfile(file, copy)
         with copy.open("r+b") as opened:
@@ -92,17 +96,3 @@ def _replace(file: int, names: set[str], replacement: Callable[[str], Tensor]) -
             data = replacement(name).contiguous().view(torch.uint8).numpy().tobytes()
             assert len(data) == end - begin, f"'{name}' changed its shape or dtype"
             os.pwrite(file, data, 8 + size + begin)
-
-
-def _files(directory: Path) -> list[Path]:
-    """The files that the index names, or else the only one."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        if not (files := sorted(directory.glob("*.safetensors"))):
-            raise UserError(f"'{directory}' holds no *.safetensors: fetch the model's weights")
-        return files
-    files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
-    for file in files:
-        if not file.exists():
-            raise UserError(f"'{index}' names '{file.name}', which is missing: fetch it")
-    return files

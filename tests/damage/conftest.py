@@ -1,4 +1,4 @@
-"""Random damage to every input. TWOFOUR_EXAMPLES sets how many examples each property tries; the default takes seconds."""
+"""Random damage to every input. TWOFOUR_EXAMPLES sets how many examples a property tries; by default seconds' worth."""
 
 from __future__ import annotations
 

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from calibration.model.weight_files import INDEX, weight_files
 from plugins.common.errors import UserError
 from plugins.sparsity.torch_packing import pack
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
 FORMATS = {"I8": "int8", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
@@ -55,19 +55,13 @@ class Tensors:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
-        for name in names:
-            if not (directory / name).is_file():
-                raise UserError(f"'{index}' names '{name}', which is missing: copy or export it again")
-        return [directory / name for name in names]
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
-        found = f"only '{pickled[0].name}', and pickled weights are never loaded" if pickled else "no safetensors file"
-        raise UserError(f"'{directory}' holds {found}: convert or export the model to safetensors")
-    return paths
+    pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
+    if pickled and not any(directory.glob("*.safetensors")):
+        raise UserError(
+            f"'{directory}' holds only '{pickled[0].name}', and pickled weights are never loaded: "
+            "convert or export the model to safetensors"
+        )
+    return weight_files(directory)
 
 
 def packed(tensors: Tensors, sparse_layers: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,0 +1,117 @@
+"""Which safetensors files make a model: those that transformers reads, and no other format's or adapter's beside them.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from plugins.common.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100_000_000  # bytes
+WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+DTYPES = {
+    "F64": "float32",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+}  # stored -> what a model computes in
+OTHER_KINDS = {
+    "adapter_model": "is an adapter: merge it into its base model first",
+    "consolidated": "is another format's file: fetch the Hugging Face one, model.safetensors",
+}
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """model.safetensors, or else the shards that the index names. Raises UserError where one is missing."""
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    index = directory / INDEX
+    if index.is_file():
+        names = sorted(set(read_index(index).values()))
+        for name in names:
+            if not (directory / name).is_file():
+                raise UserError(f"'{index}' names '{name}', which is missing: fetch it")
+        return [directory / name for name in names]
+    raise UserError(_no_weights(directory))
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The index's `weight_map`: the file of each tensor. Raises UserError for what is no such table."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf8"))["weight_map"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UserError(
+            f"'{index}' is not an index of shards ({type(error).__name__}: {str(error)[:80]}): fetch it again"
+        ) from None
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
+        raise UserError(f"'{index}': its weight_map is not a table of tensor and file names: fetch it again")
+    return weight_map
+
+
+def model_dtype(directory: Path) -> str:
+    """ "bfloat16", "float16" or "float32": as config.json says, or else as most bytes of the weights are stored.
+
+    Raises UserError for another dtype.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"'{directory / 'config.json'}' is not JSON ({error}): fetch the model again") from None
+    named = config.get("dtype") or config.get("torch_dtype") if isinstance(config, dict) else None
+    if named is None:
+        return stored_dtype(directory)
+    if named not in DTYPES.values():
+        known = ", ".join(sorted(set(DTYPES.values())))
+        raise UserError(f"'{directory / 'config.json'}' names the dtype '{str(named)[:40]}': use one of {known}")
+    return str(named)
+
+
+def stored_dtype(directory: Path) -> str:
+    """The dtype that most bytes of the weights are stored in."""
+    sizes: Counter[str] = Counter()
+    for file in weight_files(directory):
+        for tensor in _header(file).values():
+            if tensor["dtype"] in DTYPES:
+                first, last = tensor["data_offsets"]
+                sizes[DTYPES[tensor["dtype"]]] += last - first
+    return max(sizes, key=lambda name: sizes[name]) if sizes else "bfloat16"
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The header's table of tensors."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > MAX_HEADER:
+                raise ValueError(f"its header claims {length} bytes")
+            header: dict[str, Any] = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        for tensor in header.values():
+            tensor["data_offsets"][1] - tensor["data_offsets"][0] + len(tensor["dtype"])
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        words = " ".join(str(error).split())[:120]
+        raise UserError(f"'{file}' is not a whole safetensors file ({words}): fetch it again") from None
+    return header
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name and "\0" not in name
+
+
+def _no_weights(directory: Path) -> str:
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not others:
+        return f"'{directory}' holds no *.safetensors: fetch the model's weights"
+    for start, advice in OTHER_KINDS.items():
+        if others[0].startswith(start):
+            return f"'{directory}' holds no {SINGLE}, and '{others[0]}' {advice}"
+    if len(others) > 1:
+        return f"'{directory}' holds '{others[0]}' and {len(others) - 1} more without an index: fetch {INDEX}"
+    return f"'{directory}' holds '{others[0]}' and no {SINGLE}: rename it, if it is the whole model"
