@@ -84,7 +84,7 @@ def _content(row: Any, where: str) -> str | list[Message]:
     question = next((key for key in QUESTIONS if row.get(key) is not None), None)
     answer = next((key for key in ANSWERS if row.get(key) is not None), None)
     if answer is not None and isinstance(row[answer], list):
-        prompt = row.get("prompt") if isinstance(row.get("prompt"), list) else []
+        prompt: list[Any] = row["prompt"] if isinstance(row.get("prompt"), list) else []
         return _messages([*prompt, *row[answer]], f"{where}: '{answer}'", row.get("system"))
     if question is not None and answer is not None and question != answer:
         return _answered(row, question, answer, where)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damage import TEXTS, VALUES, damaged
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from calibration.data.conversations import document_of, plain_text
 from calibration.data.documents import read_documents
 from calibration.data.rows import Row
 from plugins.common.errors import UserError
+from tests.support.damage import TEXTS, VALUES, damaged
 
 Texts = list[str]
 
