@@ -17,6 +17,7 @@ from builder.engines import measured_tactics
 from builder.planning.model_config import architecture, read_config
 from builder.planning.plan import LayerPlan
 from calibration.pruning.sparsify import sparsify
+from plugins.sparsity.declaration import Declaration
 
 COST_WINDOWS = 64  # of held-out text that a layer's own cost is measured on: KL needs few
 
@@ -130,5 +131,6 @@ class _Search:
         assert sparsity is not None
         out = self.work / name
         remove(out)
-        sparsify(self.line.model, self.tokens, sparsity, layers, out, self.work / f"{name}.work", lambda *_: None)
+        target, work = Declaration(tuple(layers)), self.work / f"{name}.work"
+        sparsify(self.line.model, self.tokens, sparsity, target, out, work, lambda *_: None)
         return out

@@ -18,6 +18,7 @@ from builder.planning.plan import Plan
 from builder.progress import Console
 from builder.recipe import Recipe
 from plugins.common.errors import UserError
+from plugins.sparsity.declaration import Declaration
 
 CALIBRATION_TOOLS = ("torch", "transformers", "nvidia-modelopt", "safetensors")
 ENGINE_TOOLS = ("torch", "transformers", "safetensors", "tensorrt-llm", "tensorrt")
@@ -140,8 +141,9 @@ class Line:
         tokens, (layers, chosen) = self.calibration(), self.layers()
 
         def make(out: Path, work: Path) -> None:
+            target = Declaration(tuple(layers))
             reports = sparsify.sparsify(
-                self.model, _tokens(tokens), sparsity, layers, out / "model", work, self.console.progress
+                self.model, _tokens(tokens), sparsity, target, out / "model", work, self.console.progress
             )
             write_json(out / "layers.json", [vars(report) for report in reports])
 

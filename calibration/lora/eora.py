@@ -25,12 +25,14 @@ from calibration.lora import peft_format
 from calibration.lora.low_rank import low_rank, output_error
 from calibration.model.block_walk import Passage
 from calibration.model.blocks import Blocks, Stream, forward_half
+from calibration.model.channel_order import ChannelOrder
 from calibration.model.device import device, return_freed_memory
 from calibration.model.weights import Weights
 from calibration.pruning.block_pruner import by_block
 from calibration.pruning.block_store import Finished
 from calibration.pruning.input_statistics import gather, shared_inputs
 from plugins.common.errors import UserError
+from plugins.sparsity.declaration import Declaration
 
 VERSION = 1  # of the results: raised whenever the same input gives another adapter
 Progress = Callable[[str, int, int], None]
@@ -62,7 +64,8 @@ def compensate(
     that are not finite.
     """
     return_freed_memory()
-    blocks, originals, tokens_BT = Blocks(pruned, device()), Weights(dense), torch.from_numpy(tokens)
+    blocks, tokens_BT = Blocks(pruned, device()), torch.from_numpy(tokens)
+    originals = Weights(dense, ChannelOrder(blocks.config, Declaration.read(pruned).order))
     names = _pruned_layers(pruned)
     layers_of = by_block(names, blocks)
     for name in names:
@@ -141,8 +144,7 @@ class _Walk(Passage):
 
 
 def _pruned_layers(pruned: Path) -> list[str]:
-    path = pruned / "sparsity.json"
-    layers: list[str] = json.loads(path.read_text())["layers"] if path.is_file() else []
+    layers = list(Declaration.read(pruned).pruned)
     if not layers:
         raise UserError("no layer is pruned, so an adapter has nothing to take back: leave out sparsity.adapter_rank")
     return layers

@@ -6,9 +6,10 @@ Suffixes: B samples, T tokens of a sample, D hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibration.model.activation_file import States, samples_at_once
+from calibration.model.channel_order import ChannelOrder
 from calibration.model.sdpa_float32 import attention
 from calibration.model.weights import Weights
 from plugins.common.errors import UserError
@@ -29,16 +31,24 @@ HALVES = {  # of a block, each x + branch(norm(x)): the branch, its norm, and it
 
 
 class Blocks:
-    """The decoder blocks of a Hugging Face directory. Computes in float32, whatever the weights are stored in."""
+    """The decoder blocks of a Hugging Face directory, channels in the `orders` given, if any.
 
-    def __init__(self, directory: Path, device: torch.device | str = "cpu"):
-        self.weights, self.device = Weights(directory), device
-        self.config = AutoConfig.from_pretrained(str(directory))
+    Computes in float32, whatever the weights are stored in.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        device: torch.device | str = "cpu",
+        orders: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ):
+        self.config, self.device = AutoConfig.from_pretrained(str(directory)), device
         if self.config.model_type not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise UserError(
                 f"'{directory}' is a '{self.config.model_type}', which cannot be pruned: use one of {known}"
             )
+        self.weights = Weights(directory, ChannelOrder(self.config, orders))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation=attention())
         self.skeleton: Any = model.eval().requires_grad_(False).model

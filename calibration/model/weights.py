@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from calibration.model.channel_order import ChannelOrder
 from calibration.model.weight_files import INDEX, SINGLE, weight_files
 from plugins.common.errors import UserError
 
@@ -21,10 +22,13 @@ OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx
 
 
 class Weights:
-    """The tensors of a model's safetensors files, by name. None is read before it is asked for."""
+    """The tensors of a model's safetensors files, by name. None is read before it is asked for.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    With `order` the matrices and biases that `read` gives have their channels in that order.
+    """
+
+    def __init__(self, directory: Path, order: ChannelOrder | None = None):
+        self.directory, self.order = directory, order
         self.files = weight_files(directory)
         self.file_of: dict[str, Path] = {}
         for file in self.files:
@@ -37,7 +41,12 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own. Raises UserError where the directory lacks it."""
         with safe_open(str(self._file(name)), "pt") as opened:
-            return opened.get_tensor(name).clone()
+            tensor: Tensor = opened.get_tensor(name).clone()
+        return self.order.apply(name, tensor) if self.order else tensor
+
+    def moves(self, name: str) -> bool:
+        """Whether `read` gives the tensor in another order than the file holds it."""
+        return self.order is not None and self.order.moves(name)
 
     def read_rows(self, name: str, rows: Iterable[int]) -> Tensor:
         """These rows of a matrix, without reading the others."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,9 @@ from calibration.pruning.block_finetune import tune
 from calibration.pruning.block_store import Finished
 from calibration.pruning.input_statistics import gather, shared_inputs
 from calibration.pruning.solvers import Pattern, Solver, Statistics
+from calibration.pruning.solvers.masks import sparse_part
 from plugins.common.errors import UserError
+from plugins.sparsity.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -33,27 +35,35 @@ class LayerReport:
     name: str
     out_features: int
     in_features: int
-    pruned: bool  # the layer is sparse in the pattern now
+    pruned: bool  # the layer is sparse in the pattern now, in its 2:4 segments
     zeros: float  # share of the weight
     error: float | None
     seconds: float
     note: str = ""  # why the layer was left as it was
+    fraction: float = 0.0  # of the weight that is in 2:4 segments
 
 
 def report(
-    name: str, weight_NK: Tensor, pruned: bool, error: float | None = None, seconds: float = 0.0, note: str = ""
+    name: str,
+    weight_NK: Tensor,
+    pruned: bool,
+    error: float | None = None,
+    seconds: float = 0.0,
+    note: str = "",
+    fraction: float = 0.0,
 ) -> LayerReport:
     """The report of a layer by the weight that it has now."""
     out_features, in_features = weight_NK.shape
     zeros = 1 - int(weight_NK.count_nonzero()) / weight_NK.numel()
-    return LayerReport(name, out_features, in_features, pruned, zeros, error, seconds, note)
+    return LayerReport(name, out_features, in_features, pruned, zeros, error, seconds, note, fraction)
 
 
 class Walk(Passage):
     """One way through one model with one solver.
 
-    Two streams of hidden states go through the blocks: of the model as "pruned" so far, and as "dense" as it was, where
-    the solver compares the two. A solver that looks at no inputs has none. `finished` says where they are kept.
+    `segments` are those of each layer to prune. Two streams of hidden states go through the blocks: of the model as
+    "pruned" so far, and as "dense" as it was, where the solver compares the two. A solver that looks at no inputs has
+    none. `finished` says where they are kept.
     """
 
     def __init__(
@@ -62,12 +72,12 @@ class Walk(Passage):
         tokens_BT: Tensor,
         solver: Solver,
         pattern: Pattern,
-        layers: Sequence[str],
+        segments: Mapping[str, Segments],
         finished: Finished,
     ):
         super().__init__(blocks, tokens_BT, finished)
-        self.solver, self.pattern = solver, pattern
-        self.layers_of = by_block(layers, blocks)
+        self.solver, self.pattern, self.segments = solver, pattern, segments
+        self.layers_of = by_block(list(segments), blocks)
         self.refits_head = solver.refits_head and blocks.own_head
         self.streams = ["pruned"] * solver.needs_inputs + ["dense"] * solver.needs_dense_inputs
 
@@ -155,12 +165,14 @@ class Walk(Passage):
         """Prunes one layer in place, unless there is a `note` why not."""
         started = time.perf_counter()
         weight_NK, full = block.get_submodule(name).weight, _full(number, name)
-        kept_NK = weight_NK if note else self.solver.prune(full, weight_NK, statistics, self.pattern)
+        segments = self.segments[full]
+        kept_NK = weight_NK if note else self.solver.prune(full, weight_NK, statistics, self.pattern, segments)
         stored_NK = self._as_stored(full, kept_NK)
         error = None if note or not statistics else _error(weight_NK, stored_NK, statistics)
         seconds = time.perf_counter() - started
         weight_NK.copy_(stored_NK)
-        return report(full, stored_NK, self.pattern.holds(stored_NK), error, seconds, note)
+        pruned = self.pattern.holds(sparse_part(stored_NK, segments))
+        return report(full, stored_NK, pruned, error, seconds, note, segments.fraction if pruned else 0.0)
 
     def _add(self, layer: nn.Module, inputs: States, entering: States, leaving: States) -> None:
         """Adds the layer's outputs to the states that enter its half."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,11 @@ from calibration.pruning.block_pruner import LayerReport, Walk, report
 from calibration.pruning.block_store import Finished
 from calibration.pruning.lm_head_refit import refit_head
 from calibration.pruning.solvers import SOLVERS, Pattern
+from plugins.common.errors import UserError
+from plugins.sparsity.declaration import Declaration
+from plugins.sparsity.segments import Segments
 
-VERSION = 12  # of the results: raised whenever the same input gives other weights
+VERSION = 13  # of the results: raised whenever the same input gives other weights
 Progress = Callable[[str, int, int], None]
 Changed = dict[str, Callable[[], Tensor]]  # what reads the new tensor, by the tensor's name
 
@@ -34,45 +37,50 @@ def sparsify(
     source: Path,
     tokens: np.ndarray[Any, np.dtype[np.int64]],
     config: Sparsity,
-    layers: Sequence[str],
+    target: Declaration,
     out: Path,
     work: Path,
     progress: Progress,
 ) -> list[LayerReport]:
-    """Prunes `layers` (module names) of the Hugging Face directory `source` into `out`, with the same files and dtypes.
+    """Prunes the Hugging Face directory `source` to `target` into `out`, with the same files and dtypes.
 
-    A method that refits the output head reports it behind the layers. `tokens` [samples, length] are what the layers'
-    inputs are taken from. `work` keeps the finished blocks: a run that was killed goes on behind them, to the same
-    bytes. Writes `out/sparsity.json`. Raises UserError for an architecture that cannot be pruned, weights that do not
-    fit the config, and inputs that are not finite.
+    Layers that the target does not name stay as they are, up to the order of their channels. A method that refits the
+    output head reports it behind the layers. `tokens` [samples, length] are what the layers' inputs are taken from.
+    `work` keeps the finished blocks: a run that was killed goes on behind them, to the same bytes. Writes
+    `out/sparsity.json`. Raises UserError for an architecture that cannot be pruned, weights that do not fit the config,
+    a target that does not fit the model, and inputs that are not finite.
     """
     if config.method in SOLVERS:
-        reports, changed = _walk(source, torch.from_numpy(tokens), config, layers, work, progress)
+        reports, changed = _walk(source, torch.from_numpy(tokens), config, target, work, progress)
     else:
-        reports, changed = _modelopt(source, torch.from_numpy(tokens), config, layers, progress)
+        reports, changed = _modelopt(source, torch.from_numpy(tokens), config, target, progress)
     copy_with(source, out, changed, lambda name: changed[name]())
-    pruned = [layer.name for layer in reports if layer.pruned]
-    declared = {"pattern": config.pattern, "method": config.method, "layers": pruned}
-    (out / "sparsity.json").write_text(json.dumps(declared, indent=2) + "\n")
+    pruned = {layer.name for layer in reports if layer.pruned}
+    whole = [layer for layer in target.layers if layer in pruned]
+    hybrid = {layer: segments for layer, segments in target.hybrid.items() if layer in pruned}
+    Declaration(tuple(whole), hybrid, target.order, config.method).write(out)
     return reports
 
 
 def _walk(
-    source: Path, tokens_BT: Tensor, config: Sparsity, layers: Sequence[str], work: Path, progress: Progress
+    source: Path, tokens_BT: Tensor, config: Sparsity, target: Declaration, work: Path, progress: Progress
 ) -> tuple[list[LayerReport], Changed]:
-    blocks = Blocks(source, device())
-    facts = [VERSION, config.pattern, config.method, list(layers), blocks.config.to_dict()]
+    blocks = Blocks(source, device(), target.order)
+    facts = [VERSION, config.pattern, config.method, target.to_json(), blocks.config.to_dict()]
     key = hashlib.sha256(json.dumps(facts, default=str).encode())
     key.update(blocks.weights.sha256().encode() + tokens_BT.numpy().tobytes())
     finished = Finished(work, key.hexdigest())
-    walk = Walk(blocks, tokens_BT, SOLVERS[config.method](), Pattern.parse(config.pattern), layers, finished)
+    walk = Walk(
+        blocks, tokens_BT, SOLVERS[config.method](), Pattern.parse(config.pattern), _segments(target, blocks), finished
+    )
     for number in range(finished.count(), blocks.count):
         progress("sparsify", number, blocks.count)
         weights, reports = walk.prune_block(number)
         finished.add(number, weights, [asdict(layer) for layer in reports])
     progress("sparsify", blocks.count, blocks.count)
     found: list[LayerReport] = []
-    changed: Changed = {}
+    moved = [name for name in blocks.weights.file_of if blocks.weights.moves(name)]
+    changed: Changed = {name: partial(blocks.weights.read, name) for name in moved}
     for number in range(blocks.count):
         layers_found = [LayerReport(**layer) for layer in finished.reports(number)]
         tensors = [f"{layer.name}.weight" for layer in layers_found if layer.pruned]
@@ -85,11 +93,28 @@ def _walk(
     return found, changed
 
 
+def _segments(target: Declaration, blocks: Blocks) -> dict[str, Segments]:
+    """Of each layer to prune, in the model's order. Raises UserError where they do not fit its weight."""
+    segments: dict[str, Segments] = {}
+    for name in target.pruned:
+        try:
+            layer = blocks.skeleton.get_submodule(name.removeprefix("model."))
+            N, K = layer.out_features, layer.in_features
+        except AttributeError:
+            raise UserError(f"'{name}' is no linear layer of a decoder block: only those can be pruned") from None
+        own = segments[name] = target.hybrid.get(name) or Segments.split("rows", N, N)
+        if own.size != (size := N if own.axis == "rows" else K):
+            raise UserError(f"the segments of '{name}' cover {own.size} of its {size} {own.axis}")
+    return segments
+
+
 def _modelopt(
-    source: Path, tokens_BT: Tensor, config: Sparsity, layers: Sequence[str], progress: Progress
+    source: Path, tokens_BT: Tensor, config: Sparsity, target: Declaration, progress: Progress
 ) -> tuple[list[LayerReport], Changed]:
+    if target.hybrid or target.order:
+        raise UserError(f"sparsity.method '{config.method}' prunes whole layers only: use reconstruct or sparsegpt")
     weights = Weights(source)
-    pruned = modelopt.prune(source, tokens_BT, config.method, layers, progress)
+    pruned = modelopt.prune(source, tokens_BT, config.method, target.layers, progress)
     reports: list[LayerReport] = []
     changed: Changed = {}
     for name, weight_NK in pruned.items():

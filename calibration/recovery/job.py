@@ -18,6 +18,7 @@ from calibration.config import Quantization, Recovery
 from calibration.data.windows import Tokens
 from calibration.model.weights import Weights
 from plugins.common.errors import UserError
+from plugins.sparsity.declaration import Declaration
 
 VERSION = 3  # of the results: raised whenever the same input gives other weights
 HELD_OUT = 16  # windows at most that judge the training and never train
@@ -57,8 +58,7 @@ class Job:
 
     def layers(self) -> list[str]:
         """The layers declared sparse in the pruned directory."""
-        declared = read_json(Path(self.pruned) / "sparsity.json") or {"layers": []}
-        return list(declared["layers"])
+        return list(Declaration.read(Path(self.pruned)).pruned)
 
     def models(self, work: Path) -> tuple[Any, Any]:
         """The dense model, and the pruned one in float32 with its masks held (and fake quantizers, if any)."""

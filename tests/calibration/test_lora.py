@@ -19,6 +19,7 @@ from calibration.lora.eora import compensate
 from calibration.lora.low_rank import low_rank, output_error
 from calibration.pruning.sparsify import sparsify
 from plugins.common.errors import UserError
+from plugins.sparsity.declaration import Declaration
 from tests.support.command import done, refused
 from tests.support.models import cut_llama, write_recipe
 
@@ -43,7 +44,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "dense")
     layers = [name for name in LAYERS if name != LEFT_DENSE]
     magnitude = Sparsity(method="magnitude")
-    sparsify(folder / "dense", TOKENS, magnitude, layers, folder / "pruned", folder / "work", quietly)
+    sparsify(
+        folder / "dense", TOKENS, magnitude, Declaration(tuple(layers)), folder / "pruned", folder / "work", quietly
+    )
     return folder / "dense", folder / "pruned"
 
 

@@ -21,6 +21,7 @@ from calibration.model.silence import quiet
 from calibration.pruning.solvers.masks import Pattern, apply
 from calibration.pruning.sparsify import sparsify
 from calibration.quantization.quantize import quantize
+from plugins.sparsity.declaration import Declaration
 
 BLOCKS = 4
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -108,7 +109,7 @@ def sparsified(model, docs_llama, tmp_path_factory):
     source, out, work = (tmp_path_factory.mktemp(name) for name in ("four", "pruned", "work"))
     model.save_pretrained(source)
     text = windows(str(docs_llama / "calibration.jsonl"), docs_llama, 96, 16).tokens
-    sparsify(source, text, Sparsity(method="sparsegpt"), LAYERS, out, work, quietly)
+    sparsify(source, text, Sparsity(method="sparsegpt"), Declaration(tuple(LAYERS)), out, work, quietly)
     stored = load_file(out / "model.safetensors")
     return {layer: stored[f"{layer}.weight"] for layer in LAYERS}
 

@@ -16,6 +16,7 @@ from calibration.pruning.solvers.hessian import damped, inverse_factor
 from calibration.pruning.solvers.reconstruct import refit
 from calibration.pruning.solvers.sparsegpt import prune_in_turn, prune_together, sweep
 from plugins.common.errors import UserError
+from plugins.sparsity.segments import Segments
 
 TWO_OF_FOUR = Pattern.parse("2:4")
 
@@ -29,13 +30,17 @@ def layer(out_features: int = 24, in_features: int = 64, tokens: int = 512, seed
     return torch.randn(out_features, in_features, generator=generator), inputs.T @ inputs / tokens
 
 
+def whole(weight: Tensor) -> Segments:
+    return Segments.split("rows", len(weight), len(weight))
+
+
 def statistics(hessian: Tensor) -> Statistics:
     """As from a first layer, where the dense model's inputs are the pruned model's."""
     return Statistics(hessian, hessian.clone())
 
 
 def prune(method: str, weight: Tensor, hessian: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
-    return SOLVERS[method]().prune("layer", weight, statistics(hessian), pattern)
+    return SOLVERS[method]().prune("layer", weight, statistics(hessian), pattern, whole(weight))
 
 
 def error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
@@ -258,13 +263,19 @@ def test_a_refit_of_a_solved_row_changes_nothing() -> None:
 def test_reconstruct_aims_between_the_layers_output_and_the_dense_models() -> None:
     """Where the inputs are the dense model's halved, the weight grows to make up for half of what was lost."""
     weight, hessian = layer()[0], torch.eye(64)
-    plain = SOLVERS["reconstruct"]().prune("layer", weight, Statistics(hessian, hessian), TWO_OF_FOUR)
-    grown = SOLVERS["reconstruct"]().prune("layer", weight, Statistics(hessian, 2 * hessian), TWO_OF_FOUR)
+    plain = SOLVERS["reconstruct"]().prune("layer", weight, Statistics(hessian, hessian), TWO_OF_FOUR, whole(weight))
+    grown = SOLVERS["reconstruct"]().prune(
+        "layer", weight, Statistics(hessian, 2 * hessian), TWO_OF_FOUR, whole(weight)
+    )
     torch.testing.assert_close(float(grown.norm() / plain.norm()), 1.5, atol=0.02, rtol=0)
 
 
 def test_reconstruct_aims_between_the_layers_output_and_what_the_residual_stream_lacks() -> None:
     weight, hessian = layer()[0], torch.eye(64)
-    plain = SOLVERS["reconstruct"]().prune("layer", weight, Statistics(hessian, wanted=weight), TWO_OF_FOUR)
-    grown = SOLVERS["reconstruct"]().prune("layer", weight, Statistics(hessian, wanted=3 * weight), TWO_OF_FOUR)
+    plain = SOLVERS["reconstruct"]().prune(
+        "layer", weight, Statistics(hessian, wanted=weight), TWO_OF_FOUR, whole(weight)
+    )
+    grown = SOLVERS["reconstruct"]().prune(
+        "layer", weight, Statistics(hessian, wanted=3 * weight), TWO_OF_FOUR, whole(weight)
+    )
     torch.testing.assert_close(grown, 2 * plain, atol=0.01, rtol=0.02)

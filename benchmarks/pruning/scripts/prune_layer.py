@@ -16,8 +16,10 @@ PEAK = 4096  # rows and columns of the product that measures the machine
 
 def twofour(weight_NK, hessian_KK):
     from calibration.pruning.solvers import SOLVERS, Pattern, Statistics
+    from plugins.sparsity.segments import Segments
 
-    return SOLVERS[solver.split()[1]]().prune("layer", weight_NK, Statistics(hessian_KK), Pattern.parse("2:4"))
+    whole = Segments.split("rows", len(weight_NK), len(weight_NK))
+    return SOLVERS[solver.split()[1]]().prune("layer", weight_NK, Statistics(hessian_KK), Pattern.parse("2:4"), whole)
 
 
 def modelopt(weight_NK, hessian_KK):

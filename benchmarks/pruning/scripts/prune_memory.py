@@ -11,6 +11,7 @@ import numpy as np
 
 from calibration.config import Sparsity
 from calibration.pruning.sparsify import sparsify
+from plugins.sparsity.declaration import Declaration
 
 PRODUCTS = ("nn.linear", "addmm_", "scaled_dot_product_attention", "cholesky_ex", "solve_triangular")
 LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -20,8 +21,9 @@ tokens = np.random.default_rng(0).integers(int(vocabulary), size=(int(samples), 
 layers = [f"model.layers.{block}.{name}" for block in range(int(blocks)) for name in LINEARS]
 profile, started, directory = cProfile.Profile(), time.perf_counter(), Path(work)
 profile.enable()
+target, out_directory = Declaration(tuple(layers)), directory / "out"
 sparsify(
-    directory / "model", tokens, Sparsity(method=method), layers, directory / "out", directory / "work", lambda *_: None
+    directory / "model", tokens, Sparsity(method=method), target, out_directory, directory / "work", lambda *_: None
 )
 profile.disable()
 seconds = time.perf_counter() - started

@@ -9,9 +9,11 @@ from meter import load_code, meter
 
 from calibration.config import Sparsity
 from calibration.pruning.sparsify import sparsify
+from plugins.sparsity.declaration import Declaration
 
 method, model, tokens, layers, out, metered = sys.argv[1:]
 load_code(model)
 with meter(metered, ["torch", "transformers"]):
     config = Sparsity(method=method)
-    sparsify(Path(model), np.load(tokens), config, json.loads(layers), Path(out), Path(f"{out}.work"), lambda *_: None)
+    target = Declaration(tuple(json.loads(layers)))
+    sparsify(Path(model), np.load(tokens), config, target, Path(out), Path(f"{out}.work"), lambda *_: None)

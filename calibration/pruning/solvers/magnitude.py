@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from calibration.pruning.solvers.masks import Pattern, apply
+from calibration.pruning.solvers.masks import Pattern, apply, dense_part
 from calibration.pruning.solvers.protocol import Statistics
+from plugins.sparsity.segments import Segments
 
 
 class Magnitude:
@@ -16,6 +17,8 @@ class Magnitude:
     tunes_blocks = False
     refits_head = False
 
-    def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
+    def prune(
+        self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern, segments: Segments
+    ) -> Tensor:
         """Keeps the largest |w|."""
-        return apply(weight_NK, pattern.select(weight_NK.abs()))
+        return apply(weight_NK, pattern.select(weight_NK.abs()) | dense_part(weight_NK, segments))

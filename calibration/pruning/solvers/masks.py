@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plugins.common.errors import UserError
+from plugins.sparsity.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,20 @@ class Pattern:
         if not self.fits(weight_NK.shape[1]):
             return False
         return bool((weight_NK.unflatten(1, (-1, self.group)) != 0).sum(2).max() <= self.keep)
+
+
+def dense_part(weight_NK: Tensor, segments: Segments) -> Tensor:
+    """Where the weight is dense: a mask [N, 1] or [1, K] that broadcasts to it."""
+    along = torch.zeros(weight_NK.shape[segments.axis == "inputs"], dtype=torch.bool, device=weight_NK.device)
+    for part in segments.dense:
+        along[part.slice] = True
+    return along[:, None] if segments.axis == "rows" else along
+
+
+def sparse_part(weight_NK: Tensor, segments: Segments) -> Tensor:
+    """The rows or inputs that are in the pattern, side by side."""
+    axis = int(segments.axis == "inputs")
+    return weight_NK.index_select(axis, torch.from_numpy(segments.indices("2:4")).to(weight_NK.device))
 
 
 def apply(weight_NK: Tensor, mask_NK: Tensor) -> Tensor:

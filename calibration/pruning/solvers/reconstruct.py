@@ -11,7 +11,8 @@ constant that is tr(V H V') - 2 tr(V B') with B = T'X, which the second moments 
 
 1. target: the dense weight that minimises it, B H^-1;
 2. mask: SparseGPT's sweep on that weight, each group's mask chosen by the joint cost of what it prunes;
-3. refit: the kept weights that minimise it, by conjugate gradients, all rows at once.
+3. refit: the kept weights that minimise it, by conjugate gradients, all rows at once; in a dense segment
+   every weight is kept.
 
 Once each layer of a block is pruned, `calibration.pruning.block_finetune` lets the block's layers make up for each
 other; behind the last block `calibration.pruning.lm_head_refit` lets the output head make up for what is left.
@@ -30,7 +31,8 @@ from torch import Tensor
 from calibration.pruning.solvers.hessian import damped
 from calibration.pruning.solvers.masks import Pattern, apply
 from calibration.pruning.solvers.protocol import Statistics
-from calibration.pruning.solvers.sparsegpt import prune_in_turn, prune_together, sweep
+from calibration.pruning.solvers.sparsegpt import prune_in_turn, prune_together, sweep_segments
+from plugins.sparsity.segments import Segments
 
 TOWARDS_DENSE = 0.5  # a
 REFIT_STEPS = 20  # the tuning that follows makes up for the rest
@@ -46,17 +48,19 @@ class Reconstruct:
     tunes_blocks = True
     refits_head = True
 
-    def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
+    def prune(
+        self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern, segments: Segments
+    ) -> Tensor:
         """Accepts statistics without the dense model's part: the target is then the layer's own output."""
         assert statistics is not None
         upper_KK, damping = statistics.factor(name)
         hessian_KK = damped(statistics.hessian, damping)
         target_NK = _target(weight_NK, statistics, hessian_KK)
 
-        weight_KN = (target_NK @ upper_KK.T @ upper_KK).T.contiguous()
-        joint = 0 < pattern.choices() <= MOST_CHOICES
-        mask_NK = sweep(weight_KN, upper_KK, pattern, prune_together if joint else prune_in_turn).T.contiguous()
-        pruned_NK = refit(weight_KN.T * mask_NK, mask_NK, target_NK, hessian_KK, REFIT_STEPS)
+        wanted_NK = target_NK @ upper_KK.T @ upper_KK
+        prune_group = prune_together if 0 < pattern.choices() <= MOST_CHOICES else prune_in_turn
+        swept_NK, mask_NK = sweep_segments(name, wanted_NK, statistics, pattern, segments, prune_group)
+        pruned_NK = refit(swept_NK * mask_NK, mask_NK, target_NK, hessian_KK, REFIT_STEPS)
         return apply(pruned_NK, mask_NK)
 
 

@@ -6,6 +6,8 @@ The weight is held transposed, so that one input's weights lie side by side in m
 a group at once, within a panel once a group, beyond it once a panel. All but the updates inside a group are then matrix
 products.
 
+Of a hybrid layer the dense rows stay as they are, and the dense inputs come last, so that they make up for most.
+
 Suffixes: N out_features, K in_features, G inputs of a group, P of a panel, E the pruned of a group, C choices of E.
 """
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from calibration.pruning.solvers.masks import Pattern, apply
 from calibration.pruning.solvers.protocol import Statistics
+from plugins.sparsity.segments import Segments
 
 PANEL = 128
 Prune = Callable[[Tensor, Tensor, Pattern], tuple[Tensor, Tensor]]
@@ -32,25 +35,49 @@ class SparseGPT:
     tunes_blocks = False
     refits_head = False
 
-    def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
+    def prune(
+        self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern, segments: Segments
+    ) -> Tensor:
         """Raises UserError where the inputs are not finite."""
         assert statistics is not None
-        upper_KK, _ = statistics.factor(name)
-        weight_KN = weight_NK.T.contiguous()
-        mask_KN = sweep(weight_KN, upper_KK, pattern, prune_in_turn)
-        return apply(weight_KN, mask_KN).T.contiguous()
+        swept_NK, mask_NK = sweep_segments(name, weight_NK, statistics, pattern, segments, prune_in_turn)
+        return apply(swept_NK, mask_NK)
 
 
-def sweep(weight_KN: Tensor, upper_KK: Tensor, pattern: Pattern, prune_group: Prune) -> Tensor:
+def sweep_segments(
+    name: str, weight_NK: Tensor, statistics: Statistics, pattern: Pattern, segments: Segments, prune_group: Prune
+) -> tuple[Tensor, Tensor]:
+    """The swept weight and its mask, both [N, K]: 2:4 segments pruned, dense rows untouched, dense inputs last."""
+    sparse, dense = (torch.from_numpy(segments.indices(kind)).to(weight_NK.device) for kind in ("2:4", "dense"))
+    mask_NK = torch.ones_like(weight_NK, dtype=torch.bool)
+    swept_NK = weight_NK.clone()
+    if segments.axis == "rows":
+        weight_KN = weight_NK[sparse].T.contiguous()
+        mask_KN = sweep(weight_KN, statistics.factor(name)[0], pattern, prune_group)
+        swept_NK[sparse], mask_NK[sparse] = weight_KN.T, mask_KN.T
+        return swept_NK, mask_NK
+    order_K = torch.cat([sparse, dense])
+    if not torch.equal(order_K, torch.arange(len(order_K), device=order_K.device)):  # ranks have their shares of both
+        statistics = statistics.reorder(order_K)
+    weight_KN = weight_NK.T[order_K].contiguous()
+    mask_KN = sweep(weight_KN, statistics.factor(name)[0], pattern, prune_group, until=len(sparse))
+    swept_NK[:, order_K], mask_NK[:, order_K] = weight_KN.T, mask_KN.T
+    return swept_NK, mask_NK
+
+
+def sweep(
+    weight_KN: Tensor, upper_KK: Tensor, pattern: Pattern, prune_group: Prune, until: int | None = None
+) -> Tensor:
     """Prunes `weight_KN` in place, group by group; returns the mask [K, N] (bool, true stays).
 
-    `upper_KK` is the factor U of the inverse Hessian, U'U.
+    `upper_KK` is the factor U of the inverse Hessian, U'U. Inputs from `until` on are not pruned.
     """
-    mask_KN = torch.empty_like(weight_KN, dtype=torch.bool)
+    mask_KN = torch.ones_like(weight_KN, dtype=torch.bool)
     size = pattern.group or PANEL
     panel = max(1, PANEL // size) * size
-    for start in range(0, len(weight_KN), panel):
-        end = min(start + panel, len(weight_KN))
+    until = len(weight_KN) if until is None else until
+    for start in range(0, until, panel):
+        end = min(start + panel, until)
         error_PN = torch.empty_like(weight_KN[start:end])
         for at in range(start, end, size):
             to = min(at + size, end)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from calibration.pruning.solvers.hessian import check_finite
-from calibration.pruning.solvers.masks import Pattern, apply
+from calibration.pruning.solvers.masks import Pattern, apply, dense_part
 from calibration.pruning.solvers.protocol import Statistics
+from plugins.sparsity.segments import Segments
 
 
 class Wanda:
@@ -17,7 +18,9 @@ class Wanda:
     tunes_blocks = False
     refits_head = False
 
-    def prune(self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern) -> Tensor:
+    def prune(
+        self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern, segments: Segments
+    ) -> Tensor:
         """Keeps the largest |w_ij| * |x_j|. Raises UserError where the inputs are not finite."""
         assert statistics is not None
         check_finite(name, statistics.hessian)
@@ -25,4 +28,4 @@ class Wanda:
         if pattern.group == 0:
             row = Pattern(round(pattern.keep * weight_NK.shape[1]), weight_NK.shape[1])
             return apply(weight_NK, row.select(score_NK))
-        return apply(weight_NK, pattern.select(score_NK))
+        return apply(weight_NK, pattern.select(score_NK) | dense_part(weight_NK, segments))
