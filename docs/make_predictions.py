@@ -10,8 +10,8 @@ Made by `make docs` from `benchmarks/roofline/published.yaml`; do not edit.
 `twofour plan`, and `twofour explain` without a GPU, predict times from a roofline: the longest of moving the bytes at
 the memory's rate, multiplying at the tensor cores' rate, and a kernel's least time, {least:.2f} us: {launch} us for
 a launch inside a CUDA graph and {wave} us for one wave of blocks (`benchmarks/roofline/gpus.yaml` gives the source).
-These are **limits**. A layer whose dense product takes no longer than a kernel's least time gains nothing from 2:4: a weight of
-256 x 256 is predicted at 1.00x.
+These are **limits**. A layer whose dense product takes no longer than a kernel's least time gains nothing from 2:4: a
+weight of 256 x 256 is predicted at 1.00x.
 
 This page compares the limits with every published figure known to us that gives its conditions. An error is
 predicted / published - 1. For a speed-up, an error above zero means that the prediction promises more than was

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parent.parent
+
+if importlib.util.find_spec("twofour") is None:  # a checkout that is not installed: map it as pyproject.toml does
+    sys.modules["twofour"] = importlib.import_module("builder.twofour")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
