@@ -23,15 +23,25 @@ class Recipe(Config):
     """What to build. Each section belongs to the part that reads it."""
 
     model: str
+    """A local directory or a Hugging Face id; safetensors only."""
     revision: str | None = None
+    """Branch, tag or commit of a Hugging Face model."""
     trust_remote_code: bool = False
+    """Allow the model's own code; recorded in manifest and report."""
     calibration: CalibrationData = CalibrationData()
+    """Text for pruning and quantization."""
     sparsity: Sparsity | None = None
+    """Pruning to 2:4."""
     recovery: Recovery | None = None
+    """Distillation after pruning."""
     quantization: Quantization = Quantization()
+    """Number formats."""
     engine: EngineConfig = EngineConfig()
+    """Backend and limits."""
     accuracy: Accuracy = Accuracy()
+    """Evaluation and its gates."""
     benchmark: Benchmark | None = Benchmark()
+    """Measurement of speed and its gate."""
 
     @property
     def format(self) -> str:

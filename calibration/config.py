@@ -11,30 +11,46 @@ Method = Literal["reconstruct", "sparsegpt", "wanda", "magnitude", "modelopt-spa
 
 
 class CalibrationData(Config):
-    """Which text the statistics are taken from."""
+    """The text that pruning and quantization are calibrated on."""
 
-    data: str | None = None  # .jsonl, .jsonl.gz, .txt, .safetensors (input_ids), or a Hugging Face dataset id
+    data: str | None = None
+    """A file (.jsonl or .jsonl.gz with `text` or `messages`, .txt, .npy or .safetensors with `input_ids`) or a Hugging
+    Face dataset: `id`, `id:config`, `id:config:split`. A local model with a `calibration.jsonl` beside its weights
+    needs no key."""
     samples: int = Field(default=128, ge=1)
+    """Sequences; fewer in the data is an error."""
     sequence_length: int = Field(default=256, ge=2)
+    """Tokens of a sequence; nothing is padded."""
     seed: int = 0
-    chat_template: bool | None = None  # None: applied to rows that hold `messages`, when the tokenizer has one
+    """Order of the documents."""
+    chat_template: bool | None = None
+    """Apply the tokenizer's chat template: true to text as a user's turn too, false never, null to rows with `messages`
+    if the tokenizer has a template."""
 
 
 class Budget(Config):
     """Prune only the layers that fit under this loss of accuracy."""
 
     perplexity_increase: Percent
+    """Largest increase of the perplexity on `accuracy.data`, as `3%` or 0.03."""
 
 
 class Sparsity(Config):
-    """Which linear layers are pruned, to which pattern, and how."""
+    """Which linear layers to prune, and how. Leave the section out for a dense build."""
 
     pattern: Literal["2:4"] = "2:4"
+    """At most 2 nonzeros in each group of 4 consecutive inputs."""
     method: Method = "reconstruct"
-    layers: tuple[str, ...] = ("*",)  # globs over module names
+    """The pruning method; docs/pruning.md compares them."""
+    layers: tuple[str, ...] = ("*",)
+    """Layers to prune: globs over module names, or over their last part."""
     exclude: tuple[str, ...] = ("lm_head",)
+    """Layers to leave dense, by the same globs."""
     budget: Budget | None = None
-    adapter_rank: int | None = Field(default=None, ge=1)  # of a LoRA adapter beside the checkpoint; None: no adapter
+    """Choose among `layers` those that fit under a loss of accuracy."""
+    adapter_rank: int | None = Field(default=None, ge=1)
+    """Rank of a LoRA adapter that recovers part of the pruning error, written beside the checkpoint for servers that
+    load adapters; the engine does not apply it. null: no adapter."""
 
 
 def check_adapter_rank(rank: int, name: str, out_features: int, in_features: int) -> None:
@@ -47,8 +63,11 @@ class Quantization(Config):
     """The number format of the linear layers and of the KV cache."""
 
     format: Literal["none", "int8", "fp8"] = "none"
+    """Weights and activations of linear layers; `int8` is SmoothQuant W8A8, `fp8` is e4m3."""
     kv_cache: Literal["none", "int8", "fp8"] = "none"
+    """The KV cache; `none` keeps 16 bit."""
     exclude: tuple[str, ...] = ("lm_head",)
+    """Layers to leave in 16 bit: globs over module names, or over their last part."""
 
     @property
     def wanted(self) -> bool:
@@ -57,27 +76,41 @@ class Quantization(Config):
 
 
 class Recovery(Config):
-    """Distillation from the dense model after pruning, masks held."""
+    """Distil the dense model into the pruned one, masks held. Leave the section out for none."""
 
-    minutes: float = Field(default=15, gt=0)  # of the whole: sampling, training, judging
-    steps: int | None = Field(default=None, ge=1)  # None: as many as fit into the minutes
-    data: str | None = None  # None: the calibration data
-    sampled_windows: int = Field(default=0, ge=0)  # that the dense model writes itself, beside the data
-    batch_size: int = Field(default=8, ge=1)  # windows an optimizer step
-    learning_rate: float | None = Field(default=None, gt=0)  # None: 0.1 / hidden size
-    reverse_kl: float = Field(
-        0.0, ge=0, le=1
-    )  # share of KL(pruned || dense) in the loss; the rest is KL(dense || pruned)
-    hidden_states: float = Field(default=0.0, ge=0)  # weight of the relative squared error of the blocks' outputs
+    minutes: float = Field(default=15, gt=0)
+    """Time for sampling, training and evaluation together."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps, the same on every machine; null: as many as fit into `minutes`."""
+    data: str | None = None
+    """Training text; null: the calibration data. More and other text is the best help."""
+    sampled_windows: int = Field(default=0, ge=0)
+    """Sequences that the dense model generates, used beside the data."""
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences an optimizer step."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """null: 0.1 / hidden size."""
+    reverse_kl: float = Field(default=0.0, ge=0, le=1)
+    """Share of KL(pruned || dense) in the loss; the rest is KL(dense || pruned)."""
+    hidden_states: float = Field(default=0.0, ge=0)
+    """Weight of the relative squared error of the blocks' outputs in the loss."""
     seed: int = 0
+    """Order of the sequences, and sampling."""
 
 
 class Accuracy(Config):
-    """What the built engine is held to, against the dense model."""
+    """How to measure accuracy against the dense model, and the limits that a build must keep."""
 
     data: str | None = None
-    samples: int | None = Field(default=None, ge=1)  # None: all of it
+    """Held-out text, in the forms of `calibration.data`. A local model with an `evaluation.jsonl` beside its weights
+    needs no key."""
+    samples: int | None = Field(default=None, ge=1)
+    """Sequences at most; null: all."""
     sequence_length: int = Field(default=256, ge=2)
+    """Tokens of a sequence."""
     max_perplexity_increase: Percent | None = None
+    """Gate: the build ends with exit status 1 above this increase, and leaves its report."""
     min_top1_agreement: Percent | None = None
-    tasks: tuple[str, ...] = ()  # lm-eval task names
+    """Gate: smallest share of positions where both models rank the same token first."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks to run on both models; needs the package lm_eval."""

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import make_help
 import make_predictions
+import make_recipe
 
 DOCS = Path(__file__).parent
 PAGES: dict[Path, Callable[[], str]] = {
     DOCS / "commands.md": make_help.page,
     DOCS / "predictions.md": make_predictions.page,
+    DOCS / "recipe.md": make_recipe.page,
+    DOCS / "recipe.schema.json": make_recipe.schema,
 }
 
 

@@ -23,7 +23,8 @@ from plugins.common.errors import GateError, UserError
 
 if TYPE_CHECKING:
     from builder.checkpoint import Verification
-    from builder.twofour.llm import LLM
+
+    from .llm import LLM
 
 __all__ = ["Build", "GateError", "UserError", "build", "load", "verify"]
 
@@ -89,6 +90,6 @@ def load(directory: str | Path) -> LLM:
 
     Raises UserError where there is none, or where its backend runs in a server of its own (TensorRT-LLM).
     """
-    from builder.twofour.llm import LLM
+    from .llm import LLM
 
     return LLM(Path(directory))
