@@ -72,14 +72,14 @@ def matmul(
     scale: float = 1.0,
     channel_scales: np.ndarray | None = None,
     bias: np.ndarray | None = None,
-    splits: int | None = None,
+    words: tuple[int, ...] | None = None,
 ) -> np.ndarray:
     x = native.aligned(x_MK)
     y = native.aligned(np.full((x_MK.shape[0], out_features), np.nan, OUT[out]))
     addresses = [0 if a is None else a.ctypes.data for a in (channel_scales, bias)]
     problem = bindings.gemm("skinny", format, out, out_features, x_MK.shape[1], x_MK.shape[0], scale, *addresses)
-    if splits is not None:
-        host.set_algorithm(problem, (splits,) + (0,) * 7)
+    if words is not None:
+        host.set_algorithm(problem, words + (0,) * (8 - len(words)))
     workspace = native.aligned(np.full(host.workspace_bytes(problem), 0xCD, np.uint8))
     host.matmul(problem, x.ctypes.data, packed.ctypes.data, y.ctypes.data, (workspace.ctypes.data, workspace.nbytes))
     return y
@@ -147,10 +147,18 @@ def test_packed_block_is_the_fragments_of_the_ptx_isa(host: bindings.Context, fo
         np.testing.assert_array_equal(seen, w[:, step * depth : (step + 1) * depth])
 
 
-@settings(max_examples=40, deadline=None)
-@given(tokens=st.integers(1, 64), splits=st.integers(1, 5), out=st.sampled_from(sorted(OUT)), **shapes)
+algorithms = st.one_of(
+    st.tuples(st.integers(1, 5)),  # staged: splits of the inputs
+    st.tuples(
+        st.integers(1, 5), st.just(1), st.integers(1, 2), st.integers(1, 8)
+    ),  # streamed: share, thread blocks too
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tokens=st.integers(1, 64), words=algorithms, out=st.sampled_from(sorted(OUT)), **shapes)
 def test_simulated_kernel_against_float64(
-    format: str, n: int, chunks: int, seed: int, tokens: int, splits: int, out: str
+    format: str, n: int, chunks: int, seed: int, tokens: int, words: tuple[int, ...], out: str
 ) -> None:
     host, rng, k = bindings.context(bindings.HOST), np.random.default_rng(seed), in_features(format, chunks)
     w_NK = poison(native.prune(random_values((n, k), format, rng), rng), format, rng)
@@ -158,7 +166,7 @@ def test_simulated_kernel_against_float64(
     scales = rng.uniform(1e-3, 2e-3, n).astype(np.float32) if seed % 2 else None
     bias = native.aligned(rng.standard_normal(n).astype(OUT[out])) if seed % 3 else None
     packed = native.aligned(skinny_layout.pack(w_NK, format))
-    y_MN = matmul(host, x_MK, packed, format, out, n, 2e-3, scales, bias, splits)
+    y_MN = matmul(host, x_MK, packed, format, out, n, 2e-3, scales, bias, words)
 
     factor = np.float32(2e-3) if scales is None else scales
     shift = np.float32(0) if bias is None else bias.astype(np.float32)
@@ -175,13 +183,41 @@ def test_simulated_kernel_against_float64(
 
 
 @pytest.mark.parametrize("format", sorted(DTYPES))
-def test_same_bits_for_every_replay_of_a_split(host: bindings.Context, format: str) -> None:
+@pytest.mark.parametrize("words", [(4,), (4, 1, 2, 8)], ids=["staged", "streamed"])
+def test_same_bits_for_every_replay_of_a_split(host: bindings.Context, format: str, words: tuple[int, ...]) -> None:
     """The counters return to zero, and sums are added in order: launching again gives the same bits."""
     rng = np.random.default_rng(1)
     w_NK = native.prune(random_values((80, 1024), format, rng), rng)
     x_MK, packed = random_values((9, 1024), format, rng), native.aligned(skinny_layout.pack(w_NK, format))
-    first, second = (matmul(host, x_MK, packed, format, "bf16", 80, 0.01, splits=4) for _ in range(2))
+    first, second = (matmul(host, x_MK, packed, format, "bf16", 80, 0.01, words=words) for _ in range(2))
     np.testing.assert_array_equal(first.view(np.uint16), second.view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("format", "tokens", "splits", "share", "blocks"),
+    [
+        ("fp8", 1, 1, 1, 1),
+        ("fp8", 8, 3, 2, 2),
+        ("int8", 13, 1, 1, 2),
+        ("int8", 40, 4, 1, 1),
+        ("bf16", 7, 1, 2, 1),
+        ("fp16", 20, 3, 1, 1),
+    ],
+)
+def test_rings_of_the_streamed_kernel_turn_many_times(
+    host: bindings.Context, format: str, tokens: int, splits: int, share: int, blocks: int
+) -> None:
+    """More blocks of the weight than slots, ranges of rows and inputs that do not divide; exact integers in every type."""
+    rng, n, k = np.random.default_rng(7), 232, 7424
+    w_NK = native.prune(rng.integers(-3, 4, (n, k)).astype(DTYPES[format]), rng)
+    x_MK = rng.integers(-2, 3, (tokens, k)).astype(DTYPES[format])
+    words = (splits, 1, share, blocks, 0, 0, 0, 0)
+    problem = bindings.gemm("skinny", format, "fp16", n, k, tokens)
+    y_MN = matmul(host, x_MK, native.aligned(skinny_layout.pack(w_NK, format)), format, "fp16", n, 0.25, words=words)
+    ran = host.algorithm(problem)
+    assert ran[1] == 1
+    assert ran[0] >= splits
+    np.testing.assert_array_equal(y_MN, (x_MK.astype(float) @ w_NK.astype(float).T * 0.25).astype(np.float16))
 
 
 def violation(host: bindings.Context, w_NK: np.ndarray, format: str) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@
 #include "simt.h"
 #include "skinny.h"
 #include "skinny_problem.h"
+#include "streamed.h"
 #include "weights.h"
 
 namespace {
@@ -41,6 +42,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->major = sm / 10, properties->minor = sm % 10;
   properties->multiProcessorCount = 4;
   properties->l2CacheSize = 1 << 20;
+  properties->sharedMemPerMultiprocessor = 228 * 1024;
+  properties->sharedMemPerBlockOptin = 227 * 1024;
   return cudaSuccess;
 }
 const char* cudaGetErrorString(cudaError_t error) {
@@ -94,6 +97,10 @@ namespace twofour {
 void skinny_configure() {}
 void skinny_launch(int type, const SkinnyProblem& problem, cudaStream_t) {
   skinny_simulate(type, problem, packed_bytes(type, problem.out_features, problem.in_features));
+}
+void streamed_configure(const Multiprocessors&) {}
+void streamed_launch(int type, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t) {
+  streamed_simulate(type, problem, plan);
 }
 int64_t first_violation_device(int type, int64_t n, int64_t k, const void* weight, cudaStream_t) {
   return first_violation_host(type, n, k, weight);

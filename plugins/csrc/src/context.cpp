@@ -55,7 +55,9 @@ twofour_context::twofour_context(int device) {
     fail(TWOFOUR_SM_UNSUPPORTED, "%s has compute capability %d.%d: sparse tensor cores begin at 8.0 (A100); build dense",
          properties.name, properties.major, properties.minor);
   const DeviceScope scope(device);
+  multiprocessors_ = {properties.multiProcessorCount, properties.sharedMemPerMultiprocessor, properties.sharedMemPerBlockOptin};
   skinny_configure();
+  if (can_stream()) streamed_configure(multiprocessors_);
   check(cudaMalloc(reinterpret_cast<void**>(&counters_), kSkinnyCounters * sizeof(unsigned)), "cudaMalloc");
   check(cudaMemset(counters_, 0, kSkinnyCounters * sizeof(unsigned)), "cudaMemset");
 }
@@ -144,11 +146,21 @@ twofour_stamp twofour_context::stamp(const twofour_gemm& g) {
   return s;
 }
 
+// An algorithm of the skinny kernel: splits of K, 0 staged or 1 streamed, and for the latter the share of shared memory and
+// the thread blocks on a multiprocessor.
 int twofour_context::splits(const twofour_gemm& g) const {
   const SkinnyGeometry geometry = skinny_geometry(g.type, g.tokens, g.out_features, g.in_features);
   const auto chosen = algorithms_.find(bucket_key(g));
   if (chosen == algorithms_.end()) return default_splits(geometry, info.multiprocessors);
   return static_cast<int>(std::clamp<uint64_t>(chosen->second.words[0], 1, static_cast<uint64_t>(geometry.max_splits)));
+}
+
+std::optional<StreamedPlan> twofour_context::streamed(const twofour_gemm& g) const {
+  const auto chosen = algorithms_.find(bucket_key(g));
+  if (chosen == algorithms_.end() || chosen->second.words[1] != 1) return std::nullopt;
+  const uint64_t* words = chosen->second.words;
+  return streamed_plan(g.type, g.tokens, g.out_features, g.in_features, multiprocessors_,
+                       {static_cast<int>(words[0]), static_cast<int>(words[2]), static_cast<int>(words[3])});
 }
 
 void twofour_context::plan(const twofour_gemm& g) {
@@ -176,7 +188,13 @@ size_t twofour_context::workspace_bytes(const twofour_gemm& g) {
     return backend(g.kernel).workspace_bytes(g);
   }
   plan(g);
+  if (const auto plan = streamed(g)) return plan->workspace_bytes;
   return skinny_workspace_bytes(skinny_geometry(g.type, g.tokens, g.out_features, g.in_features), splits(g));
+}
+
+static twofour_algorithm words_of(const StreamedPlan& plan) {
+  return {{static_cast<uint64_t>(plan.splits), 1, static_cast<uint64_t>(plan.share),
+           static_cast<uint64_t>(plan.per_multiprocessor), 0, 0, 0, 0}};
 }
 
 std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g) {
@@ -185,17 +203,32 @@ std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g
   std::vector<twofour_algorithm> all;
   for (int s : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32})
     if (s <= geometry.max_splits) all.push_back({{static_cast<uint64_t>(s), 0, 0, 0, 0, 0, 0, 0}});
+  if (!can_stream()) return all;
+  for (int splits : {1, 2, 3, 4, 6, 8, 12, 16})
+    for (const StreamedChoices choice : {StreamedChoices{splits, 1, 1}, {splits, 2, 1}, {splits, 1, 2}}) {
+      const auto plan = streamed_plan(g.type, g.tokens, g.out_features, g.in_features, multiprocessors_, choice);
+      if (plan && plan->splits == splits) all.push_back(words_of(*plan));
+    }
   return all;
 }
 
 twofour_algorithm twofour_context::algorithm(const twofour_gemm& g) {
-  if (g.kernel == TWOFOUR_SKINNY) return {{static_cast<uint64_t>(splits(g)), 0, 0, 0, 0, 0, 0, 0}};
+  if (g.kernel == TWOFOUR_SKINNY) {
+    if (const auto plan = streamed(g)) return words_of(*plan);
+    return {{static_cast<uint64_t>(splits(g)), 0, 0, 0, 0, 0, 0, 0}};
+  }
   if (!backend(g.kernel).planned(g)) plan(g);
   return backend(g.kernel).algorithm(g);
 }
 
 void twofour_context::set_algorithm(const twofour_gemm& g, const twofour_algorithm& algorithm) {
   if (g.kernel != TWOFOUR_SKINNY) backend(g.kernel).plan(g, &algorithm);  // throws where it does not fit
+  else if (algorithm.words[1] > 1)
+    fail(TWOFOUR_INVALID_ARGUMENT, "variant %llu of the skinny kernel is not staged (0) or streamed (1)",
+         static_cast<unsigned long long>(algorithm.words[1]));
+  else if (algorithm.words[1] == 1 && !can_stream())
+    fail(TWOFOUR_SM_UNSUPPORTED, "the streamed skinny kernel needs compute capability 9.0 or newer, this GPU has %d.%d; use "
+         "the staged one (0)", info.sm / 10, info.sm % 10);
   algorithms_[bucket_key(g)] = algorithm;
 }
 
@@ -210,11 +243,18 @@ void twofour_context::run_skinny(const twofour_gemm& g, const void* x, const voi
   problem.scale = g.scale;
   problem.out_type = g.out_type;
   problem.tokens = static_cast<int>(g.tokens);
-  problem.splits = splits(g);
   problem.out_features = g.out_features;
   problem.in_features = g.in_features;
   problem.partials = static_cast<uint32_t*>(workspace);
   problem.counters = counters_;
+  if (const auto plan = streamed(g)) {
+    problem.splits = plan->splits;
+    problem.depth = plan->depth;
+    if (host()) streamed_simulate(g.type, problem, *plan);
+    else streamed_launch(g.type, problem, *plan, stream);
+    return;
+  }
+  problem.splits = splits(g);
   if (host()) skinny_simulate(g.type, problem, packed_bytes(g.type, g.out_features, g.in_features));
   else skinny_launch(g.type, problem, stream);
 }

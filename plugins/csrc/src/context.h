@@ -4,10 +4,12 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "backend.h"
+#include "streamed.h"
 
 struct twofour_context {
  public:
@@ -37,6 +39,8 @@ struct twofour_context {
  private:
   twofour::Backend& backend(int kernel);
   int splits(const twofour_gemm& gemm) const;
+  std::optional<twofour::StreamedPlan> streamed(const twofour_gemm& gemm) const;  // none: the staged kernel runs
+  bool can_stream() const { return host() || info.sm >= twofour::kStreamedSm; }
   void run_skinny(const twofour_gemm& gemm, const void* x, const void* prepared, void* y, void* workspace,
                   cudaStream_t stream);
 
@@ -45,6 +49,7 @@ struct twofour_context {
   static BucketKey bucket_key(const twofour_gemm& gemm);
 
   std::map<BucketKey, twofour_algorithm> algorithms_;
+  twofour::Multiprocessors multiprocessors_;
   std::unique_ptr<twofour::Backend> backends_[3];
   std::vector<unsigned> host_counters_;
   unsigned* counters_ = nullptr;  // of the skinny kernel's tiles

@@ -38,6 +38,50 @@ TWOFOUR_DEVICE void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+TWOFOUR_DEVICE void warp_sync() { __syncwarp(); }
+
+// SM90 and newer from here on. A barrier in shared memory, completed by one arrival and the bytes that it announces.
+TWOFOUR_DEVICE void init_barrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+TWOFOUR_DEVICE void publish_barriers() {  // to the copy engine
+  asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
+}
+TWOFOUR_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Each byte of a weight is read once a product: it is the first to leave the L2.
+TWOFOUR_DEVICE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+               : "memory");
+}
+TWOFOUR_DEVICE bool phase_done(uint64_t* barrier, unsigned parity) {
+  unsigned done;
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
+  return done != 0;
+}
+TWOFOUR_DEVICE uint64_t nanoseconds() {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+// Ends the kernel with an error after 10 seconds: a copy that never lands must not hang the GPU.
+TWOFOUR_DEVICE void wait_phase(uint64_t* barrier, unsigned parity) {
+  if (phase_done(barrier, parity)) return;
+  const uint64_t begin = nanoseconds();
+  while (!phase_done(barrier, parity))
+    if (nanoseconds() - begin > 10'000'000'000u) __trap();
+}
+TWOFOUR_DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+TWOFOUR_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 TWOFOUR_DEVICE Fragment load_16(const void* shared) {
   const uint4 v = *static_cast<const uint4*>(shared);
   return {{v.x, v.y, v.z, v.w}};

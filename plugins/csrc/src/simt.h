@@ -2,7 +2,8 @@
 // own source runs on a CPU. It is strict where the GPU is silent: shared memory starts as rubbish; an asynchronous copy
 // turns its target into rubbish until the wait that completes it; copies must be aligned and inside their tensor;
 // metadata must be one of the six codes that mma.sp::ordered_metadata defines; a barrier that not all threads reach is
-// reported. The semantics of mma.sp and ldmatrix are written from the PTX ISA and share nothing with layout.h.
+// reported; a kernel that starts before the one before it has ended must wait before it reads x or writes. The semantics
+// of mma.sp and ldmatrix are written from the PTX ISA and share nothing with layout.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,6 +14,7 @@
 
 #include <cstring>
 #include <functional>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -45,12 +47,28 @@ struct Warp {
 struct Range {
   const uint8_t* begin;
   const uint8_t* end;
+  bool holds(const uint8_t* first, size_t bytes) const { return first >= begin && first + bytes <= end; }
+};
+struct BulkCopy {
+  uint8_t* target;
+  const uint8_t* source;
+  size_t bytes;
+};
+struct CopyBarrier {  // mbarrier of one arrival
+  unsigned parity = 0;
+  bool published = false, arrived = false;
+  size_t expected = 0, issued = 0;
+  std::vector<BulkCopy> copies;
 };
 
 // One thread block under way.
 struct Block {
   int x, y, z, grid_x;
   std::vector<Range> readable;
+  Range x_range{};  // the part of it that the kernel before this one may still be writing
+  bool early = false;  // started before that kernel ended: no x and no global write until each thread has waited for it
+  std::vector<bool> waited;
+  std::map<const void*, CopyBarrier> copy_barriers;
   std::vector<Warp> warps;
   std::vector<std::vector<std::vector<Copy>>> copies;  // a thread's open groups; the last is not yet committed
   std::vector<ucontext_t> fibers;
@@ -90,18 +108,32 @@ inline void arrive(Barrier& barrier, int count) {
 }
 inline void block_sync() { arrive(running()->barrier, running()->threads); }
 inline void fence() {}
-inline unsigned fetch_add(unsigned* counter) { return (*counter)++; }
+inline void wait_for_previous_kernel() { running()->waited[static_cast<size_t>(thread())] = true; }
+inline void let_next_kernel_start() {}
+inline void require_waited(const char* what) {
+  if (running()->early && !running()->waited[static_cast<size_t>(thread())]) report(what);
+}
+inline void require_write() { require_waited("a global write before the kernel before has ended"); }
+inline unsigned fetch_add(unsigned* counter) {
+  require_write();
+  return (*counter)++;
+}
 inline Warp& warp() { return running()->warps[static_cast<size_t>(thread() / 32)]; }
 inline void warp_sync() { arrive(warp().barrier, 32); }
 
 inline std::vector<std::vector<Copy>>& open_copies() { return running()->copies[static_cast<size_t>(thread())]; }
 
+inline void require_source(const uint8_t* source, size_t bytes) {
+  bool inside = false;
+  for (const Range& range : running()->readable) inside = inside || range.holds(source, bytes);
+  if (!inside) report("a copy reads outside of its tensor");
+  if (running()->x_range.holds(source, bytes)) require_waited("x is read before the kernel before has ended");
+}
 inline void copy_or_zero(void* shared, const void* global, bool copy) {
   const uint8_t* source = static_cast<const uint8_t*>(global);
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) report("misaligned copy");
-  bool inside = !copy;
-  for (const Range& range : running()->readable) inside = inside || (source >= range.begin && source + 16 <= range.end);
-  if (!inside) return report("a copy reads outside of its tensor");
+  if (copy) require_source(source, 16);
+  if (!running()->error.empty()) return;
   std::memset(shared, 0xCD, 16);
   open_copies().back().push_back({static_cast<uint8_t*>(shared), source, copy});
 }
@@ -115,6 +147,49 @@ inline void wait() {
       else std::memset(c.target, 0, 16);
     }
     open_copies().erase(open_copies().begin());
+  }
+}
+
+inline CopyBarrier& copy_barrier(const void* barrier) {
+  if (running()->copy_barriers.count(barrier) == 0) report("a barrier without init");
+  return running()->copy_barriers[barrier];
+}
+inline void init_barrier(uint64_t* barrier) {
+  if (reinterpret_cast<uintptr_t>(barrier) % 8) report("misaligned barrier");
+  running()->copy_barriers[barrier] = {};
+}
+inline void publish_barriers() {
+  for (auto& [address, barrier] : running()->copy_barriers) barrier.published = true;
+}
+inline void expect_bytes(uint64_t* barrier, int bytes) {
+  CopyBarrier& b = copy_barrier(barrier);
+  if (b.arrived) report("a barrier is armed twice in one phase");
+  b.arrived = true;
+  b.expected = static_cast<size_t>(bytes);
+}
+inline void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  CopyBarrier& b = copy_barrier(barrier);
+  const uint8_t* source = static_cast<const uint8_t*>(global);
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16)
+    report("misaligned copy");
+  if (!b.published) report("a barrier that the copy engine does not see");
+  require_source(source, static_cast<size_t>(bytes));
+  if (!running()->error.empty()) return;
+  std::memset(shared, 0xCD, static_cast<size_t>(bytes));
+  b.copies.push_back({static_cast<uint8_t*>(shared), source, static_cast<size_t>(bytes)});
+  b.issued += static_cast<size_t>(bytes);
+}
+// As mbarrier.try_wait.parity: true at once where the current phase has the other parity. The bytes land here at last.
+inline void wait_phase(uint64_t* barrier, unsigned parity) {
+  CopyBarrier& b = copy_barrier(barrier);
+  while (b.parity == parity) {
+    if (b.arrived && b.issued == b.expected) {
+      for (const BulkCopy& c : b.copies) std::memcpy(c.target, c.source, c.bytes);
+      b = {parity ^ 1u, true, false, 0, 0, {}};
+      ++running()->progress;
+    } else {
+      yield();
+    }
   }
 }
 
@@ -221,11 +296,13 @@ inline float load_float(int type, const void* values, int64_t index) {
   return type == TWOFOUR_FP16 ? half_bits(bits) : bfloat_bits(bits);
 }
 inline void store_float(int type, void* values, int64_t index, float value) {
+  require_write();
   if (type == TWOFOUR_FP16) static_cast<__half*>(values)[index] = __float2half_rn(value);
   else static_cast<__nv_bfloat16*>(values)[index] = __float2bfloat16_rn(value);
 }
 template <class T>
 inline void store_partial(uint32_t* p, T value) {
+  require_write();
   std::memcpy(p, &value, 4);
 }
 template <class T>
@@ -251,6 +328,7 @@ inline void run_block(Block& block, unsigned seed) {
   block.copies.assign(n, {{}});
   block.fibers.resize(n);
   block.done.assign(n, false);
+  block.waited.assign(n, false);
   running() = &block;
   for (size_t i = 0; i < n; ++i) {
     getcontext(&block.fibers[i]);
@@ -270,7 +348,7 @@ inline void run_block(Block& block, unsigned seed) {
       left = true;
     }
     if (left && block.progress == before) {
-      block.error = "a barrier that not all threads reach";
+      if (block.error.empty()) block.error = "a barrier that not all threads reach";
       break;
     }
   }

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(C::threads) skinny_kernel(const SkinnyProblem 
 void skinny_configure() {
   for (int type : {TWOFOUR_FP16, TWOFOUR_BF16, TWOFOUR_INT8, TWOFOUR_FP8})
     for (int tokens : {8, 16, 32})
-      dispatch_skinny(type, tokens, [](auto config) {
+      dispatch_tokens<SkinnyChoice>(type, tokens, [](auto config) {
         using C = decltype(config);
         check(cudaFuncSetAttribute(skinny_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared_bytes),
               "cudaFuncSetAttribute");
@@ -28,7 +28,7 @@ void skinny_configure() {
 }
 
 void skinny_launch(int type, const SkinnyProblem& problem, cudaStream_t stream) {
-  dispatch_skinny(type, problem.tokens, [&](auto config) {
+  dispatch_tokens<SkinnyChoice>(type, problem.tokens, [&](auto config) {
     using C = decltype(config);
     const SkinnyGeometry g = skinny_geometry(type, problem.tokens, problem.out_features, problem.in_features);
     const dim3 grid(static_cast<unsigned>(g.token_blocks), static_cast<unsigned>(g.row_blocks),

@@ -6,13 +6,9 @@
 // of `splits` ranges of K. Each lane copies exactly the bytes it later reads; only x is shared between the warps.
 // Partial sums of a split go to the workspace, and the last block of a tile to arrive adds them in order: the
 // result does not depend on the order of arrival. The counters return to 0, so a CUDA graph may replay the launch.
-//
-// This source is compiled twice: by nvcc over ptx.cuh, and by the host compiler over simt.h, where the same code runs
-// thread by thread on a CPU. Both define namespace gpu.
 #pragma once
 
-#include "layout.h"
-#include "skinny_problem.h"
+#include "fragments.cuh"
 
 namespace twofour {
 
@@ -28,16 +24,13 @@ struct SkinnyConfig {
   static constexpr int stage_bytes = weight_stage_bytes + tokens * x_pitch;
   static constexpr int shared_bytes = stages * stage_bytes;
   static constexpr int accumulators = warp_tiles * token_tiles * 4;  // of a thread, 32 bits each
+  static_assert(shared_bytes <= 99 * 1024, "does not fit sm_86");
 };
 
 // The configuration for a tokens count: at most 99 KiB of shared memory, which every sparse-capable GPU has.
 template <int kType, int kTokenTiles>
-struct SkinnyChoice {
-  static constexpr bool wide = element_bytes(kType) == 2;
-  using Config = SkinnyConfig<kType, kTokenTiles, wide || kTokenTiles == 1 ? 1 : 2,
-                              kTokenTiles == 1 ? 4 : wide && kTokenTiles == 4 ? 2 : 3>;
-  static_assert(Config::shared_bytes <= 99 * 1024, "does not fit sm_86");
-};
+using SkinnyChoice = SkinnyConfig<kType, kTokenTiles, element_bytes(kType) == 2 || kTokenTiles == 1 ? 1 : 2,
+                                  kTokenTiles == 1 ? 4 : element_bytes(kType) == 2 && kTokenTiles == 4 ? 2 : 3>;
 
 template <class C>
 TWOFOUR_DEVICE void load_stage(const SkinnyProblem& p, uint8_t* stage, int64_t block) {
@@ -66,57 +59,16 @@ TWOFOUR_DEVICE void load_stage(const SkinnyProblem& p, uint8_t* stage, int64_t b
   }
 }
 
-template <class C>
-TWOFOUR_DEVICE gpu::Fragment load_a(const uint8_t* tile, int unit, int step, int lane) {
-  if constexpr (C::type != TWOFOUR_FP8) {
-    const int chunk = C::type == TWOFOUR_INT8 ? unit : 2 * unit + step;
-    return gpu::load_16(tile + (chunk * kLanes + lane) * kChunkBytes);
-  } else {
-    const gpu::Pair packed = gpu::load_8(tile + (unit * kLanes + lane) * kChunkBytes + 8 * step);
-    return {{gpu::widen_fp8(packed.r[0]), gpu::widen_fp8(packed.r[0] >> 16), gpu::widen_fp8(packed.r[1]),
-             gpu::widen_fp8(packed.r[1] >> 16)}};
-  }
-}
-
-template <class C>
-TWOFOUR_DEVICE gpu::Fragment load_b(const uint8_t* x_tile, int unit, int step, int lane) {
-  if constexpr (C::type != TWOFOUR_FP8) {
-    const int column = (C::type == TWOFOUR_INT8 ? unit : 2 * unit + step) * 64;  // bytes
-    return gpu::load_matrices(x_tile + lane % 8 * C::x_pitch + column + lane / 8 * kChunkBytes);
-  } else {
-    const int t = lane % 4;
-    const gpu::Fragment groups = gpu::load_16(x_tile + lane / 4 * C::x_pitch + unit * 64 + 32 * (t / 2) + 16 * step);
-    gpu::Fragment b;
-    TWOFOUR_UNROLL
-    for (int i = 0; i < 4; ++i) b.r[i] = gpu::widen_fp8(groups.r[i] >> (16 * (t % 2)));
-    return b;
-  }
-}
-
 template <class C, class Accumulator>
 TWOFOUR_DEVICE void multiply_stage(const uint8_t* stage, bool active,
                                    Accumulator (&sums)[C::warp_tiles][C::token_tiles][4]) {
   const int thread = gpu::thread(), warp = thread / kLanes, lane = thread % kLanes;
   if (!active) return;  // a warp beyond the last row: its shared memory holds nothing
-  const uint8_t* tiles = stage + warp * C::warp_tiles * block_bytes(C::type);
-  const uint8_t* x_stage = stage + C::weight_stage_bytes;
-  gpu::Fragment metadata[C::warp_tiles];
+  const uint8_t* x_rows[C::token_tiles];
   TWOFOUR_UNROLL
-  for (int r = 0; r < C::warp_tiles; ++r)
-    metadata[r] = gpu::load_16(tiles + r * block_bytes(C::type) + meta_offset(C::type, lane, 0));
-  TWOFOUR_UNROLL
-  for (int i = 0; i < kUnits * (C::type == TWOFOUR_INT8 ? 1 : 2); ++i) {
-    const int unit = C::type == TWOFOUR_INT8 ? i : i / 2, step = C::type == TWOFOUR_INT8 ? 0 : i % 2;
-    gpu::Fragment b[C::token_tiles];
-    TWOFOUR_UNROLL
-    for (int n = 0; n < C::token_tiles; ++n) b[n] = load_b<C>(x_stage + 8 * n * C::x_pitch, unit, step, lane);
-    TWOFOUR_UNROLL
-    for (int r = 0; r < C::warp_tiles; ++r) {
-      const gpu::Fragment a = load_a<C>(tiles + r * block_bytes(C::type), unit, step, lane);
-      TWOFOUR_UNROLL
-      for (int n = 0; n < C::token_tiles; ++n) gpu::mma_sp<C::type>(sums[r][n], a, b[n], metadata[r].r[unit], step);
-    }
-  }
+  for (int n = 0; n < C::token_tiles; ++n)
+    x_rows[n] = stage + C::weight_stage_bytes + (8 * n + token_of_lane<C::type>(lane)) * C::x_pitch;
+  multiply_blocks<C::type>(stage + warp * C::warp_tiles * block_bytes(C::type), x_rows, lane, sums);
 }
 
 template <class C, class Accumulator>
@@ -126,13 +78,8 @@ TWOFOUR_DEVICE void store_outputs(const SkinnyProblem& p, const Accumulator (&su
   TWOFOUR_UNROLL
   for (int i = 0; i < C::accumulators; ++i) {
     const int r = i / (4 * C::token_tiles), n = i / 4 % C::token_tiles, c = i % 4;
-    const int64_t feature = (first_tile + r) * kTileRows + lane / 4 + 8 * (c / 2);
-    const int token = gpu::block_x() * C::tokens + 8 * n + 2 * (lane % 4) + c % 2;
-    if (feature >= p.out_features || token >= p.tokens) continue;
-    const float scale = p.channel_scales != nullptr ? p.channel_scales[feature] : p.scale;
-    float value = gpu::multiply(static_cast<float>(sums[r][n][c]), scale);
-    if (p.bias != nullptr) value = gpu::add(value, gpu::load_float(p.out_type, p.bias, feature));
-    gpu::store_float(p.out_type, p.y, token * p.out_features + feature, value);
+    store_output(p, (first_tile + r) * kTileRows + row_of_sum(lane, c),
+                 gpu::block_x() * C::tokens + 8 * n + token_of_sum(lane, c), sums[r][n][c]);
   }
 }
 

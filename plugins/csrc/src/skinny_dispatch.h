@@ -1,28 +1,34 @@
 // From run-time type and tokens to the compiled configuration: 4 types x 8, 16 or 32 tokens a block.
 #pragma once
 
-#include "skinny.cuh"
+#include <type_traits>
+
 #include "skinny.h"
 #include "status.h"
 
 namespace twofour {
 
-template <int kType, class F>
-void dispatch_tokens(int64_t tokens, F&& f) {
-  if (tokens <= 8) f(typename SkinnyChoice<kType, 1>::Config{});
-  else if (tokens <= 16) f(typename SkinnyChoice<kType, 2>::Config{});
-  else f(typename SkinnyChoice<kType, 4>::Config{});
-}
-
+// f(integral_constant of the type).
 template <class F>
-void dispatch_skinny(int type, int64_t tokens, F&& f) {
+void dispatch_type(int type, F&& f) {
   switch (type) {
-    case TWOFOUR_FP16: return dispatch_tokens<TWOFOUR_FP16>(tokens, f);
-    case TWOFOUR_BF16: return dispatch_tokens<TWOFOUR_BF16>(tokens, f);
-    case TWOFOUR_INT8: return dispatch_tokens<TWOFOUR_INT8>(tokens, f);
-    case TWOFOUR_FP8: return dispatch_tokens<TWOFOUR_FP8>(tokens, f);
+    case TWOFOUR_FP16: return f(std::integral_constant<int, TWOFOUR_FP16>{});
+    case TWOFOUR_BF16: return f(std::integral_constant<int, TWOFOUR_BF16>{});
+    case TWOFOUR_INT8: return f(std::integral_constant<int, TWOFOUR_INT8>{});
+    case TWOFOUR_FP8: return f(std::integral_constant<int, TWOFOUR_FP8>{});
     default: fail(TWOFOUR_INVALID_ARGUMENT, "type %d is not one of fp16, bf16, int8, fp8", type);
   }
+}
+
+// f(Choice<type, tiles of 8 tokens>{}).
+template <template <int, int> class Choice, class F>
+void dispatch_tokens(int type, int64_t tokens, F&& f) {
+  dispatch_type(type, [&](auto constant) {
+    constexpr int kType = decltype(constant)::value;
+    if (tokens <= 8) f(Choice<kType, 1>{});
+    else if (tokens <= 16) f(Choice<kType, 2>{});
+    else f(Choice<kType, 4>{});
+  });
 }
 
 }  // namespace twofour

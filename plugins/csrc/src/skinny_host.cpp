@@ -10,7 +10,7 @@ namespace twofour {
 
 SkinnyGeometry skinny_geometry(int type, int64_t tokens, int64_t out_features, int64_t in_features) {
   SkinnyGeometry g{};
-  dispatch_skinny(type, tokens, [&](auto config) {
+  dispatch_tokens<SkinnyChoice>(type, tokens, [&](auto config) {
     using C = decltype(config);
     g.token_blocks = static_cast<int>(ceil_div(tokens, C::tokens));
     g.row_blocks = ceil_div(row_tiles(out_features), C::tiles);
@@ -35,7 +35,7 @@ size_t skinny_workspace_bytes(const SkinnyGeometry& g, int splits) {
 
 void skinny_simulate(int type, const SkinnyProblem& problem, size_t weight_bytes) {
   const SkinnyGeometry g = skinny_geometry(type, problem.tokens, problem.out_features, problem.in_features);
-  dispatch_skinny(type, problem.tokens, [&](auto config) {
+  dispatch_tokens<SkinnyChoice>(type, problem.tokens, [&](auto config) {
     using C = decltype(config);
     const size_t x_bytes = static_cast<size_t>(problem.tokens * problem.in_features) * element_bytes(type);
     std::vector<uint8_t> memory(C::shared_bytes + 16);

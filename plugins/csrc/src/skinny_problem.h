@@ -1,4 +1,4 @@
-// The arguments of one launch of the skinny kernel.
+// The arguments of one launch of the skinny kernel, staged (skinny.cuh) or streamed (streamed.cuh).
 #pragma once
 
 #include <stdint.h>
@@ -15,9 +15,10 @@ struct SkinnyProblem {
   int out_type;
   int tokens;
   int splits;
+  int depth;  // of each warp's ring of slots; of the streamed kernel only
   int64_t out_features, in_features;
-  uint32_t* partials;   // skinny_workspace_bytes(); unused where splits is 1
-  unsigned* counters;  // one a tile, all 0 between launches
+  uint32_t* partials;   // the workspace; unused where splits is 1
+  unsigned* counters;  // one a tile or range of rows, all 0 between launches
 };
 
 }  // namespace twofour

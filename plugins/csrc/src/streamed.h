@@ -1,0 +1,46 @@
+// Launching the streamed skinny kernel: how a product is cut for a GPU, and one entry each for it and for the simulated one.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <optional>
+
+#include "layout.h"
+
+namespace twofour {
+
+struct SkinnyProblem;
+
+constexpr int kStreamedSm = 90;  // the first with bulk copies and programmatic dependent launch
+constexpr int kMaxBlocksPerMultiprocessor = 8;
+
+// What a launch has to fit.
+struct Multiprocessors {
+  int count = 1;
+  size_t shared_bytes = 228 * 1024;        // of each
+  size_t block_shared_bytes = 227 * 1024;  // what one thread block may have of them
+};
+
+// The choices that a search makes. 0: the default.
+struct StreamedChoices {
+  int splits = 0;     // of the inputs
+  int share = 0;      // 1: a thread block may take all the shared memory; 2: half, so that the next kernel's fits beside it
+  int per_multiprocessor = 0;  // thread blocks of this kernel on each
+};
+
+struct StreamedPlan {
+  int splits, per_multiprocessor, share;
+  int blocks, token_blocks;  // the grid
+  int depth;                 // slots in each warp's ring
+  size_t shared_bytes, workspace_bytes;
+};
+
+// The plan with the fewest splits from choices.splits on that fits; none where x is too large for the shared memory.
+std::optional<StreamedPlan> streamed_plan(int type, int64_t tokens, int64_t out_features, int64_t in_features,
+                                          const Multiprocessors& gpu, const StreamedChoices& choices);
+
+void streamed_configure(const Multiprocessors& gpu);  // once a device: asks for the shared memory
+void streamed_launch(int type, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t stream);
+void streamed_simulate(int type, const SkinnyProblem& problem, const StreamedPlan& plan);
+
+}  // namespace twofour

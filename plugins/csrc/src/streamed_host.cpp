@@ -1,0 +1,104 @@
+// The streamed kernel on the CPU, and how a product is cut, which both sides share.
+#include "simt.h"
+#include "streamed.cuh"
+
+#include <algorithm>
+
+#include "skinny_dispatch.h"
+#include "streamed.h"
+
+namespace twofour {
+
+namespace {
+
+constexpr size_t kReservedShared = 1024;           // of each thread block, by the driver
+constexpr int64_t kEnoughInFlight = 48 * 1024;     // bytes on the way to a multiprocessor at full bandwidth
+constexpr int64_t kBytesWhileAdding = 24 * 1024;   // that a multiprocessor reads in the microsecond that adding splits takes
+
+// The plan with these splits and this share of the shared memory; none where not even two slots a warp fit.
+template <class C>
+std::optional<StreamedPlan> fit(int64_t tokens, int64_t out_features, int64_t in_features, const Multiprocessors& gpu,
+                                int splits, int share, int per_multiprocessor) {
+  const int64_t inputs = ceil_div(input_blocks(in_features), splits);
+  const int64_t x = C::x_rows(static_cast<int>(std::min<int64_t>(tokens, C::tokens))) * C::x_pitch(inputs);
+  const auto budget = static_cast<int64_t>(
+      std::min(gpu.block_shared_bytes, gpu.shared_bytes / static_cast<size_t>(share * per_multiprocessor) - kReservedShared));
+  const int64_t slots_of_warps = C::x_offset(1) - C::x_offset(0);
+  const int64_t used = ceil_div(ceil_div(row_tiles(out_features), C::tiles) * inputs, C::warps);  // no more items than that
+  const int64_t depth = std::min((budget - C::x_offset(0) - x) / slots_of_warps, used);
+  if (budget < C::x_offset(0) + x || depth < std::min<int64_t>(2, used)) return std::nullopt;
+  StreamedPlan plan{};
+  plan.splits = splits, plan.share = share, plan.per_multiprocessor = per_multiprocessor;
+  const int64_t groups = std::clamp<int64_t>(gpu.count * per_multiprocessor / splits, 1, row_tiles(out_features));
+  plan.blocks = static_cast<int>(groups) * splits;
+  plan.token_blocks = static_cast<int>(ceil_div(tokens, C::tokens));
+  plan.depth = static_cast<int>(depth);
+  plan.shared_bytes = static_cast<size_t>(C::x_offset(plan.depth) + x);
+  if (splits > 1)
+    plan.workspace_bytes = static_cast<size_t>(splits * plan.token_blocks * row_tiles(out_features) * C::tile_sums) * sizeof(uint32_t);
+  return plan;
+}
+
+// Half of the shared memory where that keeps enough in flight, else all of it.
+template <class C>
+std::optional<StreamedPlan> fit(int64_t tokens, int64_t out_features, int64_t in_features, const Multiprocessors& gpu,
+                                int splits, const StreamedChoices& choices) {
+  const int per_multiprocessor = std::clamp(choices.per_multiprocessor, 1, kMaxBlocksPerMultiprocessor);
+  if (choices.share != 0)
+    return fit<C>(tokens, out_features, in_features, gpu, splits, std::clamp(choices.share, 1, 2), per_multiprocessor);
+  const auto half = fit<C>(tokens, out_features, in_features, gpu, splits, 2, per_multiprocessor);
+  if (half && half->depth * C::warps * C::slot_bytes * per_multiprocessor >= kEnoughInFlight) return half;
+  return fit<C>(tokens, out_features, in_features, gpu, splits, 1, per_multiprocessor);
+}
+
+// Bytes that pass while the busiest thread block works.
+template <class C>
+int64_t cost(const StreamedPlan& plan, int64_t out_features, int64_t in_features) {
+  const int64_t tiles = ceil_div(row_tiles(out_features), plan.blocks / plan.splits);
+  const int64_t bytes = tiles * ceil_div(input_blocks(in_features), plan.splits) * block_bytes(C::type);
+  return bytes * plan.per_multiprocessor + (plan.splits > 1 ? kBytesWhileAdding : 0);
+}
+
+}  // namespace
+
+std::optional<StreamedPlan> streamed_plan(int type, int64_t tokens, int64_t out_features, int64_t in_features,
+                                          const Multiprocessors& gpu, const StreamedChoices& choices) {
+  std::optional<StreamedPlan> best;
+  dispatch_tokens<StreamedChoice>(type, tokens, [&](auto config) {
+    using C = decltype(config);
+    const int64_t most = std::min<int64_t>(kMaxSplits, input_blocks(in_features));
+    const int first = static_cast<int>(std::clamp<int64_t>(choices.splits, 1, most));
+    for (int splits = first; splits <= most; ++splits) {
+      const auto plan = fit<C>(tokens, out_features, in_features, gpu, splits, choices);
+      if (!plan) continue;
+      if (!best || cost<C>(*plan, out_features, in_features) < cost<C>(*best, out_features, in_features)) best = plan;
+      if (choices.splits != 0) return;
+    }
+  });
+  return best;
+}
+
+void streamed_simulate(int type, const SkinnyProblem& problem, const StreamedPlan& plan) {
+  dispatch_tokens<StreamedChoice>(type, problem.tokens, [&](auto config) {
+    using C = decltype(config);
+    const size_t x_bytes = static_cast<size_t>(problem.tokens * problem.in_features) * element_bytes(type);
+    const size_t weight_bytes = packed_bytes(type, problem.out_features, problem.in_features);
+    std::vector<uint8_t> memory(plan.shared_bytes + 128);
+    uint8_t* shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
+    // In descending order: the block that adds the splits is not the one with the last range of inputs.
+    for (int x = plan.blocks - 1; x >= 0; --x)
+      for (int y = 0; y < plan.token_blocks; ++y) {
+        std::fill(memory.begin(), memory.end(), uint8_t{0xCD});
+        gpu::Block block{};
+        block.x = x, block.y = y, block.grid_x = plan.blocks;
+        block.threads = C::threads;
+        block.x_range = {problem.x, problem.x + x_bytes};
+        block.readable = {block.x_range, {problem.weight, problem.weight + weight_bytes}};
+        block.early = true;
+        block.body = [&] { streamed_block<C>(problem, shared); };
+        gpu::run_block(block, static_cast<unsigned>(x + 3 * y));
+      }
+  });
+}
+
+}  // namespace twofour
