@@ -144,7 +144,24 @@ def test_search_takes_the_fastest_that_fits_and_counts_the_rest(gpu: bindings.Co
     with pytest.raises(bindings.LibraryError, match="no algorithm of cusparselt ran; 9 want more workspace than 100"):
         search(gpu, layer, "cusparselt", 100)
     assert search(gpu, layer, "cublaslt", 250_000).tried == 3
-    assert search(gpu, layer, "skinny", 1 << 20).tried == 1  # K of one block cannot be split
+    assert search(gpu, layer, "skinny", 1 << 20).tried == 2  # K of one block cannot be split: staged or streamed
+
+
+def test_streamed_kernel_is_for_hopper_and_newer(monkeypatch: pytest.MonkeyPatch, gpu: library.Context) -> None:
+    layer = Layer("bf16", 64, 64, 16)
+    streamed = (1, 1) + (0,) * 6
+    gpu.set_algorithm(layer.problem("skinny"), streamed)
+    y = layer.run(gpu, "skinny", layer.problem("skinny")).astype(np.float32)
+    np.testing.assert_allclose(y, layer.expected(1.0, False, False), rtol=2.0**-7, atol=2e-2)
+    assert gpu.algorithm(layer.problem("skinny"))[:2] == streamed[:2]
+    old = open_gpu(monkeypatch, sm=89)
+    assert search(old, layer, "skinny", 1 << 20).tried == 1
+    with pytest.raises(
+        library.LibraryError, match="needs compute capability 9.0 or newer, this GPU has 8.9; use the sta"
+    ):
+        old.set_algorithm(layer.problem("skinny"), streamed)
+    with pytest.raises(library.LibraryError, match="variant 2 of the skinny kernel is not staged"):
+        gpu.set_algorithm(layer.problem("skinny"), (1, 2) + (0,) * 6)
 
 
 def test_split_k_before_hopper(monkeypatch: pytest.MonkeyPatch) -> None:

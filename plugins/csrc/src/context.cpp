@@ -1,6 +1,7 @@
 #include "context.h"
 
 #include <algorithm>
+#include <set>
 
 #include "cublaslt.h"
 #include "cuda_check.h"
@@ -204,10 +205,11 @@ std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g
   for (int s : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32})
     if (s <= geometry.max_splits) all.push_back({{static_cast<uint64_t>(s), 0, 0, 0, 0, 0, 0, 0}});
   if (!can_stream()) return all;
+  std::set<std::tuple<int, int, int>> launches;
   for (int splits : {1, 2, 3, 4, 6, 8, 12, 16})
     for (const StreamedChoices choice : {StreamedChoices{splits, 1, 1}, {splits, 2, 1}, {splits, 1, 2}}) {
       const auto plan = streamed_plan(g.type, g.tokens, g.out_features, g.in_features, multiprocessors_, choice);
-      if (plan && plan->splits == splits) all.push_back(words_of(*plan));
+      if (plan && launches.insert({plan->splits, plan->blocks, plan->depth}).second) all.push_back(words_of(*plan));
     }
   return all;
 }

@@ -111,7 +111,7 @@ inline void fence() {}
 inline void wait_for_previous_kernel() { running()->waited[static_cast<size_t>(thread())] = true; }
 inline void let_next_kernel_start() {}
 inline void require_waited(const char* what) {
-  if (running()->early && !running()->waited[static_cast<size_t>(thread())]) report(what);
+  if (running() != nullptr && running()->early && !running()->waited[static_cast<size_t>(thread())]) report(what);
 }
 inline void require_write() { require_waited("a global write before the kernel before has ended"); }
 inline unsigned fetch_add(unsigned* counter) {
