@@ -207,7 +207,7 @@ def test_same_bits_for_every_replay_of_a_split(host: bindings.Context, format: s
 def test_rings_of_the_streamed_kernel_turn_many_times(
     host: bindings.Context, format: str, tokens: int, splits: int, share: int, blocks: int
 ) -> None:
-    """More blocks of the weight than slots, ranges of rows and inputs that do not divide; exact integers in every type."""
+    """More blocks than slots, ranges of rows and inputs that do not divide; exact integers in every type."""
     rng, n, k = np.random.default_rng(7), 232, 7424
     w_NK = native.prune(rng.integers(-3, 4, (n, k)).astype(DTYPES[format]), rng)
     x_MK = rng.integers(-2, 3, (tokens, k)).astype(DTYPES[format])

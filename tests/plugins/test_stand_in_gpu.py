@@ -147,7 +147,7 @@ def test_search_takes_the_fastest_that_fits_and_counts_the_rest(gpu: bindings.Co
     assert search(gpu, layer, "skinny", 1 << 20).tried == 2  # K of one block cannot be split: staged or streamed
 
 
-def test_streamed_kernel_is_for_hopper_and_newer(monkeypatch: pytest.MonkeyPatch, gpu: library.Context) -> None:
+def test_streamed_kernel_is_for_hopper_and_newer(monkeypatch: pytest.MonkeyPatch, gpu: bindings.Context) -> None:
     layer = Layer("bf16", 64, 64, 16)
     streamed = (1, 1) + (0,) * 6
     gpu.set_algorithm(layer.problem("skinny"), streamed)
@@ -157,10 +157,10 @@ def test_streamed_kernel_is_for_hopper_and_newer(monkeypatch: pytest.MonkeyPatch
     old = open_gpu(monkeypatch, sm=89)
     assert search(old, layer, "skinny", 1 << 20).tried == 1
     with pytest.raises(
-        library.LibraryError, match="needs compute capability 9.0 or newer, this GPU has 8.9; use the sta"
+        bindings.LibraryError, match="needs compute capability 9.0 or newer, this GPU has 8.9; use the sta"
     ):
         old.set_algorithm(layer.problem("skinny"), streamed)
-    with pytest.raises(library.LibraryError, match="variant 2 of the skinny kernel is not staged"):
+    with pytest.raises(bindings.LibraryError, match="variant 2 of the skinny kernel is not staged"):
         gpu.set_algorithm(layer.problem("skinny"), (1, 2) + (0,) * 6)
 
 
