@@ -67,5 +67,6 @@ def holes(engine: dict[str, Any], streaming: bool, config: DeployConfig) -> dict
         "prompt_embedding_table_data_type": "TYPE_FP16",
         "exclude_input_in_output": "True",
         "enable_chunked_context": str(engine.get("chunked_prefill", False)),
+        "enable_kv_cache_reuse": str(engine.get("kv_cache_block_reuse", True)),
         "kv_cache_free_gpu_mem_fraction": "0.9",
     }

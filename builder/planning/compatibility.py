@@ -9,17 +9,15 @@ about GPUs, because they are asked again on the machine that builds the engine.
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from plugins.common.errors import UserError
+from plugins.tensorrt_llm import releases
 
 BACKENDS = ("tensorrt", "pytorch", "torch")
 FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
-LAST_TENSORRT = (1, 2)  # the last line of TensorRT-LLM that builds TensorRT engines; 1.3 dropped the backend
-FIRST_SUPPORTED = (1, 0)
 MODELOPT = "0.47"  # whose checkpoints are known here
 
 
@@ -124,12 +122,12 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         _no(
-            "TensorRT-LLM refuses SmoothQuant INT8 on SM100 and later",
+            "TensorRT-LLM refuses SmoothQuant INT8 on SM100 to SM119",
             "use quantization.format=fp8, or engine.backend=torch",
         ),
         formats=("int8",),
         backends=("tensorrt",),
-        sm=(100, ANY_LATER),
+        sm=(100, 119),
     ),
     Rule(
         _no("the PyTorch backend of TensorRT-LLM has no INT8 KV cache", "use quantization.kv_cache=fp8 or none"),
@@ -137,10 +135,10 @@ TABLE: tuple[Rule, ...] = (
         backends=("pytorch",),
     ),
     Rule(
-        _no("TensorRT-LLM refuses an INT8 KV cache on SM100 and later", "use quantization.kv_cache=fp8 or none"),
+        _no("TensorRT-LLM refuses an INT8 KV cache on SM100 to SM119", "use quantization.kv_cache=fp8 or none"),
         kv_caches=("int8",),
         backends=("tensorrt",),
-        sm=(100, ANY_LATER),
+        sm=(100, 119),
     ),
     Rule(
         _no(
@@ -208,17 +206,18 @@ def check(
 
 def check_release(backend: str, version: str) -> Verdict:
     """Whether a TensorRT-LLM release has the backend. TensorRT engines ended with the 1.2 line."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if not numbers:
+    release = releases.parse(version)
+    if release is None:
         return _no(f"'{version}' is not a TensorRT-LLM version", "install tensorrt-llm>=1.0")
-    release = (int(numbers[1]), int(numbers[2]))
-    if release < FIRST_SUPPORTED:
+    if release < releases.OLDEST:
         return _no(f"TensorRT-LLM {version} is older than 1.0", "install tensorrt-llm>=1.0")
-    if backend == "tensorrt" and release > LAST_TENSORRT:
+    if backend == "tensorrt" and release > releases.LAST_WITH_ENGINES:
         return _no(
             f"TensorRT-LLM {version} is past the 1.2 line, the last that builds TensorRT engines",
-            "use engine.backend=pytorch, or the container nvcr.io/nvidia/tensorrt-llm/release:1.2.1",
+            f"use engine.backend=pytorch, or the container {releases.CONTAINER}",
         )
+    if releases.is_newer(version):
+        return _yes(f"{releases.caution(version)}: it is tried")
     return _yes(f"TensorRT-LLM {version} has the {backend} backend")
 
 

@@ -1,9 +1,15 @@
-"""The files that make a tokenizer, carried along as they are: nothing added, embeddings untouched."""
+"""The files that make a tokenizer, carried along: nothing added, embeddings untouched.
+
+transformers 5 writes two things into tokenizer_config.json that transformers 4, which TensorRT-LLM 1.0 to 1.2 pins,
+cannot read. Both read the older form, so that is what is written.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -19,7 +25,21 @@ TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copies those that `source` has."""
+    """Copies those that `source` has, in the form that transformers 4 and 5 both read."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+    path = out / "tokenizer_config.json"
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf8"))
+        path.write_text(json.dumps(for_transformers_4(config), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+
+
+def for_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json with the older name of the class, and the older key of further special tokens."""
+    config = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config

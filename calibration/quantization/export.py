@@ -34,7 +34,7 @@ def export_hf(model: nn.Module, source: Path, out: Path, sparse: dict[str, Any] 
         export_hf_checkpoint(model, export_dir=out, extra_state_dict=int8_kv_scales or None)
     if int8_kv_scales:
         _declare_int8_kv(out)
-    _name_rotary_twice(out / "config.json")
+    _write_for_transformers_4(out / "config.json")
     copy_tokenizer(source, out)
     write_sparsity(out, sparse)
 
@@ -83,11 +83,10 @@ def _declare_int8_kv(out: Path) -> None:
     path.write_text(json.dumps(config, indent=4))
 
 
-def _name_rotary_twice(path: Path) -> None:
-    """Readers on transformers 4 (TensorRT-LLM, vLLM) know no `rope_parameters`, and take a base of 10000 in silence."""
+def _write_for_transformers_4(path: Path) -> None:
+    """Readers on transformers 4 (TensorRT-LLM, vLLM) take defaults in silence for what transformers 5 names anew."""
     config = json.loads(path.read_text(encoding="utf8"))
-    if "rope_parameters" in config:
-        path.write_text(json.dumps(for_transformers_4(config), indent=2) + "\n", encoding="utf8")
+    path.write_text(json.dumps(for_transformers_4(config), indent=2) + "\n", encoding="utf8")
 
 
 def copy_checkpoint(source: Path, out: Path, sparse: dict[str, Any] | None) -> None:
@@ -96,7 +95,7 @@ def copy_checkpoint(source: Path, out: Path, sparse: dict[str, Any] | None) -> N
     for path in sorted(source.iterdir()):
         if path.suffix == ".safetensors" or path.name in ("config.json", "model.safetensors.index.json"):
             shutil.copyfile(path, out / path.name)
-    _name_rotary_twice(out / "config.json")
+    _write_for_transformers_4(out / "config.json")
     copy_tokenizer(source, out)
     write_sparsity(out, sparse)
 

@@ -61,11 +61,14 @@ def complete_config(hf_config: Mapping[str, Any], trtllm_config: Mapping[str, An
 def for_transformers_4(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """A Hugging Face `config.json` that transformers 4 reads rightly too, which TensorRT-LLM 1.0 to 1.2 pins.
 
-    It knows no `rope_parameters` and takes base 10000 and no scaling in silence. transformers 5 reads either form.
+    It knows no `rope_parameters` and takes base 10000 and no scaling in silence. Below 4.56 it knows no `dtype` and
+    leaves the model without one, which TensorRT-LLM hands to its layers. transformers 5 reads either form.
     """
     base, scaling = rotary(hf_config)
     scaling = {key: value for key, value in scaling.items() if key != "type"} if scaling else None
-    return {**hf_config, "rope_theta": base, "rope_scaling": scaling}
+    dtype = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    dtypes = {"dtype": dtype, "torch_dtype": dtype} if dtype else {}
+    return {**hf_config, "rope_theta": base, "rope_scaling": scaling, **dtypes}
 
 
 def rotary(hf_config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,13 +20,16 @@ MODEL_CLASS = "TwofourForCausalLM"
 
 
 def build_rank(checkpoint: Path, engine: Path, rank: int) -> None:
-    """Loads the rank's weights, builds with TensorRT-LLM, and saves."""
+    """Loads the rank's weights, builds with TensorRT-LLM, and saves.
+
+    The log level is set in the environment, which TensorRT-LLM reads when it is imported: a level that is there already
+    would win over the logger's own `set_level`, and below verbose TensorRT 10 drops the sparsity lines.
+    """
+    os.environ["TLLM_LOG_LEVEL"] = "verbose"
     from tensorrt_llm.builder import BuildConfig, build
-    from tensorrt_llm.logger import logger
     from tensorrt_llm.models import MODEL_MAP
     from tensorrt_llm.models.modeling_utils import PretrainedConfig
 
-    logger.set_level("verbose")  # or TensorRT 10 drops the sparsity lines
     config = PretrainedConfig.from_json_file(str(checkpoint / "config.json"))
     config.set_rank(rank)
     hooks = engine / HOOKS

@@ -28,7 +28,7 @@ from tensorrt_llm.quantization.layers import FP8Linear, FP8RowLinear, Int8Smooth
 from tensorrt_llm.quantization.quantize import quantize_layers
 
 from plugins.common.errors import UserError
-from plugins.tensorrt_llm.pp_names import local_name
+from plugins.tensorrt_llm.layer_names import local_name
 
 PLUGIN = ("TwofourGemm", "1", "twofour")  # name, version, namespace
 TYPES = {"float16": 0, "bfloat16": 1, "int8": 2, "fp8": 3}  # twofour_type

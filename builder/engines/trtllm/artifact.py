@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,8 @@ from builder.artifacts.filesystem import write_json
 from builder.checkpoint import digest
 from builder.engines.base import EngineConfig
 from builder.hardware import machine
-from calibration.data import tokenizer_files
 
 KV_CACHE_FRACTION = 0.9  # of the memory left after loading; TensorRT-LLM's own default, written so that it is seen
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Carries the tokenizer along: trtllm-serve finds no other in an engine directory.
-
-    The class that transformers 5 names is unknown to transformers 4, which TensorRT-LLM 1.0 to 1.2 pins: both know the
-    other name that it has.
-    """
-    tokenizer_files.copy_tokenizer(source, out)
-    path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def weight_bytes(checkpoint: Path) -> int:
@@ -44,8 +29,12 @@ def write_facts(
     checkpoint: Path,
     config: EngineConfig,
     remarks: Sequence[str],
+    reuse: bool = True,
 ) -> None:
-    """Writes `engine.json`: what this engine is. `remarks` are for the reader of a build's report."""
+    """Writes `engine.json`: what this engine is. `remarks` are for the reader of a build's report.
+
+    `reuse` is whether the engine can use blocks of its KV cache again at all.
+    """
     write_json(
         out / "engine.json",
         {
@@ -60,6 +49,7 @@ def write_facts(
             "tensor_parallel": config.tensor_parallel,
             "pipeline_parallel": config.pipeline_parallel,
             "chunked_prefill": config.chunked_prefill,
+            "kv_cache_block_reuse": config.kv_cache_block_reuse and reuse,
             "remarks": list(remarks),
         },
     )

@@ -85,7 +85,7 @@ def build_command(
         elif value is not False:
             command += [f"--{key}", str(value)]
     world = config.tensor_parallel * config.pipeline_parallel
-    return [*command, "--workers", str(world), "--log_level", "verbose"]  # or TensorRT 10 drops the sparsity lines
+    return [*command, "--workers", str(world), "--log_level", "verbose"]
 
 
 def _choice(value: bool | str | None) -> str:

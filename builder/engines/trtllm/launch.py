@@ -71,7 +71,7 @@ shift
 {command}
 """
 
-_TRITON_ALONE = 'exec tritonserver --model-repository="$repository" "$@"'
+_TRITON_ALONE = 'exec tritonserver --model-repository="$repository"{options} "$@"'
 
 # As NVIDIA's launch_triton_server.py does. The C++ backend wants a server a rank, of which the first answers; the
 # others load the engine's model alone, and Python's shared memory goes by another name in each.
@@ -145,6 +145,6 @@ def shell(command: Sequence[str]) -> str:
 
 def _triton(ranks: int, backend: str) -> str:
     """How tritonserver is started for so many ranks of a backend."""
-    if ranks == 1:
-        return _TRITON_ALONE
+    if ranks == 1:  # the LLM API's model is completed from its model.yaml; NVIDIA's script keeps that off for the other
+        return _TRITON_ALONE.format(options=" --disable-auto-complete-config" if backend == "tensorrt" else "")
     return (_TRITON_CPP if backend == "tensorrt" else _TRITON_LLM).format(ranks=ranks)

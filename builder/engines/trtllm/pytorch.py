@@ -2,7 +2,7 @@
 
     engine/
       config.json  model*.safetensors  hf_quant_config.json  tokenizer files     the unified checkpoint, linked
-      twofour_sparse/{__init__.py, layers.json}      the model again, with sparse layers (`--custom_module_dirs`)
+      twofour_sparse/                                the model again, with sparse layers (trtllm/sparse_package.py)
       llm_args.yaml  launch/                         how to serve it
       engine.json  lock.json  sparsity.json
 
@@ -11,6 +11,7 @@ A dense checkpoint has no twofour_sparse/: TensorRT-LLM serves it alone.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,41 +21,20 @@ from typing import Any
 from builder.artifacts.filesystem import write_json
 from builder.checkpoint import Checkpoint, read
 from builder.engines.base import EngineConfig
-from builder.engines.trtllm import artifact, launch, version_lock
+from builder.engines.trtllm import artifact, launch, sparse_package, version_lock
 from builder.hardware.nvidia_smi import gpus
 from builder.planning import compatibility
+from calibration.data.tokenizer_files import copy_tokenizer
 from calibration.quantization.trtllm_config import for_transformers_4
 from plugins.common.errors import UserError
+from plugins.tensorrt_llm import releases
+from plugins.tensorrt_llm.layer_names import FUSED
 
-MODULE = "twofour_sparse"
-MODEL_MODULE = {  # architecture -> module of tensorrt_llm._torch.models that defines it
-    "LlamaForCausalLM": "modeling_llama",
-    "MistralForCausalLM": "modeling_mistral",
-    "Qwen2ForCausalLM": "modeling_qwen",
-    "Qwen3ForCausalLM": "modeling_qwen3",
-}
-
+EIGHT_BIT = ("fp8", "int8")
 _UNMEASURED = (
     "the sparse kernels were not timed: the skinny one takes few tokens, cuSPARSELt more; TensorRT-LLM's log says how "
     "many layers run on them when it loads the engine"
 )
-
-# The class must be defined here, under this package's name: workers import the class by where it is defined.
-_INIT_PY = '''\
-"""{architecture} once more, with this engine's 2:4 layers on sparse kernels. TensorRT-LLM imports this package."""
-
-from pathlib import Path
-
-from tensorrt_llm._torch.models import {module}
-from tensorrt_llm._torch.models.modeling_utils import register_auto_model
-
-from plugins.tensorrt_llm.pytorch_backend import SparseLinears
-
-
-@register_auto_model("{architecture}")
-class {architecture}(SparseLinears, {module}.{architecture}):
-    layers_file = Path(__file__).with_name("layers.json")
-'''
 
 
 def build(
@@ -75,16 +55,19 @@ def build(
     for path in sorted(checkpoint.iterdir()):
         if path.suffix == ".safetensors":
             _link(path, out / path.name)
-        elif path.name in ("hf_quant_config.json", "model.safetensors.index.json", "sparsity.json"):
+        elif path.name in ("model.safetensors.index.json", "sparsity.json"):
             shutil.copyfile(path, out / path.name)
-    write_json(out / "config.json", for_transformers_4(found.config))
-    artifact.copy_tokenizer(checkpoint, out)
+    _write_configs(found, out)
+    copy_tokenizer(checkpoint, out)
     if found.sparse_layers:
-        _write_module(out / MODULE, found, tactics)
+        sparse_package.write(out, found, tactics)
     if tactics is not None:
         write_json(out / "tactics.json", tactics)
     artifact.write_llm_args(out, config, "pytorch", found.kv_cache)
     remarks = [_UNMEASURED] if found.sparse_layers and (tactics is None or tactics["source"] != "measured") else []
+    version = version_lock.installed("tensorrt_llm")
+    if version is not None and releases.is_newer(version):
+        remarks.append(releases.caution(version))
     artifact.write_facts(out, "pytorch", found.format, found.kv_cache, checkpoint, config, remarks)
     here = version_lock.current("pytorch")
     version_lock.write(out, here)
@@ -113,26 +96,54 @@ def _check(found: Checkpoint, config: EngineConfig) -> None:
     compatibility.check_mapping(*sizes, config.tensor_parallel, config.pipeline_parallel, "pytorch").require()
 
 
-def _write_module(directory: Path, found: Checkpoint, tactics: Mapping[str, Any] | None) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    architecture = found.architecture.name
-    page = _INIT_PY.format(architecture=architecture, module=MODEL_MODULE[architecture])
-    (directory / "__init__.py").write_text(page, encoding="utf8")
-    layers = {name: _choices(tactics, name) for name in found.sparse_layers}
-    write_json(directory / "layers.json", {"layers": layers})
+def _write_configs(found: Checkpoint, out: Path) -> None:
+    """config.json and hf_quant_config.json, for every release's transformers and for what 1.0 looks for."""
+    config = for_transformers_4(found.config)
+    path = found.directory / "hf_quant_config.json"
+    declared = json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
+    if fused := excluded_fused_layers(found):
+        for section, key in (
+            (config["quantization_config"], "ignore"),
+            (declared and declared["quantization"], "exclude_modules"),
+        ):
+            if section:
+                section[key] = [*(section.get(key) or []), *fused]
+    write_json(out / "config.json", config)
+    if declared is not None:
+        write_json(out / path.name, declared)
 
 
-def _choices(tactics: Mapping[str, Any] | None, layer: str) -> list[tuple[int, str]] | None:
-    """(tokens, kernel) of a layer that was measured; None where nothing was."""
-    if tactics is None or tactics["source"] != "measured" or layer not in tactics["layers"]:
-        return None
-    return [(bucket["tokens"], bucket["kernel"]) for bucket in tactics["layers"][layer]["buckets"]] or None
+def excluded_fused_layers(found: Checkpoint) -> list[str]:
+    """TensorRT-LLM's names of fused layers that quantization leaves alone: 1.0 looks for no others.
+
+    Raises UserError where only some parts are quantized: a fused layer has one number format.
+    """
+    if found.format not in EIGHT_BIT:
+        return []
+    formats = {layer.name: layer.format for layer in found.layers()}
+    fused = []
+    for last, parts in FUSED.items():
+        for block in sorted({name.rpartition(".")[0] for name in formats if name.endswith(f".{parts[0]}")}):
+            kinds = {part: formats.get(f"{block}.{part}") for part in parts}
+            if len(set(kinds.values())) > 1:
+                listing = ", ".join(f"{part} {kind}" for part, kind in kinds.items())
+                raise UserError(
+                    f"'{block}' has {listing}, and TensorRT-LLM fuses them into one {last}: "
+                    "exclude all of them from quantization, or none"
+                )
+            if not set(kinds.values()) & set(EIGHT_BIT):
+                fused.append(f"{block}.{last}")
+    return fused
 
 
 def _serve(config: EngineConfig, sparse: bool) -> list[str]:
-    words = ["trtllm-serve", "$engine", "--backend", "pytorch"]
+    words = [
+        *(("python3", "-m", sparse_package.NAME) if sparse else ("trtllm-serve",)),
+        "$engine",
+        "--backend",
+        "pytorch",
+    ]
     words += ["--tp_size", str(config.tensor_parallel), "--pp_size", str(config.pipeline_parallel)]
-    words += ["--custom_module_dirs", f"$engine/{MODULE}"] if sparse else []
     return [*words, "--extra_llm_api_options", "$engine/llm_args.yaml"]
 
 

@@ -21,8 +21,8 @@ from builder.hardware.nvidia_smi import gpus
 from plugins.autotune import tactics
 from plugins.tensorrt_llm import inspector
 from plugins.tensorrt_llm.inspector import SparseTactic
+from plugins.tensorrt_llm.layer_names import local_name
 from plugins.tensorrt_llm.log import SparsityLog, Status, parse
-from plugins.tensorrt_llm.pp_names import local_name
 
 FILE = "sparsity_log.json"
 REASONS: dict[Status, str] = {

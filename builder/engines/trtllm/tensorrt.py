@@ -37,8 +37,10 @@ from builder.engines.trtllm.build_config import HOOKS, MODEL_CLASS, build_comman
 from builder.engines.trtllm.checkpoint import TrtllmCheckpoint
 from builder.hardware.nvidia_smi import gpus
 from builder.planning import compatibility
+from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
 from plugins.libtwofour import bindings
+from plugins.tensorrt_llm import releases
 from plugins.tensorrt_llm.log import Status
 
 __all__ = ["build", "build_command", "build_config", "prepare", "routes"]
@@ -65,6 +67,7 @@ _BUILD_SH = """\
 set -euo pipefail
 source "$(dirname "${{BASH_SOURCE[0]}}")/launch/env.sh"
 checkpoint=${{CHECKPOINT:-$engine/../checkpoint-trtllm}}
+export TLLM_LOG_LEVEL=verbose  # over the environment's: without it TensorRT 10 drops the sparsity lines
 export PYTHONPATH="$engine/{hooks}${{PYTHONPATH:+:$PYTHONPATH}}"  # its workers import the model class from there
 {command}
 """
@@ -123,7 +126,8 @@ def build(
         _build_ranks(found, out, config, chosen, tokenizer, plugin, progress)
     version_lock.write(out, version_lock.current("tensorrt", plugin if "plugin" in chosen.values() else None))
     remarks = [*sparsity_report.remarks(out), *_remarks(found, config, timed=bool(ratios))]
-    artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config, remarks)
+    reuse = pages_context(found)
+    artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config, remarks, reuse)
 
 
 def _remarks(found: TrtllmCheckpoint, config: EngineConfig, timed: bool) -> list[str]:
@@ -148,15 +152,13 @@ def _prepare(
         write_json(out / HOOKS / "routes.json", {"layers": chosen})
         shutil.copyfile(found.directory / "sparsity.json", out / "sparsity.json")
     write_json(out / "build_config.json", settings)
-    artifact.copy_tokenizer(tokenizer or _tokenizer(found.directory), out)
+    copy_tokenizer(tokenizer or _tokenizer(found.directory), out)
     artifact.write_llm_args(out, config, "tensorrt", found.kv_cache, reuse=pages_context(found))
     preload = "plugin" in chosen.values()
-    launch.write(
-        out, config, _serve(config), version_lock.SUPPORTED_CONTAINER, "tensorrt", modules=False, preload=preload
-    )
+    launch.write(out, config, _serve(config), releases.CONTAINER, "tensorrt", modules=False, preload=preload)
     by_hand = build_command(PurePath("$checkpoint"), PurePath("$engine"), config, bool(chosen), settings)
     script = out / "build.sh"
-    page = _BUILD_SH.format(container=version_lock.SUPPORTED_CONTAINER, hooks=HOOKS, command=launch.shell(by_hand))
+    page = _BUILD_SH.format(container=releases.CONTAINER, hooks=HOOKS, command=launch.shell(by_hand))
     script.write_text(page, encoding="utf8")
     script.chmod(0o755)
     return build_command(found.directory, out, config, bool(chosen), settings)
@@ -221,7 +223,7 @@ def _require_machine(found: TrtllmCheckpoint, config: EngineConfig) -> None:
     if version_lock.installed("tensorrt_llm") is None:
         raise UserError(
             "engine.backend=tensorrt needs the package tensorrt_llm, which is not installed: run 'twofour engine' "
-            f"in the container {version_lock.SUPPORTED_CONTAINER}, or use engine.backend=torch"
+            f"in the container {releases.CONTAINER}, or use engine.backend=torch"
         )
     if not gpus():
         raise UserError(
@@ -260,6 +262,7 @@ def _rank_environment(out: Path, rank: int, preload: Path | None) -> dict[str, s
 
 
 def _serve(config: EngineConfig) -> list[str]:
-    words = ["trtllm-serve", "$engine", "--backend", "tensorrt", "--tokenizer", "$engine"]
+    # "trt" is the name that every release takes: 1.0 knows no other, and the later "tensorrt" has it as an alias
+    words = ["trtllm-serve", "$engine", "--backend", "trt", "--tokenizer", "$engine"]
     words += ["--tp_size", str(config.tensor_parallel), "--pp_size", str(config.pipeline_parallel)]
     return [*words, "--extra_llm_api_options", "$engine/llm_args.yaml"]

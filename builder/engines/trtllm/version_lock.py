@@ -19,11 +19,10 @@ from typing import Any
 from builder.engines.trtllm.launch import PLUGIN_LIBRARY
 from builder.hardware.nvidia_smi import gpus
 from plugins.common.errors import UserError
+from plugins.tensorrt_llm import releases
 
 FILE = "lock.json"
 CUDA_TOOLKIT = Path("/usr/local/cuda/version.json")  # where NVIDIA's images have CUDA, and no wheel of it
-CONTAINER = "nvcr.io/nvidia/tensorrt-llm/release"
-SUPPORTED_CONTAINER = f"{CONTAINER}:1.2.1"  # the last stable release that builds TensorRT engines
 
 # What must be the same when the engine runs. The PyTorch backend compiles nothing for one GPU and reads plain weights.
 BINDING = {
@@ -52,7 +51,7 @@ class Lock:
     gpu: str | None = None
     driver: str | None = None
     plugin_sha256: str | None = None
-    container: str = SUPPORTED_CONTAINER
+    container: str = releases.CONTAINER
 
 
 def current(backend: str, plugin: Path | None = None) -> Lock:
@@ -68,7 +67,7 @@ def current(backend: str, plugin: Path | None = None) -> Lock:
         gpu=device.name if device else None,
         driver=device.driver if device else None,
         plugin_sha256=hashlib.sha256(plugin.read_bytes()).hexdigest() if plugin else None,
-        container=f"{CONTAINER}:{tensorrt_llm.partition('+')[0]}" if tensorrt_llm else SUPPORTED_CONTAINER,
+        container=f"{releases.IMAGE}:{tensorrt_llm.partition('+')[0]}" if tensorrt_llm else releases.CONTAINER,
     )
 
 

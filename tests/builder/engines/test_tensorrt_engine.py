@@ -14,6 +14,7 @@ from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from builder.engines.trtllm import gpu_memory, sparsity_report, tensorrt, version_lock
 from builder.hardware.nvidia_smi import Gpu
 from plugins.common.errors import UserError
+from plugins.tensorrt_llm import releases
 from plugins.tensorrt_llm.inspector import SparseTactic
 from plugins.tensorrt_llm.log import parse
 from tests.support.stand_in_checkpoint import LAYERS, write_checkpoint
@@ -206,7 +207,7 @@ def test_build_without_tensorrt_llm_says_what_is_missing_in_one_line(tmp_path, m
     assert str(refused.value).startswith(
         "engine.backend=tensorrt needs the package tensorrt_llm, which is not installed"
     )
-    assert version_lock.SUPPORTED_CONTAINER in str(refused.value)
+    assert releases.CONTAINER in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
