@@ -37,7 +37,7 @@ def test_every_combination_has_one_answer_and_each_refusal_says_what_to_use():
         ({"format": "int8", "sparse": False, "backend": "pytorch", "sm": 90}, "no INT8 W8A8 linear layer"),
         ({"format": "int8", "sparse": True, "backend": "pytorch"}, "no INT8 W8A8 linear layer"),
         ({"format": "int8", "sparse": False, "backend": "tensorrt", "sm": 100}, "SmoothQuant INT8 on SM100"),
-        ({"format": "int8", "sparse": False, "backend": "tensorrt", "sm": 120}, "SmoothQuant INT8 on SM100"),
+        ({"format": "int8", "sparse": False, "backend": "tensorrt", "sm": 119}, "SmoothQuant INT8 on SM100"),
         ({"format": "fp8", "sparse": False, "backend": "pytorch", "sm": 86}, "FP8 tensor cores"),
         ({"format": "fp8", "sparse": False, "backend": "torch", "sm": 80}, "FP8 tensor cores"),
         ({"format": "bf16", "sparse": True, "backend": "torch", "sm": 75}, "sparse tensor cores"),

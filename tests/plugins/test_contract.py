@@ -1,25 +1,27 @@
 """Every field, flag and key that we hand to TensorRT-LLM is one that it has, by tests/data/tensorrt_llm.json.
 
-The package itself cannot be installed here. The file was read from its public sources of 1.1 to 1.3rc; what it marks
-with `since` is not in every release, and we emit none of it.
+The package itself cannot be installed here. The file was read from its public sources, release by release: what has
+`since` or `until` is not in every release, and is emitted only for those that have it.
 """
 
 import ast
 import itertools
-import json
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from builder.deploy.config import DeployConfig
+from builder.deploy.trtllm_repository import holes
 from builder.engines.base import EngineConfig
-from builder.engines.trtllm import artifact, pytorch, tensorrt
+from builder.engines.trtllm import artifact, launch, pytorch, tensorrt
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from calibration.quantization.trtllm_config import complete_config
+from tests.support.contract import RELEASES, SECTIONS, facts, source
 from tests.support.stand_in_checkpoint import CONFIG, LAYERS, write_checkpoint
 
-CONTRACT = json.loads((Path(__file__).parents[1] / "data" / "tensorrt_llm.json").read_text())
 TYPES = {"int": int, "bool": bool, "str": str, "float": (int, float)}
 LLAMA_KEYS = {"mlp_bias", "attn_bias", "rotary_base", "rotary_scaling"}  # of LLaMAConfig and QWenConfig
 QWEN_KEYS = {"qwen_type", "seq_length"}
@@ -51,10 +53,9 @@ def test_build_config_fields_and_values_are_in_the_contract(tmp_path):
     for checkpoint, config, routes in everything_buildable(tmp_path):
         settings = tensorrt.build_config(trtllm_checkpoint.read(checkpoint), config, routes)
         plugin_config = settings.pop("plugin_config")
-        for fields, known in ((settings, CONTRACT["BuildConfig"]), (plugin_config, CONTRACT["PluginConfig"])):
+        for fields, known in ((settings, facts("BuildConfig")), (plugin_config, facts("PluginConfig"))):
             for name, value in fields.items():
                 assert name in known
-                assert "since" not in known[name]
                 assert matches(value, known[name]["type"]), (name, value, known[name]["type"])
                 assert value in known[name].get("choices", [value])
 
@@ -65,10 +66,10 @@ def test_every_flag_of_the_build_command_is_in_the_contract(tmp_path):
         ratios = {layer: 2.0 for layer, route in routes.items() if route == "plugin"}
         command = tensorrt.prepare(checkpoint, out, config, ratios=ratios)
         assert command[0] == "trtllm-build"
-        check_flags(command, CONTRACT["trtllm-build"], set(CONTRACT["trtllm-build_store_true"]))
+        check_flags(command, facts("trtllm-build"), switches("trtllm-build"))
         gemm = command[command.index("--gemm_plugin") + 1]
-        assert gemm in CONTRACT["trtllm-build_gemm_plugin_choices"]
-        features = [f"--{name}" for name, field in CONTRACT["PluginConfig"].items() if field["type"] == "bool"]
+        assert gemm in facts("trtllm-build")["--gemm_plugin"]["choices"]
+        features = [f"--{name}" for name, field in facts("PluginConfig").items() if field["type"] == "bool"]
         assert all(command[command.index(f) + 1] in ("enable", "disable") for f in features if f in command)
 
 
@@ -88,21 +89,19 @@ def test_gemm_plugin_is_off_wherever_native_sparse_tactics_are_wanted(tmp_path):
         assert settings["weight_sparsity"] == ("native" in routes.values())
         if "native" in routes.values():
             hiding = ("gemm_plugin", "low_latency_gemm_plugin", "gemm_swiglu_plugin", "manage_weights")
-            defaults = {name: CONTRACT["PluginConfig"][name]["default"] for name in hiding}
+            defaults = {name: facts("PluginConfig")[name]["default"] for name in hiding}
             assert not any((defaults | settings["plugin_config"])[name] for name in hiding)
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "pytorch"])
 def test_llm_args_keys_are_in_the_contract(backend):
-    known = CONTRACT["BaseLlmArgs"] | CONTRACT["TorchLlmArgs" if backend == "pytorch" else "TrtLlmArgs"]
+    known = facts("BaseLlmArgs") | facts("TorchLlmArgs" if backend == "pytorch" else "TrtLlmArgs")
     for graphs, cache, chunked in itertools.product((True, False), ("none", "fp8"), (True, False)):
         config = EngineConfig(cuda_graphs=graphs, chunked_prefill=chunked, tensor_parallel=2)
         args = artifact.llm_args(config, backend, cache)
-        for name, field in ((name, known[name]) for name in args):
-            assert "since" not in field, name
+        assert set(args) <= set(known)
         for name, value in args["kv_cache_config"].items():
-            assert "since" not in CONTRACT["KvCacheConfig"][name]
-            assert matches(value, CONTRACT["KvCacheConfig"][name]["type"])
+            assert matches(value, facts("KvCacheConfig")[name]["type"])
         if backend == "tensorrt":
             assert "dtype" not in args["kv_cache_config"]  # must be "auto" there
             assert "cuda_graph_config" not in args
@@ -118,40 +117,65 @@ def test_recipe_keys_reach_llm_args():
     assert "cuda_graph_config" not in artifact.llm_args(EngineConfig(), "pytorch", "none")
 
 
+def switches(section: str) -> set[str]:
+    return {name for name, fact in facts(section).items() if fact.get("switch")}
+
+
 def serve_words(script: Path) -> list[str]:
-    """The words of trtllm-serve's command in a launch script."""
+    """The words after the program in the command that a launch script ends with."""
     text = script.read_text().replace("\\\n", " ")
-    line = next(line for line in text.splitlines() if "trtllm-serve" in line and not line.startswith("#"))
+    line = next(line for line in text.splitlines() if "$engine" in line.lower() and "--backend" in line)
     words = shlex.split(line.replace("exec ", "", 1).split("trtllm-llmapi-launch")[-1].strip().rstrip("'"))
-    return [word for word in words[words.index("trtllm-serve") + 1 :] if word != "$@"]
+    program = 3 if words[0] == "python3" else 1
+    return [word for word in words[program:] if word != "$@"]
 
 
-def test_serve_flags_are_in_the_contract(tmp_path):
-    unverified = {"--custom_tokenizer", "--revision", "--config", "--grpc"}
-    known = set(CONTRACT["trtllm-serve"]) - unverified
-    checkpoint = write_checkpoint(tmp_path / "trtllm")
-    tensorrt.prepare(checkpoint, tmp_path / "engine", EngineConfig(backend="tensorrt"))
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("backend", ["tensorrt", "pytorch"])
+def test_serve_flags_are_in_the_contract(tmp_path, backend, sparse, release):
+    if backend == "tensorrt" and release not in ("1.0", "1.1", "1.2"):
+        pytest.skip("the release builds no TensorRT engine that twofour supports")
+    config = EngineConfig(backend=backend, tensor_parallel=2)
+    command = tensorrt._serve(config) if backend == "tensorrt" else pytorch._serve(config, sparse)
+    launch.write(tmp_path, config, command, "image", backend, modules=sparse, preload=False)
     for script in ("serve.sh", "slurm.sh"):
-        model, *words = serve_words(tmp_path / "engine" / "launch" / script)
-        assert model.endswith(("$engine", "$ENGINE"))
-        check_flags(words, known)
-        assert words[words.index("--backend") + 1] in CONTRACT["trtllm-serve_notes"]["--backend"]
+        model, *words = serve_words(tmp_path / "launch" / script)
+        assert model in ("$engine", "$ENGINE")
+        known = facts("trtllm-serve", release)
+        at = words.index("--backend")
+        assert f"--backend {words[at + 1]}" in known
+        check_flags(words[:at] + words[at + 2 :], known)
 
 
-def test_serve_flags_of_a_pytorch_engine_are_in_the_contract():
-    known = set(CONTRACT["trtllm-serve"])
-    for sparse in (True, False):
-        model, *words = pytorch._serve(EngineConfig(tensor_parallel=2), sparse)[1:]
-        assert model == "$engine"
-        check_flags(words, known)
-        assert ("--custom_module_dirs" in words) == sparse
+def test_nothing_that_slurms_launcher_would_split_is_quoted(tmp_path):
+    """Until 2026 trtllm-llmapi-launch ran its arguments without quotes: `python3 -c '...'` would break there."""
+    launch.write(tmp_path, EngineConfig(), pytorch._serve(EngineConfig(), True), "image", "pytorch", True, False)
+    assert (
+        "trtllm-llmapi-launch python3 -m twofour_sparse $ENGINE --backend" in (tmp_path / "launch/slurm.sh").read_text()
+    )
+
+
+def test_every_fact_has_a_source():
+    for section, whole in SECTIONS.items():
+        for name, fact in whole["facts"].items():
+            where = source(section, name)
+            assert re.fullmatch(r"[\w.-]+/[\w.-]+", where["repo"]), (section, name)
+            assert re.fullmatch(r"[0-9a-f]{40}", where["commit"]), (section, name)
+            assert where["path"], (section, name)
+            assert {fact.get("since", RELEASES[0]), fact.get("until", RELEASES[0])} <= set(RELEASES), (section, name)
+
+
+def test_every_hole_of_the_inflight_batcher_that_is_filled_is_one():
+    values = holes({"max_batch_size": 8}, True, DeployConfig())
+    assert set(values) <= set(facts("inflight_batcher_llm"))
 
 
 def test_the_stand_ins_quant_config_is_the_contracts():
     source = (Path(__file__).parents[1] / "stand_in/tensorrt_llm/models/modeling_utils.py").read_text()
     (section,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "QuantConfig"]
     fields = {node.target.id for node in section.body if isinstance(node, ast.AnnAssign)}
-    assert fields == {name for name, field in CONTRACT["QuantConfig"].items() if "since" not in field}
+    assert fields == set(facts("QuantConfig"))
 
 
 def test_completed_checkpoint_config_has_only_keys_that_the_model_config_reads():
@@ -162,14 +186,14 @@ def test_completed_checkpoint_config_has_only_keys_that_the_model_config_reads()
 
 
 def test_quantization_keys_that_we_let_through_are_quant_configs():
-    known = {name for name, field in CONTRACT["QuantConfig"].items() if "since" not in field}
+    known = set(facts("QuantConfig"))
     assert known == trtllm_checkpoint.QUANTIZATION_KEYS
-    assert {name for name in trtllm_checkpoint.FORMATS if name} <= set(CONTRACT["QuantAlgo"])
-    assert {name for name in trtllm_checkpoint.KV_CACHES if name} <= set(CONTRACT["KV_CACHE_QUANT_ALGO_LIST"])
+    assert {name for name in trtllm_checkpoint.FORMATS if name} <= set(facts("QuantAlgo"))
+    assert {name for name in trtllm_checkpoint.KV_CACHES if name} <= set(facts("KV_CACHE_QUANT_ALGO_LIST"))
 
 
 def test_required_keys_are_those_without_a_default():
-    needed = {name for name, field in CONTRACT["PretrainedConfig"].items() if field["default"] == "<required>"}
+    needed = {name for name, field in facts("PretrainedConfig").items() if field["default"] == "<required>"}
     assert needed <= set(trtllm_checkpoint.REQUIRED)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pytorch_backend import LINEARS, MODEL, ROOT, STAND_IN, prune, token_ids
+from test_pytorch_backend import LINEARS, MODEL, ROOT, prune, token_ids
 
 from builder import checkpoint
 from builder.engines.base import EngineConfig
@@ -28,6 +28,7 @@ from builder.hardware.nvidia_smi import Gpu
 from plugins.autotune import tactics
 from plugins.common.errors import UserError
 from plugins.tensorrt_llm import inspector
+from tests.support.stand_ins import STAND_IN
 
 FORMATS = ("none", "fp8", "int8")
 RANKS = 2
@@ -206,6 +207,16 @@ def test_build_runs_every_rank_and_says_what_was_picked(exports, tmp_path, with_
     assert (engine / "tokenizer.json").is_file()  # from the unified checkpoint beside it
 
 
+def test_the_proof_does_not_hang_on_the_environments_log_level(exports, tmp_path, with_stand_in, monkeypatch):
+    monkeypatch.setenv("TLLM_LOG_LEVEL", "ERROR")  # a level from the environment wins over the logger's set_level
+    tensorrt.build(exports["fp8"] / "trtllm", tmp_path / "engine", CONFIG)
+    assert {layer["status"] for layer in layers_of(tmp_path / "engine").values()} == {"picked"}
+
+
+def layers_of(engine: Path) -> dict:
+    return json.loads((engine / "sparsity_log.json").read_text())["layers"]
+
+
 def test_layers_on_our_plugin_are_hidden_from_tensorrt(exports, tmp_path, with_stand_in, monkeypatch):
     engine, library = tmp_path / "engine", tmp_path / "libtwofour_tensorrt.so"
     library.write_bytes(b"")
@@ -235,7 +246,7 @@ def test_pipeline_stages_take_their_own_layers(exports, tmp_path, with_stand_in)
     config = CONFIG.model_copy(update={"tensor_parallel": 1, "pipeline_parallel": 2})
     plugged = dict.fromkeys([name for name in names if name.endswith("mlp.proj")], 1.4)
     tensorrt.build(staged, engine, config, tokenizer=MODEL, ratios=plugged, plugin=library)
-    told = json.loads((engine / "sparsity_log.json").read_text())["layers"]
+    told = layers_of(engine)
     assert {name for name, layer in told.items() if layer["route"] == "plugin"} == set(plugged)
     assert {layer["status"] for layer in told.values()} == {"picked"}
 

@@ -5,7 +5,6 @@ The stand-in is imported under TensorRT-LLM's name in a process of its own, so t
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,57 +16,17 @@ from safetensors.torch import load_file, save_file
 
 from builder.engines.base import EngineConfig
 from builder.engines.torch_backend import artifact
-from builder.engines.trtllm import pytorch
+from builder.engines.trtllm import pytorch, sparse_package
 from plugins.common.errors import UserError
+from tests.support import stand_ins
+from tests.support.stand_ins import environment, job
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "docs-llama"
-STAND_IN = Path(__file__).parents[1] / "stand_in"
 WIDE = {False: "float32", True: "float64"}  # of FP8's sums: float32's noise can carry an input to the next e4m3 number
 CONFIG = EngineConfig(backend="pytorch", max_batch_size=4, max_seq_len=128)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-
-# Runs in the child: loads each engine as TensorRT-LLM's workers do, one rank a thread, and saves what came out.
-CHILD = """
-import importlib, json, sys, threading, torch
-import tensorrt_llm, plugins.tensorrt_llm  # ours must not hide theirs
-assert tensorrt_llm.__version__ == "1.2.1+standin"
-from tensorrt_llm._torch.models.modeling_llama import LlamaForCausalLM
-from tensorrt_llm._torch.models.modeling_utils import MODEL_CLASS_MAPPING
-from tensorrt_llm._torch.modules.linear import Linear
-from tensorrt_llm._torch.pyexecutor.model_loader import load_model
-from tensorrt_llm.logger import logger
-from tensorrt_llm.mapping import Group, Mapping
-
-def run(engine, module, ranks, dtype):
-    MODEL_CLASS_MAPPING["LlamaForCausalLM"] = LlamaForCausalLM
-    logger.lines.clear()
-    if module:
-        sys.modules.pop(module, None)
-        sys.path.insert(0, engine)  # what --custom_module_dirs and PYTHONPATH do
-        importlib.import_module(module)
-        sys.path.pop(0)
-    group, results = Group(ranks), [None] * ranks
-    models = [load_model(engine, Mapping(ranks, r, ranks, group=group), getattr(torch, dtype)) for r in range(ranks)]
-    def forward(rank):
-        with torch.inference_mode():
-            results[rank] = models[rank](tokens)
-    threads = [threading.Thread(target=forward, args=(rank,)) for rank in range(ranks)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert all(torch.equal(results[0], result) for result in results)
-    linears = {name: module for name, module in models[0].named_modules() if isinstance(module, Linear)}
-    return {
-        "logits": results[0],
-        "methods": {name: type(module.quant_method).__name__ for name, module in linears.items()},
-        "dense_elements": {name: module.weight.numel() for name, module in linears.items()},
-        "log": list(logger.lines),
-    }
-
-tokens = torch.load(sys.argv[1])
-torch.save([run(*job) for job in json.loads(sys.argv[2])], sys.argv[3])
-"""
 
 
 def prune(weight: torch.Tensor) -> torch.Tensor:
@@ -117,23 +76,6 @@ def write_checkpoint(out: Path, fp8: bool, sparse: bool) -> Path:
     return out
 
 
-def job(engine: Path, ranks: int = 1, dtype: str = "float32") -> list:
-    return [str(engine), pytorch.MODULE if (engine / pytorch.MODULE).is_dir() else None, ranks, dtype]
-
-
-def run_stand_in(scratch: Path, *jobs: list) -> list[dict]:
-    """Loads engines in TensorRT-LLM's stand-in, one after the other, and returns what the child saved of each."""
-    torch.save(token_ids(), scratch / "ids.pt")
-    words = [sys.executable, "-c", CHILD, scratch / "ids.pt", json.dumps(jobs), scratch / "out.pt"]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(scratch / "out.pt")
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{STAND_IN}:{ROOT}", "OMP_NUM_THREADS": "1"}
-
-
 def token_ids() -> torch.Tensor:
     return torch.randint(4096, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -168,7 +110,7 @@ def told(checkpoints, tmp_path_factory):
             engine = scratch / f"{fp8}-{sparse}-{ranks}"
             pytorch.build(checkpoint, engine, CONFIG.model_copy(update={"tensor_parallel": ranks}))
             jobs[fp8, sparse, ranks] = job(engine, ranks, WIDE[fp8])
-    return dict(zip(jobs, run_stand_in(scratch, *jobs.values()), strict=True))
+    return dict(zip(jobs, stand_ins.load(scratch, token_ids(), *jobs.values()), strict=True))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -190,8 +132,8 @@ def test_torch_engine_says_other_things_of_pruned_weights(torch_logits):
 
 def test_dense_weights_are_let_go_and_the_log_says_how_many(told):
     found = told[True, True, 1]
-    kept = {name: count for name, count in found["dense_elements"].items() if count}
-    assert list(kept) == ["lm_head"]
+    kept = {name for (rank, name), count in found["dense_elements"].items() if count}
+    assert kept == {"lm_head"}
     assert any("42 of 42 declared 2:4 layers have the sparse method" in line for line in found["log"])
 
 
@@ -204,7 +146,7 @@ def test_fused_layer_is_sparse_only_where_each_of_its_parts_is(checkpoints, tmp_
     declared["layers"].remove("model.layers.0.self_attn.k_proj")
     (checkpoint / "sparsity.json").write_text(json.dumps(declared))
     pytorch.build(checkpoint, tmp_path / "engine", CONFIG)
-    (told,) = run_stand_in(tmp_path, job(tmp_path / "engine"))
+    (told,) = stand_ins.load(tmp_path, token_ids(), job(tmp_path / "engine"))
     assert told["methods"]["model.layers.0.self_attn.qkv_proj"] == "UnquantizedLinearMethod"
     assert told["methods"]["model.layers.1.self_attn.qkv_proj"] == "SparseLinearMethod"
     assert any(
@@ -220,14 +162,14 @@ def test_weight_that_is_not_2of4_stops_the_worker_instead_of_computing_wrongly(c
     (engine / "model.safetensors").unlink()
     save_file(tensors, engine / "model.safetensors")
     with pytest.raises(AssertionError, match="row 5"):
-        run_stand_in(tmp_path, job(engine))
+        stand_ins.load(tmp_path, token_ids(), job(engine))
 
 
 def test_shard_that_cuts_a_group_is_refused_by_the_module_too():
     code = """
 from types import SimpleNamespace
 from tensorrt_llm._torch.modules.linear import UnquantizedLinearMethod
-from plugins.tensorrt_llm.pytorch_backend import give_sparse_method
+from plugins.tensorrt_llm.sparse_method import give_sparse_method
 module = SimpleNamespace(quant_method=UnquantizedLinearMethod(), in_features=6)
 give_sparse_method("model.layers.0.mlp.down_proj", module, ())
 """
@@ -248,7 +190,7 @@ importlib.import_module(sys.argv[2])
 cls = MODEL_CLASS_MAPPING["LlamaForCausalLM"]
 print(pickle.dumps(cls).hex(), cls.__module__)
 """
-    words = [sys.executable, "-c", driver, str(engine), pytorch.MODULE]
+    words = [sys.executable, "-c", driver, str(engine), sparse_package.NAME]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=True)
     pickled, module = done.stdout.split()
     worker = """
@@ -274,17 +216,17 @@ def test_engine_is_the_checkpoint_linked_with_a_module_and_launch_files(checkpoi
     facts = json.loads((engine / "engine.json").read_text())
     assert (facts["backend"], facts["format"]) == ("pytorch", "fp8")
     assert yaml.safe_load((engine / "llm_args.yaml").read_text())["max_batch_size"] == 4
-    assert f'--custom_module_dirs "$engine/{pytorch.MODULE}"' in (engine / "launch/serve.sh").read_text()
+    assert f'exec python3 -m {sparse_package.NAME} "$engine"' in (engine / "launch/serve.sh").read_text()
     assert not any(path.is_symlink() for path in engine.rglob("*"))
 
 
 def test_dense_engine_needs_no_module(checkpoints, tmp_path):
     pytorch.build(checkpoints[False, False], tmp_path / "engine", CONFIG)
-    assert not (tmp_path / "engine" / pytorch.MODULE).exists()
-    assert "--custom_module_dirs" not in (tmp_path / "engine/launch/serve.sh").read_text()
+    assert not (tmp_path / "engine" / sparse_package.NAME).exists()
+    assert 'exec trtllm-serve "$engine"' in (tmp_path / "engine/launch/serve.sh").read_text()
 
 
-def test_transformers_4_finds_the_rotary_base_and_the_tokenizer_class(checkpoints, tmp_path):
+def test_transformers_4_finds_the_rotary_base_the_dtype_and_the_tokenizer_class(checkpoints, tmp_path):
     source = tmp_path / "checkpoint"
     source.mkdir()
     for path in checkpoints[False, False].iterdir():
@@ -296,6 +238,7 @@ def test_transformers_4_finds_the_rotary_base_and_the_tokenizer_class(checkpoint
     written = json.loads((tmp_path / "engine/config.json").read_text())
     assert (written["rope_theta"], written["rope_scaling"]) == (500000.0, None)
     assert written["rope_parameters"] == config["rope_parameters"]
+    assert written["torch_dtype"] == written["dtype"] == "bfloat16"
     tokenizer = json.loads((tmp_path / "engine/tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
 
@@ -307,7 +250,7 @@ def test_measured_kernels_reach_the_module(checkpoints, tmp_path):
         tactics = {"source": source, "layers": {layer: {"buckets": buckets}}}
         engine = tmp_path / source
         pytorch.build(checkpoints[False, True], engine, CONFIG, tactics=tactics)
-        layers = json.loads((engine / pytorch.MODULE / "layers.json").read_text())["layers"]
+        layers = json.loads((engine / sparse_package.NAME / "layers.json").read_text())["layers"]
         assert layers[layer] == expected
         assert layers["model.layers.1.mlp.down_proj"] is None
         assert json.loads((engine / "tactics.json").read_text()) == tactics
@@ -336,4 +279,44 @@ def test_unknown_algorithm_of_a_newer_modelopt_is_refused(checkpoints, tmp_path)
     path = checkpoint / "config.json"
     path.write_text(path.read_text().replace('"FP8"', '"NVFP9"'))
     with pytest.raises(UserError, match="quant_algo is 'NVFP9': only NO_QUANT, FP8"):
+        pytorch.build(checkpoint, tmp_path / "engine", CONFIG)
+
+
+def leave_in_16_bit(source: Path, out: Path, names: list[str]) -> Path:
+    """The FP8 checkpoint, with layers of the first block excluded from quantization."""
+    out.mkdir()
+    for path in source.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(out / "model.safetensors")
+    for name in names:
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.bfloat16)
+        del tensors[f"{name}.weight_scale"], tensors[f"{name}.input_scale"]
+    save_file(tensors, out / "model.safetensors")
+    for file, keys in (
+        ("config.json", ("quantization_config", "ignore")),
+        ("hf_quant_config.json", ("quantization", "exclude_modules")),
+    ):
+        content = json.loads((out / file).read_text())
+        content[keys[0]][keys[1]] += names
+        (out / file).write_text(json.dumps(content))
+    return out
+
+
+@pytest.mark.parametrize("release", ["1.0", "main"])
+def test_excluded_projections_are_excluded_as_the_fused_layer_that_they_become(checkpoints, tmp_path, release):
+    """1.0 looks for `qkv_proj` among the excluded names, later releases for its parts too."""
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    checkpoint = leave_in_16_bit(checkpoints[True, True], tmp_path / "checkpoint", names)
+    pytorch.build(checkpoint, tmp_path / "engine", CONFIG)
+    (result,) = stand_ins.load(tmp_path, token_ids(), job(tmp_path / "engine"), release=release)
+    assert result["methods"]["model.layers.0.self_attn.qkv_proj"] == "SparseLinearMethod"
+    assert result["methods"]["model.layers.1.self_attn.qkv_proj"] == "SparseFP8LinearMethod"
+
+
+def test_some_parts_of_a_fused_layer_cannot_be_excluded(checkpoints, tmp_path):
+    names = ["model.layers.0.self_attn.q_proj"]
+    checkpoint = leave_in_16_bit(checkpoints[True, True], tmp_path / "checkpoint", names)
+    with pytest.raises(
+        UserError, match=r"q_proj bf16, k_proj fp8, v_proj fp8, and TensorRT-LLM fuses them into one qkv"
+    ):
         pytorch.build(checkpoint, tmp_path / "engine", CONFIG)

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_contract import CONTRACT, check_flags
+from test_contract import check_flags, switches
 
 from builder.engines.trtllm import sparsity_report, tensorrt, version_lock
 from builder.hardware.nvidia_smi import Gpu
 from tests.support.command import done, nothing_left, refused, twofour
+from tests.support.contract import facts
 from tests.support.models import change_config, cut_llama, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def test_the_build_command_is_left_ready_to_run_and_every_flag_is_in_the_contrac
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ran = subprocess.run([built / "engine/build.sh"], capture_output=True, text=True, env=environment, check=True)
     words = ran.stdout.splitlines()
-    check_flags(words, CONTRACT["trtllm-build"], set(CONTRACT["trtllm-build_store_true"]))
+    check_flags(words, facts("trtllm-build"), switches("trtllm-build"))
     given = dict(itertools.pairwise(words))
     assert Path(given["--checkpoint_dir"]).samefile(built / "checkpoint-trtllm")
     assert Path(given["--model_cls_file"]).samefile(built / "engine/hooks/models.py")

@@ -30,10 +30,11 @@ def engine_dir(tmp_path: Path) -> Path:
 def trtllm(engine_dir: Path) -> Callable[..., Path]:
     """Deploys an engine of one of TensorRT-LLM's backends and runs what was written, as in NVIDIA's container."""
 
-    def deploy(backend: str, **options: Any) -> Path:
-        facts = {"backend": backend, "max_batch_size": 8, "chunked_prefill": True}
+    def deploy(backend: str, reuse: bool = True, **options: Any) -> Path:
+        facts = {"backend": backend, "max_batch_size": 8, "chunked_prefill": True, "kv_cache_block_reuse": reuse}
         (engine_dir / "engine.json").write_text(json.dumps(facts))
-        (engine_dir / "llm_args.yaml").write_text("max_batch_size: 8\n")
+        settings = {"max_batch_size": 8, "kv_cache_config": {"enable_block_reuse": reuse}}
+        (engine_dir / "llm_args.yaml").write_text(yaml.safe_dump(settings))
         write_repository(engine_dir, engine_dir.parent / "triton", DeployConfig(**options))
         moved = engine_dir.parent.with_name("moved")
         engine_dir.parent.rename(moved)
@@ -66,9 +67,23 @@ def test_the_llm_api_model_loads_the_engine_with_its_settings(trtllm: Callable[.
         "model": str(repository.parents[1] / "engine"),
         "backend": "pytorch",
         "max_batch_size": 8,
+        "kv_cache_config": {"enable_block_reuse": True},
         "triton_config": {"max_batch_size": 0, "decoupled": True},
     }
     assert (model / "model.py").read_text() == (CONTAINER / "llmapi" / "tensorrt_llm" / "1" / "model.py").read_text()
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_block_reuse_is_the_recipes_in_both_layouts(trtllm: Callable[..., Path], reuse: bool) -> None:
+    """An open hole is not the same: the C++ backend takes it for true."""
+    config = (trtllm("tensorrt", reuse) / "tensorrt_llm" / "config.pbtxt").read_text()
+    assert f'"enable_kv_cache_reuse" value: {{ string_value: "{reuse}" }}' in config
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_block_reuse_reaches_the_llm_api_model(trtllm: Callable[..., Path], reuse: bool) -> None:
+    settings = yaml.safe_load((trtllm("pytorch", reuse) / "tensorrt_llm" / "1" / "model.yaml").read_text())
+    assert settings["kv_cache_config"]["enable_block_reuse"] is reuse
 
 
 def test_sparse_layers_are_registered_before_the_engine_starts(

@@ -12,14 +12,13 @@ from builder.engines.base import EngineConfig
 from builder.engines.trtllm import launch, tensorrt, version_lock
 from builder.hardware import nvidia_smi
 from plugins.common.errors import UserError
+from plugins.tensorrt_llm import releases
 from tests.support.stand_in_checkpoint import LAYERS, write_checkpoint
 
 CONFIG = EngineConfig(backend="tensorrt", max_batch_size=8, max_seq_len=512, max_num_tokens=1024)
 
 
-BUILT = version_lock.Lock(
-    "tensorrt", "1.2.1", "10.14.1", "13.0.1", 90, gpu="NVIDIA H100", container=f"{version_lock.CONTAINER}:1.2.1"
-)
+BUILT = version_lock.Lock("tensorrt", "1.2.1", "10.14.1", "13.0.1", 90, gpu="NVIDIA H100", container=releases.CONTAINER)
 
 
 def locked(**changes):

@@ -1,3 +1,11 @@
-"""STAND-IN for TensorRT-LLM, written for twofour's tests: see tests/stand_in/README.md. Not NVIDIA's package."""
+"""STAND-IN for TensorRT-LLM, written for twofour's tests: see tests/stand_in/README.md. Not NVIDIA's package.
 
-__version__ = "1.2.1+standin"
+A release's folder (releases/1.0, ...) stands before this one on PYTHONPATH and holds only what differs from 1.2, which
+is what lies here: each package looks into it first.
+"""
+
+from importlib import metadata
+from pkgutil import extend_path
+
+__path__ = extend_path(__path__, __name__)[::-1]
+__version__ = metadata.version("tensorrt_llm")

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from tensorrt_llm.layers.linear import LinearBase
-
-FIELDS = json.loads((Path(__file__).parents[2] / "data" / "tensorrt_llm.json").read_text())
+from tensorrt_llm.logger import logger
+from tests.support.contract import facts
 
 
 class BuildConfig:
     def __init__(self, settings):
         for section, known in ((settings, "BuildConfig"), (settings.get("plugin_config", {}), "PluginConfig")):
-            unknown = set(section) - set(FIELDS[known])
+            unknown = set(section) - set(facts(known))
             assert not unknown, f"{known} has no {unknown}"
         self.settings = settings
 
@@ -55,11 +55,11 @@ def build(model, config):
     picked = [name for name, module in eligible if module.weight.value.trt_tensor.dtype != torch.int8]
     shown = [[f"LLaMAForCausalLM/{name.replace('.', '/')}/MATRIX_MULTIPLY_0" for name in names]
              for names in ([name for name, _ in eligible], picked)]  # fmt: skip
-    print("[11/23/2025-09:00:00] [TRT] [V] timing a tactic", flush=True)
-    print(f"[11/23/2025-09:00:01] [TRT] [V] (Sparsity) Found {len(shown[0])} layer(s) eligible to use sparse tactics: "
-          + ", ".join(shown[0]), flush=True)  # fmt: skip
-    print(f"[11/23/2025-09:00:01] [TRT] [V] (Sparsity) Chose {len(shown[1])} layer(s) using sparse tactics: "
-          + ", ".join(shown[1]), flush=True)  # fmt: skip
+    if logger.level == "verbose":
+        lines = ["timing a tactic"]
+        for text, names in (("Found {} layer(s) eligible to use", shown[0]), ("Chose {} layer(s) using", shown[1])):
+            lines.append(f"(Sparsity) {text.format(len(names))} sparse tactics: {', '.join(names)}")
+        print("\n".join(f"[11/23/2025-09:00:00] [TRT] [V] {line}" for line in lines), flush=True)
     if model.config.mapping.rank == 0:  # the only one that saves it
         Path(config.settings["output_timing_cache"]).write_bytes(b"")
     tactics = [

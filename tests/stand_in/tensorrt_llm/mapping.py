@@ -1,5 +1,6 @@
 """STAND-IN: which rank this is, and the collectives between ranks, which are threads here."""
 
+import queue
 import threading
 from dataclasses import dataclass, field
 
@@ -21,6 +22,19 @@ class Group:
         return parts
 
 
+class Pipe:
+    """What a pipeline stage hands to the next."""
+
+    def __init__(self, stages):
+        self.queues = [queue.Queue() for _ in range(stages)]
+
+    def send(self, stage, tensor):
+        self.queues[stage + 1].put(tensor)
+
+    def receive(self, stage):
+        return self.queues[stage].get(timeout=120)
+
+
 @dataclass
 class Mapping:
     world_size: int = 1
@@ -29,6 +43,7 @@ class Mapping:
     pp_size: int = 1
     enable_attention_dp: bool = False
     group: Group | None = field(default=None, repr=False)
+    pipe: Pipe | None = field(default=None, repr=False)
 
     @property
     def tp_rank(self):

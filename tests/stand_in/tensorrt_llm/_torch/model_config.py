@@ -17,9 +17,10 @@ class ModelConfig:
     quant_config: QuantConfig | None = None
     quant_config_dict: dict | None = None
     mapping: Mapping = field(default_factory=Mapping)
+    force_dynamic_quantization: bool = False
 
     @classmethod
-    def from_pretrained(cls, directory, mapping=None, dtype=None):
+    def from_pretrained(cls, directory, mapping=None, dtype=None, **options):
         """Reads config.json and, in ModelOpt's checkpoints, hf_quant_config.json. `dtype` overrides the model's own."""
         config = json.loads((Path(directory) / "config.json").read_text())
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
@@ -34,4 +35,4 @@ class ModelConfig:
                 raise ValueError(f"unsupported quant mode: {section['quant_algo']}")
             known = ("quant_algo", "kv_cache_quant_algo", "exclude_modules")
             quant = QuantConfig(**{key: section[key] for key in known if key in section})
-        return cls(SimpleNamespace(**config), quant, None, mapping or Mapping())
+        return cls(SimpleNamespace(**config), quant, None, mapping or Mapping(), **options)

@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from tensorrt_llm._torch.models.modeling_utils import DecoderModelForCausalLM, register_auto_model
 from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode, WeightMode, WeightsLoadingConfig
+from tensorrt_llm._torch.modules.shared import quantize
 
 
 class RMSNorm(nn.Module):
@@ -27,6 +28,7 @@ def parallel(config, in_features, out_features, row=False, mode=WeightMode.VANIL
         mapping=config.mapping,
         tensor_parallel_mode=TensorParallelMode.ROW if row else TensorParallelMode.COLUMN,
         quant_config=config.quant_config,
+        force_dynamic_quantization=config.force_dynamic_quantization,
         weights_loading_config=WeightsLoadingConfig(weight_mode=mode),
     )
 
@@ -58,7 +60,10 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, self.theta), rotate(k, self.theta)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        mixed = mixed.transpose(1, 2).flatten(-2)
+        if self.o_proj.has_fp8_qdq and self.o_proj.input_scale is not None:  # the attention kernel's own output
+            mixed = quantize(mixed, self.o_proj.input_scale)
+        return self.o_proj(mixed)
 
 
 class GatedMLP(nn.Module):
@@ -95,12 +100,16 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(p.vocab_size, p.hidden_size, dtype=p.torch_dtype)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config) for _ in range(p.num_hidden_layers))
         self.norm = RMSNorm(p.hidden_size, p.rms_norm_eps, p.torch_dtype)
+        self.mapping = config.mapping
 
     def forward(self, input_ids):
-        x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
+        mapping = self.mapping
+        x = self.embed_tokens(input_ids) if mapping.is_first_pp_rank() else mapping.pipe.receive(mapping.pp_rank)
+        for number in mapping.pp_layers(len(self.layers)):
+            x = self.layers[number](x)
+        if mapping.is_last_pp_rank():
+            return self.norm(x)
+        return mapping.pipe.send(mapping.pp_rank, x)
 
 
 @register_auto_model("LlamaForCausalLM")

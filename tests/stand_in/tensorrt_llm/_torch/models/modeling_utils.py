@@ -1,63 +1,14 @@
-"""STAND-IN: the registry of architectures and the base model, whose metaclass makes weights after construction."""
+"""STAND-IN for 1.2: a model may be loaded in parts; it has no hook of its own.
 
-from torch import nn
+Read in tensorrt_llm/_torch/models/modeling_utils.py of HuiGao-NV/TensorRT-LLM 195839a73571888fc1236254c12fa6db7a815920.
+"""
 
-from tensorrt_llm._torch.modules.linear import Linear
-from tensorrt_llm.models.modeling_utils import QuantConfig
+from tensorrt_llm._torch.models.shared import MODEL_CLASS_MAPPING, DecoderModel, load_modules, register_auto_model
 
-MODEL_CLASS_MAPPING = {}
-PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def register_auto_model(name):
-    """The last class registered for an architecture wins."""
-
-    def decorate(cls):
-        MODEL_CLASS_MAPPING[name] = cls
-        return cls
-
-    return decorate
+__all__ = ["MODEL_CLASS_MAPPING", "DecoderModelForCausalLM", "register_auto_model"]
 
 
-class PostInitCaller(type):
-    def __call__(cls, *args, **kwargs):
-        obj = type.__call__(cls, *args, **kwargs)
-        obj.__post_init__()
-        return obj
-
-
-class DecoderModelForCausalLM(nn.Module, metaclass=PostInitCaller):
-    def __init__(self, model, config):
-        super().__init__()
-        self.model, self.model_config = model, config
-        pretrained = config.pretrained_config
-        self.lm_head = Linear(pretrained.hidden_size, pretrained.vocab_size, dtype=pretrained.torch_dtype)
-
-    def __post_init__(self):
-        quant_config = self.model_config.quant_config
-        for name, module in self.named_modules():
-            if (
-                quant_config
-                and quant_config.is_module_excluded_from_quantization(name)
-                and hasattr(module, "quant_config")
-            ):
-                module.quant_config = QuantConfig()
-        for _, module in self.named_modules():
-            if callable(getattr(module, "create_weights", None)):
-                module.create_weights()
-
-    def forward(self, input_ids):
-        return self.lm_head(self.model(input_ids))
-
-    def load_weights(self, weights):
-        for name, module in self.named_modules():
-            if not module._parameters:
-                continue
-            block, _, last = name.rpartition(".")
-            names = [f"{block}.{part}" for part in PARTS.get(last, (last,))] if block else [name]
-            found = [{k[len(n) + 1 :]: v for k, v in weights.items() if k.startswith(f"{n}.")} for n in names]
-            if hasattr(module, "load_weights"):
-                module.load_weights(found)
-            else:
-                for key, parameter in module._parameters.items():
-                    parameter.data.copy_(found[0][key])
+class DecoderModelForCausalLM(DecoderModel):
+    def load_weights(self, weights, weight_mapper=None, skip_modules=(), params_map=None, allow_partial_loading=False):
+        assert weight_mapper is not None, "the loader saw no argument of this name"
+        load_modules(self, weights)
