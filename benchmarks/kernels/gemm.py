@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
+from benchmarks.kernels.gpu_machine import read_rate
 from benchmarks.kernels.model_shapes import MODELS
 from benchmarks.kernels.torch_sparse import PEERS
 from benchmarks.serving.records import replace_json
@@ -51,10 +52,10 @@ class Ceilings:
 
 
 def measure_ceilings(formats: Iterable[str], device: int = 0) -> Ceilings:
-    """A large copy, and a large square product of each format by the best dense kernel."""
+    """A large read, and a large square product of each format by the best dense kernel."""
     l2 = bindings.context(device).info().l2_bytes
     where = torch.device("cuda", device)
-    bandwidth = _copy_rate(where)
+    bandwidth = read_rate(where)
     flops = {}
     for format in formats:
         bench = tuner.Bench(tuner.Shape(8192, 8192, format), where, 8192, l2)
@@ -67,12 +68,6 @@ def measure_ceilings(formats: Iterable[str], device: int = 0) -> Ceilings:
         del bench
         torch.cuda.empty_cache()
     return Ceilings(bandwidth, flops)
-
-
-def _copy_rate(device: torch.device, size: int = 1 << 30) -> float:
-    """Bytes a second, read and written ones together, of a copy between two large buffers."""
-    buffers = torch.empty(2, size, dtype=torch.uint8, device=device)
-    return 2 * size / (timing.measure(lambda i: buffers[i].copy_(buffers[1 - i]), copies=2).us * 1e-6)
 
 
 def row(bench: tuner.Bench, tokens: int, ceilings: Ceilings, peers: bool, timer: tuner.Timer) -> dict[str, Any]:

@@ -33,18 +33,24 @@ def copies_to_fill(bytes_each: int, l2_bytes: int) -> int:
     return max(2, -(-int(CACHES * l2_bytes) // max(1, bytes_each)) + 1)
 
 
-def measure(call: Callable[[int], object], copies: int, rounds: int = ROUNDS) -> Time:
-    """Times `call(i)`, which works on copy i of its weight. Needs CUDA; `call` must be safe to capture."""
-    calls = -(-CALLS // copies) * copies
+def measure(call: Callable[[int], object], copies: int, rounds: int = ROUNDS, least_calls: int = CALLS) -> Time:
+    """Times `call(i)`, which works on copy i of its weight, in a graph of at least `least_calls` calls.
+
+    Needs CUDA; `call` must be safe to capture.
+    """
+    calls = -(-least_calls // copies) * copies
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for i in range(min(copies, 3)):  # warm-up: plans, lazy loading
-            call(i)
-    stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for i in range(calls):
-            call(i % copies)
+    with torch.cuda.stream(stream):
+        for i in range(min(copies, 2)):  # warm-up: plans, lazy loading
+            call(i)
+        stream.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for i in range(calls):
+                call(i % copies)
+        finally:
+            graph.capture_end()
     times = [_replay(graph) / calls for _ in range(rounds + 2)][2:]  # the first two warm the clocks
     return Time(statistics.median(times), min(times), max(times))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from plugins.autotune import timing
+from plugins.autotune import search, timing
 from plugins.common import numerics
 from plugins.common.errors import UserError
 from plugins.libtwofour import bindings, torch_ops
@@ -271,33 +271,18 @@ def time_kernel(bench: Bench, kernel: str, tokens: int) -> Timing:
     problem = torch_ops.describe(kernel, x_MK, s.out_features, bench.out_dtype, bench.scale, bench.channel_scales)
     y_MN = torch.empty(tokens, s.out_features, dtype=bench.out_dtype, device=bench.device)
     workspace, notes = _workspace(bench.device)
-    flush = torch.empty(2 * bench.l2_bytes, dtype=torch.uint8, device=bench.device)
-    found = context.search(
-        problem,
-        x_MK.data_ptr(),
-        weights[0].data_ptr(),
-        y_MN.data_ptr(),
-        (workspace.data_ptr(), workspace.nbytes),
-        (flush.data_ptr(), flush.nbytes),
-        torch.cuda.current_stream(bench.device).cuda_stream,
-    )
-    if found.over_workspace:
-        notes = (*notes, f"{found.over_workspace} algorithms want more than {workspace.nbytes >> 20} MiB of workspace")
+    place = (workspace.data_ptr(), workspace.nbytes)
+
+    def call(i: int) -> None:
+        stream = torch.cuda.current_stream(bench.device).cuda_stream
+        context.matmul(problem, x_MK.data_ptr(), weights[i].data_ptr(), y_MN.data_ptr(), place, stream)
+
+    result = search.search(context, problem, call, len(weights), workspace.nbytes)
+    if result.over_workspace:
+        notes = (*notes, f"{result.over_workspace} algorithms want more than {workspace.nbytes >> 20} MiB of workspace")
     for note in notes:
         log.info("%s at %d tokens, %s: %s", s, tokens, kernel, note)
-
-    def call_ours(i: int) -> None:
-        context.matmul(
-            problem,
-            x_MK.data_ptr(),
-            weights[i].data_ptr(),
-            y_MN.data_ptr(),
-            (workspace.data_ptr(), workspace.nbytes),
-            torch.cuda.current_stream(bench.device).cuda_stream,
-        )
-
-    time = timing.measure(call_ours, len(weights))
-    return Timing(kernel, time.us, context.algorithm(problem), notes)
+    return Timing(kernel, result.us, result.algorithm, notes)
 
 
 def torch_dense(bench: Bench, x_MK: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from plugins.common.errors import UserError
 
 HOST = -1
+MAX_ALGORITHMS = 512  # of one problem; cuSPARSELt has about 80
 KERNELS = ("skinny", "cusparselt", "cublaslt")
 FORMATS = ("fp16", "bf16", "int8", "fp8")
 STATUSES = (
@@ -170,6 +171,15 @@ def open_library(file: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(file))
     except OSError as error:
         raise UserError(f"cannot load '{file}' ({error}): run `twofour plugins build`") from error
+    try:
+        _declare(library)
+    except AttributeError as error:
+        raise UserError(f"'{file}' is of another version ({error}): run `twofour plugins build`") from error
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Gives the functions their argument types."""
     library.twofour_last_error.restype = c_char_p
     library.twofour_destroy.restype = None
     library.twofour_destroy.argtypes = (c_void_p,)
@@ -187,6 +197,7 @@ def open_library(file: Path) -> ctypes.CDLL:
         "plan": (pointer, problem),
         "workspace_bytes": (pointer, problem, POINTER(c_size_t)),
         "search": (pointer, problem, *[pointer] * 4, c_size_t, pointer, c_size_t, pointer, POINTER(_Search)),
+        "list_algorithms": (pointer, problem, pointer, c_int32, POINTER(c_int32)),
         "get_algorithm": (pointer, problem, POINTER(Algorithm)),
         "set_algorithm": (pointer, problem, POINTER(Algorithm)),
         "quantize": (pointer, c_int, c_int, number, number, pointer, pointer, number, pointer, pointer),
@@ -194,7 +205,6 @@ def open_library(file: Path) -> ctypes.CDLL:
     }
     for name, arguments in signatures.items():
         getattr(library, f"twofour_{name}").argtypes = arguments
-    return library
 
 
 def version(kernel: str) -> int:
@@ -277,6 +287,12 @@ class Context:
         result = _Search()
         self._call("search", byref(problem), x, prepared, y, *workspace, *flush, stream, byref(result))
         return Search(result.best_us, result.tried, result.over_workspace)
+
+    def algorithms(self, problem: Gemm) -> list[tuple[int, ...]]:
+        """All algorithms of the problem's kernel that a search would try."""
+        listed, count = (Algorithm * MAX_ALGORITHMS)(), c_int32()
+        self._call("list_algorithms", byref(problem), listed, MAX_ALGORITHMS, byref(count))
+        return [tuple(algorithm.words) for algorithm in listed[: min(count.value, MAX_ALGORITHMS)]]
 
     def algorithm(self, problem: Gemm) -> tuple[int, ...]:
         algorithm = Algorithm()

@@ -85,7 +85,7 @@ def use_times(monkeypatch: pytest.MonkeyPatch, us: Callable[[tuner.Bench, str, i
     asked: list[tuple[tuner.Bench, str, int]] = []
     real = tuner.time_kernel
 
-    def measure(call: Callable[[int], object], copies: int, rounds: int = 1) -> timing.Time:
+    def measure(call: Callable[[int], object], copies: int, rounds: int = 1, least_calls: int = 1) -> timing.Time:
         call(copies - 1)
         time = us(*asked[-1])
         return timing.Time(time, time, time)

@@ -124,6 +124,9 @@ TWOFOUR_API twofour_status twofour_check_stamp(twofour_context* context, const t
 /* Builds and keeps the plan for this exact problem: host work only. Call it for each token count before a capture. */
 TWOFOUR_API twofour_status twofour_plan(twofour_context* context, const twofour_gemm* gemm);
 TWOFOUR_API twofour_status twofour_workspace_bytes(twofour_context* context, const twofour_gemm* gemm, size_t* bytes);
+/* The algorithms that a search would try: up to `capacity` of them, and their number. */
+TWOFOUR_API twofour_status twofour_list_algorithms(twofour_context* context, const twofour_gemm* gemm,
+                                                   twofour_algorithm* algorithms, int32_t capacity, int32_t* count);
 /* Times the kernel's algorithms that fit the workspace and keeps the fastest for the problem's tokens bucket.
  * `flush` of `flush_bytes` (more than the L2 cache) is overwritten before each run; may be NULL. */
 TWOFOUR_API twofour_status twofour_search(twofour_context* context, const twofour_gemm* gemm, const void* x,

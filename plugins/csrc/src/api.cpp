@@ -230,6 +230,17 @@ twofour_status twofour_search(twofour_context* context, const twofour_gemm* gemm
   });
 }
 
+twofour_status twofour_list_algorithms(twofour_context* context, const twofour_gemm* gemm,
+                                       twofour_algorithm* algorithms, int32_t capacity, int32_t* count) {
+  return guard(context, [&] {
+    require({gemm, algorithms, count});
+    context->validate(*gemm);
+    const std::vector<twofour_algorithm> all = context->algorithms(*gemm);
+    *count = static_cast<int32_t>(all.size());
+    std::copy_n(all.begin(), std::min<size_t>(all.size(), static_cast<size_t>(std::max(capacity, 0))), algorithms);
+  });
+}
+
 twofour_status twofour_get_algorithm(twofour_context* context, const twofour_gemm* gemm, twofour_algorithm* algorithm) {
   return guard(context, [&] {
     require({gemm, algorithm});
