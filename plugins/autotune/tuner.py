@@ -263,8 +263,8 @@ def time_kernel(bench: Bench, kernel: str, tokens: int) -> Timing:
     x_MK = bench.x[:tokens]
     if kernel == "torch":
         weights = bench.copies("cublaslt")
-        call = torch_dense(bench, x_MK)
-        return Timing(kernel, timing.measure(lambda i: call(weights[i]), len(weights)).us)
+        multiply = torch_dense(bench, x_MK)
+        return Timing(kernel, timing.measure(lambda i: multiply(weights[i]), len(weights)).us)
     weights = bench.copies(kernel)
     context = bindings.context(bench.device.index)
     s = bench.shape
