@@ -1,0 +1,120 @@
+// The C interface: checks arguments, keeps the message of the last error.
+#include <stdio.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "elementwise.h"
+#include "product.h"
+#include "threads.h"
+
+namespace {
+
+using namespace twofour_cpu;
+
+thread_local char last_error[256] = "";
+
+template <class... Arguments>
+int fail(int status, const char* format, Arguments... arguments) {
+  snprintf(last_error, sizeof(last_error), format, arguments...);
+  return status;
+}
+
+int check_sizes(int form, int64_t rows, int64_t inputs) {
+  if (form < TWOFOUR_CPU_INT8 || form > TWOFOUR_CPU_BF16_2OF4)
+    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "form %d is none of 0 to 3", form);
+  if (rows < 1 || inputs < 1 || (is_2of4(form) && inputs % 4))
+    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "no weight [%lld, %lld]%s", static_cast<long long>(rows),
+                static_cast<long long>(inputs), is_2of4(form) ? ": a 2:4 weight has groups of 4 inputs" : "");
+  return TWOFOUR_CPU_OK;
+}
+
+int check(const twofour_cpu_linear* linear, int64_t tokens, int type, bool quantizes = true) {
+  if (const int status = check_sizes(linear->form, linear->out_features, linear->in_features)) return status;
+  if (tokens < 0) return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "%lld tokens", static_cast<long long>(tokens));
+  if (reinterpret_cast<uintptr_t>(linear->weight) % 64)
+    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "the packed weight is not aligned to 64 bytes");
+  if (type != TWOFOUR_CPU_BFLOAT16 && (type != TWOFOUR_CPU_FLOAT32 || !is_int8(linear->form)))
+    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "no inputs of type %d for a weight of form %d", type, linear->form);
+  if (quantizes && is_int8(linear->form) && !linear->dynamic && linear->multipliers != 1 &&
+      linear->multipliers != linear->in_features)
+    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "%lld multipliers for %lld inputs",
+                static_cast<long long>(linear->multipliers), static_cast<long long>(linear->in_features));
+  return TWOFOUR_CPU_OK;
+}
+
+}  // namespace
+
+int twofour_cpu_version(void) { return TWOFOUR_CPU_VERSION; }
+const char* twofour_cpu_last_error(void) { return last_error; }
+int twofour_cpu_isa_in_use(void) { return isa_in_use(); }
+int twofour_cpu_has_bf16(void) { return has_bf16(); }
+
+int twofour_cpu_use_isa(int isa) {
+  if (use_isa(isa)) return TWOFOUR_CPU_OK;
+  return fail(TWOFOUR_CPU_UNSUPPORTED, "this processor has no instruction set %d", isa);
+}
+
+int twofour_cpu_set_threads(int threads) { return set_threads(threads); }
+
+size_t twofour_cpu_weight_bytes(int form, int64_t out_features, int64_t in_features) {
+  return check_sizes(form, out_features, in_features) ? 0 : packed_bytes(form, out_features, in_features);
+}
+
+int twofour_cpu_pack(int form, int64_t out_features, int64_t in_features, const void* values, const uint8_t* indices,
+                     void* packed) {
+  if (const int status = check_sizes(form, out_features, in_features)) return status;
+  if (is_2of4(form)) {
+    const int64_t bytes_of_row = ceil_div(in_features, 8);
+    for (int64_t row = 0; row < out_features; ++row)
+      for (int64_t group = 0; group < in_features / 4; ++group) {
+        const int code = indices[row * bytes_of_row + group / 2] >> (group % 2 * 4) & 15;
+        if ((code & 3) >= code >> 2)
+          return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "row %lld, group %lld: indices do not ascend",
+                      static_cast<long long>(row), static_cast<long long>(group));
+      }
+  }
+  pack(form, out_features, in_features, values, indices, static_cast<uint8_t*>(packed));
+  return TWOFOUR_CPU_OK;
+}
+
+int twofour_cpu_unpack(int form, int64_t out_features, int64_t in_features, const void* packed, void* weight) {
+  if (const int status = check_sizes(form, out_features, in_features)) return status;
+  unpack(form, out_features, in_features, static_cast<const uint8_t*>(packed), weight);
+  return TWOFOUR_CPU_OK;
+}
+
+int twofour_cpu_matmul_int8(const twofour_cpu_linear* linear, int64_t tokens, const int8_t* q,
+                            const float* token_scales, int out_type, void* y) {
+  if (const int status = check(linear, tokens, TWOFOUR_CPU_BFLOAT16, false)) return status;
+  if (!is_int8(linear->form)) return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "form %d is not int8", linear->form);
+  const int64_t k = linear->in_features, stride = blocks_of(k) * kBlockInputs;
+  static thread_local Scratch scratch;
+  uint8_t* x = scratch.bytes(tokens * stride);
+  for (int64_t token = 0; token < tokens; ++token)
+    for (int64_t i = 0; i < k; ++i) x[token * stride + i] = static_cast<uint8_t>(q[token * k + i] ^ kInt8Offset);
+  if (tokens) apply_quantized(*linear, tokens, {x, stride, token_scales}, out_type, y);
+  return TWOFOUR_CPU_OK;
+}
+
+int twofour_cpu_apply_all(const twofour_cpu_linear* const* linears, int count, int64_t tokens, int type, const void* x,
+                          void* const* y) {
+  for (int i = 0; i < count; ++i)
+    if (const int status = check(linears[i], tokens, type)) return status;
+  if (tokens) apply(linears, count, tokens, type, x, y);
+  return TWOFOUR_CPU_OK;
+}
+
+int twofour_cpu_apply(const twofour_cpu_linear* linear, int64_t tokens, int type, const void* x, void* y) {
+  return twofour_cpu_apply_all(&linear, 1, tokens, type, x, &y);
+}
+
+uint64_t twofour_cpu_read(const void* memory, size_t bytes) {
+  constexpr size_t kChunk = 1 << 18;
+  std::atomic<uint64_t> sum{0};
+  parallel(static_cast<int64_t>((bytes + kChunk - 1) / kChunk), [&](int64_t chunk) {
+    const size_t begin = static_cast<size_t>(chunk) * kChunk;
+    sum += sum_words(static_cast<const uint8_t*>(memory) + begin, std::min(kChunk, bytes - begin) / 8);
+  });
+  return sum;
+}

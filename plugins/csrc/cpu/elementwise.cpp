@@ -1,0 +1,76 @@
+#include "elementwise.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EACH_ISA __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define EACH_ISA
+#endif
+
+namespace twofour_cpu {
+namespace {
+
+inline uint8_t quantize_one(float value) {
+  value = value < -128.f ? -128.f : value > 127.f ? 127.f : value;
+  value = (value + 12582912.f) - 12582912.f;  // 1.5 * 2^23 pushes the fraction out: rounds to even on any processor
+  return static_cast<uint8_t>(static_cast<int32_t>(value) + 128);
+}
+
+inline float magnitude(float value) { return value < 0 ? -value : value; }
+
+}  // namespace
+
+EACH_ISA void quantize_bf16(const uint16_t* x, int64_t count, const float* multiplier, int64_t multipliers, uint8_t* q) {
+  if (multipliers == 1) {
+    const float m = *multiplier;
+    for (int64_t i = 0; i < count; ++i) q[i] = quantize_one(widen(x[i]) * m);
+  } else {
+    for (int64_t i = 0; i < count; ++i) q[i] = quantize_one(widen(x[i]) * multiplier[i]);
+  }
+}
+
+EACH_ISA void quantize_float(const float* x, int64_t count, const float* multiplier, int64_t multipliers, uint8_t* q) {
+  if (multipliers == 1) {
+    const float m = *multiplier;
+    for (int64_t i = 0; i < count; ++i) q[i] = quantize_one(x[i] * m);
+  } else {
+    for (int64_t i = 0; i < count; ++i) q[i] = quantize_one(x[i] * multiplier[i]);
+  }
+}
+
+EACH_ISA float largest_bf16(const uint16_t* x, int64_t count) {
+  uint16_t largest = 0;  // magnitudes of floats order like their bits
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t size = x[i] & 0x7FFF;
+    largest = size > largest ? size : largest;
+  }
+  return widen(largest);
+}
+
+EACH_ISA float largest_float(const float* x, int64_t count) {
+  float lanes[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    for (int lane = 0; lane < 16; ++lane) {
+      const float size = magnitude(x[i + lane]);
+      lanes[lane] = size > lanes[lane] ? size : lanes[lane];
+    }
+  for (; i < count; ++i) lanes[0] = magnitude(x[i]) > lanes[0] ? magnitude(x[i]) : lanes[0];
+  float largest = 0;
+  for (const float lane : lanes) largest = lane > largest ? lane : largest;
+  return largest;
+}
+
+EACH_ISA uint64_t sum_words(const uint8_t* memory, int64_t count) {
+  uint64_t lanes[32] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32)
+    for (int lane = 0; lane < 32; ++lane) {
+      uint64_t word;
+      memcpy(&word, memory + 8 * (i + lane), 8);
+      lanes[lane] += word;
+    }
+  for (const uint64_t lane : lanes) sum += lane;
+  return sum;
+}
+
+}  // namespace twofour_cpu

@@ -1,0 +1,190 @@
+// AVX-512: int8 by VNNI (vpdpbusd), bf16 by AVX512-BF16 (vdpbf16ps), 2:4 weights expanded in registers by VBMI2.
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc's own headers, where an operand is not read
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,avx512bf16")
+#include <immintrin.h>
+
+namespace twofour_cpu {
+namespace {
+
+constexpr int kAhead = 2048;  // bytes between a block's use and its prefetch
+
+template <int Bytes>
+inline void prefetch(const uint8_t* at) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + i), _MM_HINT_T0);
+}
+
+// Unit `unit` of a half of an int8 block: 16 rows x 4 inputs.
+template <bool Sparse>
+inline __m512i int8_unit(const uint8_t* half, int unit) {
+  if constexpr (!Sparse) return _mm512_load_si512(half + 64 * unit);
+  uint64_t mask;
+  memcpy(&mask, half + 256 + 8 * unit, 8);
+  const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(half + 32 * unit));
+  return _mm512_maskz_expand_epi8(_cvtu64_mask64(mask), _mm512_castsi256_si512(values));
+}
+
+// Unit `unit` of a half of a bf16 2:4 block: 8 rows x 4 inputs.
+inline __m512i bf16_sparse_unit(const uint8_t* half, int unit) {
+  uint32_t mask;
+  memcpy(&mask, half + 512 + 4 * unit, 4);
+  const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(half + 32 * unit));
+  return _mm512_maskz_expand_epi16(_cvtu32_mask32(mask), _mm512_castsi256_si512(values));
+}
+
+inline __m512i broadcast4(const uint8_t* x) {
+  int32_t four;
+  memcpy(&four, x, 4);
+  return _mm512_set1_epi32(four);
+}
+
+inline __m512i broadcast8(const uint8_t* x) {
+  int64_t eight;
+  memcpy(&eight, x, 8);
+  return _mm512_set1_epi64(eight);
+}
+
+// y of one token and 16 rows from their sums, one a lane.
+inline void finish(const Product& p, int64_t row, int64_t token, __m512 value) {
+  const int64_t left = p.rows - row;
+  if (left <= 0) return;
+  const __mmask16 rows = left >= kHalfRows ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
+  if (is_int8(p.form))
+    value = _mm512_mul_ps(value, p.scales ? _mm512_maskz_loadu_ps(rows, p.scales + row) : _mm512_set1_ps(p.scale));
+  if (p.token_scales) value = _mm512_mul_ps(value, _mm512_set1_ps(p.token_scales[token]));
+  if (p.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(rows, p.bias + row));
+  if (p.y_type == TWOFOUR_CPU_FLOAT32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(p.y) + token * p.y_stride + row, rows, value);
+    return;
+  }
+  const __m512i bits = _mm512_castps_si512(value);  // rounded to nearest even
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p.y) + token * p.y_stride + row, rows, words);
+}
+
+// A tile's two halves for `Tokens` tokens at once. Ways: independent sums of one result, which hide latency where there
+// are few results.
+template <bool Sparse, int Tokens>
+void int8_product(const Product& p, int64_t tile, int64_t token) {
+  constexpr int kHalf = Sparse ? 320 : 512, kWays = Tokens == 1 ? 2 : 1;
+  __m512i sums[2][Tokens][kWays];
+#pragma GCC unroll 32
+  for (int i = 0; i < 2 * Tokens * kWays; ++i) sums[i % 2][i / 2 % Tokens][i / 2 / Tokens] = __m512i{};
+  const uint8_t* w = p.weight + tile * p.tile_bytes;
+  const uint8_t* x = p.x + token * p.x_stride;
+  for (int64_t block = 0; block < p.blocks; ++block, w += 2 * kHalf, x += kBlockInputs) {
+    prefetch<2 * kHalf>(w);
+#pragma GCC unroll 8
+    for (int unit = 0; unit < 8; ++unit) {
+      const __m512i rows[2] = {int8_unit<Sparse>(w, unit), int8_unit<Sparse>(w + kHalf, unit)};
+#pragma GCC unroll 16
+      for (int t = 0; t < Tokens; ++t) {
+        const __m512i inputs = broadcast4(x + t * p.x_stride + 4 * unit);
+        __m512i &low = sums[0][t][unit % kWays], &high = sums[1][t][unit % kWays];
+        low = _mm512_dpbusd_epi32(low, inputs, rows[0]);
+        high = _mm512_dpbusd_epi32(high, inputs, rows[1]);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = tile * kTileRows + half * kHalfRows;
+    const __m512i offset = _mm512_load_si512(p.offsets + row);
+#pragma GCC unroll 16
+    for (int t = 0; t < Tokens; ++t) {
+      __m512i sum = sums[half][t][0];
+      if (kWays == 2) sum = _mm512_add_epi32(sum, sums[half][t][kWays - 1]);
+      finish(p, row, token + t, _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, offset)));
+    }
+  }
+}
+
+template <bool Sparse, int Tokens>
+void bf16_product(const Product& p, int64_t tile, int64_t token) {
+  constexpr int kHalf = Sparse ? 576 : 1024, kWays = Sparse || Tokens == 1 ? 2 : 1;
+  __m512 sums[2][Tokens][kWays];  // 2:4: rows 0 to 7 and 8 to 15 of a half, two lanes a row
+#pragma GCC unroll 32
+  for (int i = 0; i < 2 * Tokens * kWays; ++i) sums[i % 2][i / 2 % Tokens][i / 2 / Tokens] = __m512{};
+  const uint8_t* w = p.weight + tile * p.tile_bytes;
+  const uint8_t* x = p.x + token * p.x_stride;
+  for (int64_t block = 0; block < p.blocks; ++block, w += 2 * kHalf, x += 2 * kBlockInputs) {
+    prefetch<2 * kHalf>(w);
+#pragma GCC unroll 16
+    for (int unit = 0; unit < 16; ++unit) {
+      __m512i rows[2];
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* at = w + half * kHalf;
+        rows[half] = Sparse ? bf16_sparse_unit(at, unit) : _mm512_load_si512(at + 64 * unit);
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < Tokens; ++t) {
+        const uint8_t* at = x + t * p.x_stride;
+        const __m512bh inputs = (__m512bh)(Sparse ? broadcast8(at + unit / 2 * 8) : broadcast4(at + 4 * unit));
+        __m512 &low = sums[0][t][unit % kWays], &high = sums[1][t][unit % kWays];
+        low = _mm512_dpbf16_ps(low, inputs, (__m512bh)rows[0]);
+        high = _mm512_dpbf16_ps(high, inputs, (__m512bh)rows[1]);
+      }
+    }
+  }
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 16
+    for (int t = 0; t < Tokens; ++t) {
+      const __m512 a = sums[half][t][0], b = sums[half][t][kWays - 1];
+      __m512 sum = kWays == 1 ? a : _mm512_add_ps(a, b);
+      if constexpr (Sparse)
+        sum = _mm512_add_ps(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+      finish(p, tile * kTileRows + half * kHalfRows, token + t, sum);
+    }
+}
+
+template <bool Sparse, int Tokens>
+struct Int8 {
+  static void run(const Product& p, int64_t tile, int64_t token) { int8_product<Sparse, Tokens>(p, tile, token); }
+};
+
+template <bool Sparse, int Tokens>
+struct Bf16 {  // the 2:4 form takes two registers a sum, so half as many tokens at once
+  static void run(const Product& p, int64_t tile, int64_t token) {
+    if constexpr (Sparse && Tokens > 6) {
+      bf16_product<true, Tokens / 2>(p, tile, token);
+      bf16_product<true, Tokens / 2>(p, tile, token + Tokens / 2);
+    } else {
+      bf16_product<Sparse, Tokens>(p, tile, token);
+    }
+  }
+};
+
+// All tokens of a run of tiles, as many at once as registers allow.
+template <template <bool, int> class Step, bool Sparse>
+void all_tokens(const Product& p, int64_t first, int64_t tiles) {
+  for (int64_t tile = first; tile < first + tiles; ++tile) {
+    int64_t token = 0;
+    for (; p.tokens - token >= 12; token += 12) Step<Sparse, 12>::run(p, tile, token);
+    for (; p.tokens - token >= 8; token += 8) Step<Sparse, 8>::run(p, tile, token);
+    for (; p.tokens - token >= 4; token += 4) Step<Sparse, 4>::run(p, tile, token);
+    for (; p.tokens - token >= 2; token += 2) Step<Sparse, 2>::run(p, tile, token);
+    if (token < p.tokens) Step<Sparse, 1>::run(p, tile, token);
+  }
+}
+
+}  // namespace
+
+const Kernels kAvx512 = {{all_tokens<Int8, false>, all_tokens<Int8, true>, nullptr, nullptr}};
+const Kernel kAvx512Bf16[2] = {all_tokens<Bf16, false>, all_tokens<Bf16, true>};
+
+}  // namespace twofour_cpu
+#pragma GCC pop_options
+#endif

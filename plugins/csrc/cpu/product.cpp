@@ -1,0 +1,180 @@
+#include "product.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "elementwise.h"
+#include "threads.h"
+
+namespace twofour_cpu {
+namespace {
+
+constexpr int kMostLayers = 8;           // of one input
+constexpr int64_t kChunkBytes = 16384;   // of weight, at least, that a thread takes at once
+constexpr int64_t kChunksOfThread = 12;  // about
+constexpr int64_t kParallelElements = 32768;  // inputs from which on quantizing is shared
+
+int best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512vbmi2"))
+    return TWOFOUR_CPU_AVX512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return TWOFOUR_CPU_AVX2;
+#endif
+  return TWOFOUR_CPU_PORTABLE;
+}
+
+int isa = best_isa();
+
+bool processor_has_bf16() {
+#if defined(__x86_64__)
+  static const bool has = best_isa() == TWOFOUR_CPU_AVX512 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
+Kernel kernel_for(int form) {
+#if defined(__x86_64__)
+  if (isa == TWOFOUR_CPU_AVX512 && is_int8(form)) return kAvx512.of_form[form];
+  if (isa == TWOFOUR_CPU_AVX512 && has_bf16()) return kAvx512Bf16[form - TWOFOUR_CPU_BF16];
+  if (isa >= TWOFOUR_CPU_AVX2) return kAvx2.of_form[form];
+#endif
+  return kPortable.of_form[form];
+}
+
+Product describe(const twofour_cpu_linear& linear, int64_t tokens, const Quantized& x, int type, void* y) {
+  const int form = linear.form;
+  const int64_t n = linear.out_features, k = linear.in_features;
+  const uint8_t* weight = static_cast<const uint8_t*>(linear.weight);
+  Product p{};
+  p.form = form, p.rows = n, p.tokens = tokens, p.blocks = blocks_of(k), p.tile_bytes = tile_bytes(form, k);
+  p.weight = weight;
+  if (is_int8(form)) {
+    p.offsets = reinterpret_cast<const int32_t*>(weight + offsets_at(form, n, k));
+    p.holds_lowest = weight[lowest_at(form, n, k)] != 0;
+  }
+  p.scales = linear.scales, p.scale = linear.scale, p.token_scales = x.token_scales, p.bias = linear.bias;
+  p.x = x.q, p.x_stride = x.stride, p.y = y, p.y_stride = n, p.y_type = type;
+  return p;
+}
+
+// Rows of several products, as one list of chunks.
+void run(const Product* products, int count) {
+  int64_t chunks_before[kMostLayers + 1] = {0}, tiles_of_chunk[kMostLayers];
+  for (int i = 0; i < count; ++i) {
+    const Product& p = products[i];
+    const int64_t tiles = tiles_of(p.rows);
+    const int64_t wanted = ceil_div(tiles * count, kChunksOfThread * threads());
+    const int64_t step = std::max(wanted, ceil_div(kChunkBytes, p.tile_bytes * std::min<int64_t>(p.tokens, 16)));
+    tiles_of_chunk[i] = step;
+    chunks_before[i + 1] = chunks_before[i] + ceil_div(tiles, step);
+  }
+  parallel(chunks_before[count], [&](int64_t chunk) {
+    int i = 0;
+    while (chunk >= chunks_before[i + 1]) ++i;
+    const Product& p = products[i];
+    const int64_t first = (chunk - chunks_before[i]) * tiles_of_chunk[i];
+    kernel_for(p.form)(p, first, std::min(tiles_of_chunk[i], tiles_of(p.rows) - first));
+  });
+}
+
+// Inputs of bf16 layers: where they are, or a copy padded to whole blocks.
+Quantized padded_bf16(int64_t inputs, int64_t tokens, const void* x, Scratch& scratch) {
+  const int64_t stride = 2 * blocks_of(inputs) * kBlockInputs;
+  if (stride == 2 * inputs) return {static_cast<const uint8_t*>(x), stride, nullptr};
+  uint8_t* copy = scratch.bytes(stride * tokens);
+  for (int64_t token = 0; token < tokens; ++token) {
+    memcpy(copy + token * stride, static_cast<const uint8_t*>(x) + token * 2 * inputs, 2 * inputs);
+    memset(copy + token * stride + 2 * inputs, 0, stride - 2 * inputs);
+  }
+  return {copy, stride, nullptr};
+}
+
+bool quantize_alike(const twofour_cpu_linear& a, const twofour_cpu_linear& b) {
+  return is_int8(a.form) == is_int8(b.form) && a.dynamic == b.dynamic && a.multiplier == b.multiplier;
+}
+
+}  // namespace
+
+int isa_in_use() { return isa; }
+bool has_bf16() { return isa == TWOFOUR_CPU_AVX512 && processor_has_bf16(); }
+bool use_isa(int wanted) {
+  if (wanted < 0 || wanted > best_isa()) return false;
+  isa = wanted;
+  return true;
+}
+
+uint8_t* Scratch::bytes(size_t size) {
+  if (size > size_) {
+    free(memory_);
+    size_ = (size + size / 4 + 63) / 64 * 64;
+    memory_ = static_cast<uint8_t*>(aligned_alloc(64, size_));
+  }
+  return memory_;
+}
+Scratch::~Scratch() { free(memory_); }
+
+Quantized quantize(const twofour_cpu_linear& linear, int64_t tokens, int type, const void* x, Scratch& scratch) {
+  const int64_t k = linear.in_features, stride = blocks_of(k) * kBlockInputs;
+  const int64_t scales_bytes = linear.dynamic ? ceil_div(tokens * sizeof(float), 64) * 64 : 0;
+  uint8_t* memory = scratch.bytes(scales_bytes + tokens * stride);
+  float* scales = reinterpret_cast<float*>(memory);
+  uint8_t* q = memory + scales_bytes;
+  const auto one = [&](int64_t token) {
+    const uint16_t* half = static_cast<const uint16_t*>(x) + token * k;
+    const float* full = static_cast<const float*>(x) + token * k;
+    const bool bf16 = type == TWOFOUR_CPU_BFLOAT16;
+    const float* multiplier = linear.multiplier;
+    int64_t multipliers = linear.multipliers;
+    float own = 0;
+    if (linear.dynamic) {
+      const float largest = bf16 ? largest_bf16(half, k) : largest_float(full, k);
+      own = largest > 0 ? 127.f / largest : 0.f;
+      scales[token] = largest / 127.f, multiplier = &own, multipliers = 1;
+    }
+    if (bf16) quantize_bf16(half, k, multiplier, multipliers, q + token * stride);
+    else quantize_float(full, k, multiplier, multipliers, q + token * stride);
+  };
+  if (tokens * k < kParallelElements) {
+    for (int64_t token = 0; token < tokens; ++token) one(token);
+  } else {
+    const int64_t step = ceil_div(kParallelElements / 4, k);
+    parallel(ceil_div(tokens, step), [&](int64_t chunk) {
+      for (int64_t token = chunk * step; token < std::min(tokens, (chunk + 1) * step); ++token) one(token);
+    });
+  }
+  return {q, stride, linear.dynamic ? scales : nullptr};
+}
+
+void apply_quantized(const twofour_cpu_linear& linear, int64_t tokens, const Quantized& x, int type, void* y) {
+  const Product product = describe(linear, tokens, x, type, y);
+  run(&product, 1);
+}
+
+void apply(const twofour_cpu_linear* const* linears, int count, int64_t tokens, int type, const void* x,
+           void* const* y) {
+  static thread_local Scratch scratches[kMostLayers];
+  for (int first = 0; first < count; first += kMostLayers) {
+    const int here = std::min(kMostLayers, count - first);
+    Product products[kMostLayers];
+    Quantized inputs[kMostLayers];
+    for (int i = 0; i < here; ++i) {
+      const twofour_cpu_linear& linear = *linears[first + i];
+      int same = 0;
+      while (same < i && !quantize_alike(*linears[first + same], linear)) ++same;
+      inputs[i] = same < i                ? inputs[same]
+                  : is_int8(linear.form) ? quantize(linear, tokens, type, x, scratches[i])
+                                          : padded_bf16(linear.in_features, tokens, x, scratches[i]);
+      products[i] = describe(linear, tokens, inputs[i], type, y[first + i]);
+    }
+    run(products, here);
+  }
+}
+
+}  // namespace twofour_cpu

@@ -1,0 +1,40 @@
+// Products of whole layers: inputs quantized, rows shared among the threads.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace twofour_cpu {
+
+int isa_in_use();
+bool has_bf16();
+bool use_isa(int isa);  // false where this processor lacks it
+
+// Memory that grows and is never given back, one a thread and use.
+class Scratch {
+ public:
+  uint8_t* bytes(size_t size);  // aligned to 64
+  ~Scratch();
+
+ private:
+  uint8_t* memory_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Inputs of int8 layers as the kernels read them, for `tokens` rows x of `type`; and each token's scale where dynamic.
+struct Quantized {
+  const uint8_t* q;
+  int64_t stride;
+  const float* token_scales;
+};
+Quantized quantize(const twofour_cpu_linear& linear, int64_t tokens, int type, const void* x, Scratch& scratch);
+
+// y[i] = linears[i](x) for inputs x [tokens, in_features] of `type`, y of the same type. Layers `alike` in what they do
+// to their input quantize it once.
+void apply(const twofour_cpu_linear* const* linears, int count, int64_t tokens, int type, const void* x, void* const* y);
+// y = linear of inputs that are quantized already.
+void apply_quantized(const twofour_cpu_linear& linear, int64_t tokens, const Quantized& x, int type, void* y);
+
+}  // namespace twofour_cpu

@@ -1,0 +1,93 @@
+/* libtwofour_cpu: products with dense and 2:4 weights on a CPU, and the decode step of a decoder built on them.
+ *
+ * y[tokens, out_features] = x[tokens, in_features] w^T, scaled and with a bias, for a weight packed by
+ * twofour_cpu_pack. int8 sums are exact. All matrices are row-major; pointers are host pointers; weights must be
+ * aligned to 64 bytes. The instruction set is chosen when the library is loaded.
+ *
+ * A function returns 0 or a status of twofour_cpu_status; twofour_cpu_last_error() then says in one line what is wrong
+ * (per thread). Any thread may call; one call at a time has the worker threads, others run on their own thread.
+ */
+#ifndef TWOFOUR_CPU_H_
+#define TWOFOUR_CPU_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define TWOFOUR_CPU_API __attribute__((visibility("default")))
+#define TWOFOUR_CPU_VERSION 1
+
+typedef enum twofour_cpu_status {
+  TWOFOUR_CPU_OK = 0,
+  TWOFOUR_CPU_INVALID_ARGUMENT = 1,
+  TWOFOUR_CPU_UNSUPPORTED = 2, /* this processor lacks the instructions that were asked for */
+} twofour_cpu_status;
+
+typedef enum twofour_cpu_isa { TWOFOUR_CPU_PORTABLE = 0, TWOFOUR_CPU_AVX2 = 1, TWOFOUR_CPU_AVX512 = 2 } twofour_cpu_isa;
+
+/* How a weight is held: see layout.h. */
+typedef enum twofour_cpu_form {
+  TWOFOUR_CPU_INT8 = 0,
+  TWOFOUR_CPU_INT8_2OF4 = 1,
+  TWOFOUR_CPU_BF16 = 2,
+  TWOFOUR_CPU_BF16_2OF4 = 3
+} twofour_cpu_form;
+
+typedef enum twofour_cpu_type { TWOFOUR_CPU_FLOAT32 = 0, TWOFOUR_CPU_BFLOAT16 = 1 } twofour_cpu_type;
+
+/* One linear layer. int8 forms: y = (q w^T) * scale (* token scale) + bias, each step rounded to float32 once. */
+typedef struct twofour_cpu_linear {
+  int32_t form; /* twofour_cpu_form */
+  int32_t reserved;
+  int64_t out_features, in_features;
+  const void* weight;      /* packed */
+  const float* scales;     /* [out_features], or NULL: `scale` */
+  float scale;             /* what an int8 sum is multiplied by */
+  int32_t dynamic;         /* int8: 1 scales each token by its own largest element, and `multiplier` is not read */
+  const float* multiplier; /* int8: what x is multiplied by before it is rounded */
+  int64_t multipliers;     /* 1, or in_features */
+  const float* bias;       /* [out_features] or NULL */
+} twofour_cpu_linear;
+
+TWOFOUR_CPU_API int twofour_cpu_version(void);
+TWOFOUR_CPU_API const char* twofour_cpu_last_error(void);
+
+/* The instruction set in use, and whether bfloat16 products have instructions of their own (AVX512-BF16). */
+TWOFOUR_CPU_API int twofour_cpu_isa_in_use(void);
+TWOFOUR_CPU_API int twofour_cpu_has_bf16(void);
+/* Takes a lesser instruction set: for tests and comparisons. */
+TWOFOUR_CPU_API int twofour_cpu_use_isa(int isa);
+/* Threads that share a product, the caller's included; more than the processors allowed to this process are not made.
+ * Returns the number in use. */
+TWOFOUR_CPU_API int twofour_cpu_set_threads(int threads);
+
+TWOFOUR_CPU_API size_t twofour_cpu_weight_bytes(int form, int64_t out_features, int64_t in_features);
+/* `values` [out_features, in_features] for a dense form; for a 2:4 form [out_features, in_features / 2] with `indices`
+ * [out_features, ceil(in_features / 8)] as plugins/sparsity/pattern.py defines them. */
+TWOFOUR_CPU_API int twofour_cpu_pack(int form, int64_t out_features, int64_t in_features, const void* values,
+                                     const uint8_t* indices, void* packed);
+/* The dense weight [out_features, in_features] of a packed one. */
+TWOFOUR_CPU_API int twofour_cpu_unpack(int form, int64_t out_features, int64_t in_features, const void* packed,
+                                       void* weight);
+
+/* y of inputs quantized before (int8 forms): q int8 [tokens, in_features]; token_scales [tokens] or NULL. */
+TWOFOUR_CPU_API int twofour_cpu_matmul_int8(const twofour_cpu_linear* linear, int64_t tokens, const int8_t* q,
+                                            const float* token_scales, int out_type, void* y);
+/* y of inputs x [tokens, in_features] of `type`, which an int8 form quantizes itself; y has the same type. */
+TWOFOUR_CPU_API int twofour_cpu_apply(const twofour_cpu_linear* linear, int64_t tokens, int type, const void* x,
+                                      void* y);
+/* Several layers of one input, in one pass: y[i] [tokens, linears[i].out_features]. The int8 layers of one multiplier
+ * quantize it once. */
+TWOFOUR_CPU_API int twofour_cpu_apply_all(const twofour_cpu_linear* const* linears, int count, int64_t tokens, int type,
+                                          const void* x, void* const* y);
+
+/* Sum of `bytes` bytes read by all threads, 8 bytes at a time: what the memory gives at most. */
+TWOFOUR_CPU_API uint64_t twofour_cpu_read(const void* memory, size_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* TWOFOUR_CPU_H_ */
