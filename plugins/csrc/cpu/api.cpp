@@ -34,10 +34,15 @@ int check(const twofour_cpu_linear* linear, int64_t tokens, int type, bool quant
   if (tokens < 0) return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "%lld tokens", static_cast<long long>(tokens));
   if (reinterpret_cast<uintptr_t>(linear->weight) % 64)
     return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "the packed weight is not aligned to 64 bytes");
-  if (type != TWOFOUR_CPU_BFLOAT16 && (type != TWOFOUR_CPU_FLOAT32 || !is_int8(linear->form)))
-    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "no inputs of type %d for a weight of form %d", type, linear->form);
-  if (quantizes && is_int8(linear->form) && !linear->dynamic && linear->multipliers != 1 &&
-      linear->multipliers != linear->in_features)
+  if (!quantizes) return TWOFOUR_CPU_OK;
+  const int rounding = linear->rounding;
+  const bool to_int8 = rounding == TWOFOUR_CPU_TO_INT8 || rounding == TWOFOUR_CPU_EACH_TOKEN;
+  if (rounding < TWOFOUR_CPU_AS_IS || rounding > TWOFOUR_CPU_TO_FP8 || to_int8 != is_int8(linear->form) ||
+      (type != TWOFOUR_CPU_BFLOAT16 && (type != TWOFOUR_CPU_FLOAT32 || rounding == TWOFOUR_CPU_AS_IS)))
+    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "no inputs of type %d with rounding %d for a weight of form %d", type,
+                rounding, linear->form);
+  const bool has_multiplier = rounding == TWOFOUR_CPU_TO_INT8 || rounding == TWOFOUR_CPU_TO_FP8;
+  if (has_multiplier && (!linear->multiplier || (linear->multipliers != 1 && linear->multipliers != linear->in_features)))
     return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "%lld multipliers for %lld inputs",
                 static_cast<long long>(linear->multipliers), static_cast<long long>(linear->in_features));
   return TWOFOUR_CPU_OK;
@@ -107,6 +112,20 @@ int twofour_cpu_apply_all(const twofour_cpu_linear* const* linears, int count, i
 
 int twofour_cpu_apply(const twofour_cpu_linear* linear, int64_t tokens, int type, const void* x, void* y) {
   return twofour_cpu_apply_all(&linear, 1, tokens, type, x, &y);
+}
+
+int twofour_cpu_decode(const twofour_cpu_step* step, const twofour_cpu_block* blocks, int count, void* x) {
+  if (step->hidden % 16 || step->intermediate % 16 || step->head_dim % 32 || step->head_dim > 256 || count < 1 ||
+      step->heads % step->kv_heads)
+    return fail(TWOFOUR_CPU_UNSUPPORTED, "no decode step for hidden size %lld, intermediate size %lld, head size %lld",
+                static_cast<long long>(step->hidden), static_cast<long long>(step->intermediate),
+                static_cast<long long>(step->head_dim));
+  for (int i = 0; i < count; ++i)
+    for (const twofour_cpu_linear* linear : {blocks[i].q, blocks[i].k, blocks[i].v, blocks[i].o, blocks[i].gate,
+                                             blocks[i].up, blocks[i].down})
+      if (const int status = check(linear, step->tokens, step->type)) return status;
+  if (step->tokens) decode(*step, blocks, count, x);
+  return TWOFOUR_CPU_OK;
 }
 
 uint64_t twofour_cpu_read(const void* memory, size_t bytes) {

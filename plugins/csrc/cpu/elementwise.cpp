@@ -15,6 +15,22 @@ inline uint8_t quantize_one(float value) {
   return static_cast<uint8_t>(static_cast<int32_t>(value) + 128);
 }
 
+// Adding 1.5 * 2^(e + 20), where 2^e is the power of two under |value|, pushes all but 3 bits of the mantissa out.
+// Subnormal results share the e of the smallest normal, -6.
+inline uint16_t fp8_one(float value) {
+  value = value < -448.f ? -448.f : value > 448.f ? 448.f : value;
+  uint32_t word;
+  memcpy(&word, &value, sizeof(word));
+  word &= 0x7F800000u;
+  word = word < 0x3C800000u ? 0x3C800000u : word;
+  float power;
+  memcpy(&power, &word, sizeof(power));
+  power *= 1572864.f;
+  value = (value + power) - power;
+  memcpy(&word, &value, sizeof(word));
+  return static_cast<uint16_t>(word >> 16);  // exact
+}
+
 inline float magnitude(float value) { return value < 0 ? -value : value; }
 
 }  // namespace
@@ -34,6 +50,26 @@ EACH_ISA void quantize_float(const float* x, int64_t count, const float* multipl
     for (int64_t i = 0; i < count; ++i) q[i] = quantize_one(x[i] * m);
   } else {
     for (int64_t i = 0; i < count; ++i) q[i] = quantize_one(x[i] * multiplier[i]);
+  }
+}
+
+EACH_ISA void round_to_fp8_bf16(const uint16_t* x, int64_t count, const float* multiplier, int64_t multipliers,
+                                uint16_t* y) {
+  if (multipliers == 1) {
+    const float m = *multiplier;
+    for (int64_t i = 0; i < count; ++i) y[i] = fp8_one(widen(x[i]) * m);
+  } else {
+    for (int64_t i = 0; i < count; ++i) y[i] = fp8_one(widen(x[i]) * multiplier[i]);
+  }
+}
+
+EACH_ISA void round_to_fp8_float(const float* x, int64_t count, const float* multiplier, int64_t multipliers,
+                                 uint16_t* y) {
+  if (multipliers == 1) {
+    const float m = *multiplier;
+    for (int64_t i = 0; i < count; ++i) y[i] = fp8_one(x[i] * m);
+  } else {
+    for (int64_t i = 0; i < count; ++i) y[i] = fp8_one(x[i] * multiplier[i]);
   }
 }
 

@@ -22,6 +22,10 @@ inline uint16_t to_bf16(float value) {  // to nearest, ties to even
 // q = clamp(round(x * multiplier), -128, 127) + 128, to nearest, ties to even. `multipliers` is 1 or count.
 void quantize_bf16(const uint16_t* x, int64_t count, const float* multiplier, int64_t multipliers, uint8_t* q);
 void quantize_float(const float* x, int64_t count, const float* multiplier, int64_t multipliers, uint8_t* q);
+// The bfloat16 that holds x * multiplier rounded to e4m3, to nearest, ties to even, and saturated at 448.
+void round_to_fp8_bf16(const uint16_t* x, int64_t count, const float* multiplier, int64_t multipliers, uint16_t* y);
+void round_to_fp8_float(const float* x, int64_t count, const float* multiplier, int64_t multipliers, uint16_t* y);
+
 float largest_bf16(const uint16_t* x, int64_t count);  // of the absolute values
 float largest_float(const float* x, int64_t count);
 

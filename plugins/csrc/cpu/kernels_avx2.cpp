@@ -61,7 +61,7 @@ inline void finish(const Product& p, int64_t row, int64_t token, __m256 value) {
   if (left <= 0) return;
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256i rows = _mm256_cmpgt_epi32(_mm256_set1_epi32(left > 8 ? 8 : static_cast<int>(left)), lane);
-  if (is_int8(p.form))
+  if (p.scales || p.scale != 1.f)
     value = _mm256_mul_ps(value, p.scales ? _mm256_maskload_ps(p.scales + row, rows) : _mm256_set1_ps(p.scale));
   if (p.token_scales) value = _mm256_mul_ps(value, _mm256_set1_ps(p.token_scales[token]));
   if (p.bias) value = _mm256_add_ps(value, _mm256_maskload_ps(p.bias + row, rows));

@@ -56,7 +56,7 @@ inline void finish(const Product& p, int64_t row, int64_t token, __m512 value) {
   const int64_t left = p.rows - row;
   if (left <= 0) return;
   const __mmask16 rows = left >= kHalfRows ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
-  if (is_int8(p.form))
+  if (p.scales || p.scale != 1.f)
     value = _mm512_mul_ps(value, p.scales ? _mm512_maskz_loadu_ps(rows, p.scales + row) : _mm512_set1_ps(p.scale));
   if (p.token_scales) value = _mm512_mul_ps(value, _mm512_set1_ps(p.token_scales[token]));
   if (p.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(rows, p.bias + row));

@@ -12,7 +12,7 @@ void finish(const Product& p, int64_t tile, int64_t token, const Sum* sums) {
     const int64_t at = tile * kTileRows + row;
     if (at >= p.rows) return;
     float value = static_cast<float>(sums[row]);
-    if (is_int8(p.form)) value *= p.scales ? p.scales[at] : p.scale;
+    if (p.scales || p.scale != 1.f) value *= p.scales ? p.scales[at] : p.scale;
     if (p.token_scales) value *= p.token_scales[token];
     if (p.bias) value += p.bias[at];
     if (p.y_type == TWOFOUR_CPU_FLOAT32) static_cast<float*>(p.y)[token * p.y_stride + at] = value;

@@ -84,20 +84,8 @@ void run(const Product* products, int count) {
   });
 }
 
-// Inputs of bf16 layers: where they are, or a copy padded to whole blocks.
-Quantized padded_bf16(int64_t inputs, int64_t tokens, const void* x, Scratch& scratch) {
-  const int64_t stride = 2 * blocks_of(inputs) * kBlockInputs;
-  if (stride == 2 * inputs) return {static_cast<const uint8_t*>(x), stride, nullptr};
-  uint8_t* copy = scratch.bytes(stride * tokens);
-  for (int64_t token = 0; token < tokens; ++token) {
-    memcpy(copy + token * stride, static_cast<const uint8_t*>(x) + token * 2 * inputs, 2 * inputs);
-    memset(copy + token * stride + 2 * inputs, 0, stride - 2 * inputs);
-  }
-  return {copy, stride, nullptr};
-}
-
 bool quantize_alike(const twofour_cpu_linear& a, const twofour_cpu_linear& b) {
-  return is_int8(a.form) == is_int8(b.form) && a.dynamic == b.dynamic && a.multiplier == b.multiplier;
+  return a.rounding == b.rounding && a.multiplier == b.multiplier && is_int8(a.form) == is_int8(b.form);
 }
 
 }  // namespace
@@ -120,26 +108,43 @@ uint8_t* Scratch::bytes(size_t size) {
 }
 Scratch::~Scratch() { free(memory_); }
 
+// One token's inputs as the kernels read them; returns its scale where it has one of its own.
+static float round_token(const twofour_cpu_linear& linear, int type, const void* x, int64_t token, uint8_t* q) {
+  const int64_t k = linear.in_features, padded = blocks_of(k) * kBlockInputs;
+  const uint16_t* half = static_cast<const uint16_t*>(x) + token * k;
+  const float* full = static_cast<const float*>(x) + token * k;
+  const bool bf16 = type == TWOFOUR_CPU_BFLOAT16;
+  const float* multiplier = linear.multiplier;
+  int64_t multipliers = linear.multipliers;
+  float largest = 0, own = 0;
+  if (linear.rounding == TWOFOUR_CPU_EACH_TOKEN) {
+    largest = bf16 ? largest_bf16(half, k) : largest_float(full, k);
+    own = largest > 0 ? 127.f / largest : 0.f;
+    multiplier = &own, multipliers = 1;
+  }
+  if (is_int8(linear.form)) {
+    if (bf16) quantize_bf16(half, k, multiplier, multipliers, q);
+    else quantize_float(full, k, multiplier, multipliers, q);
+    return largest / 127.f;
+  }
+  uint16_t* wide = reinterpret_cast<uint16_t*>(q);
+  if (linear.rounding == TWOFOUR_CPU_AS_IS) memcpy(wide, half, 2 * k);
+  else if (bf16) round_to_fp8_bf16(half, k, multiplier, multipliers, wide);
+  else round_to_fp8_float(full, k, multiplier, multipliers, wide);
+  memset(wide + k, 0, 2 * (padded - k));  // anything times a zero weight, but no infinity
+  return 0;
+}
+
 Quantized quantize(const twofour_cpu_linear& linear, int64_t tokens, int type, const void* x, Scratch& scratch) {
-  const int64_t k = linear.in_features, stride = blocks_of(k) * kBlockInputs;
-  const int64_t scales_bytes = linear.dynamic ? ceil_div(tokens * sizeof(float), 64) * 64 : 0;
+  const int64_t k = linear.in_features, stride = blocks_of(k) * kBlockInputs * (is_int8(linear.form) ? 1 : 2);
+  if (linear.rounding == TWOFOUR_CPU_AS_IS && stride == 2 * k) return {static_cast<const uint8_t*>(x), stride, nullptr};
+  const bool own_scales = linear.rounding == TWOFOUR_CPU_EACH_TOKEN;
+  const int64_t scales_bytes = own_scales ? ceil_div(tokens * sizeof(float), 64) * 64 : 0;
   uint8_t* memory = scratch.bytes(scales_bytes + tokens * stride);
   float* scales = reinterpret_cast<float*>(memory);
-  uint8_t* q = memory + scales_bytes;
   const auto one = [&](int64_t token) {
-    const uint16_t* half = static_cast<const uint16_t*>(x) + token * k;
-    const float* full = static_cast<const float*>(x) + token * k;
-    const bool bf16 = type == TWOFOUR_CPU_BFLOAT16;
-    const float* multiplier = linear.multiplier;
-    int64_t multipliers = linear.multipliers;
-    float own = 0;
-    if (linear.dynamic) {
-      const float largest = bf16 ? largest_bf16(half, k) : largest_float(full, k);
-      own = largest > 0 ? 127.f / largest : 0.f;
-      scales[token] = largest / 127.f, multiplier = &own, multipliers = 1;
-    }
-    if (bf16) quantize_bf16(half, k, multiplier, multipliers, q + token * stride);
-    else quantize_float(full, k, multiplier, multipliers, q + token * stride);
+    const float scale = round_token(linear, type, x, token, memory + scales_bytes + token * stride);
+    if (own_scales) scales[token] = scale;
   };
   if (tokens * k < kParallelElements) {
     for (int64_t token = 0; token < tokens; ++token) one(token);
@@ -149,7 +154,7 @@ Quantized quantize(const twofour_cpu_linear& linear, int64_t tokens, int type, c
       for (int64_t token = chunk * step; token < std::min(tokens, (chunk + 1) * step); ++token) one(token);
     });
   }
-  return {q, stride, linear.dynamic ? scales : nullptr};
+  return {memory + scales_bytes, stride, own_scales ? scales : nullptr};
 }
 
 void apply_quantized(const twofour_cpu_linear& linear, int64_t tokens, const Quantized& x, int type, void* y) {
@@ -168,9 +173,7 @@ void apply(const twofour_cpu_linear* const* linears, int count, int64_t tokens, 
       const twofour_cpu_linear& linear = *linears[first + i];
       int same = 0;
       while (same < i && !quantize_alike(*linears[first + same], linear)) ++same;
-      inputs[i] = same < i                ? inputs[same]
-                  : is_int8(linear.form) ? quantize(linear, tokens, type, x, scratches[i])
-                                          : padded_bf16(linear.in_features, tokens, x, scratches[i]);
+      inputs[i] = same < i ? inputs[same] : quantize(linear, tokens, type, x, scratches[i]);
       products[i] = describe(linear, tokens, inputs[i], type, y[first + i]);
     }
     run(products, here);

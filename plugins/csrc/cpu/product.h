@@ -23,10 +23,10 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Inputs of int8 layers as the kernels read them, for `tokens` rows x of `type`; and each token's scale where dynamic.
+// Inputs as the kernels read them, for `tokens` rows x of `type`; and each token's scale where it has one of its own.
 struct Quantized {
   const uint8_t* q;
-  int64_t stride;
+  int64_t stride;  // bytes
   const float* token_scales;
 };
 Quantized quantize(const twofour_cpu_linear& linear, int64_t tokens, int type, const void* x, Scratch& scratch);
@@ -36,5 +36,8 @@ Quantized quantize(const twofour_cpu_linear& linear, int64_t tokens, int type, c
 void apply(const twofour_cpu_linear* const* linears, int count, int64_t tokens, int type, const void* x, void* const* y);
 // y = linear of inputs that are quantized already.
 void apply_quantized(const twofour_cpu_linear& linear, int64_t tokens, const Quantized& x, int type, void* y);
+
+// The decode step (decoder.cpp).
+void decode(const twofour_cpu_step& step, const twofour_cpu_block* blocks, int count, void* x);
 
 }  // namespace twofour_cpu

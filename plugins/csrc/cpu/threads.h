@@ -18,8 +18,9 @@ int threads();
 void parallel(int64_t chunks, void (*body)(void*, int64_t), void* context);
 
 template <class Body>
-void parallel(int64_t chunks, Body&& body) {
-  parallel(chunks, [](void* context, int64_t chunk) { (*static_cast<Body*>(context))(chunk); }, &body);
+void parallel(int64_t chunks, const Body& body) {
+  const auto call = [](void* context, int64_t chunk) { (*static_cast<const Body*>(context))(chunk); };
+  parallel(chunks, call, const_cast<Body*>(&body));
 }
 
 }  // namespace twofour_cpu

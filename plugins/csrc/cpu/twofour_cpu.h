@@ -38,16 +38,24 @@ typedef enum twofour_cpu_form {
 
 typedef enum twofour_cpu_type { TWOFOUR_CPU_FLOAT32 = 0, TWOFOUR_CPU_BFLOAT16 = 1 } twofour_cpu_type;
 
-/* One linear layer. int8 forms: y = (q w^T) * scale (* token scale) + bias, each step rounded to float32 once. */
+/* What is done to inputs x first. The int8 forms take the int8 roundings, the bf16 forms the others. */
+typedef enum twofour_cpu_rounding {
+  TWOFOUR_CPU_AS_IS = 0,       /* bfloat16 inputs alone */
+  TWOFOUR_CPU_TO_INT8 = 1,     /* x * multiplier to nearest even, clamped */
+  TWOFOUR_CPU_EACH_TOKEN = 2,  /* int8 by each token's own largest element */
+  TWOFOUR_CPU_TO_FP8 = 3       /* x * multiplier to nearest e4m3, saturated; held as bfloat16, as are fp8 weights */
+} twofour_cpu_rounding;
+
+/* One linear layer: y = (q w^T) * scale (* token scale) + bias, each step rounded to float32 once. */
 typedef struct twofour_cpu_linear {
   int32_t form; /* twofour_cpu_form */
   int32_t reserved;
   int64_t out_features, in_features;
   const void* weight;      /* packed */
   const float* scales;     /* [out_features], or NULL: `scale` */
-  float scale;             /* what an int8 sum is multiplied by */
-  int32_t dynamic;         /* int8: 1 scales each token by its own largest element, and `multiplier` is not read */
-  const float* multiplier; /* int8: what x is multiplied by before it is rounded */
+  float scale;             /* what a sum is multiplied by */
+  int32_t rounding;        /* twofour_cpu_rounding */
+  const float* multiplier; /* [multipliers]; NULL where none is used */
   int64_t multipliers;     /* 1, or in_features */
   const float* bias;       /* [out_features] or NULL */
 } twofour_cpu_linear;
@@ -83,6 +91,36 @@ TWOFOUR_CPU_API int twofour_cpu_apply(const twofour_cpu_linear* linear, int64_t 
  * quantize it once. */
 TWOFOUR_CPU_API int twofour_cpu_apply_all(const twofour_cpu_linear* const* linears, int count, int64_t tokens, int type,
                                           const void* x, void* const* y);
+
+/* A decoder block. Norms are RMSNorms; vectors have the type of the activations. */
+typedef struct twofour_cpu_block {
+  const twofour_cpu_linear *q, *k, *v, *o, *gate, *up, *down;
+  const void *first_norm, *second_norm; /* [hidden] */
+  const void *q_norm, *k_norm;          /* [head_dim], or NULL */
+  float attention_scale;                /* of the scores, the cache's scale of keys included */
+  float v_scale;                        /* of the attention's output; 1 for a 16-bit cache */
+  float k_multiplier, v_multiplier;     /* what an int8 cache's numbers are multiplied by before they are rounded */
+  int64_t window;                       /* positions that a token sees, its own included; 0: all */
+  void *keys, *values;                  /* [pages, kv_heads, page_size, head_dim] */
+} twofour_cpu_block;
+
+/* One new token for each of `tokens` sequences. */
+typedef struct twofour_cpu_step {
+  int32_t type;       /* twofour_cpu_type of the activations */
+  int32_t cache_int8; /* whether the cache holds int8; else numbers of `type` */
+  int64_t tokens, hidden, heads, kv_heads, head_dim, intermediate;
+  float eps;
+  int32_t reserved;
+  const void *cos, *sin;    /* [positions, head_dim] */
+  const void* final_norm;   /* [hidden]: of the norm after the last block */
+  const int64_t* positions; /* [tokens] */
+  const int32_t* table;     /* [tokens, table_stride]: the pages of each sequence; NULL: sequence i has page i alone */
+  int64_t table_stride, page_size;
+} twofour_cpu_step;
+
+/* Runs the blocks on x [tokens, hidden], in place, and adds the tokens' keys and values to the cache. */
+TWOFOUR_CPU_API int twofour_cpu_decode(const twofour_cpu_step* step, const twofour_cpu_block* blocks, int count,
+                                       void* x);
 
 /* Sum of `bytes` bytes read by all threads, 8 bytes at a time: what the memory gives at most. */
 TWOFOUR_CPU_API uint64_t twofour_cpu_read(const void* memory, size_t bytes);

@@ -1,0 +1,280 @@
+// The decode step: one new token a sequence through all blocks, with no more than products shared among the threads.
+//
+// Results are rounded to the activations' type where a model of transformers rounds them, so that both give the same
+// tokens: after each product, norm, rotation, activation and sum.
+#include <math.h>
+
+#include <algorithm>
+
+#include "elementwise.h"
+#include "product.h"
+#include "threads.h"
+#include "vectors.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EACH_ISA __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define EACH_ISA
+#endif
+
+namespace twofour_cpu {
+namespace {
+
+constexpr int64_t kParallelTokens = 4;  // from which on what is done for each token is shared among the threads
+
+// y = weight * (x / root mean square of x), the quotient rounded first; `add`, where given, is added to x before.
+template <class T>
+ALWAYS_INLINE void rms_norm(T* x, const T* add, const T* weight, float eps, int64_t count, T* y) {
+  Floats squares{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats value = load(x + i);
+    if (add) {
+      value = rounded(T{}, value + load(add + i));
+      store(x + i, value);
+    }
+    squares += value * value;
+  }
+  const float inverse = 1.f / sqrtf(sum(squares) / static_cast<float>(count) + eps);
+  for (int64_t i = 0; i < count; i += kLanes)
+    store(y + i, load(weight + i) * rounded(T{}, load(x + i) * inverse));
+}
+
+// The rotary embedding of one head, in place: x cos + (-second half, first half) sin.
+template <class T>
+ALWAYS_INLINE void rotate(T* x, const T* cos, const T* sin, int64_t head_dim) {
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const Floats a = load(x + i), b = load(x + half + i);
+    store(x + i, rounded(T{}, a * load(cos + i)) - rounded(T{}, b * load(sin + i)));
+    store(x + half + i, rounded(T{}, b * load(cos + half + i)) + rounded(T{}, a * load(sin + half + i)));
+  }
+}
+
+template <class T>
+ALWAYS_INLINE void silu_times(const T* gate, const T* up, int64_t count, T* y) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats g = load(gate + i);
+    store(y + i, rounded(T{}, g / (1.f + exponential(-g))) * load(up + i));
+  }
+}
+
+template <class T>
+ALWAYS_INLINE void keep(const T* x, int64_t count, float, T* cached) {
+  memcpy(cached, x, count * sizeof(T));
+}
+template <class T>
+ALWAYS_INLINE void keep(const T* x, int64_t count, float multiplier, int8_t* cached) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats q = round_to_even(smaller(larger(load(x + i) * multiplier, all(-128.f)), all(127.f)));
+    const Bytes byte = __builtin_convertvector(__builtin_convertvector(q, Ints), Bytes);
+    memcpy(cached + i, &byte, sizeof(byte));
+  }
+}
+
+// What a block's attention reads of one sequence.
+template <class C>
+struct Sequence {
+  const C *keys, *values;  // of one head in page 0
+  const int32_t* pages;    // NULL: the sequence lies in page `page` alone
+  int64_t page, page_size, page_stride, first, length;
+
+  ALWAYS_INLINE int64_t run_end(int64_t position) const {
+    return std::min(length, (position / page_size + 1) * page_size);
+  }
+  ALWAYS_INLINE int64_t offset(int64_t position, int64_t head_dim) const {
+    const int64_t at = pages ? pages[position / page_size] : page;
+    return at * page_stride + position % page_size * head_dim;
+  }
+};
+
+// Attention of one query head. `scores` holds the sequence's length, rounded up to whole vectors.
+template <class T, class C>
+ALWAYS_INLINE void attend(const T* q, const Sequence<C>& s, int64_t dim, float scale, float v_scale, float* scores,
+                          T* y) {
+  const int64_t parts = dim / kLanes;
+  Floats query[16], total[16] = {};  // head_dim up to 256
+  for (int64_t i = 0; i < parts; ++i) query[i] = load(q + i * kLanes) * scale;
+  float* score = scores;
+  for (int64_t position = s.first; position < s.length;) {
+    const C* key = s.keys + s.offset(position, dim);
+    for (const int64_t end = s.run_end(position); position < end; ++position, key += dim) {
+      Floats products{};
+      for (int64_t i = 0; i < parts; ++i) products += query[i] * load(key + i * kLanes);
+      *score++ = sum(products);
+    }
+  }
+  const int64_t count = s.length - s.first, padded = (count + kLanes - 1) / kLanes * kLanes;
+  for (int64_t i = count; i < padded; ++i) scores[i] = -INFINITY;
+  Floats most = all(-INFINITY), weights{};
+  for (int64_t i = 0; i < padded; i += kLanes) most = larger(most, load(scores + i));
+  const float peak = largest(most);
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const Floats at = load(scores + i), weight = at == -INFINITY ? Floats{} : exponential(at - peak);
+    store(scores + i, weight);
+    weights += weight;
+  }
+  score = scores;
+  for (int64_t position = s.first; position < s.length;) {
+    const C* value = s.values + s.offset(position, dim);
+    for (const int64_t end = s.run_end(position); position < end; ++position, value += dim, ++score)
+      for (int64_t i = 0; i < parts; ++i) total[i] += *score * load(value + i * kLanes);
+  }
+  const float inverse = 1.f / sum(weights);
+  for (int64_t i = 0; i < parts; ++i) {
+    const Floats out = rounded(T{}, total[i] * inverse);
+    store(y + i * kLanes, v_scale == 1.f ? out : out * v_scale);
+  }
+}
+
+// The functions below are the above for one token of a step, compiled for each instruction set.
+struct Buffers {
+  void *normed, *q, *k, *v, *attended, *out, *gate, *up, *activated;
+  float* scores;  // [tokens * heads, scores_stride]
+  int64_t scores_stride;
+};
+
+template <class T>
+struct Token {
+  const twofour_cpu_step& step;
+  const twofour_cpu_block& block;
+  const Buffers& buffers;
+  int64_t token;
+
+  template <class U = T>
+  ALWAYS_INLINE U* row(void* matrix, int64_t width) const {
+    return static_cast<U*>(matrix) + token * width;
+  }
+};
+
+template <class T>
+ALWAYS_INLINE void norm_token(const Token<T>& t, void* x, bool add, const void* weight) {
+  const int64_t hidden = t.step.hidden;
+  T* target = t.row(x, hidden);
+  const T* more = add ? t.row(t.buffers.out, hidden) : nullptr;
+  rms_norm(target, more, static_cast<const T*>(weight), t.step.eps, hidden, t.row(t.buffers.normed, hidden));
+}
+
+template <class T, class C>
+ALWAYS_INLINE void rotate_and_keep(const Token<T>& t) {
+  const twofour_cpu_step& step = t.step;
+  const twofour_cpu_block& block = t.block;
+  const int64_t dim = step.head_dim, position = step.positions[t.token];
+  const T *cos = static_cast<const T*>(step.cos) + position * dim, *sin = static_cast<const T*>(step.sin) + position * dim;
+  T *q = t.row(t.buffers.q, step.heads * dim), *k = t.row(t.buffers.k, step.kv_heads * dim);
+  const T* v = t.row(t.buffers.v, step.kv_heads * dim);
+  const int64_t page = step.table ? step.table[t.token * step.table_stride + position / step.page_size] : t.token;
+  for (int64_t head = 0; head < step.heads; ++head, q += dim) {
+    if (block.q_norm) rms_norm<T>(q, nullptr, static_cast<const T*>(block.q_norm), step.eps, dim, q);
+    rotate(q, cos, sin, dim);
+  }
+  for (int64_t head = 0; head < step.kv_heads; ++head, k += dim, v += dim) {
+    if (block.k_norm) rms_norm<T>(k, nullptr, static_cast<const T*>(block.k_norm), step.eps, dim, k);
+    rotate(k, cos, sin, dim);
+    const int64_t at = ((page * step.kv_heads + head) * step.page_size + position % step.page_size) * dim;
+    keep(k, dim, block.k_multiplier, static_cast<C*>(block.keys) + at);
+    keep(v, dim, block.v_multiplier, static_cast<C*>(block.values) + at);
+  }
+}
+
+template <class T, class C>
+ALWAYS_INLINE void attend_head(const Token<T>& t, int64_t head) {
+  const twofour_cpu_step& step = t.step;
+  const twofour_cpu_block& block = t.block;
+  const int64_t dim = step.head_dim, kv_head = head / (step.heads / step.kv_heads), width = step.heads * dim;
+  const int64_t length = step.positions[t.token] + 1, page_stride = step.kv_heads * step.page_size * dim;
+  const int64_t first = block.window ? std::max<int64_t>(0, length - block.window) : 0;
+  const int64_t start = kv_head * step.page_size * dim;
+  const Sequence<C> sequence{static_cast<const C*>(block.keys) + start, static_cast<const C*>(block.values) + start,
+                             step.table ? step.table + t.token * step.table_stride : nullptr, t.token,
+                             step.page_size, page_stride, first, length};
+  float* scores = t.buffers.scores + (t.token * step.heads + head) * t.buffers.scores_stride;
+  attend(t.row(t.buffers.q, width) + head * dim, sequence, dim, block.attention_scale, block.v_scale, scores,
+         t.row(t.buffers.attended, width) + head * dim);
+}
+
+template <class T>
+ALWAYS_INLINE void activate(const Token<T>& t) {
+  const int64_t width = t.step.intermediate;
+  silu_times<T>(t.row(t.buffers.gate, width), t.row(t.buffers.up, width), width, t.row(t.buffers.activated, width));
+}
+
+#define FOR_TYPE(NAME, T, C)                                                                                        \
+  EACH_ISA void norm_##NAME(const Token<T>& t, void* x, bool add, const void* weight) { norm_token(t, x, add, weight); } \
+  EACH_ISA void rotate_##NAME(const Token<T>& t) { rotate_and_keep<T, C>(t); }                                       \
+  EACH_ISA void attend_##NAME(const Token<T>& t, int64_t head) { attend_head<T, C>(t, head); }                       \
+  EACH_ISA void activate_##NAME(const Token<T>& t) { activate(t); }                                                  \
+  struct NAME {                                                                                                      \
+    using Type = T;                                                                                                  \
+    static constexpr auto norm = norm_##NAME;                                                                        \
+    static constexpr auto rotate = rotate_##NAME;                                                                    \
+    static constexpr auto attend = attend_##NAME;                                                                    \
+    static constexpr auto activate = activate_##NAME;                                                                \
+  };
+FOR_TYPE(bf16, uint16_t, uint16_t)
+FOR_TYPE(bf16_int8, uint16_t, int8_t)
+FOR_TYPE(float32, float, float)
+FOR_TYPE(float32_int8, float, int8_t)
+#undef FOR_TYPE
+
+template <class Body>
+void each_token(int64_t tokens, const Body& body) {
+  if (tokens >= kParallelTokens) return parallel(tokens, body);
+  for (int64_t token = 0; token < tokens; ++token) body(token);
+}
+
+template <class Kind>
+void decode_as(const twofour_cpu_step& step, const twofour_cpu_block* blocks, int count, void* x,
+               const Buffers& buffers) {
+  using T = typename Kind::Type;
+  const int64_t tokens = step.tokens;
+  const auto at = [&](const twofour_cpu_block& block, int64_t token) { return Token<T>{step, block, buffers, token}; };
+  const auto norm = [&](const twofour_cpu_block& block, bool add, const void* weight) {
+    each_token(tokens, [&](int64_t token) { Kind::norm(at(block, token), x, add, weight); });
+  };
+  for (int i = 0; i < count; ++i) {
+    const twofour_cpu_block& block = blocks[i];
+    norm(block, i > 0, block.first_norm);
+    const twofour_cpu_linear* qkv[] = {block.q, block.k, block.v};
+    void* const qkv_out[] = {buffers.q, buffers.k, buffers.v};
+    apply(qkv, 3, tokens, step.type, buffers.normed, qkv_out);
+    each_token(tokens, [&](int64_t token) { Kind::rotate(at(block, token)); });
+    parallel(tokens * step.heads, [&](int64_t item) { Kind::attend(at(block, item / step.heads), item % step.heads); });
+    apply(&block.o, 1, tokens, step.type, buffers.attended, &buffers.out);
+    norm(block, true, block.second_norm);
+    const twofour_cpu_linear* gate_up[] = {block.gate, block.up};
+    void* const gate_up_out[] = {buffers.gate, buffers.up};
+    apply(gate_up, 2, tokens, step.type, buffers.normed, gate_up_out);
+    each_token(tokens, [&](int64_t token) { Kind::activate(at(block, token)); });
+    apply(&block.down, 1, tokens, step.type, buffers.activated, &buffers.out);
+  }
+  norm(blocks[count - 1], true, step.final_norm);
+  memcpy(x, buffers.normed, tokens * step.hidden * sizeof(T));
+}
+
+}  // namespace
+
+void decode(const twofour_cpu_step& step, const twofour_cpu_block* blocks, int count, void* x) {
+  static thread_local Scratch scratch;
+  const int64_t size = step.type == TWOFOUR_CPU_FLOAT32 ? 4 : 2, tokens = step.tokens;
+  const int64_t q_width = step.heads * step.head_dim, kv_width = step.kv_heads * step.head_dim;
+  const int64_t widths[] = {step.hidden, q_width, kv_width, kv_width, q_width, step.hidden, step.intermediate,
+                            step.intermediate, step.intermediate};
+  const int64_t longest = 1 + *std::max_element(step.positions, step.positions + tokens);
+  const int64_t scores_stride = ceil_div(longest, kLanes) * kLanes;
+  int64_t offsets[9], bytes = 0;
+  for (int i = 0; i < 9; ++i) offsets[i] = bytes, bytes += ceil_div(tokens * widths[i] * size, 64) * 64;
+  uint8_t* memory = scratch.bytes(bytes + tokens * step.heads * scores_stride * sizeof(float));
+  Buffers buffers;
+  void** const fields[] = {&buffers.normed, &buffers.q,    &buffers.k,  &buffers.v,        &buffers.attended,
+                           &buffers.out,    &buffers.gate, &buffers.up, &buffers.activated};
+  for (int i = 0; i < 9; ++i) *fields[i] = memory + offsets[i];
+  buffers.scores = reinterpret_cast<float*>(memory + bytes), buffers.scores_stride = scores_stride;
+  if (step.type == TWOFOUR_CPU_BFLOAT16)
+    step.cache_int8 ? decode_as<bf16_int8>(step, blocks, count, x, buffers)
+                    : decode_as<bf16>(step, blocks, count, x, buffers);
+  else
+    step.cache_int8 ? decode_as<float32_int8>(step, blocks, count, x, buffers)
+                    : decode_as<float32>(step, blocks, count, x, buffers);
+}
+
+}  // namespace twofour_cpu

@@ -1,0 +1,153 @@
+"""The linear layer on libtwofour_cpu: weights held packed, dense or 2:4, in the form that the kernel reads.
+
+    cpu-2of4    the packed 2:4 weight      0.625 of 8-bit bytes, 0.5625 of 16-bit
+    cpu-dense   the dense weight
+    torch       torch's own product (oneDNN)
+
+int8 weights are multiplied as int8. fp8 weights and inputs are held as bfloat16, which holds every e4m3 number, and
+their products summed in float32, as a GPU does.
+
+Legend: M tokens, N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from ctypes import byref
+
+import torch
+from torch import nn
+
+from plugins.common import numerics
+from plugins.common.errors import UserError
+from plugins.libtwofour import cpu
+from plugins.linear.torch_linear import Linear, Scales
+from plugins.sparsity.torch_packing import pack
+
+SPARSE, DENSE, TORCH = "cpu-2of4", "cpu-dense", "torch"
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+Choices = Sequence[tuple[int, str]]
+
+
+def can_take(dtype: torch.dtype, compute: torch.dtype) -> bool:
+    """Whether a kernel multiplies weights of `dtype` where the rest computes in `compute`."""
+    eight_bit = dtype in (torch.int8, torch.float8_e4m3fn)
+    return compute in TYPES and (eight_bit or (dtype == compute == torch.bfloat16))
+
+
+class CpuLinear(Linear):
+    """x [..., K] float32 or bfloat16 -> y [..., N] of the same dtype, from a 16-bit, int8 or fp8 weight.
+
+    `kept` is the dense weight [N, K], or (values, indices) of a 2:4 one (plugins/sparsity/pattern.py).
+    """
+
+    def __init__(
+        self,
+        kept: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        shape: tuple[int, int],
+        scales: Scales | None,
+        bias_N: torch.Tensor | None,
+        dtype: torch.dtype,
+        choices: Choices,
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.out_features, self.in_features = shape
+        self._tokens, self._kernels = [tokens for tokens, _ in choices], [kernel for _, kernel in choices]
+        self.kernel = " or ".join(dict.fromkeys(self._kernels))
+        self._scales = nn.Buffer(scales.product) if scales is not None and scales.product.numel() > 1 else None
+        self._bias = None if bias_N is None else nn.Buffer(bias_N.float())
+        stored = kept[0].dtype if isinstance(kept, tuple) else kept.dtype
+        multiplier, rounding = _rounding(stored, scales)
+        self._multiplier = None if multiplier is None else nn.Buffer(multiplier)
+        self._problems: dict[str, cpu.Linear] = {}
+        for kernel in dict.fromkeys(self._kernels):
+            form = ("int8" if stored == torch.int8 else "bf16") + ("-2of4" if kernel == SPARSE else "")
+            weight = _packed(form, kept, shape)
+            self.register_buffer(f"{kernel.replace('-', '_')}_weight", weight, persistent=False)
+            self._problems[kernel] = cpu.Linear(
+                form=cpu.FORMS.index(form),
+                out_features=self.out_features,
+                in_features=self.in_features,
+                weight=weight.data_ptr(),
+                scales=_address(self._scales),
+                scale=1.0 if scales is None or self._scales is not None else float(scales.product),
+                rounding=cpu.ROUNDINGS.index(rounding),
+                multiplier=_address(self._multiplier),
+                multipliers=0 if multiplier is None else multiplier.numel(),
+                bias=_address(self._bias),
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        tokens = x.numel() // self.in_features
+        status = cpu.load().twofour_cpu_apply(
+            byref(self.problem(tokens)), tokens, TYPES[x.dtype], x.data_ptr(), y.data_ptr()
+        )
+        cpu.check(status)
+        return y
+
+    def problem(self, tokens: int) -> cpu.Linear:
+        """The layer as libtwofour_cpu takes it, with the kernel that multiplies `tokens` rows."""
+        return self._problems[self._kernels[min(bisect_left(self._tokens, tokens), len(self._tokens) - 1)]]
+
+
+def build(
+    tensors: Mapping[str, torch.Tensor], scales: Scales | None, dtype: torch.dtype, choices: Choices
+) -> CpuLinear:
+    """The layer that stored `tensors` describe (factory.py)."""
+    if "weight_values" in tensors:
+        values = tensors["weight_values"]
+        kept: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = (values, tensors["weight_indices"])
+        rows, columns = values.shape[0], 2 * values.shape[1]
+        if tensors["weight_indices"].shape != (rows, -(-columns // 8)):
+            raise UserError(
+                f"values {list(values.shape)} and indices {list(tensors['weight_indices'].shape)} do not belong "
+                "together: build the engine again"
+            )
+    else:
+        kept = tensors["weight"]
+        rows, columns = kept.shape
+    return CpuLinear(kept, (rows, columns), scales, tensors.get("bias"), dtype, choices)
+
+
+def _rounding(stored: torch.dtype, scales: Scales | None) -> tuple[torch.Tensor | None, str]:
+    """What inputs are multiplied by before they are rounded, and to what."""
+    if scales is None:
+        return None, "as is"
+    if stored == torch.int8:
+        return scales.multiplier.contiguous(), "int8"
+    inverse = numerics.fp8_inverse(scales.input)
+    multiplier = inverse if scales.pre_quant is None else inverse * scales.pre_quant
+    return multiplier.contiguous(), "fp8"
+
+
+def _packed(
+    form: str, kept: torch.Tensor | tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]
+) -> torch.Tensor:
+    """A weight in one of the library's forms: uint8."""
+    if form.endswith("2of4"):
+        values, indices = kept if isinstance(kept, tuple) else pack(kept)
+    else:
+        values, indices = (unpack_values(kept) if isinstance(kept, tuple) else kept), None
+    if values.dtype == torch.float8_e4m3fn:
+        values = numerics.fp8_values(values).to(torch.bfloat16)
+    values = values.contiguous()
+    indices = None if indices is None else indices.contiguous()
+    packed = torch.empty(cpu.weight_bytes(form, *shape), dtype=torch.uint8)
+    cpu.pack(form, shape, values.data_ptr(), _address(indices) or 0, packed.data_ptr())
+    return packed
+
+
+def unpack_values(kept: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The dense weight of a packed one, where a dense kernel is faster."""
+    from plugins.sparsity.torch_packing import unpack
+
+    return unpack(*kept)
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
