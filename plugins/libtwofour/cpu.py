@@ -88,6 +88,7 @@ def load() -> ctypes.CDLL:
         "unpack": (c_int, (*size, c_void_p, c_void_p)),
         "matmul_int8": (c_int, (linear, c_int64, c_void_p, c_void_p, c_int, c_void_p)),
         "apply": (c_int, (linear, c_int64, c_int, c_void_p, c_void_p)),
+        "rows": (c_int, (linear, c_int64, c_void_p, c_void_p)),
         "decode": (c_int, (POINTER(Step), POINTER(Block), c_int, c_void_p)),
         "read": (c_uint64, (c_void_p, c_size_t)),
     }

@@ -2,7 +2,6 @@
 
     cpu-2of4    the packed 2:4 weight      0.625 of 8-bit bytes, 0.5625 of 16-bit
     cpu-dense   the dense weight
-    torch       torch's own product (oneDNN)
 
 int8 weights are multiplied as int8. fp8 weights and inputs are held as bfloat16, which holds every e4m3 number, and
 their products summed in float32, as a GPU does.
@@ -15,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from ctypes import byref
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from plugins.libtwofour import cpu
 from plugins.linear.torch_linear import Linear, Scales
 from plugins.sparsity.torch_packing import pack
 
-SPARSE, DENSE, TORCH = "cpu-2of4", "cpu-dense", "torch"
+SPARSE, DENSE = "cpu-2of4", "cpu-dense"
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 Choices = Sequence[tuple[int, str]]
@@ -95,6 +95,31 @@ class CpuLinear(Linear):
         return self._problems[self._kernels[min(bisect_left(self._tokens, tokens), len(self._tokens) - 1)]]
 
 
+class PackedEmbedding(nn.Module):
+    """The embedding of a model whose output layer is the same weight: read from the output layer's packed form."""
+
+    def __init__(self, head: CpuLinear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        ids = ids.contiguous()
+        y = torch.empty(*ids.shape, self.head.in_features, dtype=torch.bfloat16)
+        problem = byref(self.head.problem(1))
+        cpu.check(cpu.load().twofour_cpu_rows(problem, ids.numel(), ids.data_ptr(), y.data_ptr()))
+        return y
+
+
+def choices_of(tactics: Mapping[str, Any] | None, sparse: bool) -> Choices:
+    """The choices of one layer's entry in tactics.json; without an entry, its own form at any number of tokens."""
+    if not sparse:
+        return ((1, DENSE),)
+    buckets = [] if tactics is None else tactics["buckets"]
+    names = {SPARSE: SPARSE, "dense-cpu": DENSE}
+    known = sorted((int(b["tokens"]), names[b["kernel"]]) for b in buckets if b["kernel"] in names)
+    return known or ((1, SPARSE),)
+
+
 def build(
     tensors: Mapping[str, torch.Tensor], scales: Scales | None, dtype: torch.dtype, choices: Choices
 ) -> CpuLinear:
@@ -125,9 +150,7 @@ def _rounding(stored: torch.dtype, scales: Scales | None) -> tuple[torch.Tensor 
     return multiplier.contiguous(), "fp8"
 
 
-def _packed(
-    form: str, kept: torch.Tensor | tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]
-) -> torch.Tensor:
+def _packed(form: str, kept: torch.Tensor | tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
     """A weight in one of the library's forms: uint8."""
     if form.endswith("2of4"):
         values, indices = kept if isinstance(kept, tuple) else pack(kept)

@@ -5,7 +5,7 @@
     bias          [N]
 
 The weight's dtype says the format. Without `choices` a layer runs on torch's own products (torch_linear.py), with
-them on our kernels (kernel_linear.py).
+them on our kernels (kernel_linear.py on CUDA, cpu_linear.py on a CPU).
 
 Legend: M tokens, N out_features, K in_features.
 """
@@ -36,7 +36,9 @@ FORMATS = {
     torch.int8: "int8",
     torch.float8_e4m3fn: "fp8",
 }
+CPU_KERNELS = ("cpu-2of4", "cpu-dense")
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
+SPARSE_KERNELS = {"cpu-2of4", "skinny", "cusparselt"}
 UNFIT = ("misaligned", "unsupported")  # statuses of libtwofour after which torch's own product takes the layer
 
 
@@ -48,17 +50,23 @@ def build_linear(
 ) -> Linear:
     """The layer that `tensors` describe, computing in `dtype` on `device`.
 
-    `choices` names a kernel of torch_ops.py by tokens (kernel_linear.py); None asks for torch's own products,
-    which also take over where a kernel cannot take the layer's shape. Raises UserError where a tensor is missing, or
-    the weight's dtype is none of ours.
+    `choices` names a kernel by tokens (kernel_linear.py, cpu_linear.py); None asks for torch's own products, which also
+    take over where a kernel cannot take the layer's shape. Raises UserError where a tensor is missing, or the weight's
+    dtype is none of ours.
     """
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     sparse = "weight_values" in tensors
     stored = tensors["weight_values" if sparse else "weight"]
     if stored.dtype not in FORMATS:
         raise UserError(f"a weight of dtype {stored.dtype} is none of {', '.join(FORMATS.values())}: export it again")
-    w_NK = unpack(stored, tensors["weight_indices"]) if sparse else stored
     scales = _scales(tensors) if stored.dtype in EIGHT_BIT else None
+    if choices is not None and device.type == "cpu" and choices[0][1] in CPU_KERNELS:
+        from plugins.linear import cpu_linear
+
+        on_cpu = cpu_linear.build(tensors, scales, dtype, choices)
+        on_cpu.format, on_cpu.sparse = FORMATS[stored.dtype], sparse
+        return on_cpu
+    w_NK = unpack(stored, tensors["weight_indices"]) if sparse else stored
     bias_N = tensors.get("bias")
     layer, refused = None, None
     if choices is not None:
@@ -126,8 +134,9 @@ def remarks(layers: Iterable[Linear]) -> list[str]:
     """What a reader of measurements should know of how these layers run, in words."""
     layers = list(layers)
     words = []
-    if any(layer.sparse and next(layer.buffers()).device.type == "cpu" for layer in layers):
-        words.append("2:4 weights are unpacked when they are loaded: no CPU kernel gains from 2:4")
+    unpacked = [layer for layer in layers if layer.sparse and SPARSE_KERNELS.isdisjoint(layer.kernel.split(" or "))]
+    if any(next(layer.buffers()).device.type == "cpu" for layer in unpacked):
+        words.append("2:4 weights are unpacked when they are loaded, and gain nothing")
     if any(isinstance(layer, Fp8ValuesLinear) for layer in layers):
         words.append("fp8 numbers are multiplied as floats: torch's own float8 product is far slower on a CPU")
     for reason in sorted({layer.refused for layer in layers if layer.refused}):

@@ -44,6 +44,14 @@ def attention(
     return batch.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
 
 
+def window_of(attention: torch.nn.Module, config: Any) -> int | None:
+    """The layer's sliding window; Mistral keeps it in the config, Qwen in the layer, Llama has none."""
+    if hasattr(attention, "sliding_window"):
+        window: int | None = attention.sliding_window
+        return window
+    return getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+
+
 AttentionInterface.register(NAME, attention)
 
 

@@ -16,9 +16,11 @@ import transformers
 from torch import nn
 
 from builder.engines.torch_backend import attention
-from builder.engines.torch_backend.attention import Batch
+from builder.engines.torch_backend.attention import Batch, Decode
+from builder.engines.torch_backend.cpu_step import CpuStep
 from builder.engines.torch_backend.linears import Kernels, Source, is_tied, replace_linears
 from plugins.common.errors import UserError
+from plugins.linear.cpu_linear import CpuLinear, PackedEmbedding
 from plugins.linear.factory import remarks
 
 CONFIGS = {
@@ -57,6 +59,7 @@ class Decoder:
         self._embed, self._layers, self._norm = body.embed_tokens, list(body.layers), body.norm
         self._head = model.lm_head
         self._cos_SD, self._sin_SD = _rotary_table(model, positions, dtype, device)
+        self._cpu_step = CpuStep.of(body, self._cos_SD, self._sin_SD) if device.type == "cpu" else None
         self.kv_scales = [_kv_scale(tensors, f"model.layers.{i}.self_attn") for i in range(len(self._layers))]
 
     @property
@@ -68,8 +71,10 @@ class Decoder:
 
     def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Final hidden states [B, T, hidden_size] of token ids [B, T] at positions [B, T] or [1, T]."""
-        rotary = (self._cos_SD[positions], self._sin_SD[positions])
         x = self._embed(input_ids)
+        if self._cpu_step is not None and isinstance(batch, Decode) and self._cpu_step.takes(batch):
+            return self._cpu_step(x, batch)
+        rotary = (self._cos_SD[positions], self._sin_SD[positions])
         for layer in self._layers:
             x = layer(x, position_embeddings=rotary, batch=batch)
         return self._norm(x)
@@ -96,6 +101,8 @@ def _empty_model(config: dict[str, Any]) -> nn.Module:
 
 def _put_rest(model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device) -> None:
     """Gives memory to what is no linear layer: embedding and norms."""
+    if is_tied(model, tensors) and isinstance(model.lm_head, CpuLinear):
+        model.model.embed_tokens = PackedEmbedding(model.lm_head)
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type != "meta":
             continue
@@ -107,7 +114,7 @@ def _put_rest(model: nn.Module, tensors: Source, dtype: torch.dtype, device: tor
             raise UserError(f"'{name}' has shape {list(tensor.shape)}, but config.json says {list(parameter.shape)}")
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
-    if is_tied(model, tensors):
+    if is_tied(model, tensors) and not isinstance(model.model.embed_tokens, PackedEmbedding):
         model.lm_head.weight = model.model.embed_tokens.weight
 
 

@@ -28,14 +28,17 @@ class Source(Protocol):
 
 
 class Kernels:
-    """Which of our kernels each layer runs on: on CUDA as tactics.json says, elsewhere none."""
+    """Which of our kernels each layer runs on, as tactics.json says."""
 
     def __init__(self, tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device) -> None:
         self._layers: Mapping[str, Any] = (tactics or {}).get("layers", {})
         self.remarks: list[str] = []
-        self._usable, self._amiss = False, ""
+        self._usable, self._amiss, self._dtype = False, "", dtype
+        self._on_cpu = device.type == "cpu"
         if device.type == "cuda":
             self._usable, self._amiss = _open(tactics, dtype, device.index or 0)
+        elif self._on_cpu:
+            self._usable, self._amiss = _open_cpu()
 
     def choices(self, name: str, stored: Mapping[str, torch.Tensor]) -> Choices | None:
         """For a layer and its tensors; None: torch's own product."""
@@ -44,11 +47,30 @@ class Kernels:
             log.warning("%s", self._amiss)
             self.remarks.append(self._amiss)
             self._amiss = ""
-        if not self._usable or not (sparse or "weight_scale" in stored):
+        if not self._usable:
+            return None
+        if self._on_cpu:
+            from plugins.linear import cpu_linear
+
+            if not cpu_linear.can_take(stored["weight_values" if sparse else "weight"].dtype, self._dtype):
+                return None
+            return cpu_linear.choices_of(self._layers.get(name), sparse)
+        if not (sparse or "weight_scale" in stored):
             return None
         from plugins.linear.kernel_linear import choices_of
 
         return choices_of(self._layers.get(name), sparse)
+
+
+def _open_cpu() -> tuple[bool, str]:
+    """(whether our CPU kernels run here, why not). They share torch's number of threads."""
+    from plugins.libtwofour import cpu
+
+    try:
+        cpu.set_threads(torch.get_num_threads())
+        return True, ""
+    except UserError as error:
+        return False, f"2:4 layers run as dense ones on torch's products: {error}"
 
 
 def _open(tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: int) -> tuple[bool, str]:

@@ -20,6 +20,16 @@ int fail(int status, const char* format, Arguments... arguments) {
   return status;
 }
 
+void copy_row(const twofour_cpu_linear& linear, int64_t row, uint16_t* y) {
+  const int form = linear.form;
+  const uint8_t* tile = static_cast<const uint8_t*>(linear.weight) + row / kTileRows * tile_bytes(form, linear.in_features);
+  const uint8_t* first = tile + row % kTileRows / kHalfRows * half_bytes(form) + row % kHalfRows * 4;
+  for (int64_t input = 0; input < linear.in_features; ++input) {
+    const uint8_t* block = first + input / kBlockInputs * 2 * half_bytes(form);
+    y[input] = reinterpret_cast<const uint16_t*>(block + input % kBlockInputs / 2 * 64)[input % 2];
+  }
+}
+
 int check_sizes(int form, int64_t rows, int64_t inputs) {
   if (form < TWOFOUR_CPU_INT8 || form > TWOFOUR_CPU_BF16_2OF4)
     return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "form %d is none of 0 to 3", form);
@@ -112,6 +122,18 @@ int twofour_cpu_apply_all(const twofour_cpu_linear* const* linears, int count, i
 
 int twofour_cpu_apply(const twofour_cpu_linear* linear, int64_t tokens, int type, const void* x, void* y) {
   return twofour_cpu_apply_all(&linear, 1, tokens, type, x, &y);
+}
+
+int twofour_cpu_rows(const twofour_cpu_linear* linear, int64_t count, const int64_t* ids, void* y) {
+  if (linear->form != TWOFOUR_CPU_BF16)
+    return fail(TWOFOUR_CPU_UNSUPPORTED, "rows are read of a dense bf16 weight, and this has form %d", linear->form);
+  for (int64_t i = 0; i < count; ++i)
+    if (ids[i] < 0 || ids[i] >= linear->out_features)
+      return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "row %lld of %lld", static_cast<long long>(ids[i]),
+                  static_cast<long long>(linear->out_features));
+  for (int64_t i = 0; i < count; ++i)
+    copy_row(*linear, ids[i], static_cast<uint16_t*>(y) + i * linear->in_features);
+  return TWOFOUR_CPU_OK;
 }
 
 int twofour_cpu_decode(const twofour_cpu_step* step, const twofour_cpu_block* blocks, int count, void* x) {

@@ -87,6 +87,9 @@ TWOFOUR_CPU_API int twofour_cpu_matmul_int8(const twofour_cpu_linear* linear, in
 /* y of inputs x [tokens, in_features] of `type`, which an int8 form quantizes itself; y has the same type. */
 TWOFOUR_CPU_API int twofour_cpu_apply(const twofour_cpu_linear* linear, int64_t tokens, int type, const void* x,
                                       void* y);
+/* Rows `ids` [count] of a dense bf16 weight: y [count, in_features] bfloat16. An embedding that is the output layer too
+ * is held once. */
+TWOFOUR_CPU_API int twofour_cpu_rows(const twofour_cpu_linear* linear, int64_t count, const int64_t* ids, void* y);
 /* Several layers of one input, in one pass: y[i] [tokens, linears[i].out_features]. The int8 layers of one multiplier
  * quantize it once. */
 TWOFOUR_CPU_API int twofour_cpu_apply_all(const twofour_cpu_linear* const* linears, int count, int64_t tokens, int type,
