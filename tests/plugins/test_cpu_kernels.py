@@ -123,9 +123,7 @@ def test_indices_that_do_not_ascend_are_refused() -> None:
     indices[3, 1] = 0b00000101
     scales = Scales(torch.ones(1), torch.ones(1))
     with pytest.raises(UserError, match="row 3, group 2: indices do not ascend"):
-        CpuLinear(
-            (values, indices), (8, 32), Scales(torch.ones(1), torch.ones(1)), None, torch.float32, ((1, "cpu-2of4"),)
-        )
+        CpuLinear((values, indices), (8, 32), scales, None, torch.float32, ((1, "cpu-2of4"),))
 
 
 def test_threads_are_cut_to_the_processors_and_give_the_same_numbers() -> None:
