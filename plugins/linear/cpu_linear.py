@@ -32,9 +32,13 @@ Choices = Sequence[tuple[int, str]]
 
 
 def can_take(dtype: torch.dtype, compute: torch.dtype) -> bool:
-    """Whether a kernel multiplies weights of `dtype` where the rest computes in `compute`."""
-    eight_bit = dtype in (torch.int8, torch.float8_e4m3fn)
-    return compute in TYPES and (eight_bit or (dtype == compute == torch.bfloat16))
+    """Whether a kernel multiplies weights of `dtype` where the rest computes in `compute`.
+
+    fp8 in float32 stays with torch's operations, in whose order ModelOpt's fake quantization computes.
+    """
+    if compute == torch.bfloat16:
+        return dtype in (torch.int8, torch.float8_e4m3fn, torch.bfloat16)
+    return compute == torch.float32 and dtype == torch.int8
 
 
 class CpuLinear(Linear):
@@ -156,7 +160,7 @@ def _packed(form: str, kept: torch.Tensor | tuple[torch.Tensor, torch.Tensor], s
         values, indices = kept if isinstance(kept, tuple) else pack(kept)
     else:
         values, indices = (unpack_values(kept) if isinstance(kept, tuple) else kept), None
-    if values.dtype == torch.float8_e4m3fn:
+    if values.dtype == torch.float8_e4m3fn:  # every e4m3 number is a bfloat16
         values = numerics.fp8_values(values).to(torch.bfloat16)
     values = values.contiguous()
     indices = None if indices is None else indices.contiguous()
