@@ -38,7 +38,7 @@ def can_take(dtype: torch.dtype, compute: torch.dtype) -> bool:
     """
     if compute == torch.bfloat16:
         return dtype in (torch.int8, torch.float8_e4m3fn, torch.bfloat16)
-    return compute == torch.float32 and dtype == torch.int8
+    return bool(compute == torch.float32 and dtype == torch.int8)
 
 
 class CpuLinear(Linear):
