@@ -1,17 +1,24 @@
 """Renders docs/predictions.md: published figures beside the predictions for their conditions."""
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 from benchmarks.roofline import published, roofline
-from benchmarks.roofline.published import Comparison
+from benchmarks.roofline.published import Comparison, EndToEnd, Kernel
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 INTRODUCTION = """# Predictions against published figures
 
 Made by `make docs` from `benchmarks/roofline/published.yaml`; do not edit.
 
-`twofour plan`, and `twofour explain` without a GPU, predict times from a roofline: the longest of moving the bytes at
-the memory's rate, multiplying at the tensor cores' rate, and a kernel's least time, {least:.2f} us: {launch} us for
-a launch inside a CUDA graph and {wave} us for one wave of blocks (`benchmarks/roofline/gpus.yaml` gives the source).
-These are **limits**. A layer whose dense product takes no longer than a kernel's least time gains nothing from 2:4: a
-weight of 256 x 256 is predicted at 1.00x.
+`twofour plan`, and `twofour explain` without a GPU, predict the time of a product from a roofline: {launch} us for the
+kernel's launch inside a CUDA graph, then the longest of moving the bytes at the memory's rate, multiplying at the
+tensor cores' rate, and one wave of blocks, {wave} us (`benchmarks/roofline/gpus.yaml` gives the source). So no kernel
+takes less than {least:.2f} us, and a layer whose dense product takes no longer gains nothing from 2:4: a weight of
+256 x 256 is predicted at 1.00x. These are **limits**: no real kernel reaches the full rates.
 
 This page compares the limits with every published figure known to us that gives its conditions. An error is
 predicted / published - 1. For a speed-up, an error above zero means that the prediction promises more than was
@@ -44,6 +51,8 @@ def page() -> str:
     ]
     for kind in kinds:
         parts.append(_section(kind, [row for row in rows if row.kind == kind]))
+    for path in sorted(RESULTS.glob("gpu-*.json")):
+        parts.append(_own(path))
     parts.append(_sources())
     parts.append("\n## Left out\n\n| figure | missing |\n|---|---|\n")
     parts += [f"| {each.what} | {each.missing} |\n" for each in published.published().left_out]
@@ -64,6 +73,64 @@ def _section(kind: str, rows: list[Comparison]) -> str:
         for row in rows
     )
     return head + "".join(lines)
+
+
+def _own(path: Path) -> str:
+    """Our own measurements on one GPU, beside the predictions for the same conditions."""
+    steps = json.loads(path.read_text(encoding="utf8"))["steps"]
+    gpu = steps["machine"]["result"]["device"]["name"]
+    rows = [*_own_kernels(steps, gpu), *_own_engine(steps, gpu)]
+    if not rows:
+        return ""
+    size, signed = published.median_error(rows), published.median_error(rows, signed=True)
+    head = (
+        f"\n## Measured by this project: {gpu}\n\nSpeed-ups of the best 2:4 kernel against the best dense kernel, "
+        f"weights cold, and of the torch engine's decode\n([values](../benchmarks/results/{path.name})). Median error: "
+        f"{size:.0%}, signed {signed:+.0%}.\n\n| conditions | predicted | measured | error |\n|---|---|---|---|\n"
+    )
+    lines = (f"| {row.conditions} | {row.predicted:.2f}x | {row.published:.2f}x | {row.error:+.0%} |\n" for row in rows)
+    return head + "".join(lines)
+
+
+def _own_kernels(steps: dict[str, Any], gpu: str) -> Iterator[Comparison]:
+    for step in steps.values():
+        result = step.get("result")
+        for row in result.get("rows", ()) if isinstance(result, dict) else ():
+            times = row.get("kernels_us", {})
+            if row.get("dense") in times and row.get("sparse") in times:
+                yield from published.compare_kernel(
+                    Kernel(
+                        source=gpu,
+                        gpu=gpu,
+                        format=row["format"],
+                        tokens=(row["tokens"],),
+                        shape=(row["out_features"], row["in_features"]),
+                        ratio=times[row["dense"]] / times[row["sparse"]],
+                    )
+                )
+
+
+def _own_engine(steps: dict[str, Any], gpu: str) -> Iterator[Comparison]:
+    result = steps.get("engine", {}).get("result") or {}
+    sides = result.get("results", {})
+    for batch, built_us in sides.get("fp8-2of4", {}).get("decode_us", {}).items():
+        for base in ("fp8", "bf16"):
+            if base_us := sides.get(base, {}).get("decode_us", {}).get(batch):
+                yield published.compare_model(
+                    EndToEnd(
+                        source=gpu,
+                        gpu=gpu,
+                        model=result["model"],
+                        phase="decode",
+                        base=base,
+                        built="fp8",
+                        sparse=1,
+                        batch=int(batch),
+                        input=result["context"],
+                        output=0,
+                        ratio=base_us / built_us,
+                    )
+                )
 
 
 def _sources() -> str:

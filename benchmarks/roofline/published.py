@@ -110,7 +110,7 @@ def comparisons() -> list[Comparison]:
     """Every published figure with its prediction, in the file's order."""
     rows = published()
     kernels = [each for kernel in rows.kernels for each in compare_kernel(kernel)]
-    return kernels + [_end_to_end(model) for model in rows.models]
+    return kernels + [compare_model(model) for model in rows.models]
 
 
 def median_error(rows: Sequence[Comparison], signed: bool = False) -> float:
@@ -142,7 +142,8 @@ def _microseconds(card: Gpu, tokens: int, shapes: list[tuple[int, int]], number_
     return math.fsum(roofline.gemm_time(card, tokens, n, k, number_format, sparse).seconds for n, k in shapes) * 1e6
 
 
-def _end_to_end(row: EndToEnd) -> Comparison:
+def compare_model(row: EndToEnd) -> Comparison:
+    """A model's published speed-up with its prediction."""
     card = roofline.gpu(row.gpu)
     base = _model_seconds(card, row, row.base, sparse=False)
     built = _model_seconds(card, row, row.built, sparse=False)

@@ -1,8 +1,8 @@
 """What a GPU's memory and tensor cores allow: limits on a GEMM, on decode and on prefill. Predicted, never measured.
 
-A GEMM takes at least the longest of three times: moving its bytes at the memory's peak rate, multiplying at the tensor
-cores' peak rate (Williams et al., Roofline, 2009), and launching one kernel that runs one wave of blocks. Where the
-last one is the longest, 2:4 saves bytes and no time. docs/predictions.md compares these limits with published figures.
+A GEMM takes a kernel's launch, and then at least the longest of three times: moving its bytes at the memory's peak
+rate, multiplying at the tensor cores' peak rate (Williams et al., Roofline, 2009), and one wave of blocks. Where the
+wave is the longest, 2:4 saves bytes and no time. docs/predictions.md compares these limits with published figures.
 Imports no torch. M tokens, N = out_features, K = in_features.
 """
 
@@ -81,7 +81,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class GemmTime:
-    """The least time of one GEMM: `seconds`, and which of the three limits it."""
+    """The least time of one GEMM: `seconds`, and what bounds it; "launch": no more than a launch and one wave."""
 
     seconds: float
     bound: Bound
@@ -135,10 +135,10 @@ def gemm_time(
     limits: dict[Bound, float] = {
         "memory": moved / gpu.bandwidth,
         "math": flops / gpu.peak(format, sparse),
-        "launch": gpu.least_kernel_seconds,
+        "launch": gpu.wave_us * 1e-6,
     }
     bound = max(limits, key=lambda name: limits[name])
-    return GemmTime(limits[bound], bound, moved, flops)
+    return GemmTime(gpu.launch_us * 1e-6 + limits[bound], bound, moved, flops)
 
 
 def decode_ceiling(gpu: Gpu, layers: Sequence[Layer], batch: int, context: int, kv_bytes_per_token: float) -> Ceiling:

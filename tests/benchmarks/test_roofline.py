@@ -38,14 +38,17 @@ def test_bytes_that_llama_8b_reads_a_decode_step(layers: list[Layer], gigabytes:
     assert ceiling.weight_bytes / 1e9 == pytest.approx(gigabytes, abs=0.006)
 
 
-def test_fp8_2_of_4_decodes_at_most_1_48_times_as_fast_as_fp8() -> None:
+def test_fp8_2_of_4_decodes_at_most_1_45_times_as_fast_as_fp8() -> None:
     card = gpu("H100-SXM")
     dense = roofline.decode_ceiling(card, llama_8b("fp8"), 1, 0, 0)
     built = roofline.decode_ceiling(card, llama_8b("fp8", sparse=True), 1, 0, 0)
     assert built.bound == dense.bound == "memory"
     assert built.tokens_per_second is not None
     assert dense.tokens_per_second is not None
-    assert built.tokens_per_second / dense.tokens_per_second == pytest.approx(1.48, abs=0.01)
+    assert dense.weight_bytes / built.weight_bytes == pytest.approx(1.48, abs=0.01)
+    assert built.tokens_per_second / dense.tokens_per_second == pytest.approx(
+        1.45, abs=0.01
+    )  # 129 launches on each side
 
 
 @pytest.mark.parametrize(("format", "share"), [("bf16", 0.5625), ("fp16", 0.5625), ("int8", 0.625), ("fp8", 0.625)])
@@ -58,8 +61,9 @@ def test_gemm_is_bound_by_memory_at_one_token_and_by_math_at_many() -> None:
     card = gpu("H100")
     one, many = (roofline.gemm_time(card, tokens, 8192, 8192, "fp8") for tokens in (1, 16384))
     assert (one.bound, many.bound) == ("memory", "math")
-    assert one.seconds == pytest.approx((8192 * 8192 + 8192 + 2 * 8192) / 3350e9)
-    assert many.seconds == pytest.approx(2 * 16384 * 8192 * 8192 / 1978.9e12)
+    launch = card.launch_us * 1e-6
+    assert one.seconds == pytest.approx(launch + (8192 * 8192 + 8192 + 2 * 8192) / 3350e9)
+    assert many.seconds == pytest.approx(launch + 2 * 16384 * 8192 * 8192 / 1978.9e12)
 
 
 @pytest.mark.parametrize("card", list(roofline.gpus()))
@@ -69,7 +73,7 @@ def test_no_kernel_takes_less_than_a_launch_and_a_wave(card: str) -> None:
     assert 1e-6 < least < 3e-6
     shape = (gpu(card), 1, 256, 256, "int8")
     dense = roofline.gemm_time(*shape)
-    assert (dense.seconds, dense.bound) == (least, "launch")
+    assert (dense.seconds, dense.bound) == (pytest.approx(least), "launch")
     if gpu(card).sparse_multiplier > 1:
         assert roofline.gemm_time(*shape, sparse=True).seconds == dense.seconds
 
@@ -85,7 +89,7 @@ def test_small_layers_gain_no_time_in_a_whole_model() -> None:
 def test_2_of_4_doubles_the_math_peak() -> None:
     dense, sparse = (roofline.gemm_time(gpu("A100"), 32768, 8192, 8192, "bf16", s) for s in (False, True))
     assert dense.bound == sparse.bound == "math"
-    assert dense.seconds / sparse.seconds == pytest.approx(2)
+    assert dense.seconds / sparse.seconds == pytest.approx(2, rel=1e-3)
 
 
 @given(
