@@ -9,6 +9,7 @@ from pathlib import Path
 
 import make_help
 import make_predictions
+import make_readme
 import make_recipe
 
 DOCS = Path(__file__).parent
@@ -17,6 +18,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     DOCS / "predictions.md": make_predictions.page,
     DOCS / "recipe.md": make_recipe.page,
     DOCS / "recipe.schema.json": make_recipe.schema,
+    make_readme.README: make_readme.page,
 }
 
 

@@ -1,0 +1,175 @@
+"""Renders the marked blocks of README.md: results from files in benchmarks/results/, and what is supported.
+
+A block stands between `<!-- block: NAME -->` and `<!-- end -->`; everything else is written by hand.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.roofline.published import EndToEnd, compare_model, comparisons, median_error
+from builder.planning import compatibility
+from builder.planning.model_config import ARCHITECTURES
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+SMS = {75: "Turing", 80: "A100", 86: "RTX 30", 89: "L40S, RTX 40", 90: "H100, H200", 100: "B200", 120: "RTX 50"}
+ACCURACY = """
+Perplexity on held-out text after pruning every linear layer to 2:4 ({model}, {samples} calibration sequences of
+{length} tokens, {processor}; [values]({path})):
+
+| method | perplexity | increase |
+|---|---|---|
+{rows}"""
+BUILD = """
+`make quickstart` builds `{model}` ({parameters:.1f} million parameters) on {device}
+([report]({path})):
+
+| | dense | {format} | |
+|---|---|---|---|
+| perplexity, held-out text | {dense:.2f} | {built:.2f} | {increase:+.1%}, 95% interval {low:+.1%} to {high:+.1%} |
+| weights | {dense_mb:.2f} MB | {built_mb:.2f} MB | {ratio:.2f} times smaller |
+{speed}"""
+KERNELS = """
+2:4 FP8 kernels against the best dense FP8 kernel on {gpu}: Llama-3.1-8B's layers, weights cold,
+by number of tokens ([values]({path})):
+
+| layer | {tokens} |
+|---|{lines}|
+{rows}"""
+PREDICTED = """
+**Predicted**, not measured: decoding Llama-3.1-8B on an H100, batch 8, context 1024, with 2:4 on all layers of the
+blocks is at most {fp8:.2f}x as fast as dense FP8 and {bf16:.2f}x as fast as bf16. These limits exceed published
+end-to-end speed-ups by {error:.0%} in the median ([comparison](docs/predictions.md)).
+"""
+
+
+def page() -> str:
+    text = README.read_text(encoding="utf8")
+    for name, render in BLOCKS.items():
+        begin, end = f"<!-- block: {name} -->\n", "<!-- end -->"
+        before, found, rest = text.partition(begin)
+        assert found, f"README.md lacks the line '{begin.strip()}'"
+        text = before + begin + render() + end + rest.partition(end)[2]
+    return text
+
+
+def results() -> str:
+    return "".join([*map(_accuracy, _newest("accuracy_peers")), *map(_build, _newest("quickstart")),
+                    *map(_kernels, _newest("gpu")), _predicted()]).lstrip("\n")  # fmt: skip
+
+
+def support() -> str:
+    families = ", ".join(name.removesuffix("ForCausalLM") for name in ARCHITECTURES)
+    head = "| weights, 2:4 or dense | " + " | ".join(f"`{name}`" for name in compatibility.BACKENDS) + " |\n"
+    rows = [
+        f"| {label} | " + " | ".join(_range(number_format, name) for name in compatibility.BACKENDS) + " |\n"
+        for number_format, label in (("bf16", "bf16, fp16"), ("fp8", "FP8 (e4m3)"), ("int8", "INT8 (SmoothQuant W8A8)"))
+    ]
+    return f"Model families: {families}.\n\n{head}|---|{'---|' * len(compatibility.BACKENDS)}\n{''.join(rows)}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"results": results, "support": support}
+
+
+def _newest(kind: str) -> list[Path]:
+    """The newest result file of a kind: names end with their date."""
+    return sorted(RESULTS.glob(f"{kind}-*.json"), key=lambda path: re.findall(r"\d{4}-\d\d-\d\d.*", path.name))[-1:]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    return json.loads(path.read_text(encoding="utf8")), path.relative_to(ROOT).as_posix()
+
+
+def _accuracy(path: Path) -> str:
+    result, name = _read(path)
+    settings, methods = result["settings"], result["methods"]
+    rows = [f"| dense | {next(iter(methods.values()))['dense']['perplexity']:.2f} | |\n"] + [
+        f"| {method} | {values['built']['perplexity']:.2f} | {values['perplexity_increase']:+.1%} |\n"
+        for method, values in methods.items()
+        if method != "dense"
+    ]
+    return ACCURACY.format(
+        model=settings["model"],
+        samples=settings["samples"],
+        length=settings["sequence_length"],
+        processor=f"{result['environment']['cores']} cores of an {result['environment']['processor']}",
+        path=name,
+        rows="".join(rows),
+    )
+
+
+def _build(path: Path) -> str:
+    report, name = _read(path)
+    accuracy, size, device = report["accuracy"], report["size"], report["device"]
+    low, high = accuracy["perplexity_increase_interval"]
+    return BUILD.format(
+        model=report["model"],
+        parameters=size["dense_bytes"] / 2e6,
+        device=f"{device['cores']} cores of an {device['name']}" if device["type"] == "cpu" else device["name"],
+        path=name,
+        format=f"{report['recipe']['quantization']['format'].upper()} + 2:4",
+        dense=accuracy["dense"]["perplexity"],
+        built=accuracy["built"]["perplexity"],
+        increase=accuracy["perplexity_increase"],
+        low=low,
+        high=high,
+        dense_mb=size["dense_bytes"] / 1e6,
+        built_mb=size["built_bytes"] / 1e6,
+        ratio=size["dense_bytes"] / size["built_bytes"],
+        speed="".join(map(_speed, report["performance"])),
+    )
+
+
+def _speed(point: dict[str, Any]) -> str:
+    dense, built, ratio = (point[side]["output_token_throughput"] for side in ("dense", "built", "speedup"))
+    interval = ratio["interval"]
+    spread = f", 95% interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
+    concurrency = point["concurrency"]
+    load = "1 request" if concurrency == 1 else f"{concurrency} requests at a time"
+    return f"| output tokens/s, {load} | {dense['mean']:.0f} | {built['mean']:.0f} | {ratio['ratio']:.2f}x{spread} |\n"
+
+
+def _kernels(path: Path) -> str:
+    result, name = _read(path)
+    steps = [step.get("result") for step in result["steps"].values()]
+    rows = [row for step in steps if isinstance(step, dict) for row in step.get("rows", ())]
+    fp8 = [row for row in rows if row.get("model") == "llama-3.1-8b" and row["format"] == "fp8" and row.get("ratio")]
+    if not fp8:
+        return ""
+    tokens = sorted({row["tokens"] for row in fp8})
+    ratio = {(row["layer"], row["tokens"]): f"{row['ratio']:.2f}x" for row in fp8}
+    lines = [
+        f"| {layer} | " + " | ".join(ratio.get((layer, count), "") for count in tokens) + " |\n"
+        for layer in dict.fromkeys(row["layer"] for row in fp8)
+    ]
+    return KERNELS.format(
+        gpu=result["steps"]["machine"]["result"]["device"]["name"].replace("NVIDIA", "an NVIDIA"),
+        path=name,
+        tokens=" | ".join("1 token" if count == 1 else f"{count}" for count in tokens),
+        lines="|".join(["---"] * len(tokens)),
+        rows="".join(lines),
+    )
+
+
+def _predicted() -> str:
+    def ratio(base: str) -> float:
+        row = EndToEnd(source="", gpu="H100", model="llama-3.1-8b", phase="decode", base=base, built="fp8", sparse=1,
+                       batch=8, input=1024, output=0, ratio=1)  # fmt: skip
+        return compare_model(row).predicted
+
+    whole = [row for row in comparisons() if row.kind == "end to end"]
+    return PREDICTED.format(fp8=ratio("fp8"), bf16=ratio("bf16"), error=median_error(whole, signed=True))
+
+
+def _range(number_format: str, backend: str) -> str:
+    """The GPUs that a table of compatibility allows, sparse, and whether a CPU will do."""
+    works = [sm for sm in SMS if compatibility.check(number_format, True, backend, sm).ok]
+    if not works:
+        return "no"
+    last = "and later" if works[-1] == max(SMS) else f"to SM{works[-1]} ({SMS[works[-1]]})"
+    cpu = "; any CPU" if backend == "torch" else ""
+    return f"SM{works[0]} ({SMS[works[0]]}) {last}{cpu}"
