@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from benchmarks.config import Benchmark
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 from calibration.config import Accuracy, CalibrationData, Quantization, Recovery, Sparsity
 from plugins.common.config import Config
 from plugins.common.errors import UserError

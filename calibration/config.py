@@ -52,6 +52,11 @@ class Sparsity(Config):
     """Rank of a LoRA adapter that recovers part of the pruning error, written beside the checkpoint for servers that
     load adapters; the engine does not apply it. null: no adapter."""
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether the method looks at the layers' inputs."""
+        return self.method not in ("magnitude", "modelopt-magnitude")
+
 
 def check_adapter_rank(rank: int, name: str, out_features: int, in_features: int) -> None:
     """Raises UserError where the layer `name` is too small for an adapter of this rank."""

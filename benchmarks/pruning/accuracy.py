@@ -25,7 +25,6 @@ from typing import Any
 from benchmarks.environment import describe
 from plugins.common.errors import UserError
 
-SCRIPTS = Path(__file__).parent / "scripts"
 RESULTS = Path(__file__).parents[1] / "results"
 LLMCOMPRESSOR = ("llmcompressor==0.14.*", "torch==2.13.0")
 LINEARS = (
@@ -49,12 +48,12 @@ class Method:
 
 
 METHODS = (
-    Method("magnitude", "prune_twofour.py", "magnitude"),
-    Method("modelopt sparsegpt", "prune_modelopt.py", "sparsegpt"),
-    Method("llm-compressor sparsegpt", "prune_llmcompressor.py", "sparsegpt"),
-    Method("llm-compressor wanda", "prune_llmcompressor.py", "wanda"),
-    Method("twofour sparsegpt", "prune_twofour.py", "sparsegpt"),
-    Method("twofour reconstruct", "prune_twofour.py", "reconstruct"),
+    Method("magnitude", "prune_twofour", "magnitude"),
+    Method("modelopt sparsegpt", "prune_modelopt", "sparsegpt"),
+    Method("llm-compressor sparsegpt", "prune_llmcompressor", "sparsegpt"),
+    Method("llm-compressor wanda", "prune_llmcompressor", "wanda"),
+    Method("twofour sparsegpt", "prune_twofour", "sparsegpt"),
+    Method("twofour reconstruct", "prune_twofour", "reconstruct"),
 )
 
 
@@ -102,7 +101,7 @@ def make_tokens(arguments: argparse.Namespace, work: Path) -> Path:
     """The file of the calibration tokens."""
     tokens = work / "tokens.npy"
     shape = (str(arguments.sequence_length), str(arguments.samples), str(arguments.seed))
-    run_script(sys.executable, "make_tokens.py", str(arguments.model), arguments.calibration, *shape, str(tokens))
+    run_script(sys.executable, "make_tokens", str(arguments.model), arguments.calibration, *shape, str(tokens))
     return tokens
 
 
@@ -110,18 +109,22 @@ def judge(arguments: argparse.Namespace, layers: list[str], directories: dict[st
     """By name, what the evaluation text says of each of the models against the dense one."""
     print("judging ...", file=sys.stderr, flush=True)
     judged = run_script(
-        sys.executable, "judge.py", str(arguments.model), arguments.evaluation, str(arguments.sequence_length),
+        sys.executable, "judge", str(arguments.model), arguments.evaluation, str(arguments.sequence_length),
         json.dumps(layers), *directories.values(),
     )  # fmt: skip
     return {name: json.loads(line) for name, line in zip(directories, judged.splitlines(), strict=True)}
 
 
 def run_script(python: str, script: str, *arguments: str) -> str:
-    """Runs a script with our repository importable, and returns what it printed."""
+    """Runs a module of benchmarks/pruning/scripts with the environment of `python`; returns its standard output."""
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [python, str(SCRIPTS / script), *arguments], capture_output=True, text=True, env=environment, check=False
+        [python, "-m", f"benchmarks.pruning.scripts.{script}", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     if done.returncode:
         raise UserError(f"'{script} {arguments[0]}' ended with {done.returncode}: {_last_line(done.stderr)}")

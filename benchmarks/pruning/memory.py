@@ -62,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         stored = make_model(Path(work) / "model", arguments.blocks)
         size = (str(arguments.blocks), str(arguments.samples), str(arguments.sequence_length), str(SHAPE["vocab_size"]))
-        run_script(sys.executable, "prune_memory.py", arguments.method, work, *size, f"{work}/measured.json")
+        run_script(sys.executable, "prune_memory", arguments.method, work, *size, f"{work}/measured.json")
         measured = json.loads((Path(work) / "measured.json").read_text())
     settings = {**SHAPE, "blocks": arguments.blocks, "samples": arguments.samples, "method": arguments.method}
     settings["sequence_length"] = arguments.sequence_length

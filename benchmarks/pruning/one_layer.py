@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         python = environment_python(arguments.environment) if "llm" in solver else sys.executable
         with tempfile.NamedTemporaryFile(suffix=".json") as out:
             size = (str(arguments.out_features), str(arguments.in_features))
-            run_script(python, "prune_layer.py", solver, *size, out.name)
+            run_script(python, "prune_layer", solver, *size, out.name)
             found[solver] = json.loads(Path(out.name).read_text())
         operations = arguments.out_features * arguments.in_features**2 + arguments.in_features**3 * 2 / 3
         found[solver]["rate"] = operations / found[solver]["seconds"]

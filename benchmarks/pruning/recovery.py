@@ -31,9 +31,9 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     directories = {"dense": model, "pruned": str(work / "pruned"), "recovered": str(work / "recovered")}
     _, pruned, recovered = directories.values()
     names, metered, report = json.dumps(layers), str(work / "meter.json"), work / "recovery.json"
-    run_script(sys.executable, "prune_twofour.py", "reconstruct", model, tokens, names, pruned, metered)
+    run_script(sys.executable, "prune_twofour", "reconstruct", model, tokens, names, pruned, metered)
     print("recovering ...", file=sys.stderr, flush=True)
-    run_script(sys.executable, "recover.py", model, pruned, arguments.text, length, minutes, recovered, str(report))
+    run_script(sys.executable, "recover", model, pruned, arguments.text, length, minutes, recovered, str(report))
     found: dict[str, Any] = judge(arguments, layers, directories)
     lost, left = (found[name]["perplexity_increase"] for name in ("pruned", "recovered"))
     settings = {name: str(getattr(arguments, name)) for name in ("model", "calibration", "evaluation", "minutes")}

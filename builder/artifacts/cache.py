@@ -26,9 +26,9 @@ from plugins.common.errors import UserError
 Make = Callable[[Path, Path], None]
 
 
-def key(stage: str, inputs: Mapping[str, str], config: Any, version: int, tools: Mapping[str, str]) -> str:
-    """The name of a stage's output: the sha256 of its inputs' digests, config, own version and tools' versions."""
-    return digest_of({"stage": stage, "inputs": inputs, "config": config, "version": version, "tools": tools})
+def key(stage: str, inputs: Mapping[str, str], config: Any, code: str, tools: Mapping[str, str]) -> str:
+    """The name of a stage's output: the sha256 of its inputs' digests, config, code's digest and tools' versions."""
+    return digest_of({"stage": stage, "inputs": inputs, "config": config, "code": code, "tools": tools})
 
 
 def digest_of(value: Any) -> str:
@@ -38,7 +38,7 @@ def digest_of(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CachedOutput:
     """A finished stage output. `files` are sha256 by relative path; `digest` stands for all of them."""
 
     path: Path
@@ -52,7 +52,7 @@ class CorruptEntryError(Exception):
     """An entry is not what its record says."""
 
 
-class Store:
+class Cache:
     """A folder of stage outputs, shared by any number of builds at once."""
 
     def __init__(self, root: Path, log: Callable[[str], None] = print) -> None:
@@ -63,7 +63,7 @@ class Store:
         except OSError as error:
             raise UserError(f"no store can be kept at '{root}' ({error.strerror}): choose another folder") from None
 
-    def run(self, stage: str, key: str, describe: Mapping[str, Any], make: Make, *, wait: bool = True) -> Entry:
+    def run(self, stage: str, key: str, describe: Mapping[str, Any], make: Make, *, wait: bool = True) -> CachedOutput:
         """The output of `stage` under `key`: the finished one, or else the one that `make(out, work)` writes now.
 
         `out` starts empty; `work` holds what a killed run of the same key left there. `describe` goes into the record.
@@ -91,7 +91,7 @@ class Store:
                 remove(stale)
             return self._make(stage, key, describe, make)
 
-    def find(self, stage: str, key: str) -> Entry | None:
+    def find(self, stage: str, key: str) -> CachedOutput | None:
         """The finished output of `stage` under `key`, its files hashed anew; None where there is none.
 
         Raises CorruptEntryError where they are not what was recorded.
@@ -109,9 +109,9 @@ class Store:
             if recorded.get(name) != found.get(name):
                 state = "is missing" if name not in found else "was not recorded" if name not in recorded else "changed"
                 raise CorruptEntryError(f"'{name}' {state}")
-        return Entry(folder / "files", digest_of(found), found, record, reused=True)
+        return CachedOutput(folder / "files", digest_of(found), found, record, reused=True)
 
-    def _make(self, stage: str, key: str, describe: Mapping[str, Any], make: Make) -> Entry:
+    def _make(self, stage: str, key: str, describe: Mapping[str, Any], make: Make) -> CachedOutput:
         temporary = self.root / "tmp" / f"{key}.{os.getpid()}"
         out, work, folder = temporary / "files", self.root / "work" / key, self._folder(stage, key)
         started = time.time()
@@ -140,7 +140,7 @@ class Store:
             remove(temporary)
             raise
         self._forget_work(key)
-        return Entry(folder / "files", digest_of(record["files"]), record["files"], record, reused=False)
+        return CachedOutput(folder / "files", digest_of(record["files"]), record["files"], record, reused=False)
 
     def _forget_work(self, key: str) -> None:
         shutil.rmtree(self.root / "work" / key, ignore_errors=True)  # another process may be at it too

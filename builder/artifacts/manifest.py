@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from builder.artifacts.cache import Entry
+from builder.artifacts.cache import CachedOutput
 from builder.artifacts.filesystem import sha256, sha256_tree
 
 MANIFEST = "manifest.json"
@@ -30,7 +30,7 @@ def make_manifest(
     tools: Mapping[str, str],
     gpu: Mapping[str, Any] | None,
     sources: Mapping[str, str],
-    stages: Sequence[Entry],
+    stages: Sequence[CachedOutput],
     started: str,
     finished: str,
 ) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _stage(entry: Entry) -> dict[str, Any]:
+def _stage(entry: CachedOutput) -> dict[str, Any]:
     annotations = {"key": entry.record["key"], "seconds": entry.record["seconds"], "reused": entry.reused}
     return {"name": entry.record["stage"], "digest": {"sha256": entry.digest}, "annotations": annotations}
 

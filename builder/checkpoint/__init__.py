@@ -3,7 +3,6 @@
 from builder.artifacts.filesystem import checkpoint_digest as digest
 from builder.checkpoint.reading import Checkpoint, LayerFacts, read
 from builder.checkpoint.safetensors_file import Tensor
-from builder.checkpoint.verification import Verification, verify
 from builder.checkpoint.violations import Code, VerificationError, Violation
 from builder.checkpoint.zeros import normalize_zeros
 
@@ -12,11 +11,9 @@ __all__ = [
     "Code",
     "LayerFacts",
     "Tensor",
-    "Verification",
     "VerificationError",
     "Violation",
     "digest",
     "normalize_zeros",
     "read",
-    "verify",
 ]

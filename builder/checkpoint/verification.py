@@ -1,24 +1,17 @@
-"""Proves a checkpoint, or every checkpoint of a build, from the files alone."""
+"""Proves one checkpoint from its files alone."""
 
 from __future__ import annotations
 
-import json
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from builder.artifacts.filesystem import checkpoint_digest
-from builder.artifacts.manifest import is_build, verify_manifest
 from builder.checkpoint.checks import check_names, check_presence, check_split, check_types, check_values
 from builder.checkpoint.reading import Checkpoint, open_checkpoint
-from builder.checkpoint.violations import Code, VerificationError, Violation
-from builder.engines.trtllm import version_lock
+from builder.checkpoint.violations import Code, Violation
 
-PARTS = ("checkpoint", "checkpoint-trtllm")  # of a build
 THREADS = 4  # each holds one chunk of a tensor
 
 
@@ -37,67 +30,17 @@ class Verified:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Verification:
-    """The outcome: the checkpoints that could be opened, and all violations, one of a kind for each tensor."""
-
-    directory: Path
-    checkpoints: tuple[Verified, ...]
-    violations: tuple[Violation, ...]
-    seconds: float
-
-    @property
-    def ok(self) -> bool:
-        return not self.violations
-
-    def require(self) -> Verification:
-        """Returns itself. Raises VerificationError, which names the first violation."""
-        if self.violations:
-            raise VerificationError(self.violations[0], more=len(self.violations) - 1)
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "directory": str(self.directory),
-            "ok": self.ok,
-            "checkpoints": [{**asdict(found), "directory": str(found.directory)} for found in self.checkpoints],
-            "violations": [violation.to_dict() for violation in self.violations],
-            "seconds": self.seconds,
-        }
-
-
-def verify(
-    directory: Path, *, tensor_parallel: int = 1, progress: Callable[[str, int, int], None] | None = None
-) -> Verification:
-    """Checks the checkpoint at `directory`, or all of a build's and its manifest. Raises UserError where there is none.
-
-    With `tensor_parallel` N, also that a later split of K over N ranks keeps every group of 4 whole. `progress` is
-    called with (directory, tensors done, tensors in all).
-    """
-    started = time.perf_counter()
-    build = directory if is_build(directory) else directory.parent if is_build(directory.parent) else None
-    parts: Sequence[Path] = [directory]
-    if build == directory:
-        parts = [directory / part for part in PARTS if (directory / part).is_dir()]
-    elif build is not None and (directory / "engine.json").is_file():
-        parts = []  # a build's engine
-    violations: list[Violation] = []
-    verified = [found for part in parts if (found := _verify(part, tensor_parallel, violations.append, progress))]
-    if build is not None:
-        within = "" if build == directory else f"{directory.name}/"
-        violations += [Violation(Code.DIGEST, problem) for problem in verify_manifest(build, within)]
-    for part in parts:
-        violations += _check_engine_record(part)
-    violations += _check_locks(directory)
-    return Verification(directory, tuple(verified), tuple(violations), round(time.perf_counter() - started, 3))
-
-
-def _verify(
+def verify_checkpoint(
     directory: Path,
     tensor_parallel: int,
     report: Callable[[Violation], None],
     progress: Callable[[str, int, int], None] | None,
 ) -> Verified | None:
+    """Reports every violation of the checkpoint at `directory`; None where it cannot be opened.
+
+    `tensor_parallel` N also checks a later split of K over N ranks. `progress` is called with (directory, tensors done,
+    tensors in all). Raises UserError where there is no checkpoint.
+    """
     unreadable = []
 
     def note(violation: Violation) -> None:
@@ -148,21 +91,3 @@ def _check_all_values(
                 report(violation)
             if progress is not None:
                 progress(str(checkpoint.directory), number, len(keys))
-
-
-def _check_locks(directory: Path) -> list[Violation]:
-    """Whether the engine that `directory` is or holds may run on this machine."""
-    refusals = [version_lock.refusal(place) for place in (directory, directory / "engine")]
-    return [Violation(Code.LOCK, words, version_lock.FILE) for words in refusals if words is not None]
-
-
-def _check_engine_record(directory: Path) -> list[Violation]:
-    """Where an engine lies beside the checkpoint that it is built from: whether it was built from these very files."""
-    try:
-        engine = json.loads((directory.parent / "engine" / "engine.json").read_bytes())
-        source, recorded = PARTS[engine.get("backend") == "tensorrt"], engine.get("checkpoint_sha256")
-    except (OSError, ValueError, AttributeError):
-        return []
-    if directory.name != source or recorded is None or recorded == checkpoint_digest(directory):
-        return []
-    return [Violation(Code.DIGEST, "engine/engine.json was built from other files than these", directory.name)]

@@ -139,10 +139,10 @@ def verify(directory: Path, tensor_parallel: int, as_json: bool) -> None:
 
     An engine of TensorRT-LLM must also be for the versions and the GPU that are here.
     """
-    from builder import checkpoint
     from builder.cli import tables
+    from builder.verify import verify as check
 
-    found = checkpoint.verify(directory, tensor_parallel=tensor_parallel)
+    found = check(directory, tensor_parallel=tensor_parallel)
     tables.as_json(found.to_dict()) if as_json else tables.verification(found)
     found.require()
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from builder.checkpoint import Verification
     from builder.doctor.checks import Examination
     from builder.planning.plan import Plan
+    from builder.verify import Verification
 
 
 def as_json(value: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from builder.config import DeployConfig
 from builder.deploy import request_schema, trtllm_repository
-from builder.deploy.config import DeployConfig
 from builder.deploy.rendering import relative, render, replace
 from builder.engines.registry import engine_facts
 from plugins.common.errors import UserError

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from builder.deploy.config import DeployConfig
+from builder.config import DeployConfig
 from builder.deploy.rendering import relative, render, replace
 from plugins.common.errors import UserError
 

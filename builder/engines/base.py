@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from builder.engines.request import Request, Token
-from plugins.common.config import Config
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Backend", "Engine", "EngineConfig", "Request", "Token"]
-
-Backend = Literal["auto", "tensorrt", "pytorch", "torch"]
-
-
-class EngineConfig(Config):
-    """The engine and its limits."""
-
-    backend: Backend = "auto"
-    """`auto` takes the first of tensorrt, pytorch and torch that runs here, and prints which."""
-    max_batch_size: int = Field(default=64, ge=1)
-    """Requests that run together."""
-    max_seq_len: int = Field(default=2048, ge=2)
-    """Tokens of a request, prompt and answer; cut to what the model's positions allow."""
-    max_num_tokens: int = Field(default=8192, ge=1)
-    """Tokens of one iteration, over all requests."""
-    tensor_parallel: int = Field(default=1, ge=1)
-    """GPUs that each layer is split over."""
-    pipeline_parallel: int = Field(default=1, ge=1)
-    """GPUs that the blocks are spread over."""
-    cuda_graphs: bool = True
-    """Replay decode steps from CUDA graphs."""
-    chunked_prefill: bool = False
-    """Split long prompts over iterations."""
-    kv_cache_block_reuse: bool = True
-    """Share the KV cache of common prompt prefixes (TensorRT-LLM)."""
+__all__ = ["Engine", "Request", "Token"]
 
 
 class Engine(Protocol):

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from builder.artifacts.filesystem import sha256
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 from builder.hardware.nvidia_smi import gpus
 from builder.planning import compatibility
 from plugins.common.errors import UserError

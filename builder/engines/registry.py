@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from builder.engines.base import Engine, EngineConfig
+from builder.config import EngineConfig
+from builder.engines.base import Engine
 from builder.engines.trtllm import version_lock
 from plugins.common.errors import UserError
 

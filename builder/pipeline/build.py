@@ -9,16 +9,17 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from benchmarks.roofline import roofline
-from builder.artifacts.cache import Entry, Store
+from builder.artifacts.cache import Cache, CachedOutput
 from builder.artifacts.install import claimed, publish
 from builder.artifacts.manifest import MANIFEST, as_bytes, make_manifest, now
+from builder.context import BuildContext, Outputs
 from builder.hardware import machine
-from builder.pipeline.stages import Line
+from builder.pipeline.stages import UNTIL, Until, run_stages
 from builder.planning.compatibility import BACKENDS, check, check_mapping, check_shards, choose_backend
 from builder.planning.hub import find_model
 from builder.planning.plan import Plan, make_plan
@@ -27,9 +28,6 @@ from builder.recipe import Recipe
 from builder.report.assemble import assemble
 from calibration.data.documents import find_file
 from plugins.common.errors import GateError
-
-Until = Literal["checkpoint", "engine", "evaluate", "benchmark", "deploy"]
-STAGES: tuple[Until, ...] = ("checkpoint", "engine", "evaluate", "benchmark", "deploy")
 
 
 def default_store() -> Path:
@@ -58,10 +56,10 @@ def build(
         if data is not None:
             find_file(data)  # a wrong path is told now, not after the stages before it
     with claimed(out) as place:
-        line = Line(recipe, plan, model, Store(store or default_store(), console.say), console, wait)
-        run(line, until)
-        report = assemble(line)
-        _publish(line, report, place, until, started)
+        context = BuildContext(recipe, plan, model, Cache(store or default_store(), console.say), console, wait)
+        outputs = run_stages(context, until)
+        report = assemble(context, outputs, UNTIL.index(until) >= UNTIL.index("benchmark"))
+        _publish(context, outputs, report, place, until, started)
     return report
 
 
@@ -110,57 +108,45 @@ def pick_backend(
     return asked, verdict.reason
 
 
-def run(line: Line, until: Until) -> None:
-    """Runs the stages up to and with `until`."""
-    reached = STAGES.index(until)
-    line.adapter()
-    line.checkpoint()
-    if reached >= STAGES.index("engine"):
-        line.engine()
-    if reached >= STAGES.index("evaluate"):
-        line.accuracy()
-    if reached >= STAGES.index("benchmark"):
-        line.performance()
-
-
-def _publish(line: Line, report: dict[str, Any], out: Path, until: Until, started: str) -> None:
+def _publish(
+    context: BuildContext, outputs: Outputs, report: dict[str, Any], out: Path, until: Until, started: str
+) -> None:
     """Checkpoints, adapter, engine, model repository, report and manifest, swapped into `out` in one rename."""
     from benchmarks.report.render import render
 
-    entries = line.entries
-    checkpoints = entries["checkpoint"].path
-    parts = {"checkpoint": Part(entries["checkpoint"], "hf")}
+    checkpoints = outputs["checkpoint"].path
+    parts = {"checkpoint": Part(outputs["checkpoint"], "hf")}
     if (checkpoints / "trtllm").is_dir():
-        parts["checkpoint-trtllm"] = Part(entries["checkpoint"], "trtllm")
-    if "adapter" in entries:
-        parts["adapter"] = Part(entries["adapter"], "adapter")
-    if "engine" in entries:
-        parts["engine"] = Part(entries["engine"])
-    if "benchmark" in entries:
-        parts["report/records.jsonl"] = Part(entries["benchmark"], "records.jsonl")
+        parts["checkpoint-trtllm"] = Part(outputs["checkpoint"], "trtllm")
+    if "adapter" in outputs:
+        parts["adapter"] = Part(outputs["adapter"], "adapter")
+    if "engine" in outputs:
+        parts["engine"] = Part(outputs["engine"])
+    if "benchmark" in outputs:
+        parts["report/records.jsonl"] = Part(outputs["benchmark"], "records.jsonl")
     files = {
-        "recipe.yaml": yaml.safe_dump(line.recipe.model_dump(mode="json"), sort_keys=False).encode(),
-        "plan.json": as_bytes(line.plan.to_dict()),
+        "recipe.yaml": yaml.safe_dump(context.recipe.model_dump(mode="json"), sort_keys=False).encode(),
+        "plan.json": as_bytes(context.plan.to_dict()),
     }
     with tempfile.TemporaryDirectory() as scratch:
         if until == "deploy":
-            _deploy(entries["engine"].path, Path(scratch) / "triton")
+            _deploy(outputs["engine"].path, Path(scratch) / "triton")
         if "checkpoint-trtllm" in parts and "engine" not in parts:
             from builder.engines.trtllm import tensorrt
 
-            tensorrt.prepare(checkpoints / "trtllm", Path(scratch) / "engine", line.recipe.engine)
+            tensorrt.prepare(checkpoints / "trtllm", Path(scratch) / "engine", context.recipe.engine)
         render(report, Path(scratch) / "report")
         files |= {
             path.relative_to(scratch).as_posix(): path.read_bytes()
             for path in sorted(Path(scratch).rglob("*"))
             if path.is_file()
         }
-    files[MANIFEST] = as_bytes(_manifest(line, parts, files, started))
+    files[MANIFEST] = as_bytes(_manifest(context, outputs, parts, files, started))
     publish({name: part.path for name, part in parts.items()}, out, files)
 
 
 def _deploy(engine: Path, triton: Path) -> None:
-    from builder.deploy.config import DeployConfig
+    from builder.config import DeployConfig
     from builder.deploy.repository import write_repository
 
     write_repository(engine, triton, DeployConfig(engine_path="../../engine"))
@@ -170,7 +156,7 @@ def _deploy(engine: Path, triton: Path) -> None:
 class Part:
     """What of a stage's output goes into OUT: all of it, or the file or folder named `inner`."""
 
-    entry: Entry
+    entry: CachedOutput
     inner: str = ""
 
     @property
@@ -186,21 +172,23 @@ class Part:
         return {f"{name}/{path[len(prefix) :]}": found[path] for path in found if path.startswith(prefix)}
 
 
-def _manifest(line: Line, parts: Mapping[str, Part], files: Mapping[str, bytes], started: str) -> dict[str, Any]:
+def _manifest(
+    context: BuildContext, outputs: Outputs, parts: Mapping[str, Part], files: Mapping[str, bytes], started: str
+) -> dict[str, Any]:
     subjects = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     for name, part in parts.items():
         subjects |= part.digests(name)
-    sources = {"model": line.model_digest}
-    if "calibration" in line.entries:
-        calibration = json.loads((line.entries["calibration"].path / "calibration.json").read_text())
+    sources = {"model": context.model_digest}
+    if "calibration" in outputs:
+        calibration = json.loads((outputs["calibration"].path / "calibration.json").read_text())
         sources["calibration"] = calibration["sha256"]
     return make_manifest(
         subjects,
-        recipe=line.recipe.model_dump(mode="json"),
+        recipe=context.recipe.model_dump(mode="json"),
         tools=machine.versions(),
         gpu=machine.gpu(),
         sources=sources,
-        stages=list(line.entries.values()),
+        stages=list(outputs.values()),
         started=started,
         finished=now(),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import checkpoint
+from builder.verify import verify
 from calibration.config import Quantization
 from calibration.quantization import export
 from calibration.quantization.quantize import load_model, quantize
@@ -44,7 +45,7 @@ def write_checkpoints(
             export.copy_checkpoint(source, out / "hf", sparse)
     for written in sorted(out.iterdir()):
         checkpoint.normalize_zeros(written)  # rounding to FP8 leaves -0.0 where a kept weight was tiny
-        checkpoint.verify(written).require()
+        verify(written).require()
 
 
 def _declared(source: Path) -> dict[str, Any] | None:

@@ -14,13 +14,14 @@ from builder.artifacts.filesystem import remove, sha256_tree
 from builder.artifacts.install import claimed, publish
 from builder.artifacts.manifest import MANIFEST, as_bytes, is_build, make_manifest, now, record_folder
 from builder.checkpoint import Checkpoint
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 from builder.engines.trtllm import version_lock
 from builder.hardware import machine
 from builder.pipeline import measure
 from builder.pipeline.build import pick_backend
 from builder.planning.hub import find_model
 from builder.progress import Console
+from builder.verify import verify
 from calibration.config import Accuracy
 from plugins.common.errors import UserError
 
@@ -83,7 +84,7 @@ def build_engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str
 
     started = now()
     found = checkpoints.read(checkpoint)
-    checkpoints.verify(checkpoint).require()
+    verify(checkpoint).require()
     config = _engine_config(found, overrides)
     backend = _backend_of(found, backend, config)
     with claimed(out) as place, tempfile.TemporaryDirectory(dir=place.parent, prefix=".engine-") as scratch:
@@ -135,7 +136,7 @@ def _backend_of(found: Checkpoint, asked: str, config: EngineConfig) -> str:
 
 def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Writes build/triton and notes it in the manifest."""
-    from builder.deploy.config import DeployConfig
+    from builder.config import DeployConfig
     from builder.deploy.repository import write_repository
 
     version_lock.require(build / "engine")

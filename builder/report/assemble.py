@@ -8,9 +8,9 @@ from statistics import median
 from typing import Any
 
 from builder.artifacts.manifest import now
+from builder.context import BuildContext, Outputs
 from builder.engines.predicted_tactics import read_tactics
 from builder.hardware import machine
-from builder.pipeline.stages import Line
 from calibration.quantization.trtllm_config import trtllm_name
 
 ON_CPU = (
@@ -34,9 +34,12 @@ ELSEWHERE = (
 )
 
 
-def assemble(line: Line) -> dict[str, Any]:
-    """The report of a build, with what it reached. Measured and predicted figures stand in blocks of their own."""
-    recipe, plan, entries = line.recipe, line.plan, line.entries
+def assemble(context: BuildContext, outputs: Outputs, benchmark_reached: bool) -> dict[str, Any]:
+    """The report of a build from the outputs of its stages. Measured and predicted figures stand in blocks apart.
+
+    `benchmark_reached`: whether the build went as far as the benchmark stage, also where that could not run here.
+    """
+    recipe, plan = context.recipe, context.plan
     report: dict[str, Any] = {
         "twofour": machine.versions("twofour").get("twofour", "unknown"),
         "model": recipe.model,
@@ -47,38 +50,43 @@ def assemble(line: Line) -> dict[str, Any]:
         "predicted": plan.predicted,
         "environment": machine.environment(),
         "gates": [],
-        "notes": _notes(line),
+        "notes": _notes(context, outputs),
     }
-    if "engine" in entries:
-        report["size"] = {"dense_bytes": weight_bytes(line.model), "built_bytes": weight_bytes(entries["engine"].path)}
-        report["layers"] = _layers(line)
-    if "evaluate" in entries:
-        report["accuracy"] = _read(entries["evaluate"].path / "accuracy.json")
-    if "benchmark" in entries:
-        report["performance"] = _read(entries["benchmark"].path / "performance.json")
-    if "selection" in entries:
-        report["pareto"] = _pareto(line, report)
-    report["gates"] = gates(line, report)
+    if "engine" in outputs:
+        report["size"] = {
+            "dense_bytes": weight_bytes(context.model),
+            "built_bytes": weight_bytes(outputs["engine"].path),
+        }
+        report["layers"] = _layers(context, outputs)
+    if "evaluate" in outputs:
+        report["accuracy"] = _read(outputs["evaluate"].path / "accuracy.json")
+    if "benchmark" in outputs:
+        report["performance"] = _read(outputs["benchmark"].path / "performance.json")
+    if "selection" in outputs:
+        report["pareto"] = _pareto(context, outputs, report)
+    report["gates"] = gates(context, outputs, report, benchmark_reached)
     return report
 
 
-def gates(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
+def gates(
+    context: BuildContext, outputs: Outputs, report: dict[str, Any], benchmark_reached: bool
+) -> list[dict[str, Any]]:
     """One row for each limit that the recipe sets, and one for the verification that every checkpoint passed."""
     found: list[dict[str, Any]] = []
-    if "checkpoint" in line.entries:
+    if "checkpoint" in outputs:
         words = "every check of the written checkpoint holds"
         found.append({"name": "verification", "passed": True, "words": words})
     if "accuracy" in report:
         from calibration.evaluation import evaluate
 
-        found += evaluate.gates(evaluate.Accuracy.from_dict(report["accuracy"]), line.recipe.accuracy)
-        budget = line.recipe.sparsity and line.recipe.sparsity.budget
+        found += evaluate.gates(evaluate.Accuracy.from_dict(report["accuracy"]), context.recipe.accuracy)
+        budget = context.recipe.sparsity and context.recipe.sparsity.budget
         if budget:
             value, limit = report["accuracy"]["perplexity_increase"], budget.perplexity_increase
             words = f"perplexity {value:+.2%} under a budget of {limit:.2%}"
             found.append({"name": "budget", "limit": limit, "value": value, "passed": value <= limit, "words": words})
-    benchmark = line.recipe.benchmark
-    if benchmark and benchmark.min_speedup and line.unmeasured:
+    benchmark = context.recipe.benchmark
+    if benchmark and benchmark.min_speedup and benchmark_reached and "benchmark" not in outputs:
         words = (
             f"not measured, and at least {benchmark.min_speedup:.2f}x is asked for: measure it with twofour bench --url"
         )
@@ -99,12 +107,12 @@ def weight_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.suffix in (".safetensors", ".engine"))
 
 
-def _pareto(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
+def _pareto(context: BuildContext, outputs: Outputs, report: dict[str, Any]) -> list[dict[str, Any]]:
     """The measured selections as points of size and perplexity. Predicted ones stay in selection.json."""
     if "accuracy" not in report:
         return []
     dense = report["accuracy"]["dense"]["perplexity"]
-    most = line.plan.built_bytes + sum(layer.bytes_saved_by_pruning for layer in line.plan.layers)
+    most = context.plan.built_bytes + sum(layer.bytes_saved_by_pruning for layer in context.plan.layers)
     return [
         {
             "label": f"{len(point['layers'])} layers 2:4",
@@ -112,20 +120,20 @@ def _pareto(line: Line, report: dict[str, Any]) -> list[dict[str, Any]]:
             "perplexity": dense * (1 + point["increase"]),
             "chosen": point["chosen"],
         }
-        for point in _read(line.entries["selection"].path / "selection.json")["pareto"]
+        for point in _read(outputs["selection"].path / "selection.json")["pareto"]
         if point["measured"]
     ]
 
 
-def _layers(line: Line) -> list[dict[str, Any]]:
+def _layers(context: BuildContext, outputs: Outputs) -> list[dict[str, Any]]:
     """Each layer as it was written: facts read off the checkpoint's own files, with the plan's dense bytes."""
     from builder import checkpoint
 
-    engine = line.entries["engine"].path
+    engine = outputs["engine"].path
     tactics = (read_tactics(engine) or {}).get("layers", {})
-    dense = {layer.name: layer.dense_bytes for layer in line.plan.layers}
+    dense = {layer.name: layer.dense_bytes for layer in context.plan.layers}
     rows = []
-    for layer in checkpoint.read(line.entries["checkpoint"].path / "hf").layers():
+    for layer in checkpoint.read(outputs["checkpoint"].path / "hf").layers():
         tactic = tactics.get(layer.name) or tactics.get(trtllm_name(layer.name), {})
         rows.append({
             "name": layer.name,
@@ -136,45 +144,45 @@ def _layers(line: Line) -> list[dict[str, Any]]:
             "zeros": layer.zeros,
             "dense_bytes": dense.get(layer.name),
             "built_bytes": layer.packed_bytes,
-            "kernel": "reference" if line.plan.backend == "torch" and machine.device()["type"] == "cpu" else None,
+            "kernel": "reference" if context.plan.backend == "torch" and machine.device()["type"] == "cpu" else None,
             "reason": tactic.get("reason"),
         })  # fmt: skip
     return rows
 
 
-def _notes(line: Line) -> list[str]:
+def _notes(context: BuildContext, outputs: Outputs) -> list[str]:
     notes = []
-    if line.plan.backend != "torch" and "engine" in line.entries:
-        notes.append(ELSEWHERE.format(backend=line.plan.backend))
-    notes += [f"The engine: {remark}." for remark in _remarks(line)]
+    if context.plan.backend != "torch" and "engine" in outputs:
+        notes.append(ELSEWHERE.format(backend=context.plan.backend))
+    notes += [f"The engine: {remark}." for remark in _remarks(context, outputs)]
     if machine.device()["type"] == "cpu":
-        notes += [ON_CPU] if line.recipe.sparsity else []
+        notes += [ON_CPU] if context.recipe.sparsity else []
         notes += [CPU_FIGURES]
-    if "sparsify" in line.entries:
-        reports = _read(line.entries["sparsify"].path / "layers.json")
+    if "sparsify" in outputs:
+        reports = _read(outputs["sparsify"].path / "layers.json")
         notes += [f"'{layer['name']}' stayed dense: {layer['note']}" for layer in reports if not layer["pruned"]]
         kept = sum(layer["pruned"] and bool(layer["note"]) for layer in reports)
         notes += [f"{kept} layers were 2:4 already: their masks were kept"] if kept else []
-    if "adapter" in line.entries:
-        adapter = line.entries["adapter"]
+    if "adapter" in outputs:
+        adapter = outputs["adapter"]
         share = median(layer["taken_back"] for layer in _read(adapter.path / "layers.json"))
         notes.append(ADAPTER.format(rank=adapter.record["config"]["rank"], share=share))
-    if line.recipe.trust_remote_code:
+    if context.recipe.trust_remote_code:
         notes.append(
             "The model's own code was allowed (trust_remote_code); of a supported architecture transformers' code ran."
         )
     return notes
 
 
-def _remarks(line: Line) -> list[str]:
+def _remarks(context: BuildContext, outputs: Outputs) -> list[str]:
     """What the built engine says of itself: when it was built, and where it was opened to be measured."""
-    if "engine" not in line.entries:
+    if "engine" not in outputs:
         return []
-    remarks: list[str] = _read(line.entries["engine"].path / "engine.json").get("remarks", [])
-    if line.plan.backend == "torch" and "evaluate" in line.entries:
-        remarks += _read(line.entries["evaluate"].path / "accuracy.json")["engines"]["built"]["remarks"]
-    elif "benchmark" in line.entries:
-        remarks += _read(line.entries["benchmark"].path / "engines.json")["built"]["remarks"]
+    remarks: list[str] = _read(outputs["engine"].path / "engine.json").get("remarks", [])
+    if context.plan.backend == "torch" and "evaluate" in outputs:
+        remarks += _read(outputs["evaluate"].path / "accuracy.json")["engines"]["built"]["remarks"]
+    elif "benchmark" in outputs:
+        remarks += _read(outputs["benchmark"].path / "engines.json")["built"]["remarks"]
     return remarks
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from plugins.common.errors import GateError, UserError
 
 if TYPE_CHECKING:
-    from builder.checkpoint import Verification
+    from builder.verify import Verification
 
     from .llm import LLM
 
@@ -80,9 +80,9 @@ def verify(directory: str | Path, *, tensor_parallel: int = 1) -> Verification:
 
     Raises UserError where `directory` holds neither.
     """
-    from builder import checkpoint
+    from builder.verify import verify as check
 
-    return checkpoint.verify(Path(directory), tensor_parallel=tensor_parallel)
+    return check(Path(directory), tensor_parallel=tensor_parallel)
 
 
 def load(directory: str | Path) -> LLM:

@@ -20,11 +20,11 @@ def compare_text(model: Path, calibration: Tokens, held_out: Tokens) -> dict[str
     return {name: perplexity(logits, tokens[:WINDOWS]) for name, tokens in texts.items()}
 
 
-def words(found: dict[str, float]) -> str:
-    """What to say of `compare_text`'s result; nothing where the texts are alike."""
-    if found["calibration"] <= FAR * found["held_out"]:
+def warning(perplexity: dict[str, float]) -> str:
+    """The warning that `compare_text`'s result calls for; empty where the texts are alike."""
+    if perplexity["calibration"] <= FAR * perplexity["held_out"]:
         return ""
     return (
-        f"the calibration text looks wrong for this model: perplexity {found['calibration']:.4g}, and "
-        f"{found['held_out']:.4g} on the evaluation text; check calibration.data"
+        f"the calibration text looks wrong for this model: perplexity {perplexity['calibration']:.4g}, and "
+        f"{perplexity['held_out']:.4g} on the evaluation text; check calibration.data"
     )

@@ -34,7 +34,6 @@ from calibration.pruning.input_statistics import gather, shared_inputs
 from plugins.common.errors import UserError
 from plugins.sparsity.declaration import Declaration
 
-VERSION = 1  # of the results: raised whenever the same input gives another adapter
 Progress = Callable[[str, int, int], None]
 
 
@@ -92,7 +91,7 @@ def _key(
     blocks: Blocks, originals: Weights, tokens: np.ndarray[Any, np.dtype[np.int64]], rank: int, names: Sequence[str]
 ) -> str:
     """Of everything that changes the adapter."""
-    facts = [VERSION, rank, names, tokens.shape, blocks.config.to_dict(), originals.sha256(), blocks.weights.sha256()]
+    facts = [rank, names, tokens.shape, blocks.config.to_dict(), originals.sha256(), blocks.weights.sha256()]
     return hashlib.sha256(json.dumps(facts, default=str).encode() + tokens.tobytes()).hexdigest()
 
 

@@ -27,7 +27,6 @@ from plugins.common.errors import UserError
 from plugins.sparsity.declaration import Declaration
 from plugins.sparsity.segments import Segments
 
-VERSION = 13  # of the results: raised whenever the same input gives other weights
 Progress = Callable[[str, int, int], None]
 Changed = dict[str, Callable[[], Tensor]]  # what reads the new tensor, by the tensor's name
 
@@ -35,7 +34,7 @@ Changed = dict[str, Callable[[], Tensor]]  # what reads the new tensor, by the t
 @torch.no_grad()
 def sparsify(
     source: Path,
-    tokens: np.ndarray[Any, np.dtype[np.int64]],
+    tokens: np.ndarray[Any, np.dtype[np.int64]] | None,
     config: Sparsity,
     target: Declaration,
     out: Path,
@@ -45,15 +44,16 @@ def sparsify(
     """Prunes the Hugging Face directory `source` to `target` into `out`, with the same files and dtypes.
 
     Layers that the target does not name stay as they are, up to the order of their channels. A method that refits the
-    output head reports it behind the layers. `tokens` [samples, length] are what the layers' inputs are taken from.
-    `work` keeps the finished blocks: a run that was killed goes on behind them, to the same bytes. Writes
-    `out/sparsity.json`. Raises UserError for an architecture that cannot be pruned, weights that do not fit the config,
-    a target that does not fit the model, and inputs that are not finite.
+    output head reports it behind the layers. `tokens` [samples, length] are what the layers' inputs are taken from;
+    None for a method that reads none. `work` keeps the finished blocks: an interrupted run resumes after them, to the
+    same bytes. Writes `out/sparsity.json`. Raises UserError for an architecture that cannot be pruned, weights that do
+    not fit the config, a target that does not fit the model, and inputs that are not finite.
     """
+    tokens_BT = torch.from_numpy(np.empty((0, 1), np.int64) if tokens is None else tokens)
     if config.method in SOLVERS:
-        reports, changed = _walk(source, torch.from_numpy(tokens), config, target, work, progress)
+        reports, changed = _walk(source, tokens_BT, config, target, work, progress)
     else:
-        reports, changed = _modelopt(source, torch.from_numpy(tokens), config, target, progress)
+        reports, changed = _modelopt(source, tokens_BT, config, target, progress)
     copy_with(source, out, changed, lambda name: changed[name]())
     pruned = {layer.name for layer in reports if layer.pruned}
     whole = [layer for layer in target.layers if layer in pruned]
@@ -66,7 +66,7 @@ def _walk(
     source: Path, tokens_BT: Tensor, config: Sparsity, target: Declaration, work: Path, progress: Progress
 ) -> tuple[list[LayerReport], Changed]:
     blocks = Blocks(source, device(), target.order)
-    facts = [VERSION, config.pattern, config.method, target.to_json(), blocks.config.to_dict()]
+    facts = [config.pattern, config.method, target.to_json(), blocks.config.to_dict()]
     key = hashlib.sha256(json.dumps(facts, default=str).encode())
     key.update(blocks.weights.sha256().encode() + tokens_BT.numpy().tobytes())
     finished = Finished(work, key.hexdigest())

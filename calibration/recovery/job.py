@@ -20,7 +20,6 @@ from calibration.model.weights import Weights
 from plugins.common.errors import UserError
 from plugins.sparsity.declaration import Declaration
 
-VERSION = 3  # of the results: raised whenever the same input gives other weights
 HELD_OUT = 16  # windows at most that judge the training and never train
 CALIBRATION = 64  # windows at most that set the ranges of fake quantizers
 
@@ -74,7 +73,7 @@ class Job:
         return dense.requires_grad_(False), student
 
     def _key(self, tokens: Tokens) -> str:
-        digest = hashlib.sha256(f"{VERSION} {self.config!r} {self.quantization!r} {self.quantized!r}".encode())
+        digest = hashlib.sha256(f"{self.config!r} {self.quantization!r} {self.quantized!r}".encode())
         for directory in (self.dense, self.pruned):
             digest.update(Weights(Path(directory)).sha256().encode())
         digest.update(repr(tokens.shape).encode() + tokens.tobytes())

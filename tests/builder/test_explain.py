@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 from builder.engines.predicted_tactics import predict_tactics
 from builder.engines.torch_backend import artifact
 from plugins.autotune import tuner

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from builder.artifacts.cache import Entry, Store
+from builder.artifacts.cache import Cache, CachedOutput
 from builder.artifacts.install import claimed, publish
 from builder.artifacts.manifest import make_manifest, read_manifest, record_folder, verify_manifest
 from plugins.common.errors import UserError
@@ -42,8 +42,8 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+def store(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "store")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     yield from mounted(tmp_path / "disk", 2)
 
 
-def build(entry: Entry, out: Path) -> None:
+def build(entry: CachedOutput, out: Path) -> None:
     subjects = {f"checkpoint/{name}": digest for name, digest in entry.files.items()}
     manifest = make_manifest(
         subjects, recipe={"model": "m"}, tools={"torch": "2"}, gpu=None, sources={"model": "ab"}, stages=[entry],
@@ -63,11 +63,11 @@ def build(entry: Entry, out: Path) -> None:
 
 
 @pytest.fixture
-def entry(store: Store) -> Entry:
+def entry(store: Cache) -> CachedOutput:
     return store.run("export", KEY, {}, write_two)
 
 
-def test_a_build_is_published_whole_with_large_files_linked(entry: Entry, tmp_path: Path) -> None:
+def test_a_build_is_published_whole_with_large_files_linked(entry: CachedOutput, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     build(entry, out)
     assert verify_manifest(out) == []
@@ -76,21 +76,21 @@ def test_a_build_is_published_whole_with_large_files_linked(entry: Entry, tmp_pa
     assert names(out.parent) == ["out"]
 
 
-def test_small_files_are_copies_that_may_be_edited(store: Store, tmp_path: Path) -> None:
+def test_small_files_are_copies_that_may_be_edited(store: Cache, tmp_path: Path) -> None:
     entry = store.run("s", KEY, {}, write_one(b"w"))
     build(entry, tmp_path / "out")
     (tmp_path / "out/checkpoint/weights.bin").write_bytes(b"edited")
     assert store.run("s", KEY, {}, write_one(b"w")).reused
 
 
-def test_a_later_build_replaces_an_earlier_one(store: Store, entry: Entry, tmp_path: Path) -> None:
+def test_a_later_build_replaces_an_earlier_one(store: Cache, entry: CachedOutput, tmp_path: Path) -> None:
     build(entry, tmp_path / "out")
     build(store.run("s", KEY + "1", {}, write_one(b"w")), tmp_path / "out")
     assert names(tmp_path / "out/checkpoint") == ["weights.bin"]
     assert names(tmp_path) == ["out", "store"]
 
 
-def test_an_empty_folder_may_be_built_into(entry: Entry, tmp_path: Path) -> None:
+def test_an_empty_folder_may_be_built_into(entry: CachedOutput, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     build(entry, tmp_path / "out")
     assert verify_manifest(tmp_path / "out") == []
@@ -114,7 +114,9 @@ def _foreign_manifest(out: Path) -> None:
         (lambda out: out.write_text(""), "is a file"),
     ],
 )
-def test_publishing_over_something_else_is_refused(entry: Entry, tmp_path: Path, prepare: Any, words: str) -> None:
+def test_publishing_over_something_else_is_refused(
+    entry: CachedOutput, tmp_path: Path, prepare: Any, words: str
+) -> None:
     out = tmp_path / "out"
     prepare(out)
     before = sorted(tmp_path.rglob("*"))
@@ -123,7 +125,7 @@ def test_publishing_over_something_else_is_refused(entry: Entry, tmp_path: Path,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_file_that_the_user_put_into_a_build_is_not_deleted(entry: Entry, tmp_path: Path) -> None:
+def test_a_file_that_the_user_put_into_a_build_is_not_deleted(entry: CachedOutput, tmp_path: Path) -> None:
     build(entry, tmp_path / "out")
     (tmp_path / "out/notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds 'notes\.txt', which no build wrote"):
@@ -133,14 +135,14 @@ def test_a_file_that_the_user_put_into_a_build_is_not_deleted(entry: Entry, tmp_
 
 def test_a_build_cannot_replace_what_it_is_made_from(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    entry = Store(tmp_path / "store").run("s", KEY, {}, write_one(b"w"))
+    entry = Cache(tmp_path / "store").run("s", KEY, {}, write_one(b"w"))
     build(entry, out)
     with claimed(out) as place, pytest.raises(UserError, match="which the build is made from"):
         publish({"checkpoint": out / "checkpoint"}, place, {})
     assert verify_manifest(out) == []
 
 
-def test_two_builds_into_one_folder(entry: Entry, tmp_path: Path) -> None:
+def test_two_builds_into_one_folder(entry: CachedOutput, tmp_path: Path) -> None:
     with claimed(tmp_path / "out"), pytest.raises(UserError, match=f"process {os.getpid()} is building"):
         build(entry, tmp_path / "out")
     assert names(tmp_path) == ["store"]
@@ -159,7 +161,7 @@ while True:
 """
 
 
-def test_kill_while_publishing_leaves_a_whole_build(entry: Entry, tmp_path: Path) -> None:
+def test_kill_while_publishing_leaves_a_whole_build(entry: CachedOutput, tmp_path: Path) -> None:
     out, chance = tmp_path / "out", random.Random(1)
     build(entry, out)
     for _ in range(8):
@@ -177,7 +179,7 @@ def test_kill_while_publishing_leaves_a_whole_build(entry: Entry, tmp_path: Path
 # The manifest
 
 
-def test_the_manifest_is_an_in_toto_statement(entry: Entry, tmp_path: Path) -> None:
+def test_the_manifest_is_an_in_toto_statement(entry: CachedOutput, tmp_path: Path) -> None:
     build(entry, tmp_path / "out")
     manifest = read_manifest(tmp_path / "out")
     assert manifest is not None
@@ -195,7 +197,7 @@ def test_the_manifest_is_an_in_toto_statement(entry: Entry, tmp_path: Path) -> N
         (lambda out: (out / "manifest.json").write_text("{}"), "holds no manifest.json of a build"),
     ],
 )
-def test_the_manifest_finds_damage(entry: Entry, tmp_path: Path, damage: Any, problem: str) -> None:
+def test_the_manifest_finds_damage(entry: CachedOutput, tmp_path: Path, damage: Any, problem: str) -> None:
     build(entry, tmp_path / "out")
     damage(tmp_path / "out")
     problems = verify_manifest(tmp_path / "out")
@@ -203,7 +205,7 @@ def test_the_manifest_finds_damage(entry: Entry, tmp_path: Path, damage: Any, pr
     assert problem in problems[0]
 
 
-def test_the_manifest_finds_a_changed_byte(store: Store, tmp_path: Path) -> None:
+def test_the_manifest_finds_a_changed_byte(store: Cache, tmp_path: Path) -> None:
     build(store.run("s", KEY, {}, write_one(b"w")), tmp_path / "out")
     (tmp_path / "out/checkpoint/weights.bin").write_bytes(b"v")
     assert verify_manifest(tmp_path / "out") == [
@@ -211,14 +213,14 @@ def test_the_manifest_finds_a_changed_byte(store: Store, tmp_path: Path) -> None
     ]  # fmt: skip
 
 
-def test_a_manifest_that_leads_out_of_the_build(entry: Entry, tmp_path: Path) -> None:
+def test_a_manifest_that_leads_out_of_the_build(entry: CachedOutput, tmp_path: Path) -> None:
     build(entry, tmp_path / "out")
     path = tmp_path / "out/manifest.json"
     path.write_text(path.read_text().replace("checkpoint/a.bin", "../../etc/passwd"))
     assert "'../../etc/passwd' leads out of the build" in verify_manifest(tmp_path / "out")
 
 
-def test_a_folder_written_later_is_recorded(entry: Entry, tmp_path: Path) -> None:
+def test_a_folder_written_later_is_recorded(entry: CachedOutput, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build(entry, out)
     (out / "triton").mkdir()
@@ -230,7 +232,7 @@ def test_a_folder_written_later_is_recorded(entry: Entry, tmp_path: Path) -> Non
     assert verify_manifest(out) == []
 
 
-def test_publishing_to_a_full_disk_keeps_the_earlier_build(store: Store, small_disk: Path) -> None:
+def test_publishing_to_a_full_disk_keeps_the_earlier_build(store: Cache, small_disk: Path) -> None:
     build(store.run("s", KEY, {}, write_one(b"w")), small_disk / "out")
     big = store.run("s", KEY + "1", {}, write_two)
     with pytest.raises(UserError, match="the disk is full at"):

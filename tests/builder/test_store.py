@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from builder.artifacts.cache import Entry, Store, key
+from builder.artifacts.cache import Cache, CachedOutput, key
 from builder.artifacts.filesystem import locked
 from plugins.common.errors import UserError
 from tests.support.small_disk import mounted
@@ -27,7 +27,7 @@ PARTS = {
     "stage": "sparsify",
     "inputs": {"model": "ab"},
     "config": {"method": "wanda"},
-    "version": 1,
+    "code": "cd",
     "tools": {"t": "2"},
 }
 KEY = key(**PARTS)  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ KEY = key(**PARTS)  # type: ignore[arg-type]
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from builder.artifacts.cache import Store
+from builder.artifacts.cache import Cache
 
 def make(out, work):  # twelve blocks, each kept in `work` when it is finished, as sparsify does
     for block in range(12):
@@ -53,7 +53,7 @@ def make(out, work):  # twelve blocks, each kept in `work` when it is finished, 
     (out / "all.bin").write_bytes(b"".join((work / f"{block}").read_bytes() for block in range(12)))
 
 print("ready", flush=True)
-entry = Store(Path(sys.argv[1])).run("sparsify", sys.argv[3], {}, make)
+entry = Cache(Path(sys.argv[1])).run("sparsify", sys.argv[3], {}, make)
 print(entry.digest, "reused" if entry.reused else "made", flush=True)
 """
 
@@ -79,8 +79,8 @@ def lines() -> list[str]:
 
 
 @pytest.fixture
-def store(tmp_path: Path, lines: list[str]) -> Store:
-    return Store(tmp_path / "store", log=lines.append)
+def store(tmp_path: Path, lines: list[str]) -> Cache:
+    return Cache(tmp_path / "store", log=lines.append)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         {"inputs": {"model": "ac"}},
         {"inputs": {"source": "ab"}},
         {"config": {"method": "magnitude"}},
-        {"version": 2},
+        {"code": "ce"},
         {"tools": {"t": "2.1"}},
     ],
 )
@@ -120,7 +120,7 @@ def test_a_config_that_is_not_json_has_no_key() -> None:
 # Entries
 
 
-def test_a_finished_output_is_reused_without_making_it(store: Store) -> None:
+def test_a_finished_output_is_reused_without_making_it(store: Cache) -> None:
     made = store.run("sparsify", KEY, {"inputs": PARTS["inputs"]}, write_one(b"w"))
     again = store.run("sparsify", KEY, {}, lambda out, work: pytest.fail("made again"))
     assert (made.reused, again.reused) == (False, True)
@@ -130,7 +130,7 @@ def test_a_finished_output_is_reused_without_making_it(store: Store) -> None:
     assert again.record["peak_memory_bytes"] > 1 << 20
 
 
-def test_the_digest_follows_content_and_names(store: Store) -> None:
+def test_the_digest_follows_content_and_names(store: Cache) -> None:
     def renamed(out: Path, work: Path) -> None:
         (out / "other.bin").write_bytes(b"w")
 
@@ -140,7 +140,7 @@ def test_the_digest_follows_content_and_names(store: Store) -> None:
     assert len(set(digests)) == 3
 
 
-def _change(entry: Entry) -> None:
+def _change(entry: CachedOutput) -> None:
     """Same size, same time of change: only hashing finds it."""
     path = entry.path / "weights.bin"
     before = path.stat()
@@ -148,12 +148,12 @@ def _change(entry: Entry) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def _truncate_record(entry: Entry) -> None:
+def _truncate_record(entry: CachedOutput) -> None:
     record = entry.path.parent / "record.json"
     record.write_bytes(record.read_bytes()[:-20])
 
 
-def _link(entry: Entry) -> None:
+def _link(entry: CachedOutput) -> None:
     path = entry.path / "weights.bin"
     path.rename(entry.path.parent / "moved")
     path.symlink_to(entry.path.parent / "moved")
@@ -171,7 +171,7 @@ def _link(entry: Entry) -> None:
     ],
 )
 def test_a_damaged_entry_is_set_aside_with_one_line_and_made_again(
-    store: Store, lines: list[str], damage: Any, words: str
+    store: Cache, lines: list[str], damage: Any, words: str
 ) -> None:
     first = store.run("sparsify", KEY, {}, write_one(b"w"))
     damage(first)
@@ -185,7 +185,7 @@ def test_a_damaged_entry_is_set_aside_with_one_line_and_made_again(
     assert store.run("sparsify", KEY, {}, write_one(b"w")).reused
 
 
-def test_a_stage_that_fails_leaves_no_entry_but_keeps_its_work(store: Store) -> None:
+def test_a_stage_that_fails_leaves_no_entry_but_keeps_its_work(store: Cache) -> None:
     def fail(out: Path, work: Path) -> None:
         (work / "block0").write_bytes(b"0")
         (out / "half").write_bytes(b"h")
@@ -204,7 +204,7 @@ def test_a_stage_that_fails_leaves_no_entry_but_keeps_its_work(store: Store) -> 
     assert names(store.root / "work") == []
 
 
-def test_a_stage_that_leaves_a_link_is_a_bug_that_shows(store: Store) -> None:
+def test_a_stage_that_leaves_a_link_is_a_bug_that_shows(store: Cache) -> None:
     with pytest.raises(ValueError, match="not a regular file"):
         store.run("s", KEY, {}, lambda out, work: (out / "link").symlink_to("/etc/passwd"))
     assert store.find("s", KEY) is None
@@ -213,7 +213,7 @@ def test_a_stage_that_leaves_a_link_is_a_bug_that_shows(store: Store) -> None:
 def test_a_store_that_cannot_be_kept_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="no store can be kept"):
-        Store(tmp_path / "file" / "store")
+        Cache(tmp_path / "file" / "store")
 
 
 # Kills and neighbours
@@ -238,7 +238,7 @@ def test_kill_at_random_moments_then_the_same_bytes(tmp_path: Path) -> None:
     assert len(blocks) <= 12 + kills, "finished blocks were made again"
 
 
-def test_kill_at_each_step_of_finishing(store: Store) -> None:
+def test_kill_at_each_step_of_finishing(store: Cache) -> None:
     """A forked child kills itself at its n-th sync or rename, for every n; then the stage must still end well."""
     digest = store.run("calm", KEY, {}, _nested).digest
     for step in range(100):
@@ -293,7 +293,7 @@ def test_two_processes_on_one_key_make_it_once(tmp_path: Path) -> None:
     assert len((tmp_path / "made").read_text().split()) == 12
 
 
-def test_a_process_that_will_not_wait_is_told_who_makes_it(store: Store, tmp_path: Path) -> None:
+def test_a_process_that_will_not_wait_is_told_who_makes_it(store: Cache, tmp_path: Path) -> None:
     process = child(store.root, tmp_path / "made")
     while not (tmp_path / "made").exists():
         time.sleep(0.005)
@@ -302,7 +302,7 @@ def test_a_process_that_will_not_wait_is_told_who_makes_it(store: Store, tmp_pat
     process.communicate()
 
 
-def test_a_process_that_waits_says_so_once_and_reuses(store: Store, lines: list[str], tmp_path: Path) -> None:
+def test_a_process_that_waits_says_so_once_and_reuses(store: Cache, lines: list[str], tmp_path: Path) -> None:
     process = child(store.root, tmp_path / "made")
     while not (tmp_path / "made").exists():
         time.sleep(0.005)
@@ -325,7 +325,7 @@ def _safetensors_writer(out: Path, work: Path) -> None:
 
 @pytest.mark.parametrize("make", [_python_writer, _safetensors_writer])
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(small_disk: Path, make: Any) -> None:
-    store = Store(small_disk / "store")
+    store = Cache(small_disk / "store")
     with pytest.raises(UserError) as caught:
         store.run("export", KEY, {}, make)
     assert "\n" not in str(caught.value)

@@ -212,8 +212,8 @@ def test_a_build_leaves_the_adapter_and_says_that_the_engine_does_not_apply_it(t
     done("build", recipe, *options, "--out", out, "--store", store)
     assert not (out / "adapter").exists()
     said = done("build", recipe, *options, "--set", "sparsity.adapter_rank=8", "--out", out, "--store", store).stderr
-    assert "sparsify: kept from an earlier build" in said
-    assert "checkpoint: kept from an earlier build" in said
+    assert "sparsify: cached" in said
+    assert "checkpoint: cached" in said
     assert done("verify", out, "--json").json["violations"] == []
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * 7

@@ -26,10 +26,10 @@ import pytest
 from benchmarks.config import Workload
 from benchmarks.serving.drivers import triton
 from benchmarks.serving.workload import make_requests
-from builder.deploy.config import DeployConfig
+from builder.config import DeployConfig, EngineConfig
 from builder.deploy.repository import write_repository
 from builder.deploy.server import Ports, Server
-from builder.engines.base import Engine, EngineConfig, Request
+from builder.engines.base import Engine, Request
 from plugins.common.errors import UserError
 
 grpc = pytest.importorskip("tritonclient.grpc", reason="needs the extra 'triton'")

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from builder.deploy.config import DeployConfig
+from builder.config import DeployConfig, EngineConfig
 from builder.deploy.trtllm_repository import holes
-from builder.engines.base import EngineConfig
 from builder.engines.trtllm import artifact, launch, pytorch, tensorrt
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from calibration.quantization.trtllm_config import complete_config

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from test_pytorch_backend import LINEARS, MODEL, ROOT, prune, token_ids
 
 from builder import checkpoint
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 from builder.engines.torch_backend import artifact
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from builder.engines.trtllm import launch, sparsity_report, tensorrt, version_lock
 from builder.hardware.nvidia_smi import Gpu
+from builder.verify import verify
 from plugins.autotune import tactics
 from plugins.common.errors import UserError
 from plugins.tensorrt_llm import inspector
@@ -119,7 +120,7 @@ def told(exports, tmp_path_factory):
 
 @pytest.mark.parametrize("number_format", FORMATS)
 def test_both_ranks_of_a_tensor_parallel_export_verify(exports, number_format):
-    verification = checkpoint.verify(exports[number_format] / "trtllm")
+    verification = verify(exports[number_format] / "trtllm")
     assert verification.violations == ()
     found = checkpoint.read(exports[number_format] / "trtllm")
     assert found.mapping.ranks == RANKS

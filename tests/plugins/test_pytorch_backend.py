@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 from builder.engines.torch_backend import artifact
 from builder.engines.trtllm import pytorch, sparse_package
 from plugins.common.errors import UserError

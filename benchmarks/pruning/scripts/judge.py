@@ -1,4 +1,7 @@
-"""python judge.py DENSE DATA LENGTH LAYERS MODEL...: one JSON line a model, against the dense one on held-out text."""
+"""python -m benchmarks.pruning.scripts.judge DENSE DATA LENGTH LAYERS MODEL...
+
+Prints one JSON line a model: its accuracy against the dense model on held-out text, and whether LAYERS hold 2:4.
+"""
 
 import json
 import sys
@@ -11,17 +14,20 @@ from calibration.evaluation.evaluate import Logits, evaluate, hf_logits
 from calibration.model.weights import Weights
 from calibration.quantization.quantize import load_model
 
-dense, data, length, layers, *models = sys.argv[1:]
-text = windows(data, Path(dense), int(length))
-
 
 def logits(directory: str) -> Logits:
     return hf_logits(load_model(Path(directory)).to(torch.float32))
 
 
-for model in models:
-    found = evaluate(logits(dense), logits(model), text.tokens, text.documents).to_dict()
-    weights = Weights(Path(model))
-    groups = [weights.read(f"{name}.weight").unflatten(1, (-1, 4)) for name in json.loads(layers)]
-    holds = all(bool(((group != 0).sum(2) <= 2).all()) for group in groups)
-    print(json.dumps({**found, "holds_2of4": holds}), flush=True)
+def main(dense: str, data: str, length: str, layers: str, *models: str) -> None:
+    text = windows(data, Path(dense), int(length))
+    for model in models:
+        accuracy = evaluate(logits(dense), logits(model), text.tokens, text.documents).to_dict()
+        weights = Weights(Path(model))
+        groups = [weights.read(f"{name}.weight").unflatten(1, (-1, 4)) for name in json.loads(layers)]
+        holds = all(bool(((group != 0).sum(2) <= 2).all()) for group in groups)
+        print(json.dumps({**accuracy, "holds_2of4": holds}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,4 +1,7 @@
-"""python make_tokens.py MODEL DATA LENGTH SAMPLES SEED OUT: the calibration tokens that every method gets."""
+"""python -m benchmarks.pruning.scripts.make_tokens MODEL DATA LENGTH SAMPLES SEED OUT
+
+Writes the calibration tokens that every method gets.
+"""
 
 import sys
 from pathlib import Path
@@ -7,5 +10,10 @@ import numpy as np
 
 from calibration.data.windows import windows
 
-model, data, length, samples, seed, out = sys.argv[1:]
-np.save(out, windows(data, Path(model), int(length), int(samples), int(seed)).tokens)
+
+def main(model: str, data: str, length: str, samples: str, seed: str, out: str) -> None:
+    np.save(out, windows(data, Path(model), int(length), int(samples), int(seed)).tokens)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

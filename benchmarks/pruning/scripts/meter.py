@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def _status(key: str) -> int:
+def status_bytes(key: str) -> int:
     """A figure of /proc/self/status, bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
@@ -38,8 +38,8 @@ def load_code(model: str) -> None:
 def meter(out: str, packages: list[str]) -> Iterator[None]:
     """Writes `out`: seconds, and the peak of resident memory, absolute and above what was resident at the start."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, started = _status("VmRSS"), time.perf_counter()
+    before, started = status_bytes("VmRSS"), time.perf_counter()
     yield
-    seconds, peak = time.perf_counter() - started, _status("VmHWM")
+    seconds, peak = time.perf_counter() - started, status_bytes("VmHWM")
     found = {"seconds": seconds, "peak_bytes": peak, "peak_above_start_bytes": peak - before}
     Path(out).write_text(json.dumps({**found, "versions": {name: version(name) for name in packages}}))

@@ -1,4 +1,6 @@
-"""python prune_layer.py SOLVER N K OUT: one random layer [N, K] to 2:4 by one solver, on the same Hessian. JSON.
+"""python -m benchmarks.pruning.scripts.prune_layer SOLVER N K OUT
+
+Prunes one random layer [N, K] to 2:4 with one solver, on the same Hessian, and writes time and error to OUT.
 
 The Hessian is that of K correlated inputs. Error: of the layer's output, relative, under that Hessian.
 """
@@ -6,23 +8,25 @@ The Hessian is that of K correlated inputs. Error: of the layer's output, relati
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-solver, out_features, in_features, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 PEAK = 4096  # rows and columns of the product that measures the machine
 
 
-def twofour(weight_NK, hessian_KK):
+def twofour(method: str, weight_NK: Tensor, hessian_KK: Tensor) -> Tensor:
     from calibration.pruning.solvers import SOLVERS, Pattern, Statistics
     from plugins.sparsity.segments import Segments
 
     whole = Segments.split("rows", len(weight_NK), len(weight_NK))
-    return SOLVERS[solver.split()[1]]().prune("layer", weight_NK, Statistics(hessian_KK), Pattern.parse("2:4"), whole)
+    return SOLVERS[method]().prune("layer", weight_NK, Statistics(hessian_KK), Pattern.parse("2:4"), whole)
 
 
-def modelopt(weight_NK, hessian_KK):
+def modelopt(weight_NK: Tensor, hessian_KK: Tensor) -> Tensor:
     """Gives a mask only: what is kept stays as it was."""
     from modelopt.torch.sparsity.weight_sparsity.sparsegpt import SparseGPTSearcher, create_sgpt_mask
 
@@ -30,7 +34,7 @@ def modelopt(weight_NK, hessian_KK):
     return weight_NK * create_sgpt_mask(weight_NK, hessian_KK.clone(), config)
 
 
-def llmcompressor(weight_NK, hessian_KK):
+def llmcompressor(weight_NK: Tensor, hessian_KK: Tensor) -> Tensor:
     from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import sparsify_weight
 
     layer = torch.nn.Linear(weight_NK.shape[1], weight_NK.shape[0], bias=False)
@@ -38,7 +42,7 @@ def llmcompressor(weight_NK, hessian_KK):
     return sparsify_weight(layer, {layer: hessian_KK.clone()}, 0.5, 2, 4, 128, 0.01, False)[1]
 
 
-def peak():
+def peak() -> float:
     """Floating-point operations a second of a float32 product."""
     a, b = torch.randn(2, PEAK, PEAK)
     taken = []
@@ -49,7 +53,7 @@ def peak():
     return 2 * PEAK**3 / min(taken)
 
 
-def layer(rows, columns):
+def layer(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """A weight, and the second moments of inputs that share a few directions."""
     generator = torch.Generator().manual_seed(0)
     weight_NK = torch.randn(rows, columns, generator=generator) / columns**0.5
@@ -60,8 +64,11 @@ def layer(rows, columns):
 
 
 @torch.no_grad()
-def measure():
-    prune = {"twofour": twofour, "modelopt": modelopt, "llm-compressor": llmcompressor}[solver.split()[0]]
+def measure(solver: str, out_features: int, in_features: int) -> dict[str, float | bool]:
+    tool, _, method = solver.partition(" ")
+    tools: dict[str, Callable[[Tensor, Tensor], Tensor]]
+    tools = {"twofour": partial(twofour, method), "modelopt": modelopt, "llm-compressor": llmcompressor}
+    prune = tools[tool]
     prune(*layer(64, 256))  # imports and first calls are not timed
     weight_NK, hessian_KK = layer(out_features, in_features)
     started = time.perf_counter()
@@ -73,4 +80,5 @@ def measure():
     return {"seconds": seconds, "error": float(error), "holds_2of4": holds, "peak": peak()}
 
 
-Path(out).write_text(json.dumps(measure()))
+if __name__ == "__main__":
+    Path(sys.argv[4]).write_text(json.dumps(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

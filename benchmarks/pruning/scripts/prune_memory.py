@@ -1,4 +1,7 @@
-"""python prune_memory.py METHOD WORK BLOCKS SAMPLES LENGTH VOCABULARY OUT: prunes WORK/model; its time and memory."""
+"""python -m benchmarks.pruning.scripts.prune_memory METHOD WORK BLOCKS SAMPLES LENGTH VOCABULARY OUT
+
+Prunes WORK/model and writes its time and peak memory to OUT.
+"""
 
 import cProfile
 import json
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.pruning.scripts.meter import status_bytes
 from calibration.config import Sparsity
 from calibration.pruning.sparsify import sparsify
 from plugins.sparsity.declaration import Declaration
@@ -16,20 +20,22 @@ from plugins.sparsity.declaration import Declaration
 PRODUCTS = ("nn.linear", "addmm_", "scaled_dot_product_attention", "cholesky_ex", "solve_triangular")
 LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
-method, work, blocks, samples, length, vocabulary, out = sys.argv[1:]
-tokens = np.random.default_rng(0).integers(int(vocabulary), size=(int(samples), int(length)))
-layers = [f"model.layers.{block}.{name}" for block in range(int(blocks)) for name in LINEARS]
-profile, started, directory = cProfile.Profile(), time.perf_counter(), Path(work)
-profile.enable()
-target, out_directory = Declaration(tuple(layers)), directory / "out"
-sparsify(
-    directory / "model", tokens, Sparsity(method=method), target, out_directory, directory / "work", lambda *_: None
-)
-profile.disable()
-seconds = time.perf_counter() - started
-rows = pstats.Stats(profile).stats.items()
-products = sum(row[2] for (_, _, name), row in rows if any(product in name for product in PRODUCTS))
-status = Path("/proc/self/status").read_text().splitlines()
-peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-found = {"seconds": seconds, "share_in_products": products / seconds, "peak_bytes": peak}
-Path(out).write_text(json.dumps(found))
+
+def main(method: str, work: str, blocks: str, samples: str, length: str, vocabulary: str, out: str) -> None:
+    tokens = np.random.default_rng(0).integers(int(vocabulary), size=(int(samples), int(length)))
+    layers = [f"model.layers.{block}.{name}" for block in range(int(blocks)) for name in LINEARS]
+    target = Declaration(tuple(layers))
+    config, directory = Sparsity.model_validate({"method": method}), Path(work)
+    profile, started = cProfile.Profile(), time.perf_counter()
+    profile.enable()
+    sparsify(directory / "model", tokens, config, target, directory / "out", directory / "work", lambda *_: None)
+    profile.disable()
+    seconds = time.perf_counter() - started
+    rows = pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
+    products = sum(row[2] for (_, _, name), row in rows if any(product in name for product in PRODUCTS))
+    peak = status_bytes("VmHWM")
+    Path(out).write_text(json.dumps({"seconds": seconds, "share_in_products": products / seconds, "peak_bytes": peak}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,4 +1,7 @@
-"""python recover.py MODEL PRUNED DATA LENGTH MINUTES OUT REPORT: our recovery, on all of the text."""
+"""python -m benchmarks.pruning.scripts.recover MODEL PRUNED DATA LENGTH MINUTES OUT REPORT
+
+Recovers a pruned model on all of the text, and writes what that took to REPORT.
+"""
 
 import json
 import sys
@@ -9,8 +12,14 @@ from calibration.config import Recovery
 from calibration.data.windows import windows
 from calibration.recovery.recover import recover
 
-model, pruned, data, length, minutes, out, written = sys.argv[1:]
-text = windows(data, Path(model), int(length))
-config = Recovery(minutes=float(minutes))
-report = recover(Path(model), Path(pruned), text.tokens, config, Path(out), Path(f"{out}.work"), lambda *_: None)
-Path(written).write_text(json.dumps({**asdict(report), "documents": len(set(text.documents)), "sha256": text.sha256}))
+
+def main(model: str, pruned: str, data: str, length: str, minutes: str, out: str, report: str) -> None:
+    text, work = windows(data, Path(model), int(length)), Path(f"{out}.work")
+    config = Recovery(minutes=float(minutes))
+    recovered = recover(Path(model), Path(pruned), text.tokens, config, Path(out), work, lambda *_: None)
+    measured = {**asdict(recovered), "documents": len(set(text.documents)), "sha256": text.sha256}
+    Path(report).write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -28,7 +28,7 @@ from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
 
 if TYPE_CHECKING:
-    from builder.engines.base import EngineConfig
+    from builder.config import EngineConfig
 
 __all__ = ["LAYOUT", "Limits", "TorchEngine", "build", "load", "load_hf"]
 

@@ -10,7 +10,7 @@ import yaml
 
 from builder.artifacts.filesystem import write_json
 from builder.checkpoint import digest
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 from builder.hardware import machine
 
 KV_CACHE_FRACTION = 0.9  # of the memory left after loading; TensorRT-LLM's own default, written so that it is seen

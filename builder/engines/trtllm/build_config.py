@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from builder.engines.trtllm.checkpoint import TrtllmCheckpoint
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 from builder.hardware.nvidia_smi import Gpu
 from plugins.common.errors import UserError
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 
 DIRECTORY = "launch"
 GPUS_A_NODE = 8

@@ -20,7 +20,7 @@ from typing import Any
 
 from builder.artifacts.filesystem import write_json
 from builder.checkpoint import Checkpoint, read
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 from builder.engines.trtllm import artifact, launch, sparse_package, version_lock
 from builder.hardware.nvidia_smi import gpus
 from builder.planning import compatibility

@@ -20,8 +20,8 @@ from pathlib import Path, PurePath
 
 from builder.artifacts.filesystem import write_json
 from builder.checkpoint import read
+from builder.config import EngineConfig
 from builder.engines import measured_tactics
-from builder.engines.base import EngineConfig
 from builder.engines.trtllm import (
     artifact,
     gpu_memory,

@@ -25,9 +25,10 @@ from checkpoint_files import (
     write_safetensors,
 )
 
-from builder.checkpoint import Code, VerificationError, Violation, verify
+from builder.checkpoint import Code, VerificationError, Violation
 from builder.checkpoint.checks import check_values
 from builder.checkpoint.safetensors_file import read_header
+from builder.verify import verify
 
 
 def truncate(directory: Path) -> None:

@@ -15,7 +15,8 @@ from checkpoint_files import MODEL, UP, edit
 
 from builder.artifacts.filesystem import sha256_tree
 from builder.artifacts.manifest import make_manifest
-from builder.checkpoint import Code, Tensor, VerificationError, digest, normalize_zeros, read, verify
+from builder.checkpoint import Code, Tensor, VerificationError, digest, normalize_zeros, read
+from builder.verify import verify
 from plugins.common.errors import UserError
 
 # What is right
@@ -65,7 +66,7 @@ def test_facts_about_a_layer(exports: Path, name: str, layer: str, bytes_a_layer
 
 
 def test_verify_imports_no_torch(docs_llama: Path) -> None:
-    script = "import sys; from pathlib import Path; from builder.checkpoint import verify; verify(Path(sys.argv[1]))"
+    script = "import sys; from pathlib import Path; from builder.verify import verify; verify(Path(sys.argv[1]))"
     script += "; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'modelopt')))"
     assert subprocess.run([sys.executable, "-c", script, docs_llama]).returncode == 0
 

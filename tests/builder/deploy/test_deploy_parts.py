@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from builder.config import DeployConfig
 from builder.deploy import request_schema
-from builder.deploy.config import DeployConfig
 from builder.deploy.detokenizer import TextStream
 from builder.deploy.engine_thread import EngineLoop
 from builder.deploy.installation import Installation, lay_out

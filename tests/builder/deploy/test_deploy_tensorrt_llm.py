@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from builder.deploy.config import DeployConfig
+from builder.config import DeployConfig
 from builder.deploy.repository import write_repository
 from plugins.common.errors import UserError
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from builder.engines.base import EngineConfig
+from builder.config import EngineConfig
 from builder.engines.trtllm import launch, tensorrt, version_lock
 from builder.hardware import nvidia_smi
 from plugins.common.errors import UserError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from builder.config import EngineConfig
 from builder.engines import measured_tactics
-from builder.engines.base import EngineConfig
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from builder.engines.trtllm import gpu_memory, sparsity_report, tensorrt, version_lock
 from builder.hardware.nvidia_smi import Gpu

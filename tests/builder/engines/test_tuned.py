@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from builder.config import EngineConfig
 from builder.engines import measured_tactics, registry
-from builder.engines.base import EngineConfig
 from builder.engines.torch_backend.linears import Kernels
 from builder.pipeline import layer_selection
 from builder.planning.plan import LayerPlan
@@ -222,12 +222,12 @@ def test_selection_weighs_measured_times_where_there_are_any(docs_llama: Path, m
     """Of two equal layers by the roofline, the measured table knows one that gains and one that does not."""
     layers = (plan_layer(UP, 96, 64), plan_layer(DOWN, 64, 96))
     load = SimpleNamespace(concurrency=(1, 16))
-    line = SimpleNamespace(
+    context = SimpleNamespace(
         plan=SimpleNamespace(layers=layers, predicted={"gpu": "H100-SXM"}),
         recipe=SimpleNamespace(benchmark=SimpleNamespace(workloads=(load,))),
         model=docs_llama,
     )
-    predicted = layer_selection._seconds_saved(line, layers)
+    predicted = layer_selection._seconds_saved(context, layers)
     assert min(predicted.values()) > 0, "launches bound both, so that bytes decide"
 
     asked = []
@@ -242,7 +242,7 @@ def test_selection_weighs_measured_times_where_there_are_any(docs_llama: Path, m
     monkeypatch.setattr(bindings, "version", lambda kernel: 801)
     monkeypatch.setattr(tuner, "tune", tune)
     measured_tactics._seconds_saved.cache_clear()
-    assert layer_selection._seconds_saved(line, layers) == {UP: pytest.approx(7e-6), DOWN: 0.0}
+    assert layer_selection._seconds_saved(context, layers) == {UP: pytest.approx(7e-6), DOWN: 0.0}
     assert asked == [([UP, DOWN], (16,))], "timed once, at the workload's decode batch"
 
 

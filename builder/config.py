@@ -1,0 +1,47 @@
+"""The recipe's `engine:` section and the options of `twofour deploy`. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from plugins.common.config import Config
+
+Backend = Literal["auto", "tensorrt", "pytorch", "torch"]
+
+
+class EngineConfig(Config):
+    """The engine and its limits."""
+
+    backend: Backend = "auto"
+    """`auto` takes the first of tensorrt, pytorch and torch that runs here, and prints which."""
+    max_batch_size: int = Field(default=64, ge=1)
+    """Requests that run together."""
+    max_seq_len: int = Field(default=2048, ge=2)
+    """Tokens of a request, prompt and answer; cut to what the model's positions allow."""
+    max_num_tokens: int = Field(default=8192, ge=1)
+    """Tokens of one iteration, over all requests."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs that each layer is split over."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """GPUs that the blocks are spread over."""
+    cuda_graphs: bool = True
+    """Replay decode steps from CUDA graphs."""
+    chunked_prefill: bool = False
+    """Split long prompts over iterations."""
+    kv_cache_block_reuse: bool = True
+    """Share the KV cache of common prompt prefixes (TensorRT-LLM)."""
+
+
+class DeployConfig(Config):
+    """The options of `twofour deploy`."""
+
+    model_name: str = "llm"
+    streaming: bool | None = None  # None: yes, unless the response cache is asked for: Triton cannot do both
+    response_cache: bool = False
+    dynamic_batching: bool = False  # requests reach the engine in groups; it batches continuously either way
+    max_queue_delay_microseconds: int = Field(default=0, ge=0)  # how long dynamic batching waits for a group
+    max_queue_size: int = Field(default=0, ge=0)  # requests that may wait behind the running batch; 0: no limit
+    max_tokens: int = Field(default=64, ge=1)  # for a request that does not say
+    engine_path: str | None = None  # what config.pbtxt says, from the model's directory; None: worked out

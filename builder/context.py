@@ -1,0 +1,42 @@
+"""What every stage of a build shares: the recipe, its plan, the dense model, the cache and the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from builder.artifacts.cache import Cache, CachedOutput, digest_of
+from builder.artifacts.filesystem import sha256
+from builder.planning.plan import Plan
+from builder.progress import Console
+from builder.recipe import Recipe
+
+Outputs = Mapping[str, CachedOutput]  # of the finished stages, by stage name
+
+MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # weights, config, tokenizer
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """One build. Stages read it and never change it; their outputs travel beside it."""
+
+    recipe: Recipe
+    plan: Plan
+    model: Path  # directory of the dense Hugging Face model
+    cache: Cache
+    console: Console
+    wait: bool = True  # for another process that makes the same output
+
+    @cached_property
+    def model_digest(self) -> str:
+        """The sha256 of the files that make the dense model; not of the texts that may lie beside them."""
+        paths = [path for path in sorted(self.model.iterdir()) if path.suffix in MODEL_FILES and path.is_file()]
+        return digest_of({path.name: sha256(path) for path in paths})
+
+
+def data_digest(data: str) -> str:
+    """The sha256 of a local file's content, or of a dataset's id."""
+    path = Path(data)
+    return sha256(path) if path.is_file() else digest_of({"dataset": data})
