@@ -57,8 +57,8 @@ def preset_names() -> list[str]:
 def load(target: str, preset: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe.
 
-    `target` is a recipe file (.yaml) or a model; `preset` is laid under it, `overrides` (`a.b=value`) over it. Raises
-    UserError, one line that quotes the key and names the nearest known one.
+    `target` is a recipe file (.yaml) or a model; it overrides `preset`, and `overrides` (`a.b=value`) override both.
+    Raises UserError, one line that quotes the key and names the nearest known one.
     """
     values: dict[str, Any] = {}
     if preset is not None:
@@ -84,10 +84,10 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no recipe at '{path}': check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' cannot be read as a recipe ({error})") from None
+        raise UserError(f"'{path}' cannot be read as a recipe ({error}): check the file") from None
     except yaml.YAMLError as error:
         words = " ".join(str(error).split())
-        raise UserError(f"'{path}' is not YAML ({words}): mend that line") from None
+        raise UserError(f"'{path}' is not YAML ({words}): fix that line") from None
     if not isinstance(values, dict):
         raise UserError(f"'{path}' is not a recipe: it must hold keys such as 'model:' and 'quantization:'")
     return values
@@ -115,7 +115,7 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_neighbours(values: dict[str, Any]) -> dict[str, Any]:
-    """`calibration.jsonl` and `evaluation.jsonl` beside a local model's weights are used where no text is named."""
+    """Uses `calibration.jsonl` and `evaluation.jsonl` beside a local model's weights if no text is named."""
     model = values.get("model")
     if not isinstance(model, str):
         return values

@@ -25,9 +25,7 @@ def json_option(command: F) -> F:
 
 def recipe_options(command: F) -> F:
     """MODEL or RECIPE.yaml, --preset and --set, as `build` and `plan` take them."""
-    command = click.option("--trust-remote-code", is_flag=True, help="Allow the model's own code to run; recorded.")(
-        command
-    )
+    command = click.option("--trust-remote-code", is_flag=True, help="Allow the model's own code; recorded.")(command)
     command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")(
         command
     )
@@ -36,39 +34,37 @@ def recipe_options(command: F) -> F:
 
 
 def gpu_option(command: F) -> F:
-    return click.option("--gpu", default="H100-SXM", show_default=True, help="The GPU that times are predicted for.")(
-        command
-    )
+    return click.option("--gpu", default="H100-SXM", show_default=True, help="Predict times for this GPU.")(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="twofour")
 def cli() -> None:
-    """Builds quantized, 2:4 sparse LLM deployments for NVIDIA GPUs, and proves that they pay.
+    """Build quantized, 2:4 sparse LLM deployments for NVIDIA GPUs, and prove that they pay.
 
     Exit status: 0 done, 1 a gate failed, 2 the input is wrong.
     """
 
 
 @cli.command(
-    short_help="Build MODEL into a proven, measured, served deployment.",
+    short_help="Build MODEL: prune, quantize, verify, measure, deploy.",
     epilog=example("twofour build examples/docs-llama --preset fp8-2of4 --out build/docs-llama"),
 )
 @recipe_options
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The directory to write.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the build to this directory.")
 @click.option(
     "--until",
     type=click.Choice(["checkpoint", "engine", "evaluate", "benchmark", "deploy"]),
     default="deploy",
     show_default=True,
-    help="The last stage to run.",
+    help="Stop after this stage.",
 )
 @click.option(
-    "--store", type=click.Path(path_type=Path), help="Where stage outputs are kept.  [default: ~/.cache/twofour]"
+    "--store",
+    type=click.Path(path_type=Path),
+    help="Keep stage outputs in this directory.  [default: ~/.cache/twofour]",
 )
-@click.option(
-    "--no-wait", is_flag=True, help="Give up when another build is making the same stage, instead of waiting."
-)
+@click.option("--no-wait", is_flag=True, help="Exit if another build is running the same stage, instead of waiting.")
 @gpu_option
 @json_option
 def build(
@@ -85,7 +81,7 @@ def build(
 ) -> None:
     """Build MODEL: prune, quantize, verify, make the engine, measure it, write the Triton repository and the report.
 
-    A build that was stopped goes on where it was; what an earlier build made of the same input is used again.
+    An interrupted build resumes, and outputs of earlier builds with the same inputs are reused.
     """
     from builder import recipe
     from builder.cli import tables
@@ -106,8 +102,8 @@ def build(
 )
 @recipe_options
 @gpu_option
-@click.option("--batch", default=8, show_default=True, help="Sequences decoded at once, for the prediction.")
-@click.option("--context", default=1024, show_default=True, help="Tokens of context, for the prediction.")
+@click.option("--batch", default=8, show_default=True, help="Predict for this many sequences at a time.")
+@click.option("--context", default=1024, show_default=True, help="Predict for this many tokens of context.")
 @json_option
 def plan(
     target: str,
@@ -137,7 +133,7 @@ def plan(
 def verify(directory: Path, tensor_parallel: int, as_json: bool) -> None:
     """Check a build, its engine or a checkpoint from the files alone: dtypes, shapes, scales, 2:4, stray masks, hashes.
 
-    An engine of TensorRT-LLM must also be for the versions and the GPU that are here.
+    An engine of TensorRT-LLM must also match the versions and the GPU of this machine.
     """
     from builder.cli import tables
     from builder.verify import verify as check
@@ -148,15 +144,15 @@ def verify(directory: Path, tensor_parallel: int, as_json: bool) -> None:
 
 
 @cli.command(
-    short_help="Say of each layer whether 2:4 runs, what it gains, and why.",
+    short_help="Show for each layer whether 2:4 runs, the gain, and the reason.",
     epilog=example("twofour explain build/docs-llama --layers '*.mlp.*'"),
 )
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--gpu", help="Predict for this GPU where nothing was measured.")
-@click.option("--layers", default="*", show_default=True, metavar="GLOB", help="Only the layers of this name.")
+@click.option("--layers", default="*", show_default=True, metavar="GLOB", help="Show only layers that match.")
 @json_option
 def explain(artifact: Path, gpu: str | None, layers: str, as_json: bool) -> None:
-    """Say of each layer whether it is 2:4, which kernel runs at how many tokens, what it gains, and why."""
+    """Show for each layer whether it is 2:4, which kernel runs at how many tokens, the gain, and the reason."""
     from builder.cli import tables
     from builder.report.explain import explain as ask
 
@@ -169,10 +165,10 @@ def explain(artifact: Path, gpu: str | None, layers: str, as_json: bool) -> None
     epilog=example("twofour evaluate build/docs-llama --data examples/docs-llama/evaluation.jsonl"),
 )
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--model", help="The dense model.  [default: the build's own]")
-@click.option("--data", help="Held-out text.  [default: the build's own]")
-@click.option("--samples", type=int, help="At most this many windows.")
-@click.option("--task", "tasks", multiple=True, help="An lm-eval task, measured on both sides; can be repeated.")
+@click.option("--model", help="Compare with this dense model.  [default: the build's own]")
+@click.option("--data", help="Evaluate on this held-out text.  [default: the build's own]")
+@click.option("--samples", type=int, help="Use at most this many sequences.")
+@click.option("--task", "tasks", multiple=True, help="Also run this lm-eval task on both models; repeatable.")
 @json_option
 def evaluate(
     artifact: Path, model: str | None, data: str | None, samples: int | None, tasks: tuple[str, ...], as_json: bool
@@ -192,9 +188,13 @@ def evaluate(
     epilog=example("twofour engine build/docs-llama/checkpoint --out build/engine --backend torch"),
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The engine directory to write.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the engine to this directory.")
 @click.option(
-    "--backend", type=click.Choice(["auto", "tensorrt", "pytorch", "torch"]), default="auto", show_default=True
+    "--backend",
+    type=click.Choice(["auto", "tensorrt", "pytorch", "torch"]),
+    default="auto",
+    show_default=True,
+    help="Build for this backend.",
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe's engine section."
@@ -202,7 +202,7 @@ def evaluate(
 @gpu_option
 @json_option
 def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...], gpu: str, as_json: bool) -> None:
-    """Build an engine from a CHECKPOINT, where ModelOpt is not needed: for instance inside a TensorRT-LLM container."""
+    """Build an engine from a CHECKPOINT without ModelOpt, for instance inside a TensorRT-LLM container."""
     from builder.cli import tables
     from builder.pipeline.rebuild import build_engine
 
@@ -215,14 +215,16 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
     epilog=example("twofour bench build/docs-llama --input-tokens 128 --output-tokens 64 --concurrency 1,8"),
 )
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--model", help="The dense model.  [default: the build's own]")
-@click.option("--input-tokens", default=128, show_default=True)
-@click.option("--output-tokens", default=64, show_default=True)
-@click.option("--concurrency", default="1,4", show_default=True, metavar="N,N,...")
-@click.option("--requests", default=8, show_default=True, help="Requests a concurrency level and round.")
-@click.option("--rounds", default=5, show_default=True, help="Interleaved rounds of dense and built.")
+@click.option("--model", help="Compare with this dense model.  [default: the build's own]")
+@click.option("--input-tokens", default=128, show_default=True, help="Send prompts of this length.")
+@click.option("--output-tokens", default=64, show_default=True, help="Generate this many tokens a request.")
+@click.option(
+    "--concurrency", default="1,4", show_default=True, metavar="N,N,...", help="Run this many requests at a time."
+)
+@click.option("--requests", default=8, show_default=True, help="Send this many requests a concurrency level and round.")
+@click.option("--rounds", default=5, show_default=True, help="Run this many interleaved rounds of dense and built.")
 @click.option("--url", help="Measure this OpenAI-compatible endpoint instead of the engine in process.")
-@click.option("--dense-url", help="The endpoint that serves the dense baseline, with --url.")
+@click.option("--dense-url", help="Compare with the dense baseline at this endpoint, with --url.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write performance.json and records.jsonl here.")
 @json_option
 def bench(
@@ -258,8 +260,8 @@ def bench(
     epilog=example("twofour deploy build/docs-llama --target triton --model-name docs"),
 )
 @click.argument("build_dir", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(["triton"]), default="triton", show_default=True)
-@click.option("--model-name", default="llm", show_default=True)
+@click.option("--target", type=click.Choice(["triton"]), default="triton", show_default=True, help="Serve with this.")
+@click.option("--model-name", default="llm", show_default=True, help="Name the model in URLs.")
 @click.option(
     "--streaming/--no-streaming", default=None, help="Stream tokens.  [default: yes, unless responses are cached]"
 )
@@ -270,21 +272,21 @@ def bench(
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="How long dynamic batching waits for a group.",
+    help="Let dynamic batching wait this long for a group.",
 )
 @click.option(
     "--max-queue-size",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Waiting requests before one is refused; 0: no limit.",
+    help="Refuse a request when this many wait; 0: no limit.",
 )
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Tokens for a request that does not say.",
+    help="Generate this many tokens for a request without max_tokens.",
 )
 @json_option
 def deploy(build_dir: Path, target: str, as_json: bool, **options: Any) -> None:
@@ -301,10 +303,10 @@ def deploy(build_dir: Path, target: str, as_json: bool, **options: Any) -> None:
     epilog=example("twofour serve build/docs-llama --http-port 8000"),
 )
 @click.argument("build_dir", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--http-port", default=8000, show_default=True)
-@click.option("--grpc-port", default=8001, show_default=True)
-@click.option("--metrics-port", default=8002, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
+@click.option("--http-port", default=8000, show_default=True, help="Serve HTTP here.")
+@click.option("--grpc-port", default=8001, show_default=True, help="Serve gRPC here.")
+@click.option("--metrics-port", default=8002, show_default=True, help="Serve metrics here.")
 def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_port: int) -> None:
     """Serve OUT/triton with the Triton of the `triton` extra, until Ctrl-C."""
     from builder.deploy.server import Ports
@@ -316,10 +318,10 @@ def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_po
     run(repository, Ports(http_port, grpc_port, metrics_port), host, say=click.echo)
 
 
-@cli.command(short_help="Say what this machine has and what it lacks.", epilog=example("twofour doctor"))
+@cli.command(short_help="Show what this machine has and what it lacks.", epilog=example("twofour doctor"))
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine has, which backends can run, and the one thing that each other one lacks."""
+    """Show what this machine has, which backends can run, and the one thing that each other backend lacks."""
     from builder.cli import tables
     from builder.doctor.checks import examine
 
@@ -329,14 +331,14 @@ def doctor(as_json: bool) -> None:
 
 @cli.group(short_help="Compile the CUDA library of sparse kernels.")
 def plugins() -> None:
-    """The CUDA library of sparse kernels."""
+    """Compile the CUDA library of sparse kernels."""
 
 
 @plugins.command(
     "build", short_help="Compile libtwofour with nvcc.", epilog=example("twofour plugins build --sm 80,90a")
 )
-@click.option("--sm", metavar="SM,SM,...", help="GPUs to compile for.  [default: the one here, else all]")
-@click.option("--out", type=click.Path(path_type=Path), help="Where to put the library.  [default: beside the package]")
+@click.option("--sm", metavar="SM,SM,...", help="Compile for these GPUs.  [default: the one here, else all]")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the library here.  [default: beside the package]")
 @json_option
 def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
     """Compile libtwofour with nvcc: cuSPARSELt GEMMs and the decode kernel. Needs no GPU."""
@@ -353,7 +355,7 @@ def _remote_code(overrides: tuple[str, ...], allowed: bool) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Runs the command line; a user's error is one line and exit status 2, a failed gate exit status 1."""
+    """Runs the command line: exit status 2 and one line for wrong input, 1 for a failed gate."""
     try:
         status = cli.main(prog_name="twofour", standalone_mode=False)
     except UserError as error:
@@ -367,6 +369,6 @@ def main() -> None:
         click.echo(f"error: {' '.join(error.format_message().split())}: see {command} --help", err=True)
         status = 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; the same command goes on from here", err=True)
+        click.echo("interrupted; rerun the same command to resume", err=True)
         status = 130
     sys.exit(status if isinstance(status, int) else 0)

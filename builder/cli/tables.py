@@ -1,4 +1,4 @@
-"""Prints what the commands found: tables for a person, JSON for a program. Figures say whether they are predicted."""
+"""Prints the results of the commands: tables for a person, JSON for a program. Predicted figures are marked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _plain(value: Any) -> Any:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = ()) -> None:
-    """A table as wide as it needs; columns numbered in `right` are set right."""
+    """Prints a table; the columns numbered in `right` are right-aligned."""
     drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="right" if number in right else "left", no_wrap=True)
@@ -37,7 +37,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], rig
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that reads best, powers of 1000."""
+    """Bytes with a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
@@ -46,7 +46,7 @@ def size(count: float) -> str:
 
 
 def plan(made: Plan) -> None:
-    """The plan by kinds of layer, then memory and ceilings."""
+    """Prints the plan by kinds of layer, then memory and ceilings."""
     rows = []
     for kind in _kinds(made.layers):
         first, count = kind[0], len(kind)
@@ -107,7 +107,7 @@ def _kind_name(name: str) -> str:
 
 
 def explanation(found: dict[str, Any]) -> None:
-    """One block a kind of layer: what it is, then a line for each number of tokens; last, what runs dense and why."""
+    """Prints a block for each kind of layer, with a line for each number of tokens; last, the dense layers and why."""
     limits = " from its roofline: limits, not measurements" if found["source"] == "predicted" else ""
     click.echo(f"Kernel times are {found['source']} for {found['gpu'] or 'this machine'}{limits}.")
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -150,7 +150,7 @@ def _bucket(bucket: dict[str, Any]) -> str:
 
 
 def summary(report: dict[str, Any], out: Path) -> None:
-    """The end of a build: accuracy, size and speed, dense and built, then notes and gates."""
+    """Prints the summary of a build: accuracy, size and speed, dense and built, then notes and gates."""
     click.echo("")
     if accuracy := report.get("accuracy"):
         low, high = accuracy["perplexity_increase_interval"]
@@ -174,7 +174,7 @@ def summary(report: dict[str, Any], out: Path) -> None:
 
 
 def speed(point: dict[str, Any]) -> str:
-    """One workload point in a line: tokens a second of both sides, and the ratio with its interval."""
+    """One workload point as a line: tokens a second of both sides, and the ratio with its interval."""
     name, load = "output_token_throughput", point["workload"]
     dense, built, ratio = point["dense"][name], point["built"][name], point["speedup"][name]
     return (
@@ -190,7 +190,7 @@ def interval(bounds: Sequence[float] | None, form: str) -> str:
 
 
 def accuracy(found: dict[str, Any]) -> None:
-    """The accuracy block in words."""
+    """Prints the accuracy block."""
     low, high = found["perplexity_increase_interval"]
     click.echo(f"perplexity      dense {found['dense']['perplexity']:.3f}, built {found['built']['perplexity']:.3f}")
     click.echo(f"increase        {found['perplexity_increase']:+.2%}, 95% interval {low:+.2%} to {high:+.2%}")
@@ -205,7 +205,7 @@ def accuracy(found: dict[str, Any]) -> None:
 
 
 def verification(found: Verification) -> None:
-    """A line for each checkpoint, then one for each violation."""
+    """Prints a line for each checkpoint, then one for each violation."""
     for part in found.checkpoints:
         sparse = f", {part.sparse_layers} of {part.layers} layers 2:4" if part.sparse_layers else ", dense"
         ranks = f", {part.ranks} ranks" if part.ranks > 1 else ""
@@ -221,7 +221,7 @@ def verification(found: Verification) -> None:
 
 
 def health(found: Examination) -> None:
-    """What was found, then what can be done with it."""
+    """Prints the findings, then what can run."""
     width = max(len(finding.name) for finding in found.findings) + 2
     for finding in found.findings:
         told = " ".join(part for part in (finding.version, finding.words) if part)

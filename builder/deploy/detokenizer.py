@@ -1,4 +1,4 @@
-"""Text from tokens that arrive one by one.
+"""Incremental detokenization: text from tokens that arrive one at a time.
 
 A token may hold part of a character, and some tokenizers write a word differently at the start of a text than after
 another word. So a token is decoded together with what came before, and what could still change is held back. The method
@@ -9,21 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-_INCOMPLETE = "\ufffd"  # what a tokenizer writes for bytes that are no whole character yet
-_CONTEXT = 5  # tokens of the prompt that are enough to decode the first token as a continuation
+_INCOMPLETE = "\ufffd"  # what a tokenizer decodes an incomplete character to
+_CONTEXT = 5  # tokens of the prompt, enough to decode the first token as a continuation
 
 
 class TextStream:
-    """The text of one answer. Joined, the pieces of `push` and `flush` are the text of the tokens after the prompt."""
+    """The text of one answer: the joined results of `push` and `flush` are the text of the tokens after the prompt."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int] = ()) -> None:
         self._decode = decode
         self._tokens = list(prompt[-_CONTEXT:])
-        self._start = 0  # decoding starts here; up to `_done` the text is out
+        self._start = 0  # decoding starts here; the text up to `_done` was returned
         self._done = len(self._tokens)
 
     def push(self, token: int) -> str:
-        """The text that this token completes; "" where the character is not whole yet."""
+        """The text that this token completes; "" for an incomplete character."""
         self._tokens.append(token)
         piece = self._pending()
         if not piece or piece.endswith(_INCOMPLETE):
@@ -32,7 +32,7 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """What was held back, as far as it can be read: call it once, after the last token."""
+        """The text still held back. Call it once, after the last token."""
         piece = self._pending()
         self._start = self._done = len(self._tokens)
         return piece

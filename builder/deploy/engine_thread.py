@@ -10,7 +10,7 @@ from functools import partial
 from builder.engines.base import Engine, Request, Token
 
 Receive = Callable[["Token | Exception"], None]
-"""Takes each token of a request, or the one exception that ends it. Runs on the engine's thread: must not block."""
+"""Receives each token of a request, or the exception that ends it. Runs on the engine's thread and must not block."""
 
 
 class EngineLoop:
@@ -26,15 +26,15 @@ class EngineLoop:
         self._thread.start()
 
     def submit(self, request: Request, receive: Receive) -> None:
-        """Queues a request. What is wrong with it comes back through `receive`."""
+        """Queues a request. Errors in it are passed to `receive`."""
         self._orders.put(partial(self._add, request, receive))
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request: no more of its tokens arrive. Where the engine cannot forget it, it runs out unheard."""
+        """Ends a request. If the engine cannot cancel, the request finishes and its tokens are discarded."""
         self._orders.put(partial(self._drop, request_id))
 
     def stop(self) -> None:
-        """Ends the thread after the step it is in; requests still open get no more tokens."""
+        """Ends the thread after the current step; open requests get no more tokens."""
         self._orders.put(self._halt)
         self._thread.join()
 
@@ -45,7 +45,7 @@ class EngineLoop:
                 self._step()
 
     def _obey(self) -> None:
-        """Carries out the waiting orders; with nothing to compute, waits for one."""
+        """Runs the queued commands; waits for one if there is nothing to compute."""
         idle = self._failure is not None or not self._engine.busy
         while True:
             try:
@@ -89,7 +89,7 @@ class EngineLoop:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        """Tells every client, whatever the error was: the engine's state is unknown from here."""
+        """Passes the error to every client: the engine's state is unknown now."""
         self._failure = error
         for receive in self._receivers.values():
             receive(error)

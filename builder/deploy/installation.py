@@ -25,7 +25,7 @@ _STUB = "triton_python_backend_stub"
 
 @dataclass(frozen=True)
 class Installation:
-    """A tritonserver on this machine. `stubs` is None where its Python backend needs no help."""
+    """A tritonserver on this machine. `stubs` is None if its Python backend works as it is."""
 
     binary: Path
     caches: Path
@@ -35,7 +35,7 @@ class Installation:
 
 
 def find() -> Installation:
-    """The server of NVIDIA's container, else of the nvidia-pytriton wheel. Raises UserError where there is none."""
+    """The server of NVIDIA's container, else of the nvidia-pytriton wheel. Raises UserError if there is none."""
     if (binary := CONTAINER / "bin" / "tritonserver").is_file():
         return Installation(binary, CONTAINER / "caches", CONTAINER / "backends")
     spec = importlib.util.find_spec("pytriton")
@@ -76,14 +76,14 @@ def lay_out(installation: Installation, scratch: Path) -> tuple[Path, dict[str, 
 
 
 def _libpython() -> Path | None:
-    """This Python's own shared library, the same patch version as the standard library it will run with."""
+    """This Python's shared library, of the same patch version as the standard library."""
     name = f"libpython{_PYTHON}.so.1.0"
     folders = (sysconfig.get_config_var("LIBDIR") or "", os.path.join(sys.base_prefix, "lib"))
     return next((path for folder in folders if (path := Path(folder) / name).is_file()), None)
 
 
 def _check_stub(stub: Path, environment: dict[str, str]) -> None:
-    """The loader's own verdict on whether the stub's libraries are there: run without arguments it ends at once."""
+    """Whether the loader finds the stub's libraries; without arguments the stub exits immediately."""
     tried = subprocess.run([stub], env=environment, capture_output=True, text=True, timeout=60)
     if tried.returncode == 127:
         words = tried.stderr.strip().rpartition("libraries: ")[2]

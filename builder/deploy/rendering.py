@@ -30,7 +30,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def replace(place: Path, content: str | Mapping[str, str]) -> None:
-    """Puts a file, or a directory of files by relative name, at `place`, written beside it and moved there."""
+    """Writes a file, or a directory of files by relative name, beside `place` and renames it to `place`."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=place.parent) as scratch:
         new = Path(scratch) / "new"
@@ -43,6 +43,6 @@ def replace(place: Path, content: str | Mapping[str, str]) -> None:
 
 
 def relative(target: Path, start: Path, within: Path) -> str:
-    """The path from the directory `start` to `target` where both lie `within` one directory, else the absolute path."""
+    """The path from the directory `start` to `target` if both are `within` one directory, else the absolute path."""
     target, start = target.resolve(), start.resolve()
     return os.path.relpath(target, start) if target.is_relative_to(within.resolve()) else str(target)

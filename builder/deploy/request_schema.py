@@ -1,4 +1,4 @@
-"""What a client may send and what it gets back.
+"""The inputs and outputs of the served model.
 
 The names are those of TensorRT-LLM's `ensemble` model and, as aliases, of its LLM API model, so that clients written
 for either work here. An input that the engines cannot honour is accepted at the one value that changes nothing.
@@ -26,7 +26,7 @@ class Field:
     data_type: str
     dims: int = 1
     aliases: tuple[str, ...] = ()
-    only: tuple[Any, ...] = ()  # the values that can be honoured; empty: any
+    only: tuple[Any, ...] = ()  # the supported values; empty: any
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -49,11 +49,11 @@ INPUTS = (
     Field("ignore_eos", "TYPE_BOOL"),
     Field("exclude_input_in_output", "TYPE_BOOL", aliases=("sampling_param_exclude_input_from_output",)),
     Field("return_perf_metrics", "TYPE_BOOL", aliases=("sampling_param_return_perf_metrics",)),
-    # Always answered, whatever these say.
+    # Always returned, whatever the values.
     Field("return_finish_reason", "TYPE_BOOL"),
     Field("return_num_input_tokens", "TYPE_BOOL"),
     Field("return_num_output_tokens", "TYPE_BOOL"),
-    # The tokenizer of the engine directory knows these; clients written for TensorRT-LLM send them all the same.
+    # The engine's tokenizer defines these; clients written for TensorRT-LLM send them anyway.
     Field("end_id", "TYPE_INT32"),
     Field("pad_id", "TYPE_INT32"),
     Field("bad_words", "TYPE_STRING", dims=-1, only=("",)),
@@ -73,7 +73,7 @@ INPUTS = (
 OUTPUTS = (
     Field("text_output", "TYPE_STRING"),
     Field("output_ids", "TYPE_INT32", dims=-1),
-    # The rest comes with the last response of a request.
+    # Sent with the last response of a request.
     Field("finish_reason", "TYPE_STRING"),
     Field("num_input_tokens", "TYPE_INT32"),
     Field("num_output_tokens", "TYPE_INT32"),
@@ -87,7 +87,7 @@ _ALIASES = {alias: field.name for field in INPUTS for alias in field.names}
 
 @dataclass(frozen=True)
 class Ask:
-    """A request of a client, understood. `echo` is the text that precedes the answer, where it asked for it."""
+    """A parsed client request. `echo` is the text to send before the answer."""
 
     request: Request
     stream: bool
@@ -97,11 +97,11 @@ class Ask:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the served engine allows. `vocabulary` and `end_ids` are the model's."""
+    """Limits of the served engine. `vocabulary` and `end_ids` are the model's."""
 
     vocabulary: int
     end_ids: frozenset[int]
-    max_tokens: int  # for a request that does not say
+    max_tokens: int  # default for a request without max_tokens
     streaming: bool
 
 
@@ -147,7 +147,7 @@ def understand(
     encode: Callable[[str], Sequence[int]],
     decode: Callable[[Sequence[int]], str],
 ) -> Ask:
-    """Turns `read`'s values into the engine's request. Raises UserError that quotes the value and says what to send."""
+    """Converts `read`'s values to the engine's request. Raises UserError that quotes a wrong value."""
     text = values.get("text_input")
     if (text is None) == ("input_ids" not in values):
         raise UserError("send one of 'text_input' and 'input_ids'")
@@ -183,7 +183,7 @@ def understand(
 
 
 def _sampling_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Greedy unless asked otherwise; a `top_k` or `top_p` alone asks for sampling at temperature 1."""
+    """Sampling parameters: greedy by default; `top_k` or `top_p` alone means temperature 1."""
     top_k = _within("top_k", values.get("top_k", 0), 0)
     top_p = _within("top_p", values.get("top_p", 1.0), 0.0, 1.0)
     asked = "temperature" in values
@@ -194,7 +194,7 @@ def _sampling_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _within(name: str, value: Any, low: float, high: float = math.inf) -> Any:
-    if not low <= value <= high:  # not a number is neither
+    if not low <= value <= high:  # false for NaN
         range_ = f"be at least {low:g}" if high == math.inf else f"lie from {low:g} to {high:g}"
         raise UserError(f"'{name}' is {value:g}: it must {range_}")
     return value

@@ -1,4 +1,4 @@
-"""Answers on their way to Triton's clients. Runs inside Triton's Python backend."""
+"""Responses to Triton's clients. Runs inside Triton's Python backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plugins.common.errors import UserError
 
 
 class Reply:
-    """The answer to one request: sent as the tokens come where the client streams, else when it is whole."""
+    """The response to one request: sent token by token if the client streams, else when it is complete."""
 
     def __init__(
         self, ask: request_schema.Ask, sender: Any, text: TextStream, end_ids: frozenset[int], arrival: float
@@ -35,11 +35,11 @@ class Reply:
 
     @property
     def complete(self) -> bool:
-        """Whether the client has the whole answer."""
+        """Whether the whole response was sent."""
         return self.ended and self._error is None
 
     def take(self, event: Token | Exception) -> None:
-        """Notes a token, or the error that ends the answer."""
+        """Adds a token, or the error that ends the response."""
         if isinstance(event, Exception):
             self._error, self.ended = event, True
             return
@@ -50,7 +50,7 @@ class Reply:
         self._unsent_text += self._text.push(event.token)
 
     def send(self) -> None:
-        """Sends what is new, if it is time to."""
+        """Sends what was added since the last response, if due."""
         if self._error is not None:
             send_error(self.sender, self._error)
         elif self.ended or self.ask.stream:
@@ -62,7 +62,7 @@ class Reply:
             self._unsent_text, self._unsent_ids = "", []
 
     def totals(self) -> dict[str, int]:
-        """What a whole answer adds to the metrics."""
+        """The increments of the metrics for a finished response."""
         assert self._last is not None, "an answer has at least one token"
         return {
             "requests": 1,
@@ -87,11 +87,11 @@ class Reply:
 
 
 class FullError(Exception):
-    """No room for another request."""
+    """The queue is full."""
 
 
 class CancelledError(Exception):
-    """The client has gone."""
+    """The client disconnected."""
 
 
 def send_error(sender: Any, error: Exception) -> None:

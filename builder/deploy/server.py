@@ -20,7 +20,7 @@ from builder.deploy.installation import Installation, find, lay_out
 from plugins.common.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
-STOP_SECONDS = 30  # a server that is still stopping then is killed
+STOP_SECONDS = 30  # then the server is killed
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Ports:
 
     @staticmethod
     def free(host: str = "127.0.0.1") -> Ports:
-        """Three ports that nobody uses at this moment."""
+        """Three ports that are free now."""
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in fields(Ports)]
             for each in sockets:
@@ -55,7 +55,7 @@ class Ports:
 
 
 class Server:
-    """A tritonserver process that serves the models of a repository, from `with` to its end."""
+    """A tritonserver process that serves the models of a repository while its `with` block runs."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Server:
         return f"{self.host}:{getattr(self.ports, protocol)}"
 
     def __enter__(self) -> Server:
-        """Starts the server and waits until every model is loaded. Raises UserError with its words where one is not."""
+        """Starts the server and waits until every model is loaded. Raises UserError with the server's error."""
         models = sorted(self.repository.glob("*/config.pbtxt"))
         if not models:
             raise UserError(f"no model in '{self.repository}': write one with `twofour deploy`")
@@ -100,7 +100,7 @@ class Server:
                     stdin=subprocess.DEVNULL,
                     stdout=sink,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C reaches us alone; we then stop the server in order
+                    start_new_session=True,  # Ctrl-C reaches only this process, which then stops the server
                     preexec_fn=_die_with_parent,
                 )
             stack.callback(self._stop)
@@ -114,7 +114,7 @@ class Server:
         self._stack.close()
 
     def wait(self) -> int:
-        """Waits until the server ends by itself; its exit status."""
+        """Waits until the server exits; returns its exit status."""
         assert self._process is not None, "the server was not started"
         return self._process.wait()
 
@@ -169,7 +169,7 @@ def serve(
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> None:
-    """Serves a model repository for a person: says where and how to ask, and runs until Ctrl-C."""
+    """Serves a model repository until Ctrl-C, after printing its addresses and an example request."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     with Server(repository, ports, host, **options) as server:
         say(welcome(server))
@@ -178,11 +178,11 @@ def serve(
         except KeyboardInterrupt:
             say("stopping")
             return
-    raise UserError(f"tritonserver ended by itself with status {status}")
+    raise UserError(f"tritonserver exited with status {status}")
 
 
 def welcome(server: Server) -> str:
-    """The addresses of a running server and a request to try."""
+    """The addresses of a running server and an example request."""
     models = sorted(path.parent.name for path in server.repository.glob("*/config.pbtxt"))
     body = '{"text_input": "A table is", "max_tokens": 16}'
     lines = [
@@ -201,7 +201,7 @@ def _caches(model: Path) -> bool:
 
 
 def _reason(log: Path) -> str:
-    """The line of the log that says why, without Triton's prefix; the last line where none is an error."""
+    """The first error line of the log, without Triton's prefix; the last line if there is no error."""
     lines = [line.strip() for line in log.read_text(encoding="utf8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("E") and "failed to load" in line] or [
         line for line in lines if "error:" in line.lower()
@@ -211,5 +211,5 @@ def _reason(log: Path) -> str:
 
 
 def _die_with_parent() -> None:
-    """In the child: end when the thread that started the server does, so that a killed `twofour` leaves no server."""
+    """In the child: exit with the thread that started the server, so that a killed `twofour` leaves no server."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -23,7 +23,7 @@ from builder.deploy.engine_thread import EngineLoop
 from builder.deploy.response import CancelledError, FullError, Reply, send_error
 from builder.engines.base import Engine, Token
 
-_CANCELLATION_PERIOD = 0.1  # seconds between two looks at which clients have gone
+_CANCELLATION_PERIOD = 0.1  # seconds between two checks for disconnected clients
 
 
 class EngineModel:
@@ -31,7 +31,7 @@ class EngineModel:
 
     @staticmethod
     def load(engine_dir: Path) -> Engine:
-        """Opens an engine directory; the deployed model says how."""
+        """Opens an engine directory; defined by the deployed model."""
         raise NotImplementedError
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -57,7 +57,7 @@ class EngineModel:
         self._count = 0
 
     def execute(self, requests: list[Any]) -> None:
-        """Takes the requests in; their answers leave through `_send`."""
+        """Queues the requests; `_send` returns their responses."""
         for request in requests:
             self._count += 1
             sender = request.get_response_sender()
@@ -87,21 +87,21 @@ class EngineModel:
         return text
 
     def _send(self) -> None:
-        """The sending thread: answers what the engine produced, and in between looks for clients that have gone.
+        """The sending thread: sends what the engine produced, and checks for disconnected clients in between.
 
         A client gets its tokens one by one, or several together where sending falls behind the engine.
         """
         look = time.monotonic()
         while (produced := self._produced()) is not None:
             for reply, events in produced.items():
-                if reply.id in self._open:  # else its client has gone
+                if reply.id in self._open:  # else its client disconnected
                     self._answer(reply, events)
             if time.monotonic() - look >= _CANCELLATION_PERIOD:
                 self._drop_cancelled()
                 look = time.monotonic()
 
     def _produced(self) -> dict[Reply, list[Token | Exception]] | None:
-        """All that waits to be sent, by reply; nothing, where nothing comes for a while; None at the end."""
+        """What is queued to be sent, by reply; empty after a timeout, None at the end."""
         events: dict[Reply, list[Token | Exception]] = {}
         with contextlib.suppress(queue.Empty):
             item = self._outbox.get(timeout=_CANCELLATION_PERIOD)
@@ -119,7 +119,7 @@ class EngineModel:
             if reply.complete:
                 for name, value in reply.totals().items():
                     self._counters.add(name, value)
-        except Exception as error:  # this answer is lost; the others still wait for theirs
+        except Exception as error:  # this response is lost; the others must still be sent
             pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
             self._loop.cancel(reply.id)
             reply.ended = True
@@ -136,7 +136,7 @@ class EngineModel:
 
 
 def _limits(engine_dir: Path, parameters: dict[str, str], config: dict[str, Any]) -> request_schema.Limits:
-    """What requests may ask, from the model's own configuration files."""
+    """Limits of requests, from the model's configuration files."""
     model = json.loads((engine_dir / "config.json").read_text(encoding="utf8"))
     generation = engine_dir / "generation_config.json"
     end = json.loads(generation.read_text(encoding="utf8")).get("eos_token_id") if generation.is_file() else None
@@ -150,14 +150,14 @@ def _limits(engine_dir: Path, parameters: dict[str, str], config: dict[str, Any]
 
 
 def _capacity(engine_dir: Path, parameters: dict[str, str]) -> int:
-    """How many requests may be open at once: the running batch and the queue behind it. 0: no limit."""
+    """The most open requests: the running batch and its queue. 0: no limit."""
     waiting = int(parameters["max_queue_size"])
     engine = json.loads((engine_dir / "engine.json").read_text(encoding="utf8"))
     return int(engine["max_batch_size"]) + waiting if waiting else 0
 
 
 class _Counters:
-    """What the server adds to Triton's own metrics, whose durations end when a request is taken in."""
+    """Metrics beside Triton's own, whose durations end when a request is accepted."""
 
     _WORDS: ClassVar = {
         "twofour_requests": "Requests answered",

@@ -16,7 +16,7 @@ from builder.deploy.rendering import relative, render, replace
 from plugins.common.errors import UserError
 
 TEMPLATES = {"tensorrt": "inflight_batcher_llm", "pytorch": "llmapi"}
-"""The folder of the container's all_models that serves each backend."""
+"""The folder of the container's all_models for each backend."""
 
 PROGRAM = "make_repository.py"
 
@@ -44,14 +44,14 @@ def write_repository(engine_dir: Path, engine: dict[str, Any], out: Path, config
 
 
 def _engine_path(engine_dir: Path, out: Path, config: DeployConfig) -> str:
-    """The engine as seen from `out`; the option counts from a model's directory in it."""
+    """The engine's path relative to `out`; the option is relative to a model's directory in it."""
     if config.engine_path is None:
         return relative(engine_dir, out, out.parent)
     return os.path.normpath(os.path.join(config.model_name, config.engine_path))
 
 
 def holes(engine: dict[str, Any], streaming: bool, config: DeployConfig) -> dict[str, str]:
-    """Values for the holes in the inflight batcher's config.pbtxt files, by TensorRT-LLM's names."""
+    """Values for the placeholders of the inflight batcher's config.pbtxt files, by TensorRT-LLM's names."""
     return {
         "triton_backend": "tensorrtllm",
         "triton_max_batch_size": str(engine["max_batch_size"]),

@@ -1,4 +1,4 @@
-"""What this machine has, which backends it can run, and for each other one the one thing that is missing."""
+"""What this machine has, which backends it can run, and the one thing that each other backend lacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from builder.doctor.probes import PROBES, Finding, run
 from builder.planning.compatibility import BACKENDS, TRTLLM, check, check_release
 
-# What each backend needs, in the order in which to get it. Calibration and deployment stand beside them.
+# What each backend needs, in the order of installation; calibration and deployment likewise.
 NEEDS = {
     "tensorrt": ("GPU", "TensorRT-LLM", "TensorRT"),
     "pytorch": ("GPU", "TensorRT-LLM"),
@@ -24,7 +24,7 @@ KERNELS = ("GPU", "CUDA driver", "cuSPARSELt", "libtwofour")  # the torch backen
 
 @dataclass(frozen=True)
 class Ability:
-    """Whether something can be done here. `missing` is the one thing to get first, `fix` how."""
+    """Whether a backend or step can run here. `missing` is the first thing to install, `fix` how."""
 
     name: str
     able: bool
@@ -35,7 +35,7 @@ class Ability:
 
 @dataclass(frozen=True)
 class Examination:
-    """All findings, and what follows from them."""
+    """All findings, and the abilities that follow from them."""
 
     findings: tuple[Finding, ...]
     abilities: tuple[Ability, ...]
@@ -49,14 +49,14 @@ class Examination:
 
 
 def examine() -> Examination:
-    """Asks every probe, several at once. Takes seconds, never more than the slowest probe's limit."""
+    """Runs every probe, four in parallel. Takes seconds, never more than the slowest probe's limit."""
     with ThreadPoolExecutor(4) as threads:
         findings = tuple(threads.map(run, PROBES))
     return Examination(findings, abilities(findings))
 
 
 def abilities(findings: Sequence[Finding]) -> tuple[Ability, ...]:
-    """What the findings allow, backends first, in the order in which `auto` tries them."""
+    """The abilities that the findings allow: backends first, in the order in which `auto` tries them."""
     found = {finding.name: finding for finding in findings}
     return tuple(_ability(name, needs, found) for name, needs in NEEDS.items())
 
@@ -74,7 +74,7 @@ def _ability(name: str, needs: Sequence[str], found: Mapping[str, Finding]) -> A
 
 
 def _will_do(name: str, finding: Finding) -> bool:
-    """The torch backend also runs on the CPU of a machine whose GPU its torch does not know."""
+    """Whether the finding is acceptable: the torch backend also runs on the CPU of a machine with a GPU."""
     return name in ("torch", "calibration") and finding.name == "torch" and finding.state == "unfit"
 
 
@@ -86,11 +86,11 @@ def _note(name: str, found: Mapping[str, Finding]) -> str:
     lacking = next((found[need] for need in KERNELS if not found[need].ok), None)
     if lacking is None:
         return "sparse layers run on our CUDA kernels"
-    return f"sparse layers run on the reference, at no gain: {lacking.name}: {lacking.words}"
+    return f"sparse layers run the reference numerics, without speed-up: {lacking.name}: {lacking.words}"
 
 
 def _formats(backend: str, found: Mapping[str, Finding]) -> str:
-    """Which number formats 2:4 layers may have there on this GPU, and why not the others."""
+    """The number formats of 2:4 layers that this GPU supports, and the reasons against the others."""
     sm = int(str(found["GPU"].version).removeprefix("SM"))
     asked = {name: check(name, True, backend, sm, tensorrt_llm=found["TensorRT-LLM"].version) for name in FORMATS}
     refused = [f"not {name}: {verdict.reason}" for name, verdict in asked.items() if not verdict.ok]

@@ -1,6 +1,6 @@
-"""One probe for each thing that a build may need. Each is bounded in time and gives a Finding, whatever it meets.
+"""One probe for each thing that a build may need. Each is bounded in time and always returns a Finding.
 
-What could hang or crash (a driver, a library, the import of a large package) is asked in a child process.
+What could hang or crash (a driver, a library, the import of a large package) runs in a child process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from builder.hardware.nvidia_smi import gpus
 from builder.planning.compatibility import MODELOPT, check, check_release
 from plugins.common.errors import UserError
 
-State = Literal["ok", "missing", "broken", "unfit"]  # unfit: there, and not a version that works here
+State = Literal["ok", "missing", "broken", "unfit"]  # unfit: present, in a version that does not work here
 OLDEST_CUSPARSELT = (0, 8, 1)
 TRANSFORMERS = ((4, 57), (5, 15))  # from, below
 DISK_BYTES = 20 << 30
@@ -35,7 +35,7 @@ IMPORT_SECONDS = 120  # the import of torch and ModelOpt, on a slow disk
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one thing. `words` is one line; `fix` says the next step where the state is not "ok"."""
+    """The state of one thing. `words` is one line; `fix` is the next step if the state is not "ok"."""
 
     name: str
     state: State
@@ -64,7 +64,7 @@ def gpu() -> Finding:
     if shutil.which("nvidia-smi") is None:
         return Finding("GPU", "missing", None, "no nvidia-smi", "use a machine with an NVIDIA GPU and its driver")
     return Finding(
-        "GPU", "broken", None, "nvidia-smi finds no GPU, or does not answer", "run nvidia-smi and mend the driver"
+        "GPU", "broken", None, "nvidia-smi finds no GPU, or does not respond", "run nvidia-smi and fix the driver"
     )
 
 
@@ -79,7 +79,7 @@ def cuda() -> Finding:
 
 
 def cusparselt() -> Finding:
-    """The version that the library itself reports: wheels and toolkits name it in different ways."""
+    """The version that the library reports; wheels and toolkits name it differently."""
     script = """
 import ctypes, sys
 for name in sys.argv[1:]:
@@ -95,7 +95,7 @@ for name in sys.argv[1:]:
     code, said = _child([sys.executable, "-c", script, *named, *wheels, "libcusparseLt.so.0"], SECONDS)
     fix = "pip install 'nvidia-cusparselt-cu13>=0.8.1'"
     if code != 0:
-        return Finding("cuSPARSELt", "broken", None, "the library crashes when it is asked for its version", fix)
+        return Finding("cuSPARSELt", "broken", None, "the library crashes when its version is read", fix)
     if not said:
         return Finding("cuSPARSELt", "missing", None, "no libcusparseLt.so.0 that loads", fix)
     major, minor, patch, path = said.split(maxsplit=3)
@@ -122,7 +122,7 @@ def kernels() -> Finding:
     try:
         built = json.loads((path.parent / "build.json").read_text())
         sms, words = built["sms"], f"{path}, for SM {', '.join(built['sms'])}, nvcc {built['nvcc']}"
-    except (OSError, ValueError, KeyError, TypeError):  # a library from elsewhere brings no record
+    except (OSError, ValueError, KeyError, TypeError):  # a library that this command did not build has no record
         return Finding("libtwofour", "ok", None, str(path))
     if gpus() and not any(sm.rstrip("af") == str(gpus()[0].sm) for sm in sms):
         return Finding("libtwofour", "unfit", None, f"{words}: not for this GPU", "twofour plugins build")
@@ -130,7 +130,7 @@ def kernels() -> Finding:
 
 
 def tensorrt() -> Finding:
-    """TensorRT. PyPI's `tensorrt` may be a shell without the library."""
+    """TensorRT. PyPI's `tensorrt` may be a stub without the library."""
     version = _version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
     fix = "use the container nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
     if version is None:
@@ -141,7 +141,7 @@ def tensorrt() -> Finding:
 
 
 def tensorrt_llm() -> Finding:
-    """TensorRT-LLM. PyPI serves a stub that installs and holds nothing."""
+    """TensorRT-LLM. PyPI has a stub that installs and contains nothing."""
     version = _version("tensorrt-llm")
     fix = "use the container nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
     if version is None:
@@ -185,8 +185,8 @@ def transformers() -> Finding:
 def modelopt(environment: dict[str, str] | None = None) -> Finding:
     """ModelOpt, and whether its transformers plugins load.
 
-    A pyarrow that refuses this numpy makes ModelOpt drop them with a warning, and quantize less than it was asked to.
-    `environment` is that of the child process which imports it; None: this one's.
+    With a pyarrow that refuses this numpy ModelOpt drops them, warns, and quantizes fewer layers than configured.
+    `environment` is that of the child process that imports it; None: this process's.
     """
     version = _version("nvidia-modelopt")
     fix = "pip install 'twofour[calibrate]'"
@@ -194,17 +194,17 @@ def modelopt(environment: dict[str, str] | None = None) -> Finding:
         return Finding("ModelOpt", "missing", None, "the package nvidia-modelopt is not installed", fix)
     code, said = _child([sys.executable, "-c", _IMPORT_MODELOPT], IMPORT_SECONDS, environment)
     if code is None:
-        return Finding("ModelOpt", "broken", version, f"its import does not end within {IMPORT_SECONDS} s", fix)
+        return Finding("ModelOpt", "broken", version, f"its import takes longer than {IMPORT_SECONDS} s", fix)
     if code != 0:
         words = said.splitlines()[-1] if said else "no reason given"
         return Finding("ModelOpt", "broken", version, f"it cannot be imported ({words[:160]})", fix)
     dropped = json.loads(said.splitlines()[-1])
     if dropped:
         reason = re.search(r"due to: (.*?)\. You may ignore", dropped[0])
-        words = f"it dropped its transformers plugins ({reason[1] if reason else dropped[0][:160]})"
-        return Finding("ModelOpt", "broken", version, words, f"{fix} (it pins a pyarrow that takes this numpy)")
+        words = f"its transformers plugins did not load ({reason[1] if reason else dropped[0][:160]})"
+        return Finding("ModelOpt", "broken", version, words, f"{fix} (it pins a pyarrow that accepts this numpy)")
     if not version.startswith(MODELOPT):
-        return Finding("ModelOpt", "unfit", version, f"{MODELOPT} is the version that was proven", fix)
+        return Finding("ModelOpt", "unfit", version, f"{MODELOPT} is the tested version", fix)
     return Finding("ModelOpt", "ok", version, "transformers plugins loaded")
 
 
@@ -279,7 +279,7 @@ PROBES: Sequence[Callable[[], Finding]] = (
 
 
 def run(probe: Callable[[], Finding]) -> Finding:
-    """What `probe` finds; a bug in it is a finding too."""
+    """The result of `probe`; a bug in it becomes a finding."""
     try:
         return probe()
     except Exception as error:
@@ -288,7 +288,7 @@ def run(probe: Callable[[], Finding]) -> Finding:
 
 
 def _child(command: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> tuple[int | None, str]:
-    """(exit status, what it printed, or its last words on stderr); no status where it did not end in time."""
+    """(exit status, output, or stderr after a failure); no status after a timeout."""
     try:
         child = subprocess.Popen(
             command,
@@ -306,7 +306,7 @@ def _child(command: Sequence[str], seconds: float, environment: dict[str, str] |
         try:
             out, err = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # with what it started, which may hold the pipes open
+            os.killpg(child.pid, signal.SIGKILL)  # the whole group: its children may hold the pipes open
             return None, ""
     return child.returncode, (out if child.returncode == 0 else err).strip()
 
@@ -315,7 +315,7 @@ def _compiler(name: str, path: str, pattern: str) -> Finding:
     code, said = _child([path, "--version"], SECONDS)
     found = re.search(pattern, said)
     if code != 0 or found is None:
-        return Finding(name, "broken", None, f"'{path}' does not say its version", "install it again")
+        return Finding(name, "broken", None, f"'{path}' reports no version", "install it again")
     return Finding(name, "ok", found[1], path)
 
 
@@ -330,7 +330,7 @@ def _version(*distributions: str) -> str | None:
 
 
 def _holds(package: str, pattern: str) -> bool:
-    """Whether an importable package has a file like `pattern`; it is found, not imported."""
+    """Whether an importable package has a file like `pattern`; the package is not imported."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):

@@ -1,9 +1,9 @@
-"""What can be built: one table of number format x sparsity x backend x GPU, with why not and what to use instead.
+"""What can be built: one table of number format x sparsity x backend x GPU, with reasons and alternatives.
 
-`plan`, `build`, `engine` and `doctor` all ask here, so that they never disagree.
+`plan`, `build`, `engine` and `doctor` all use it, so that they never disagree.
 
 Legend: `sm` is the GPU's compute capability times ten (H100: 90); None where no GPU is known, which skips the rules
-about GPUs, because they are asked again on the machine that builds the engine.
+about GPUs: they are checked again on the machine that builds the engine.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from plugins.tensorrt_llm import releases
 
 BACKENDS = ("tensorrt", "pytorch", "torch")
 FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
-MODELOPT = "0.47"  # whose checkpoints are known here
+MODELOPT = "0.47"  # the version whose checkpoints are supported
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a combination can be built. `reason` says how it runs, or why not; `instead` what to use in its place."""
+    """Whether a combination can be built. `reason`: how it runs, or why not; `instead`: what to use instead."""
 
     ok: bool
     reason: str
     instead: str = ""
 
     def require(self) -> Verdict:
-        """Returns itself. Raises UserError where the answer is no."""
+        """Returns itself. Raises UserError if not `ok`."""
         if not self.ok:
             raise UserError(f"{self.reason}: {self.instead}" if self.instead else self.reason)
         return self
@@ -61,7 +61,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Ask:
-    """One combination, as the table is asked for it."""
+    """One combination to look up in the table."""
 
     format: str
     sparse: bool
@@ -82,7 +82,7 @@ def _yes(reason: str) -> Verdict:
 TRTLLM = ("tensorrt", "pytorch")
 ANY_LATER = 999
 
-# The first row that matches decides. Refusals stand before permissions.
+# The first row that matches decides, so refusals come before permissions.
 TABLE: tuple[Rule, ...] = (
     # -- the GPU itself
     Rule(
@@ -154,7 +154,7 @@ TABLE: tuple[Rule, ...] = (
         sparse=True,
         backends=TRTLLM,
     ),
-    # -- what is possible, and how it runs
+    # -- supported combinations, and how they run
     Rule(
         _yes(
             "our plugin: TensorRT's sparse INT8 tactics need INT8 outputs, and TensorRT-LLM's INT8 layers give 16 bit"
@@ -189,10 +189,10 @@ def check(
     parallel: int = 1,
     tensorrt_llm: str | None = None,
 ) -> Verdict:
-    """What the table says of one combination.
+    """The verdict of the table on one combination.
 
     `format` is one of FORMATS, `kv_cache` "none", "int8" or "fp8", `parallel` the number of GPUs one engine spans and
-    `tensorrt_llm` the installed version, where it is known. Raises UserError for a name that the table does not hold.
+    `tensorrt_llm` the installed version, if known. Raises UserError for an unknown name.
     """
     _known("format", format, FORMATS)
     _known("backend", backend, BACKENDS)
@@ -231,7 +231,7 @@ def choose_backend(
     parallel: int = 1,
     among: Sequence[str] = BACKENDS,
 ) -> tuple[str, str]:
-    """Resolves `engine.backend: auto`: the first of `among` that this machine can run, and why, in words.
+    """Resolves `engine.backend: auto`: the first of `among` that this machine can run, and the reason.
 
     `sm` is None on a machine with no GPU and `tensorrt_llm` None where the package is missing: both leave only `torch`.
     Raises UserError where not even that is possible.
@@ -265,7 +265,7 @@ TENSORRT_CLASS = {  # Hugging Face architecture -> class in tensorrt_llm.models 
 
 
 def check_architecture(architecture: str, backend: str) -> Verdict:
-    """Whether our hooks reach a model of this architecture on the backend."""
+    """Whether our hooks support this architecture on the backend."""
     if architecture in TENSORRT_CLASS:
         return _yes(f"{backend} knows {architecture}")
     known = ", ".join(TENSORRT_CLASS)
@@ -276,7 +276,7 @@ def check_architecture(architecture: str, backend: str) -> Verdict:
 
 
 class Shardable(Protocol):
-    """What `check_shards` reads of a layer: weight [out_features, in_features] and whether it is 2:4."""
+    """The facts of a layer for `check_shards`: weight [out_features, in_features] and whether it is 2:4."""
 
     @property
     def name(self) -> str: ...
@@ -297,12 +297,12 @@ ROW_PARALLEL = (
 
 
 def is_row_parallel(name: str) -> bool:
-    """Whether tensor parallelism cuts this layer's in_features, in the naming of either checkpoint format."""
+    """Whether tensor parallelism splits this layer's in_features; names of either checkpoint format."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in ROW_PARALLEL)
 
 
 def check_shards(layers: Sequence[Shardable], tensor_parallel: int) -> Verdict:
-    """Whether every layer of the unsplit model divides over the ranks, and no cut falls inside a group of 4.
+    """Whether every layer of the unsplit model divides over the ranks, with no split inside a group of 4.
 
     The answer is about the first layer that does not. A row-parallel layer loses whole columns, and with them the 2:4
     groups that straddle the cut; a column-parallel layer loses rows, which never breaks a group.
@@ -338,7 +338,7 @@ def _largest_divisor(size: int, below: int) -> int:
 
 
 def _cut(layer: Shardable, ranks: int) -> str:
-    """What is wrong with splitting one layer over the ranks, in words; empty where nothing is."""
+    """Why one layer cannot be split over the ranks; empty if it can."""
     if layer.name == "lm_head":  # TensorRT-LLM pads the vocabulary to the ranks
         return ""
     row = is_row_parallel(layer.name)

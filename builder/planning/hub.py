@@ -1,4 +1,4 @@
-"""Finds the model that a recipe names: a local directory, or a Hugging Face id fetched through `huggingface_hub`."""
+"""Finds the recipe's model: a local directory, or a Hugging Face id downloaded through `huggingface_hub`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def find_config(model: str, revision: str | None = None) -> tuple[dict[str, Any], str]:
-    """The model's config and where it was read, fetching no weights. Raises UserError.
+    """The model's config and its path, without downloading weights. Raises UserError.
 
     A local config that names no dtype gets that of the weights beside it, as in transformers.
     """
@@ -30,14 +30,14 @@ def find_config(model: str, revision: str | None = None) -> tuple[dict[str, Any]
 def find_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
     """The directory that holds the model's config, tokenizer and safetensors.
 
-    Raises UserError for a missing model, a model with only pickled weights, and one that brings its own code where
+    Raises UserError for a missing model, a model with only pickled weights, and one with its own code where
     `trust_remote_code` does not allow it.
     """
     directory = Path(model) if is_local(model) else _fetch(model, revision, WANTED)
     config = read_config(directory)
     if config.get("auto_map") and not trust_remote_code:
         raise UserError(
-            f"'{model}' brings its own code (auto_map in config.json), which is not run: "
+            f"'{model}' has its own code (auto_map in config.json), which is not run: "
             "read it, then allow it with --trust-remote-code"
         )
     pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
@@ -48,7 +48,7 @@ def find_model(model: str, revision: str | None = None, trust_remote_code: bool 
 
 
 def is_local(model: str) -> bool:
-    """Whether `model` is a directory. Raises UserError for what can be neither a directory nor a Hugging Face id."""
+    """Whether `model` is a directory. Raises UserError if it is neither a directory nor a possible Hugging Face id."""
     path = Path(model)
     if path.is_dir():
         return True
@@ -72,7 +72,7 @@ def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"'{model}' has no revision '{revision}': check it on the hub") from None
-    except Exception as error:  # huggingface_hub raises many kinds where the network is closed
+    except Exception as error:  # huggingface_hub raises many types without a network
         cause = type(error).__name__
         raise UserError(
             f"no directory '{model}' here, and the Hugging Face hub cannot be reached ({cause}): "

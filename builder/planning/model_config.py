@@ -1,4 +1,4 @@
-"""The model families that we build, described from `config.json` alone.
+"""The supported model families, described from `config.json` alone.
 
 Module names and shapes follow `transformers`. The list is closed: a name from a checkpoint's config is looked up here
 and never imported, so that a config cannot name code to run.
@@ -28,7 +28,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Family:
-    """What transformers takes for a key that `config.json` leaves out, and which keys the family reads at all."""
+    """transformers' defaults for keys that `config.json` omits, and which optional keys the family reads."""
 
     max_position_embeddings: int
     num_key_value_heads: int | None = None  # None: as many as attention heads
@@ -88,19 +88,19 @@ class Architecture:
 
     @property
     def kv_values_per_token(self) -> int:
-        """Numbers that the KV cache holds for one token, over all blocks."""
+        """Values that the KV cache holds for one token, over all blocks."""
         return 2 * self.num_blocks * self.num_kv_heads * self.head_dim
 
     @property
     def other_parameters(self) -> int:
-        """Parameters that are no linear weight: embedding, biases and norms (also the per-head norms of Qwen3)."""
+        """Parameters outside linear weights: embedding, biases and norms (also the per-head norms of Qwen3)."""
         biases = sum(linear.out_features for linear in self.linears() if linear.bias)
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.name == "Qwen3ForCausalLM" else 0)
         return self.vocab_size * self.hidden_size + self.num_blocks * norms + self.hidden_size + biases
 
 
 def read_config(model: Path) -> dict[str, Any]:
-    """The model's `config.json`. Raises UserError where there is none or it is not JSON."""
+    """The model's `config.json`. Raises UserError if there is none or it is not JSON."""
     path = model / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf8"))
@@ -117,7 +117,7 @@ def read_config(model: Path) -> dict[str, Any]:
 
 
 def architecture(config: dict[str, Any], source: str = "config.json") -> Architecture:
-    """The architecture that a `config.json` describes. Raises UserError where we do not build it or a size lacks."""
+    """The architecture of a `config.json`. Raises UserError if it is not supported or a size is missing."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
     if not isinstance(name, str) or name not in FAMILIES:
@@ -175,7 +175,7 @@ def _flag(config: dict[str, Any], key: str, source: str) -> bool:
 
 
 def _sliding_window(config: dict[str, Any], family: Family, source: str) -> int | None:
-    """Tokens that attention looks back; None where it sees all."""
+    """Tokens that attention looks back; None if it sees all."""
     if family.sliding_window is None or config.get("sliding_window", 0) is None:
         return None
     if family.use_sliding_window and not _flag(config, "use_sliding_window", source):

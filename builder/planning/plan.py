@@ -1,6 +1,6 @@
-"""Recipe and `config.json` -> plan: what becomes of each linear layer, the bytes, the memory and the ceilings.
+"""Recipe and `config.json` -> plan: the format and pattern of each linear layer, bytes, memory and ceilings.
 
-Nothing here reads a weight or imports torch. Every figure of time is predicted, from the roofline of a named GPU.
+Reads no weights and imports no torch. All times are predicted, from the roofline of a named GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMAT_NAME = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one linear layer. Bytes are of its weight, with scales."""
+    """The plan for one linear layer. Bytes are of its weight, with scales."""
 
     name: str
     out_features: int
@@ -36,7 +36,7 @@ class LayerPlan:
 
     @property
     def bytes_saved_by_pruning(self) -> int:
-        """Of the weight at its own format: 0 for a dense layer."""
+        """Bytes that 2:4 saves in the layer's number format; 0 for a dense layer."""
         shape = (self.out_features, self.in_features, self.format)
         return round(roofline.weight_bytes(*shape) - roofline.weight_bytes(*shape, self.sparse))
 
@@ -133,7 +133,7 @@ def _scale_bytes(linear: Linear, recipe: Recipe) -> int:
 
 def _sparse(linear: Linear, shapes: Architecture, recipe: Recipe, number_format: str) -> tuple[bool, str]:
     if recipe.sparsity is None:
-        return False, "the recipe asks for no sparsity"
+        return False, "no sparsity in the recipe"
     if matches(linear.name, recipe.sparsity.exclude):
         return False, "excluded by the recipe"
     if not matches(linear.name, recipe.sparsity.layers):
@@ -153,12 +153,12 @@ def _sparse(linear: Linear, shapes: Architecture, recipe: Recipe, number_format:
     if recipe.sparsity.adapter_rank is not None:
         check_adapter_rank(recipe.sparsity.adapter_rank, linear.name, linear.out_features, linear.in_features)
     if recipe.sparsity.budget:
-        return True, "a candidate: chosen under the budget during the build"
+        return True, "a candidate: selected under the budget during the build"
     return True, "pruned to 2:4"
 
 
 def _check_globs(recipe: Recipe, names: list[str]) -> None:
-    """A glob that the user wrote and that matches nothing is a typing error."""
+    """Raises UserError for a glob of the recipe that matches no layer."""
     written = [("sparsity.layers", recipe.sparsity.layers)] if recipe.sparsity else []
     written += [("sparsity.exclude", recipe.sparsity.exclude)] if recipe.sparsity else []
     for key, globs in [*written, ("quantization.exclude", recipe.quantization.exclude)]:
@@ -170,7 +170,7 @@ def _check_globs(recipe: Recipe, names: list[str]) -> None:
 def _calibration_bytes(
     recipe: Recipe, shapes: Architecture, layers: tuple[LayerPlan, ...], other: int
 ) -> dict[str, int]:
-    """Peak memory of each calibrating stage: one block with its statistics, or the whole model at its own width."""
+    """Peak memory of each calibrating stage: one block with its statistics, or the whole model in its own dtype."""
     tokens = recipe.calibration.samples * recipe.calibration.sequence_length
     estimate: dict[str, int] = {}
     if recipe.sparsity:
@@ -193,7 +193,7 @@ def predict(
 ) -> dict[str, Any]:
     """Decode and prefill ceilings of the dense model and of the build on `gpu`. Predicted, never measured.
 
-    The embedding is left out: decode reads one row of it a sequence, which is nothing beside the layers.
+    The embedding is left out: decode reads one row of it a sequence.
     """
     card = roofline.gpu(gpu)
     dense_format = _dense_format(shapes)

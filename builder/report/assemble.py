@@ -14,16 +14,16 @@ from builder.hardware import machine
 from calibration.quantization.trtllm_config import trtllm_name
 
 ON_CPU = (
-    "2:4 gives no speed on this machine: a CPU has no sparse matrix instructions, so its kernels multiply the zeros "
+    "2:4 gives no speed-up on this machine: a CPU has no sparse matrix instructions, so its kernels multiply the zeros "
     "too. Here it saves bytes. The gain on a GPU is predicted above, never measured here."
 )
 CPU_FIGURES = (
-    "The speeds are real and stand for this CPU alone; they say nothing about a GPU. Both sides compute in float32 "
-    "here, which holds the dense model back where bfloat16 products would be faster, at large batches."
+    "The speeds are of this CPU alone and do not transfer to a GPU. Both sides compute in float32 here, which slows "
+    "the dense model at large batches, where bfloat16 products would be faster."
 )
 ADAPTER = (
-    "The adapter of rank {rank} takes back {share:.0%} of the squared output error that pruning left in the median "
-    "layer. The engine does not apply it, and no figure here has it in: a server that loads LoRA adapters can apply it."
+    "The adapter of rank {rank} recovers {share:.0%} of the squared output error of pruning in the median layer. The "
+    "engine does not apply it, and all reported numbers exclude it: it is for a server that loads LoRA adapters."
 )
 
 
@@ -35,7 +35,7 @@ ELSEWHERE = (
 
 
 def assemble(context: BuildContext, outputs: Outputs, benchmark_reached: bool) -> dict[str, Any]:
-    """The report of a build from the outputs of its stages. Measured and predicted figures stand in blocks apart.
+    """The report of a build from the outputs of its stages. Measured and predicted figures are in separate blocks.
 
     `benchmark_reached`: whether the build went as far as the benchmark stage, also where that could not run here.
     """
@@ -71,7 +71,7 @@ def assemble(context: BuildContext, outputs: Outputs, benchmark_reached: bool) -
 def gates(
     context: BuildContext, outputs: Outputs, report: dict[str, Any], benchmark_reached: bool
 ) -> list[dict[str, Any]]:
-    """One row for each limit that the recipe sets, and one for the verification that every checkpoint passed."""
+    """A gate for each limit of the recipe, and one for the verification of every checkpoint."""
     found: list[dict[str, Any]] = []
     if "checkpoint" in outputs:
         words = "every check of the written checkpoint holds"
@@ -103,12 +103,12 @@ def gates(
 
 
 def weight_bytes(directory: Path) -> int:
-    """Bytes of the files that hold a model's or an engine's weights."""
+    """Bytes of a model's or an engine's weight files."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.suffix in (".safetensors", ".engine"))
 
 
 def _pareto(context: BuildContext, outputs: Outputs, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The measured selections as points of size and perplexity. Predicted ones stay in selection.json."""
+    """The measured selections as points of size and perplexity; predicted ones stay in selection.json."""
     if "accuracy" not in report:
         return []
     dense = report["accuracy"]["dense"]["perplexity"]
@@ -126,7 +126,7 @@ def _pareto(context: BuildContext, outputs: Outputs, report: dict[str, Any]) -> 
 
 
 def _layers(context: BuildContext, outputs: Outputs) -> list[dict[str, Any]]:
-    """Each layer as it was written: facts read off the checkpoint's own files, with the plan's dense bytes."""
+    """Each layer as written: facts from the checkpoint's files, with the plan's dense bytes."""
     from builder import checkpoint
 
     engine = outputs["engine"].path
@@ -175,7 +175,7 @@ def _notes(context: BuildContext, outputs: Outputs) -> list[str]:
 
 
 def _remarks(context: BuildContext, outputs: Outputs) -> list[str]:
-    """What the built engine says of itself: when it was built, and where it was opened to be measured."""
+    """Remarks of the built engine, from its build and from its measurement."""
     if "engine" not in outputs:
         return []
     remarks: list[str] = _read(outputs["engine"].path / "engine.json").get("remarks", [])

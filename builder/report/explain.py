@@ -1,4 +1,4 @@
-"""Answers, layer by layer, whether 2:4 runs and whether it pays: the question that the field asks most."""
+"""Explains, layer by layer, whether 2:4 runs, whether it pays, and why."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[s
 
 
 def _places(artifact: Path) -> tuple[Path | None, Path | None]:
-    """(checkpoint, engine) of whatever the user named."""
+    """(checkpoint, engine) of a build, an engine or a checkpoint."""
     if (artifact / "engine.json").is_file():
         return None, artifact
     if (artifact / "checkpoint").is_dir():
@@ -56,7 +56,7 @@ def _places(artifact: Path) -> tuple[Path | None, Path | None]:
 
 
 def _why_dense(artifact: Path) -> dict[str, str]:
-    """Why a build's recipe left layers unpruned, by their names, from its plan.json; nothing where there is none."""
+    """Why the recipe left layers dense, by name, from the build's plan.json; empty without one."""
     try:
         layers = json.loads((artifact / "plan.json").read_text(encoding="utf8"))["layers"]
         return {x["name"]: "its pruning does not fit the budget" if x["sparse"] else x["reason"] for x in layers}
@@ -83,6 +83,6 @@ def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None, why_dense:
 
 
 def _valid(facts: LayerFacts) -> bool:
-    """Whether the stored weight holds at most 2 nonzeros in every group of 4, whatever the checkpoint declares."""
+    """Whether the stored weight has at most 2 nonzeros in every group of 4, whatever the checkpoint declares."""
     chunks = (rows for weight in facts.weights for _, rows in weight.chunks())
     return facts.in_features % 4 == 0 and all(pattern.first_violation(rows) is None for rows in chunks)

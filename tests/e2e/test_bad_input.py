@@ -117,7 +117,7 @@ def test_a_model_without_weights(build: Callable[..., str], broken: Path) -> Non
 def test_remote_code_is_refused(build: Callable[..., str], broken: Path) -> None:
     _give_code(broken)
     words = build(broken)
-    assert "brings its own code (auto_map in config.json)" in words
+    assert "has its own code (auto_map in config.json)" in words
     assert "allow it with --trust-remote-code" in words
     assert not (broken / "ran").exists()
 
