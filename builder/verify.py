@@ -14,6 +14,7 @@ from builder.artifacts.manifest import is_build, verify_manifest
 from builder.checkpoint.verification import Verified, verify_checkpoint
 from builder.checkpoint.violations import Code, VerificationError, Violation
 from builder.engines.trtllm import version_lock
+from plugins.libtwofour.bindings import OLDEST_CUSPARSELT
 
 PARTS = ("checkpoint", "checkpoint-trtllm")  # of a build
 
@@ -71,7 +72,7 @@ def verify(
         violations += [Violation(Code.DIGEST, problem) for problem in verify_manifest(build, within)]
     for part in parts:
         violations += _check_engine_record(part)
-    violations += _check_locks(directory)
+    violations += _check_locks(directory) + _check_kernel_versions(directory)
     return Verification(directory, tuple(verified), tuple(violations), round(time.perf_counter() - started, 3))
 
 
@@ -79,6 +80,21 @@ def _check_locks(directory: Path) -> list[Violation]:
     """Whether the engine that `directory` is or holds may run on this machine."""
     refusals = [version_lock.refusal(place) for place in (directory, directory / "engine")]
     return [Violation(Code.LOCK, words, version_lock.FILE) for words in refusals if words is not None]
+
+
+def _check_kernel_versions(directory: Path) -> list[Violation]:
+    """Whether the engine that `directory` is or holds was tuned on libraries that may ship."""
+    violations = []
+    for place in (directory, directory / "engine"):
+        try:
+            version = json.loads((place / "tactics.json").read_bytes())["versions"]["cusparselt"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(version, int) and 0 < version < OLDEST_CUSPARSELT:
+            used = f"cuSPARSELt {version // 1000}.{version // 100 % 10}.{version % 100}"
+            message = f"its kernels were timed with {used}, which is for measuring only: build it with 0.8.1 or newer"
+            violations.append(Violation(Code.LOCK, message, "tactics.json"))
+    return violations
 
 
 def _check_engine_record(directory: Path) -> list[Violation]:

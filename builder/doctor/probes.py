@@ -24,9 +24,9 @@ from typing import Literal
 from builder.hardware.nvidia_smi import gpus
 from builder.planning.compatibility import MODELOPT, check, check_release
 from plugins.common.errors import UserError
+from plugins.libtwofour.bindings import OLDEST_CUSPARSELT
 
 State = Literal["ok", "missing", "broken", "unfit"]  # unfit: present, in a version that does not work here
-OLDEST_CUSPARSELT = (0, 8, 1)
 TRANSFORMERS = ((4, 57), (5, 15))  # from, below
 DISK_BYTES = 20 << 30
 SECONDS = 20  # a driver or a library
@@ -100,7 +100,7 @@ for name in sys.argv[1:]:
         return Finding("cuSPARSELt", "missing", None, "no libcusparseLt.so.0 that loads", fix)
     major, minor, patch, path = said.split(maxsplit=3)
     version = (int(major), int(minor), int(patch))
-    if version < OLDEST_CUSPARSELT:
+    if 1000 * version[0] + 100 * version[1] + version[2] < OLDEST_CUSPARSELT:
         words = "older than 0.8.1, which the kernels need"
         return Finding("cuSPARSELt", "unfit", ".".join(map(str, version)), words, fix)
     return Finding("cuSPARSELt", "ok", ".".join(map(str, version)), path)

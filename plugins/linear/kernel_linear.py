@@ -7,7 +7,6 @@ Legend: M tokens, N out_features, K in_features.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -78,7 +77,10 @@ class KernelLinear(Linear):
 
     def kernel_for(self, tokens: int) -> str:
         """The kernel that multiplies `tokens` rows."""
-        return self._kernels[min(bisect_left(self._tokens, tokens), len(self._tokens) - 1)]
+        for most, kernel in zip(self._tokens, self._kernels, strict=True):  # no bisect: torch.compile traces this
+            if tokens <= most:
+                return kernel
+        return self._kernels[-1]
 
 
 def _runnable(choices: Choices) -> tuple[list[int], list[str]]:

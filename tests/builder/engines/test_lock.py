@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from builder import verify
 from builder.config import EngineConfig
 from builder.engines.trtllm import launch, tensorrt, version_lock
 from builder.hardware import nvidia_smi
@@ -180,3 +181,14 @@ def test_sixteen_ranks_take_two_nodes(tmp_path):
     assert "#SBATCH --nodes=2" in slurm
     assert "#SBATCH --ntasks-per-node=8" in slurm
     assert "LD_PRELOAD" not in (tmp_path / "launch/env.sh").read_text()
+
+
+def test_an_engine_timed_on_an_old_cusparselt_does_not_pass_verification(tmp_path):
+    """TWOFOUR_CUSPARSELT_OLDEST accepts cuSPARSELt 0.8.0 for measuring; such an engine must not ship."""
+    (tmp_path / "tactics.json").write_text('{"versions": {"cusparselt": 800}}')
+    (violation,) = verify._check_kernel_versions(tmp_path)
+    assert violation.file == "tactics.json"
+    assert "cuSPARSELt 0.8.0, which is for measuring only" in violation.message
+    for versions in ('{"cusparselt": 801}', '{"cusparselt": 0}', '{"cusparselt": null}', "{}", "[]"):
+        (tmp_path / "tactics.json").write_text(f'{{"versions": {versions}}}')
+        assert verify._check_kernel_versions(tmp_path) == []
