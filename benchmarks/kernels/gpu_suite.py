@@ -89,8 +89,18 @@ def run(steps: Iterable[Step], seconds: float, file: Path) -> dict[str, Any]:
         print(f"== {step.name}", flush=True)
         results["steps"][step.name] = run_step(step, end - time.monotonic(), file.parent)
         results["seconds"] = round(seconds - (end - time.monotonic()), 1)
-        replace_json(file, results)
+        save(file, results, step.name)
     return results
+
+
+def save(file: Path, results: dict[str, Any], name: str) -> None:
+    """Writes the results file; where that fails (a full disk), prints the step's part, and the next steps still run."""
+    try:
+        replace_json(file, results)
+    except OSError as error:
+        print(
+            f"cannot write '{file}' ({error}); the result of {name}: {json.dumps(results['steps'][name])}", flush=True
+        )
 
 
 def run_step(step: Step, left: float, directory: Path) -> dict[str, Any]:

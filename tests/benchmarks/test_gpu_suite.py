@@ -80,3 +80,15 @@ def test_every_step_is_a_command_that_exists() -> None:
     modules = {step.arguments[1] for step in (*gpu_suite.SMOKE, *gpu_suite.FULL)} - {"pytest"}
     for module in modules:
         assert (gpu_suite.ROOT / f"{module.replace('.', '/')}.py").exists(), module
+
+
+def test_a_full_disk_prints_what_it_cannot_keep_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpu_suite, "replace_json", full)
+    results = gpu_suite.run([step("first", WRITE), step("second", WRITE)], 60, tmp_path / "gpu.json")
+    assert list(results["steps"]) == ["first", "second"]
+    assert "the result of first: " in capsys.readouterr().out
