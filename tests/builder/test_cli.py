@@ -107,13 +107,13 @@ def test_plan_knows_the_gpus_of_the_design(gpu: str, docs_llama: Path) -> None:
     ceilings = [
         predicted[phase][side]["tokens_per_second"] for phase in ("decode", "prefill") for side in ("dense", "built")
     ]
-    assert ceilings[0] == ceilings[1], "each product of so small a model takes no longer than a kernel's launch"
+    assert 1 <= ceilings[1] / ceilings[0] < 1.05, "most products of so small a model take no longer than a launch"
     assert ceilings[2] <= ceilings[3]
     launch_bound = predicted["launch_bound"]
-    assert launch_bound["products"] == launch_bound["of"] == 24  # q, k, v as one product and gate, up as one: 4 a block
+    assert launch_bound["of"] == 24  # q, k, v as one product, and gate, up: 4 a block
+    assert launch_bound["products"] >= 18
     text = done("plan", docs_llama, "--preset", "2of4", "--gpu", gpu).stdout
-    assert "1.00x dense" in text
-    assert "2:4 gains no time in 24 of 24 products of a decode step" in text
+    assert f"2:4 gains no time in {launch_bound['products']} of 24 products of a decode step" in text
 
 
 def test_verify_prints_what_it_checked(built: Path) -> None:
