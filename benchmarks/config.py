@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from plugins.common import defaults
 from plugins.common.config import Config
 
 
@@ -53,7 +54,7 @@ class Benchmark(Config):
 
     workloads: tuple[Workload, ...] = Field(default=(Workload(),), min_length=1)
     """The loads to measure."""
-    rounds: int = Field(default=8, ge=1)
+    rounds: int = Field(default=defaults.ROUNDS, ge=1)
     """Interleaved rounds of dense and built; intervals need 2, narrow ones about 8."""
     goodput: Goodput | None = None
     """Also report the rate of requests that meet these service levels."""

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from builder.artifacts.cache import Cache, CachedOutput, digest_of
-from builder.artifacts.filesystem import sha256
 from builder.planning.plan import Plan
 from builder.progress import Console
 from builder.recipe import Recipe
+from plugins.common.files import sha256, sha256_once
 
 Outputs = Mapping[str, CachedOutput]  # of the finished stages, by stage name
 
@@ -33,7 +33,7 @@ class BuildContext:
     def model_digest(self) -> str:
         """The sha256 of the files that make the dense model; not of the texts that may lie beside them."""
         paths = [path for path in sorted(self.model.iterdir()) if path.suffix in MODEL_FILES and path.is_file()]
-        return digest_of({path.name: sha256(path) for path in paths})
+        return digest_of({path.name: sha256_once(path) for path in paths})
 
 
 def data_digest(data: str) -> str:

@@ -26,8 +26,6 @@ class Recipe(Config):
     """A local directory or a Hugging Face id; safetensors only."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face model."""
-    trust_remote_code: bool = False
-    """Allow the model's own code; recorded in manifest and report."""
     calibration: CalibrationData = CalibrationData()
     """Text for pruning and quantization."""
     sparsity: Sparsity | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from builder.artifacts.manifest import is_build, verify_manifest
 from builder.checkpoint.verification import Verified, verify_checkpoint
 from builder.checkpoint.violations import Code, VerificationError, Violation
 from builder.engines.trtllm import version_lock
+from plugins.common.progress import Progress
 from plugins.libtwofour.bindings import OLDEST_CUSPARSELT
 
 PARTS = ("checkpoint", "checkpoint-trtllm")  # of a build
@@ -48,9 +49,7 @@ class Verification:
         }
 
 
-def verify(
-    directory: Path, *, tensor_parallel: int = 1, progress: Callable[[str, int, int], None] | None = None
-) -> Verification:
+def verify(directory: Path, *, tensor_parallel: int = 1, progress: Progress | None = None) -> Verification:
     """Checks the checkpoint at `directory`, or all of a build's and its manifest. Raises UserError where there is none.
 
     With `tensor_parallel` N, also that a later split of K over N ranks keeps every group of 4 whole. `progress` is

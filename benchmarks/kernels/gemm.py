@@ -32,9 +32,10 @@ from benchmarks import environment
 from benchmarks.kernels.gpu_machine import read_rate
 from benchmarks.kernels.model_shapes import MODELS
 from benchmarks.kernels.torch_sparse import PEERS
-from benchmarks.serving.records import replace_json
 from plugins.autotune import timing, tuner
+from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
+from plugins.common.files import write_json
 from plugins.libtwofour import bindings, torch_ops
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -74,7 +75,7 @@ def row(bench: tuner.Bench, tokens: int, ceilings: Ceilings, peers: bool, timer:
     """One line of the table: every kernel's time in microseconds, and what follows from them."""
     times, left_out = {}, {}
     for kernel in ("cublaslt", "torch", "cusparselt", "skinny"):
-        if kernel == "skinny" and tokens > torch_ops.MAX_SKINNY_TOKENS:
+        if kernel == "skinny" and tokens > MAX_SKINNY_TOKENS:
             continue
         try:
             times[kernel] = tuner.time_padded(bench, kernel, tokens, timer)
@@ -245,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tokens,
             peers=not chosen.no_peers,
             expired=lambda: time.monotonic() > deadline,
-            keep=lambda rows: None if chosen.out is None else replace_json(chosen.out, {"rows": rows}),
+            keep=lambda rows: None if chosen.out is None else write_json(chosen.out, {"rows": rows}),
         )
         if chosen.out is None:
             print(save("gemm", {"rows": rows}))

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.serving.records import replace_json
 from plugins.autotune import timing
 from plugins.common.errors import UserError
+from plugins.common.files import write_json
 
 NODES = 256  # kernels in one graph
 TOOLS = ("nvcc", "cmake", "ninja", "make", "g++", "ncu", "compute-sanitizer")
@@ -69,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    replace_json(chosen.out, facts)
+    write_json(chosen.out, facts)
     facts["limits"] = measure_limits()
-    replace_json(chosen.out, facts)
+    write_json(chosen.out, facts)
     print(facts)
     return 0
 

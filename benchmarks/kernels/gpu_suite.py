@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.serving.records import replace_json
 from plugins.common.errors import UserError
+from plugins.common.files import write_json
 from plugins.libtwofour import compiler
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def run(steps: Iterable[Step], seconds: float, file: Path) -> dict[str, Any]:
 def save(file: Path, results: dict[str, Any], name: str) -> None:
     """Writes the results file; where that fails (a full disk), prints the step's part, and the next steps still run."""
     try:
-        replace_json(file, results)
+        write_json(file, results)
     except OSError as error:
         print(
             f"cannot write '{file}' ({error}); the result of {name}: {json.dumps(results['steps'][name])}", flush=True

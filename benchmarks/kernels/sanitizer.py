@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.serving.records import replace_json
+from plugins.common.files import write_json
 
 ROOT = Path(__file__).parents[2]
 TESTS = "test_token_counts and skinny and fp8 or test_every_split"
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args(arguments)
     outcome = memcheck(chosen.seconds)
-    replace_json(chosen.out, {"memcheck": outcome})
+    write_json(chosen.out, {"memcheck": outcome})
     print(f"memcheck: {outcome}")
     return 0
 

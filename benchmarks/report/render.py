@@ -13,6 +13,7 @@ import jinja2
 
 from benchmarks.report import formatting, panels, plots, summary, tables
 from benchmarks.report.schema import Report
+from plugins.common.files import replacing
 
 
 def render(report: dict[str, Any], out: Path) -> None:
@@ -45,9 +46,8 @@ def _environment(html: bool) -> jinja2.Environment:
 
 def _write(path: Path, text: str) -> None:
     """Through a temporary file, so that a reader never sees half a report."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf8")
 
 
 def _plain(value: Any) -> Any:

@@ -16,9 +16,9 @@ from benchmarks.serving.drivers import in_process
 from benchmarks.serving.records import Record, write_jsonl
 from benchmarks.serving.summarize import Run, Side, describe, summarise
 from benchmarks.serving.workload import BenchRequest, make_requests
+from plugins.common.progress import Progress
 
 Drive = Callable[[Any, Sequence[BenchRequest], int], list[Record]]
-Progress = Callable[[str, int, int], None]
 
 WARM_UP = 0  # the round whose records are dropped; measured rounds count from 1
 

@@ -38,13 +38,6 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def replace_json(path: Path, content: object) -> None:
-    """Writes a JSON file at once: whoever reads it while this process is killed finds all of it, or what was there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content), encoding="utf8")
-    partial.replace(path)
-
-
 def write_records(records: Iterable[Record], path: Path, **labels: object) -> None:
     """Writes the raw records, each with the same `labels` in front (such as the side and the round)."""
     write_jsonl(path, ({**labels, **asdict(record)} for record in records))

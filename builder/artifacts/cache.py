@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.artifacts.filesystem import full_disk_in_words, locked, remove, sha256_tree, sync, sync_tree
+from builder.artifacts.filesystem import full_disk_in_words, locked, remove, sha256_tree, sync_tree
 from builder.hardware.peak_memory import PeakMemory
 from plugins.common.errors import UserError
+from plugins.common.files import sync
 
 Make = Callable[[Path, Path], None]
 

@@ -13,22 +13,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from plugins.common.errors import UserError
+from plugins.common.files import sha256, sync
 
-CHUNK = 1 << 20
 HOLDER_SECONDS, HOLDER_READS = 2.0, 100  # how long, and how often, an unnamed lock is asked for its holder
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def sha256_tree(directory: Path) -> dict[str, str]:
@@ -52,20 +42,6 @@ def checkpoint_digest(directory: Path) -> str:
     paths = [*directory.glob("*.safetensors"), directory / "config.json", directory / "sparsity.json"]
     found = {path.name: sha256(path) for path in sorted(paths) if path.is_file()}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON value as people read it."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf8")
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a directory's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_tree(directory: Path) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from builder.artifacts.filesystem import full_disk_in_words, locked, remove, sync, sync_tree
+from builder.artifacts.filesystem import full_disk_in_words, locked, remove, sync_tree
 from builder.artifacts.manifest import MANIFEST, is_build, listed_files
 from plugins.common.errors import UserError
+from plugins.common.files import sync
 
 LINK_BYTES = 1 << 20  # smaller files are copied: people edit them in place, and a link would change the store's too
 _AT_FDCWD, _EXCHANGE = -100, 2

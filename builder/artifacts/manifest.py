@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from builder.artifacts.cache import CachedOutput
-from builder.artifacts.filesystem import sha256, sha256_tree
+from builder.artifacts.filesystem import sha256_tree
+from plugins.common.files import sha256
 
 MANIFEST = "manifest.json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"

@@ -11,6 +11,7 @@ from pathlib import Path
 from builder.checkpoint.checks import check_names, check_presence, check_split, check_types, check_values
 from builder.checkpoint.reading import Checkpoint, open_checkpoint
 from builder.checkpoint.violations import Code, Violation
+from plugins.common.progress import Progress
 
 THREADS = 4  # each holds one chunk of a tensor
 
@@ -34,7 +35,7 @@ def verify_checkpoint(
     directory: Path,
     tensor_parallel: int,
     report: Callable[[Violation], None],
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> Verified | None:
     """Reports every violation of the checkpoint at `directory`; None where it cannot be opened.
 
@@ -74,7 +75,7 @@ def verify_checkpoint(
 def _check_all_values(
     checkpoint: Checkpoint,
     report: Callable[[Violation], None],
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     """Every tensor, several at once: numpy lets go of the interpreter lock."""
     sparse = set(checkpoint.sparse_layers)

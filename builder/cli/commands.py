@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from plugins.common import defaults
 from plugins.common.errors import GateError, UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,7 +26,6 @@ def json_option(command: F) -> F:
 
 def recipe_options(command: F) -> F:
     """MODEL or RECIPE.yaml, --preset and --set, as `build` and `plan` take them."""
-    command = click.option("--trust-remote-code", is_flag=True, help="Allow the model's own code; recorded.")(command)
     command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")(
         command
     )
@@ -34,7 +34,7 @@ def recipe_options(command: F) -> F:
 
 
 def gpu_option(command: F) -> F:
-    return click.option("--gpu", default="H100-SXM", show_default=True, help="Predict times for this GPU.")(command)
+    return click.option("--gpu", default=defaults.GPU, show_default=True, help="Predict times for this GPU.")(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -71,7 +71,6 @@ def build(
     target: str,
     preset: str | None,
     overrides: tuple[str, ...],
-    trust_remote_code: bool,
     out: Path,
     until: Any,
     store: Path | None,
@@ -89,7 +88,7 @@ def build(
     from builder.pipeline.build import require_gates
     from builder.progress import Console
 
-    loaded = recipe.load(target, preset, _remote_code(overrides, trust_remote_code))
+    loaded = recipe.load(target, preset, overrides)
     with Console(quiet=as_json) as console:
         report = run(loaded, out, console, store, until, gpu, wait=not no_wait)
     tables.as_json(report) if as_json else tables.summary(report, out)
@@ -102,14 +101,13 @@ def build(
 )
 @recipe_options
 @gpu_option
-@click.option("--batch", default=8, show_default=True, help="Predict for this many sequences at a time.")
-@click.option("--context", default=1024, show_default=True, help="Predict for this many tokens of context.")
+@click.option("--batch", default=defaults.BATCH, show_default=True, help="Predict for this many sequences at a time.")
+@click.option("--context", default=defaults.CONTEXT, show_default=True, help="Predict for this many tokens of context.")
 @json_option
 def plan(
     target: str,
     preset: str | None,
     overrides: tuple[str, ...],
-    trust_remote_code: bool,
     gpu: str,
     batch: int,
     context: int,
@@ -120,7 +118,7 @@ def plan(
     from builder.cli import tables
     from builder.pipeline.build import resolve
 
-    made = resolve(recipe.load(target, preset, _remote_code(overrides, trust_remote_code)), gpu, batch, context)
+    made = resolve(recipe.load(target, preset, overrides), gpu, batch, context)
     tables.as_json(made) if as_json else tables.plan(made)
 
 
@@ -136,9 +134,11 @@ def verify(directory: Path, tensor_parallel: int, as_json: bool) -> None:
     An engine of TensorRT-LLM must also match the versions and the GPU of this machine.
     """
     from builder.cli import tables
+    from builder.progress import Console
     from builder.verify import verify as check
 
-    found = check(directory, tensor_parallel=tensor_parallel)
+    with Console(quiet=as_json) as console:
+        found = check(directory, tensor_parallel=tensor_parallel, progress=console.progress)
     tables.as_json(found.to_dict()) if as_json else tables.verification(found)
     found.require()
 
@@ -205,8 +205,10 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
     """Build an engine from a CHECKPOINT without ModelOpt, for instance inside a TensorRT-LLM container."""
     from builder.cli import tables
     from builder.pipeline.rebuild import build_engine
+    from builder.progress import Console
 
-    facts = build_engine(checkpoint, out, backend, overrides, gpu)
+    with Console(quiet=as_json) as console:
+        facts = build_engine(checkpoint, out, backend, overrides, gpu, console)
     tables.as_json(facts) if as_json else click.echo(f"{facts['backend']} engine in {out}")
 
 
@@ -222,7 +224,9 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
     "--concurrency", default="1,4", show_default=True, metavar="N,N,...", help="Run this many requests at a time."
 )
 @click.option("--requests", default=8, show_default=True, help="Send this many requests a concurrency level and round.")
-@click.option("--rounds", default=5, show_default=True, help="Run this many interleaved rounds of dense and built.")
+@click.option(
+    "--rounds", default=defaults.ROUNDS, show_default=True, help="Run this many interleaved rounds of dense and built."
+)
 @click.option("--url", help="Measure this OpenAI-compatible endpoint instead of the engine in process.")
 @click.option("--dense-url", help="Compare with the dense baseline at this endpoint, with --url.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write performance.json and records.jsonl here.")
@@ -348,10 +352,6 @@ def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
 
     made = compile_library(sm.split(",") if sm else None, out or OUT, progress=lambda line: click.echo(line, err=True))
     tables.as_json(made) if as_json else click.echo(f"{made.library} for SM {', '.join(made.sms)}")
-
-
-def _remote_code(overrides: tuple[str, ...], allowed: bool) -> tuple[str, ...]:
-    return (*overrides, "trust_remote_code=true") if allowed else overrides
 
 
 def main() -> None:

@@ -137,14 +137,14 @@ def _kind(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _bucket(bucket: dict[str, Any]) -> str:
-    from builder.engines.predicted_tactics import PAYS
+    from plugins.common.defaults import LEAST_GAIN
 
     how = "measured" if bucket["measured"] else "predicted"
     times = f"dense {bucket['dense_us']:.2f} us" if bucket["dense_us"] is not None else "no dense kernel"
     if bucket["sparse_us"] is not None:
         times += f", 2:4 {bucket['sparse_us']:.2f} us"
     if ratio := bucket["ratio"]:
-        times += f", {ratio:.2f}x" + (f" (less than {PAYS:.2f}x is not worth it)" if ratio < PAYS else "")
+        times += f", {ratio:.2f}x" + (f" (less than {LEAST_GAIN:.2f}x is not worth it)" if ratio < LEAST_GAIN else "")
     words = f"{bucket['tokens']:>5} tokens  {bucket['kernel']:<15} {times}  ({how})"
     return "\n         ".join([words, *bucket.get("notes", ())])
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from builder.artifacts.filesystem import sha256
 from builder.config import EngineConfig
 from builder.hardware.nvidia_smi import gpus
 from builder.planning import compatibility
 from plugins.common.errors import UserError
+from plugins.common.files import sha256
 
 if TYPE_CHECKING:
     from plugins.autotune.tuner import Shape

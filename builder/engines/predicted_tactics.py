@@ -7,9 +7,9 @@ from typing import Any
 
 from benchmarks.roofline import roofline
 from builder.hardware import machine
+from plugins.common.defaults import LEAST_GAIN, MAX_SKINNY_TOKENS
 
 BUCKETS = (1, 8, 64, 512, 4096)  # tokens
-PAYS = 1.02  # a sparse kernel predicted to gain less than this is not worth a second layout
 
 
 def predict_tactics(checkpoint: Path, gpu: str) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any
     dense = roofline.gemm_time(*shape, sparse=False).seconds * 1e6
     sparse = roofline.gemm_time(*shape, sparse=True).seconds * 1e6
     ratio = dense / sparse
-    pays = layer.sparse and ratio >= PAYS
-    kernel = ("skinny" if tokens <= 16 else "cusparselt") if pays else "dense-cublaslt"
+    pays = layer.sparse and ratio >= LEAST_GAIN
+    kernel = ("skinny" if tokens <= MAX_SKINNY_TOKENS else "cusparselt") if pays else "dense-cublaslt"
     return {
         "tokens": tokens,
         "kernel": kernel,
@@ -72,7 +72,7 @@ def reason(card: roofline.Gpu, sparse: bool, buckets: list[dict[str, Any]]) -> s
     if not sparse:
         return "dense: the weight is not 2:4"
     ratios = [bucket["ratio"] for bucket in buckets]
-    if max(ratios) >= PAYS:
+    if max(ratios) >= LEAST_GAIN:
         limits = "(roofline limits, not measured)"
         return f"2:4 pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {card.name} {limits}"
     least = card.least_kernel_seconds * 1e6

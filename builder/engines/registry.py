@@ -10,10 +10,18 @@ from builder.config import EngineConfig
 from builder.engines.base import Engine
 from builder.engines.trtllm import version_lock
 from plugins.common.errors import UserError
+from plugins.common.progress import Progress
 
 
 def build(
-    backend: str, checkpoints: Path, out: Path, config: EngineConfig, gpu: str, *, speed_matters: bool = True
+    backend: str,
+    checkpoints: Path,
+    out: Path,
+    config: EngineConfig,
+    gpu: str,
+    progress: Progress,
+    *,
+    speed_matters: bool = True,
 ) -> None:
     """Builds the engine of `backend` into `out` from a folder of checkpoints (hf/, trtllm/).
 
@@ -34,7 +42,7 @@ def build(
     elif backend == "tensorrt":
         from builder.engines.trtllm import tensorrt
 
-        tensorrt.build(checkpoints / "trtllm", out, config)
+        tensorrt.build(checkpoints / "trtllm", out, config, progress=progress)
     else:
         raise UserError(f"'{backend}' is not a backend: use tensorrt, pytorch or torch")
 

@@ -27,6 +27,7 @@ from builder.progress import Console
 from builder.recipe import Recipe
 from builder.report.assemble import assemble
 from calibration.data.documents import find_file
+from plugins.common import defaults
 from plugins.common.errors import GateError
 
 
@@ -42,7 +43,7 @@ def build(
     console: Console,
     store: Path | None = None,
     until: Until = "deploy",
-    gpu: str = "H100-SXM",
+    gpu: str = defaults.GPU,
     wait: bool = True,
 ) -> dict[str, Any]:
     """Builds `recipe` into `out` and returns the report, whose gates may have failed (see `require_gates`).
@@ -51,7 +52,7 @@ def build(
     """
     started = now()
     plan = resolve(recipe, gpu)
-    model = find_model(recipe.model, recipe.revision, recipe.trust_remote_code)
+    model = find_model(recipe.model, recipe.revision)
     for data in (recipe.calibration.data, recipe.accuracy.data):
         if data is not None:
             find_file(data)  # a wrong path is told now, not after the stages before it
@@ -69,7 +70,7 @@ def require_gates(report: dict[str, Any], out: Path) -> None:
         raise GateError(f"{'; '.join(failed)}: see {out / 'report' / 'report.html'}")
 
 
-def resolve(recipe: Recipe, gpu: str, batch: int = 8, context: int = 1024) -> Plan:
+def resolve(recipe: Recipe, gpu: str, batch: int = defaults.BATCH, context: int = defaults.CONTEXT) -> Plan:
     """The plan with its backend chosen. Raises UserError where no backend can run what the recipe asks for."""
     plan = make_plan(recipe, gpu, batch, context)
     engine = recipe.engine

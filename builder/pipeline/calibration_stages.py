@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from builder.artifacts.cache import CachedOutput
-from builder.artifacts.filesystem import write_json
 from builder.context import BuildContext, Outputs, data_digest
 from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
 from plugins.common.errors import UserError
+from plugins.common.files import write_json
 from plugins.sparsity.declaration import Declaration
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from builder.verify import verify
 from calibration.config import Quantization
 from calibration.quantization import export
 from calibration.quantization.quantize import load_model, quantize
-
-Progress = Callable[[str, int, int], None]
+from plugins.common.progress import Progress
 
 
 def write_checkpoints(
@@ -45,7 +44,7 @@ def write_checkpoints(
             export.copy_checkpoint(source, out / "hf", sparse)
     for written in sorted(out.iterdir()):
         checkpoint.normalize_zeros(written)  # rounding to FP8 leaves -0.0 where a kept weight was tiny
-        verify(written).require()
+        verify(written, progress=progress).require()
 
 
 def _declared(source: Path) -> dict[str, Any] | None:

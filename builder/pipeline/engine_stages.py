@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from builder.artifacts.filesystem import write_json
 from builder.context import BuildContext, Outputs, data_digest
 from builder.hardware import machine
 from builder.pipeline.calibration_stages import pruned_weights, tokens_of
 from builder.pipeline.stage import CALIBRATION_TOOLS, ENGINE_TOOLS, Stage
+from plugins.common.files import write_json
 
 
 def _checkpoint_inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:
@@ -74,7 +74,7 @@ def _run_engine(context: BuildContext, outputs: Outputs, out: Path, work: Path) 
     from builder.engines import registry
 
     checkpoint, gpu = outputs["checkpoint"].path, context.plan.predicted["gpu"]
-    registry.build(context.plan.backend, checkpoint, out, context.recipe.engine, gpu)
+    registry.build(context.plan.backend, checkpoint, out, context.recipe.engine, gpu, context.console.progress)
 
 
 ENGINE = Stage(
@@ -94,7 +94,7 @@ def _run_reference(context: BuildContext, outputs: Outputs, out: Path, work: Pat
     from builder.engines import registry
 
     checkpoint, gpu = outputs["checkpoint"].path, context.plan.predicted["gpu"]
-    registry.build("torch", checkpoint, out, context.recipe.engine, gpu, speed_matters=False)
+    registry.build("torch", checkpoint, out, context.recipe.engine, gpu, context.console.progress, speed_matters=False)
 
 
 REFERENCE = Stage(

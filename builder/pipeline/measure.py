@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +10,17 @@ from benchmarks.config import Benchmark
 from benchmarks.roofline import roofline
 from benchmarks.roofline.roofline import Gpu, Layer
 from benchmarks.roofline.utilization import ModelCost, add_limits
-from builder.artifacts.filesystem import write_json
 from builder.engines import registry
 from builder.engines.predicted_tactics import read_tactics
 from builder.hardware import machine
 from builder.planning.model_config import architecture, read_config
 from calibration.config import Accuracy
 from plugins.common.errors import UserError
+from plugins.common.files import write_json
+from plugins.common.progress import Progress
 
 if TYPE_CHECKING:
     from benchmarks.serving.compare import Comparison
-
-Progress = Callable[[str, int, int], None]
 
 
 def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) -> dict[str, Any]:

@@ -77,14 +77,16 @@ def bench(
         return measure.endpoints(dense_url, url, _dense(built, model), config, place, console.progress)
 
 
-def build_engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...], gpu: str) -> dict[str, Any]:
+def build_engine(
+    checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...], gpu: str, console: Console
+) -> dict[str, Any]:
     """Builds an engine from a checkpoint directory, of either format. Raises UserError where no backend can."""
     from builder import checkpoint as checkpoints
     from builder.engines import registry
 
     started = now()
     found = checkpoints.read(checkpoint)
-    verify(checkpoint).require()
+    verify(checkpoint, progress=console.progress).require()
     config = _engine_config(found, overrides)
     backend = _backend_of(found, backend, config)
     with claimed(out) as place, tempfile.TemporaryDirectory(dir=place.parent, prefix=".engine-") as scratch:
@@ -92,7 +94,7 @@ def build_engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str
         folder.mkdir()
         (folder / found.kind).symlink_to(checkpoint.resolve())
         engine = Path(scratch) / "engine"
-        registry.build(backend, folder, engine, config, gpu)
+        registry.build(backend, folder, engine, config, gpu, console.progress)
         facts = registry.engine_facts(engine)
         manifest = make_manifest(
             sha256_tree(engine),
@@ -183,4 +185,4 @@ def _dense(built: recipe.Recipe | None, model: str | None) -> Path:
         return find_model(model)
     if built is None:
         raise UserError("an engine on its own does not say which dense model it came from: name it with --model")
-    return find_model(built.model, built.revision, built.trust_remote_code)
+    return find_model(built.model, built.revision)

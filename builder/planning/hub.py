@@ -27,19 +27,13 @@ def find_config(model: str, revision: str | None = None) -> tuple[dict[str, Any]
     return read_config(directory), f"{model}/config.json"
 
 
-def find_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The directory that holds the model's config, tokenizer and safetensors.
+def find_model(model: str, revision: str | None = None) -> Path:
+    """The directory that holds the model's config, tokenizer and safetensors. Code beside them is never run.
 
-    Raises UserError for a missing model, a model with only pickled weights, and one with its own code where
-    `trust_remote_code` does not allow it.
+    Raises UserError for a missing model and for one with pickled weights only.
     """
     directory = Path(model) if is_local(model) else _fetch(model, revision, WANTED)
-    config = read_config(directory)
-    if config.get("auto_map") and not trust_remote_code:
-        raise UserError(
-            f"'{model}' has its own code (auto_map in config.json), which is not run: "
-            "read it, then allow it with --trust-remote-code"
-        )
+    read_config(directory)
     pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
     if pickles and not any(directory.glob("*.safetensors")):
         raise UserError(f"'{model}' holds only pickled weights ('{pickles[0]}'): convert them to safetensors first")

@@ -15,6 +15,7 @@ from builder.planning.hub import find_config
 from builder.planning.model_config import Architecture, Linear, architecture
 from builder.recipe import Recipe
 from calibration.config import check_adapter_rank
+from plugins.common import defaults
 from plugins.common.errors import UserError
 
 PRODUCTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -71,7 +72,9 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, gpu: str = "H100-SXM", batch: int = 8, context: int = 1024) -> Plan:
+def make_plan(
+    recipe: Recipe, gpu: str = defaults.GPU, batch: int = defaults.BATCH, context: int = defaults.CONTEXT
+) -> Plan:
     """Resolves `recipe`. Raises UserError for a model, layer or pattern that cannot be built."""
     config, source = find_config(recipe.model, recipe.revision)
     shapes = architecture(config, source)

@@ -60,6 +60,8 @@ def assemble(context: BuildContext, outputs: Outputs, benchmark_reached: bool) -
         report["layers"] = _layers(context, outputs)
     if "evaluate" in outputs:
         report["accuracy"] = _read(outputs["evaluate"].path / "accuracy.json")
+        for engine in report["accuracy"]["engines"].values():
+            engine.pop("kernel_of", None)  # stands in the table of layers
     if "benchmark" in outputs:
         report["performance"] = _read(outputs["benchmark"].path / "performance.json")
     if "selection" in outputs:
@@ -130,11 +132,12 @@ def _layers(context: BuildContext, outputs: Outputs) -> list[dict[str, Any]]:
     from builder import checkpoint
 
     engine = outputs["engine"].path
-    tactics = (read_tactics(engine) or {}).get("layers", {})
+    tactics = read_tactics(engine) or {"source": None, "layers": {}}
     dense = {layer.name: layer.dense_bytes for layer in context.plan.layers}
+    kernels = _engine_facts(context, outputs).get("kernel_of", {})
     rows = []
     for layer in checkpoint.read(outputs["checkpoint"].path / "hf").layers():
-        tactic = tactics.get(layer.name) or tactics.get(trtllm_name(layer.name), {})
+        tactic = tactics["layers"].get(layer.name) or tactics["layers"].get(trtllm_name(layer.name), {})
         rows.append({
             "name": layer.name,
             "out_features": layer.out_features,
@@ -144,7 +147,7 @@ def _layers(context: BuildContext, outputs: Outputs) -> list[dict[str, Any]]:
             "zeros": layer.zeros,
             "dense_bytes": dense.get(layer.name),
             "built_bytes": layer.packed_bytes,
-            "kernel": "reference" if context.plan.backend == "torch" and machine.device()["type"] == "cpu" else None,
+            "kernel": kernels.get(layer.name) or _measured_kernels(tactics["source"], tactic),
             "reason": tactic.get("reason"),
         })  # fmt: skip
     return rows
@@ -167,11 +170,14 @@ def _notes(context: BuildContext, outputs: Outputs) -> list[str]:
         adapter = outputs["adapter"]
         share = median(layer["taken_back"] for layer in _read(adapter.path / "layers.json"))
         notes.append(ADAPTER.format(rank=adapter.record["config"]["rank"], share=share))
-    if context.recipe.trust_remote_code:
-        notes.append(
-            "The model's own code was allowed (trust_remote_code); of a supported architecture transformers' code ran."
-        )
     return notes
+
+
+def _measured_kernels(source: str | None, tactic: dict[str, Any]) -> str | None:
+    """The layer's kernels from few tokens to many, where they were timed on the device; predictions name none."""
+    if source != "measured" or not tactic.get("buckets"):
+        return None
+    return ", ".join(dict.fromkeys(bucket["kernel"] for bucket in tactic["buckets"]))
 
 
 def _remarks(context: BuildContext, outputs: Outputs) -> list[str]:
@@ -179,11 +185,17 @@ def _remarks(context: BuildContext, outputs: Outputs) -> list[str]:
     if "engine" not in outputs:
         return []
     remarks: list[str] = _read(outputs["engine"].path / "engine.json").get("remarks", [])
+    return remarks + list(_engine_facts(context, outputs).get("remarks", []))
+
+
+def _engine_facts(context: BuildContext, outputs: Outputs) -> dict[str, Any]:
+    """How the engine ran where this process opened it; empty where it did not."""
+    facts: dict[str, Any] = {}
     if context.plan.backend == "torch" and "evaluate" in outputs:
-        remarks += _read(outputs["evaluate"].path / "accuracy.json")["engines"]["built"]["remarks"]
+        facts = _read(outputs["evaluate"].path / "accuracy.json")["engines"]["built"]
     elif "benchmark" in outputs:
-        remarks += _read(outputs["benchmark"].path / "engines.json")["built"]["remarks"]
-    return remarks
+        facts = _read(outputs["benchmark"].path / "engines.json")["built"]
+    return facts
 
 
 def _read(path: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from builder import checkpoint
 from builder.checkpoint import LayerFacts
 from builder.engines.predicted_tactics import predict_tactics, read_tactics
+from plugins.common import defaults
 from plugins.common.errors import UserError
 from plugins.sparsity import pattern
 
@@ -28,7 +29,7 @@ def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[s
     if tactics is None or (gpu is not None and tactics["source"] == "predicted"):
         if weights is None:
             raise UserError(f"'{artifact}' holds no checkpoint to predict from: name the build that holds the engine")
-        tactics = predict_tactics(weights, gpu or "H100-SXM")
+        tactics = predict_tactics(weights, gpu or defaults.GPU)
     why_dense = _why_dense(artifact)
     names = [name for name in tactics["layers"] if fnmatch.fnmatchcase(name, layers)]
     if not names:

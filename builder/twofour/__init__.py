@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from plugins.common import defaults
 from plugins.common.errors import GateError, UserError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def build(
     settings: Mapping[str, Any] | None = None,
     until: Until = "deploy",
     store: str | Path | None = None,
-    gpu: str = "H100-SXM",
+    gpu: str = defaults.GPU,
     quiet: bool = True,
 ) -> Build:
     """Builds `model` into the directory `out`, as `twofour build` does.

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from calibration.data.windows import Tokens
+from plugins.common.progress import Progress
 
 BATCH = 4  # windows
 DRAWS = 4  # of tokens from the model's own distribution, a batch, for the estimate
-Progress = Callable[[str, int, int], None]
 Change = Callable[[], AbstractContextManager[None]]
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from calibration import config
 from plugins.common.errors import GateError, UserError
+from plugins.common.progress import Progress
 
 Logits = Callable[[Tensor], Tensor]
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-Progress = Callable[[str, int, int], None]
 Gate = dict[str, Any]
 
 RESAMPLES = 2000  # of the documents, for the interval

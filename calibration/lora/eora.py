@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,8 @@ from calibration.pruning.block_pruner import by_block
 from calibration.pruning.block_store import Finished
 from calibration.pruning.input_statistics import gather, shared_inputs
 from plugins.common.errors import UserError
+from plugins.common.progress import Progress
 from plugins.sparsity.declaration import Declaration
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from plugins.common.files import replacing
+
 TOKENS_AT_ONCE = 512  # that go through a block together; fixed, as sums in another order round otherwise
 
 
@@ -40,10 +42,8 @@ class States:
     @contextmanager
     def writer(self) -> Iterator[Callable[[Tensor], object]]:
         """For batches that come up in the course of other work: what adds one to the file."""
-        partial = self.path.with_suffix(".partial")
-        with partial.open("wb") as opened:
+        with replacing(self.path) as partial, partial.open("wb") as opened:
             yield lambda batch_BTD: opened.write(batch_BTD.float().cpu().contiguous().numpy().data)
-        partial.replace(self.path)
 
     def read(self, samples: Iterable[int]) -> Tensor:
         """These samples [B, T, D], on the device."""

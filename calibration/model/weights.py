@@ -16,6 +16,7 @@ from torch import Tensor
 from calibration.model.channel_order import ChannelOrder
 from calibration.model.weight_files import INDEX, SINGLE, weight_files
 from plugins.common.errors import UserError
+from plugins.common.files import replacing, sha256_once
 
 CHUNK = 1 << 20
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -62,12 +63,7 @@ class Weights:
 
     def sha256(self) -> str:
         """Of all the files' bytes."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            with file.open("rb") as opened:
-                while chunk := opened.read(CHUNK):
-                    digest.update(chunk)
-        return digest.hexdigest()
+        return hashlib.sha256("".join(sha256_once(file) for file in self.files).encode()).hexdigest()
 
     def _file(self, name: str) -> Path:
         if name not in self.file_of:
@@ -88,13 +84,11 @@ def copy_with(source: Path, out: Path, names: Iterable[str], replacement: Callab
             continue
         if file.name == INDEX and weights[0].name == SINGLE:
             continue  # transformers prefers the one file to the index
-        copy = out / f".{file.name}.partial"
-        shutil.copyfile(file, copy)
-        with copy.open("r+b") as opened:
+        with replacing(out / file.name, durable=True) as copy:
+            shutil.copyfile(file, copy)
             if file.suffix == ".safetensors":
-                _replace(opened.fileno(), wanted, replacement)
-            os.fsync(opened.fileno())
-        copy.rename(out / file.name)
+                with copy.open("r+b") as opened:
+                    _replace(opened.fileno(), wanted, replacement)
 
 
 def _replace(file: int, names: set[str], replacement: Callable[[str], Tensor]) -> None:

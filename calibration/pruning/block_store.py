@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from plugins.common.files import read_json, replacing, sync
 
 
 class Finished:
@@ -22,10 +23,11 @@ class Finished:
         self.work = work
         work.mkdir(parents=True, exist_ok=True)
         marker = work / "run.json"
-        if not (marker.exists() and json.loads(marker.read_text()) == {"key": key}):
+        if read_json(marker, None) != {"key": key}:
             for file in [*work.glob("*.safetensors"), *work.glob("*.states")]:
                 file.unlink()
-            _write_text(marker, json.dumps({"key": key}))
+            with replacing(marker, durable=True) as partial:
+                partial.write_text(json.dumps({"key": key}))
 
     def count(self) -> int:
         """The number of finished blocks."""
@@ -41,14 +43,10 @@ class Finished:
     def add(self, number: int, weights: dict[str, Tensor], reports: list[dict[str, Any]]) -> None:
         """Writes block `number`, and drops the states of before it."""
         for states in self.work.glob(f"block-{number + 1:05d}-*.states"):
-            _sync(states)
-        partial = self._block(number).with_suffix(".partial")
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in weights.items()},
-            str(partial),
-            {"reports": json.dumps(reports)},
-        )
-        _finish(partial, self._block(number))
+            sync(states)
+        with replacing(self._block(number), durable=True) as partial:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+            save_file(tensors, str(partial), {"reports": json.dumps(reports)})
         for file in self.work.glob(f"block-{number:05d}-*.states"):
             file.unlink()
 
@@ -65,22 +63,3 @@ class Finished:
 
     def _block(self, number: int) -> Path:
         return self.work / f"block-{number:05d}.safetensors"
-
-
-def _write_text(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    _finish(partial, file)
-
-
-def _finish(partial: Path, file: Path) -> None:
-    """A rename that outlives a loss of power: first the bytes, then the name, then the directory."""
-    _sync(partial)
-    partial.rename(file)
-    _sync(file.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -5,21 +5,20 @@ ModelOpt holds the whole model, and for SparseGPT every layer's Hessian, at once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from calibration.model.silence import quiet
+from plugins.common.progress import Progress
 
 MODES = {"modelopt-magnitude": "sparse_magnitude", "modelopt-sparsegpt": "sparsegpt"}
 SAMPLES_AT_ONCE = 8
 
 
-def prune(
-    source: Path, tokens_BT: Tensor, method: str, layers: Sequence[str], progress: Callable[[str, int, int], None]
-) -> dict[str, Tensor]:
+def prune(source: Path, tokens_BT: Tensor, method: str, layers: Sequence[str], progress: Progress) -> dict[str, Tensor]:
     """The weights of `layers` as ModelOpt prunes them to 2:4, by layer, in the source's dtype.
 
     ModelOpt's SparseGPT uses its update to choose the mask and then discards it: kept weights stay as they were.

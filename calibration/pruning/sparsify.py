@@ -24,10 +24,10 @@ from calibration.pruning.block_store import Finished
 from calibration.pruning.lm_head_refit import refit_head
 from calibration.pruning.solvers import SOLVERS, Pattern
 from plugins.common.errors import UserError
+from plugins.common.progress import Progress
 from plugins.sparsity.declaration import Declaration
 from plugins.sparsity.segments import Segments
 
-Progress = Callable[[str, int, int], None]
 Changed = dict[str, Callable[[], Tensor]]  # what reads the new tensor, by the tensor's name
 
 

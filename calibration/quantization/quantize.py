@@ -6,7 +6,7 @@ SmoothQuant: Xiao et al., 2023 (arXiv 2211.10438). FP8 e4m3 with one static scal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from calibration.data.windows import Tokens
 from calibration.model.silence import quiet
 from calibration.quantization.fused import share_weight_scales
 from plugins.common.errors import UserError
+from plugins.common.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 BATCH = 8  # windows a forward pass
 
 

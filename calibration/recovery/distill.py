@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from calibration.config import Quantization, Recovery
 from calibration.data.windows import Tokens
 from calibration.model.device import has_bfloat16
 from calibration.quantization.quantize import quantize
+from plugins.common.progress import Progress
 
 LOGITS_AT_ONCE = 2**26  # B x T x V of one forward pass: 256 MB in float32, of which training holds about six
 CHECKPOINTS = 10  # over the whole training
@@ -231,7 +232,7 @@ def last_checkpoint(work: Path) -> Path | None:
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Tells the progress, and ends the training when its time is over, earlier runs' time counted in."""
 
-    def __init__(self, progress: Callable[[str, int, int], None], spent: Path, deadline: float | None):
+    def __init__(self, progress: Progress, spent: Path, deadline: float | None):
         self.progress, self.spent, self.deadline = progress, spent, deadline
         self.started = time.monotonic() - (float(spent.read_text()) if spent.is_file() else 0.0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from calibration.config import Quantization, Recovery
 from calibration.data.windows import Tokens
 from calibration.model.weights import Weights
 from plugins.common.errors import UserError
+from plugins.common.files import read_json, replacing, write_json
 from plugins.sparsity.declaration import Declaration
 
 HELD_OUT = 16  # windows at most that judge the training and never train
@@ -37,7 +37,7 @@ class Job:
     def open(self, work: Path, tokens: Tokens) -> None:
         """Writes the job and its tokens; drops what another job left in `work`."""
         key = self._key(tokens)
-        if (found := read_json(work / "job.json")) and found["key"] == key:
+        if (found := read_json(work / "job.json", None)) and found["key"] == key:
             return
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -95,20 +95,7 @@ def _load(directory: str, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def read_json(path: Path) -> Any:
-    """The file's value, or None where there is no file."""
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
-
-
 def save_tokens(path: Path, tokens: Tokens) -> None:
     """Whole or not at all."""
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, tokens)
-    partial.replace(path)
+    with replacing(path) as partial:
+        np.save(partial, tokens)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from calibration.evaluation.evaluate import evaluate, hf_logits
 from calibration.model.silence import quiet
 from calibration.model.weights import Weights, copy_with
 from calibration.pruning.solvers.masks import apply
-from calibration.recovery.job import Job, read_json, save_tokens, write_json
+from calibration.recovery.job import Job, save_tokens
 from plugins.common.errors import Caution, GateError, UserError
+from plugins.common.files import read_json, write_json
+from plugins.common.progress import Progress
 
 PLANNED = 1.1  # of the steps that fit: the time ends the training, and a step timed alone may be slower than the others
 SHARE = 0.98  # of the minutes that is planned with
 LEAST = 20  # steps: fewer are not worth starting
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _prepare(job: Job, work: Path, progress: Progress, started: float) -> Any:
     from calibration.recovery import distill
     from calibration.recovery.self_generated import sample
 
-    if found := read_json(work / "plan.json"):
+    if found := read_json(work / "plan.json", None):
         return found
     text = np.load(work / "text.npy")
     dense, student = job.models(work)
@@ -123,7 +124,7 @@ def train(work: Path, progress: Progress) -> None:
     """From the last checkpoint in `work`, if there is one, to the planned end. Each process of a launch runs this."""
     from calibration.recovery import distill
 
-    job, plan = Job.read(work), read_json(work / "plan.json")
+    job, plan = Job.read(work), read_json(work / "plan.json", None)
     watch = distill.Watch(progress, work / "spent.json", plan.get("deadline"))
     dense, student = job.models(work)
     distill.train(
@@ -181,7 +182,7 @@ def _finish(job: Job, work: Path, plan: dict[str, Any], out: Path, started: floa
     kept = kl is not None and kl < plan["kl_before"]
     copy_with(Path(job.pruned), out, trained.names if kept else [], trained.stored)
     report = RecoveryReport(
-        steps=read_json(checkpoint / "trainer_state.json")["global_step"],
+        steps=read_json(checkpoint / "trainer_state.json", None)["global_step"],
         planned_steps=plan["steps"],
         windows=len(np.load(work / "train.npy", mmap_mode="r")),
         sampled_windows=job.config.sampled_windows,

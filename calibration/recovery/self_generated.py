@@ -5,20 +5,20 @@ Liu et al., 2023 (arXiv 2305.17888) distill from self-generated text where the t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from calibration.data.windows import Tokens
+from plugins.common.progress import Progress
 
 BATCH = 64  # windows sampled together
 PROMPT = 4  # tokens of real text that a window begins with
 
 
 @torch.inference_mode()
-def sample(model: Any, tokens: Tokens, windows: int, seed: int, progress: Callable[[str, int, int], None]) -> Tokens:
+def sample(model: Any, tokens: Tokens, windows: int, seed: int, progress: Progress) -> Tokens:
     """`windows` windows [windows, T] like `tokens` [_, T]: each begins as one of them, and goes on at temperature 1.
 
     Deterministic for a seed on one machine. No end-of-sequence stops it, as windows of running text have none.

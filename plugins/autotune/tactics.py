@@ -6,8 +6,6 @@ device from predictions; the two never mix in one bucket.
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from plugins.common.config import Config
 from plugins.common.errors import UserError
+from plugins.common.files import write_json
 
 Kernel = Literal["dense-cublaslt", "cusparselt", "skinny", "reference", "none"]
 
@@ -79,6 +78,4 @@ def write(tactics: Tactics | dict[str, Any], path: Path) -> None:
     """Writes tactics.json, validated, to a file or into an engine directory; a reader never sees half of it."""
     checked = tactics if isinstance(tactics, Tactics) else Tactics.model_validate(tactics)
     file = path / "tactics.json" if path.is_dir() else path
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(checked.model_dump(mode="json", exclude_none=False), indent=2) + "\n")
-    os.replace(partial, file)
+    write_json(file, checked.model_dump(mode="json", exclude_none=False))

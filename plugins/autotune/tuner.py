@@ -2,7 +2,7 @@
 
 For each unique shape and bucket of tokens: cuBLASLt on the dense weight (the best of our search and of torch's own
 call), cuSPARSELt, and the skinny kernel up to 64 tokens, weights cold (autotune/timing.py). A sparse kernel is kept
-where it is faster than dense by at least MARGIN. A layer on which none wins stays dense, and its entry says so.
+where it is faster than dense by at least LEAST_GAIN. A layer on which none wins stays dense, and its entry says so.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch
 
 from plugins.autotune import search, timing
 from plugins.common import numerics
+from plugins.common.defaults import LEAST_GAIN, MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
+from plugins.common.progress import Progress
 from plugins.libtwofour import bindings, torch_ops
 
 log = logging.getLogger(__name__)
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-MARGIN = 0.02
 PADDED = (16, 32)  # tokens that a dense FP8 product is also timed with
 WORKSPACE = 128 << 20
 NAMES = {"cublaslt": "dense-cublaslt", "torch": "dense-torch"}  # in tactics.json; sparse kernels go by their own
@@ -87,7 +88,7 @@ def tune(
     layers: Mapping[str, Shape],
     buckets: Sequence[int] = BUCKETS,
     device: int = 0,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """tactics.json of 2:4 `layers` (module names and shapes) measured on a CUDA device.
 
@@ -128,7 +129,7 @@ def _measure(shape: Shape, buckets: Sequence[int], device: int, l2_bytes: int) -
 def bucket_of(bench: Bench, tokens: int, timer: Timer) -> dict[str, Any]:
     """Times all kernels at `tokens` and returns the bucket of tactics.json. Kernels that cannot run are left out."""
     timings = []
-    for kernel in ("cublaslt", "torch", "cusparselt", *(("skinny",) if tokens <= torch_ops.MAX_SKINNY_TOKENS else ())):
+    for kernel in ("cublaslt", "torch", "cusparselt", *(("skinny",) if tokens <= MAX_SKINNY_TOKENS else ())):
         try:
             timings.append(time_padded(bench, kernel, tokens, timer))
         except torch.OutOfMemoryError:
@@ -155,14 +156,14 @@ def time_padded(bench: Bench, kernel: str, tokens: int, timer: Timer) -> Timing:
 
 
 def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
-    """The bucket: the fastest sparse kernel where it beats the fastest dense one by MARGIN, else the dense one."""
+    """The bucket: the fastest sparse kernel where it beats the fastest dense one by LEAST_GAIN, else the dense one."""
     by_time = sorted(timings, key=lambda t: t.us)
     dense = next((t for t in by_time if t.kernel in NAMES), None)
     sparse = next((t for t in by_time if t.kernel not in NAMES), None)
     ours = next((t for t in by_time if t.kernel == "cublaslt"), None)  # what a layer can run dense
     if dense is None and sparse is None:
         raise UserError(f"no kernel ran at {tokens} tokens: see the log; `twofour doctor` says what is missing")
-    pays = sparse is not None and (dense is None or sparse.us * (1 + MARGIN) <= dense.us)
+    pays = sparse is not None and (dense is None or sparse.us * LEAST_GAIN <= dense.us)
     winner = sparse if pays else ours
     return {
         "tokens": tokens,
@@ -197,8 +198,8 @@ def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
             return f"stays dense: no sparse kernel runs this shape on {gpu}"
         best = max(ratios, key=lambda tokens: ratios[tokens])
         return (
-            f"stays dense: no sparse kernel is faster by {MARGIN:.0%} on {gpu}; the best is {ratios[best]:.2f}x at "
-            f"{best} tokens"
+            f"stays dense: no sparse kernel is faster by {LEAST_GAIN - 1:.0%} on {gpu}; "
+            f"the best is {ratios[best]:.2f}x at {best} tokens"
         )
     words = [f"{b['ratio']:.2f}x at {b['tokens']}" if b["ratio"] else f"at {b['tokens']}" for b in won]
     lost = [str(b["tokens"]) for b in buckets if b not in won]

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from plugins.common import numerics
+from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
 from plugins.libtwofour import bindings
 from plugins.sparsity import skinny_layout
@@ -35,7 +36,6 @@ FORMATS = {
     torch.float8_e4m3fn: "fp8",
 }
 DTYPES = {name: dtype for dtype, name in FORMATS.items()}
-MAX_SKINNY_TOKENS = 64
 
 
 @torch.library.custom_op("twofour::quantize", mutates_args=(), device_types="cpu")

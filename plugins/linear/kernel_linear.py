@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.libtwofour import torch_ops
 from plugins.linear.torch_linear import InputQuantizer, Linear, Scales
 
 Choices = Sequence[tuple[int, str]]
 """(tokens, kernel) in ascending order: the kernel for up to so many tokens, the last also for more."""
 
-LIMIT = torch_ops.MAX_SKINNY_TOKENS
+LIMIT = MAX_SKINNY_TOKENS
 SKINNY_THEN_CUSPARSELT: Choices = ((LIMIT, "skinny"), (LIMIT + 1, "cusparselt"))
 DENSE: Choices = ((1, "cublaslt"),)
 OPERATORS: dict[str, Callable[..., torch.Tensor]] = {

@@ -114,24 +114,12 @@ def test_a_model_without_weights(build: Callable[..., str], broken: Path) -> Non
     assert build(broken) == f"'{broken}' holds no *.safetensors: fetch the model's weights"
 
 
-def test_remote_code_is_refused(build: Callable[..., str], broken: Path) -> None:
-    _give_code(broken)
-    words = build(broken)
-    assert "has its own code (auto_map in config.json)" in words
-    assert "allow it with --trust-remote-code" in words
-    assert not (broken / "ran").exists()
-
-
-def test_remote_code_allowed_is_recorded(broken: Path, tmp_path: Path) -> None:
+def test_a_models_own_code_never_runs(broken: Path, tmp_path: Path) -> None:
     _give_code(broken)
     out, recipe = tmp_path / "out", write_recipe(tmp_path / "recipe.yaml", broken)
-    report = done("build", recipe, "--preset", "fp8", "--trust-remote-code", "--until", "checkpoint",
-                  "--out", out, "--store", tmp_path / "store", "--json").json  # fmt: skip
-    assert report["recipe"]["trust_remote_code"] is True
-    assert any("trust_remote_code" in note for note in report["notes"])
+    done("build", recipe, "--preset", "fp8", "--until", "checkpoint", "--out", out, "--store", tmp_path / "store")
     assert not (broken / "ran").exists()  # transformers has the architecture itself
-    assert "trust_remote_code: true" in (out / "recipe.yaml").read_text()
-    assert "trust_remote_code" in (out / "manifest.json").read_text()
+    assert not list(out.rglob("evil.py"))
 
 
 def _give_code(model: Path) -> None:

@@ -26,6 +26,7 @@ from builder.engines.torch_backend.engine import TorchEngine
 from builder.engines.torch_backend.limits import Limits
 from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
+from plugins.common.files import write_json
 
 if TYPE_CHECKING:
     from builder.config import EngineConfig
@@ -47,10 +48,10 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
     tensors = weights.Tensors(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     weights.write(weights.packed(tensors, sparse_layers), out)
-    _write_json(out / "config.json", {k: v for k, v in model_config.items() if k != "quantization_config"})
+    write_json(out / "config.json", {k: v for k, v in model_config.items() if k != "quantization_config"})
     copy_tokenizer(checkpoint, out)
     if tactics is not None:
-        _write_json(out / "tactics.json", tactics)
+        write_json(out / "tactics.json", tactics)
     engine = {
         "backend": "torch",
         "layout": LAYOUT,
@@ -65,7 +66,7 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
         "chunked_prefill": config.chunked_prefill,
         "cuda_graphs": config.cuda_graphs,
     }
-    _write_json(out / "engine.json", engine)
+    write_json(out / "engine.json", engine)
 
 
 def load(engine_dir: Path, *, device: str | None = None, dtype: torch.dtype | None = None) -> TorchEngine:
@@ -175,7 +176,3 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is not JSON ({error}): write it again") from None
     return value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf8")

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.model_shapes import MODELS
-from benchmarks.serving.records import replace_json
 from builder.engines.torch_backend.attention import Batch, Decode, Whole
 from builder.engines.torch_backend.decoder import Decoder
 from builder.engines.torch_backend.kv_cache import KVCache
 from plugins.autotune import timing, tuner
 from plugins.common.errors import UserError
+from plugins.common.files import write_json
 from plugins.libtwofour import bindings
 from plugins.linear.factory import share_input
 from plugins.linear.kernel_linear import KernelLinear, choices_of
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
-    keep: Keep = (lambda found: None) if chosen.out is None else lambda found: replace_json(chosen.out, found)
+    keep: Keep = (lambda found: None) if chosen.out is None else lambda found: write_json(chosen.out, found)
     try:
         result = run(chosen.model, chosen.seconds, keep)
     except UserError as error:

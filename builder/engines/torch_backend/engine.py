@@ -97,7 +97,7 @@ class TorchEngine:
                 self.cancel(request_id)
 
     def describe(self) -> dict[str, Any]:
-        """Device, compute dtype, bytes in memory, the number of layers on each kernel, and remarks in words."""
+        """Device, compute dtype, bytes in memory, the layers' kernels, and remarks for readers of measurements."""
         layers = self.model.linears.values()
         return {
             "device": str(self.model.device),
@@ -106,6 +106,7 @@ class TorchEngine:
             "kv_cache": self._cache.kind,
             "kv_cache_bytes": self._cache.nbytes,
             "kernels": dict(Counter(layer.kernel for layer in layers)),
+            "kernel_of": {name: layer.kernel for name, layer in self.model.linears.items()},
             "remarks": self.model.remarks,
         }
 

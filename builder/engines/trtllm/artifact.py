@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from builder.artifacts.filesystem import write_json
 from builder.checkpoint import digest
 from builder.config import EngineConfig
 from builder.hardware import machine
+from plugins.common.files import write_json
 
 KV_CACHE_FRACTION = 0.9  # of the memory left after loading; TensorRT-LLM's own default, written so that it is seen
 

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from builder.artifacts.filesystem import write_json
 from builder.checkpoint import Checkpoint, read
 from builder.config import EngineConfig
 from builder.engines.trtllm import artifact, launch, sparse_package, version_lock
@@ -27,6 +26,7 @@ from builder.planning import compatibility
 from calibration.data.tokenizer_files import copy_tokenizer
 from calibration.quantization.trtllm_config import for_transformers_4
 from plugins.common.errors import UserError
+from plugins.common.files import write_json
 from plugins.tensorrt_llm import releases
 from plugins.tensorrt_llm.layer_names import FUSED
 

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from builder.engines.trtllm.build_errors import explain
 from plugins.common.errors import UserError
+from plugins.common.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 _POLL = 0.05  # seconds
 _PATIENCE = 10.0  # seconds that a rank has to end when asked, before it is killed
 _LOG_SHOWN = 1 << 20  # bytes at the end of a log that are searched for the cause

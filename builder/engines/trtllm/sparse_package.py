@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from builder.artifacts.filesystem import write_json
 from builder.checkpoint import Checkpoint
+from plugins.common.files import write_json
 
 NAME = "twofour_sparse"
 MODEL_MODULE = {  # architecture -> module of tensorrt_llm._torch.models that defines it

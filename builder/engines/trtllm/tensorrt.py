@@ -18,7 +18,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
-from builder.artifacts.filesystem import write_json
 from builder.checkpoint import read
 from builder.config import EngineConfig
 from builder.engines import measured_tactics
@@ -39,6 +38,8 @@ from builder.hardware.nvidia_smi import gpus
 from builder.planning import compatibility
 from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
+from plugins.common.files import write_json
+from plugins.common.progress import Progress
 from plugins.libtwofour import bindings
 from plugins.tensorrt_llm import releases
 from plugins.tensorrt_llm.log import Status
@@ -99,7 +100,7 @@ def build(
     tokenizer: Path | None = None,
     ratios: Mapping[str, float] | None = None,
     plugin: Path | None = None,
-    progress: rank_processes.Progress | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Builds the engine, one process a rank, and writes what TensorRT picked into tactics.json.
 
@@ -171,7 +172,7 @@ def _build_ranks(
     chosen: Mapping[str, str],
     tokenizer: Path | None,
     plugin: Path | None,
-    progress: rank_processes.Progress | None,
+    progress: Progress | None,
 ) -> dict[str, Status]:
     """Builds all ranks and returns what became of each 2:4 layer."""
     _prepare(found, out, config, chosen, tokenizer)
