@@ -1,5 +1,7 @@
 # make quickstart   sets everything up, builds examples/docs-llama and shows what came out
 # make test         sets everything up, checks the code and runs the tests
+# make test-fast    the tests without whole builds, compilers and servers, in a minute
+# make docs         writes the generated pages
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,13 +10,16 @@ READY := $(VENV)/.ready
 # with a CUDA compiler, also the libraries that the kernels are compiled against
 EXTRAS := calibrate,triton,bench,dev$(if $(shell command -v nvcc),$(shell echo ,cuda))
 
-.PHONY: quickstart test check docs clean
+.PHONY: quickstart test test-fast check docs clean
 
 quickstart: $(READY)
 	$(BIN)/twofour build examples/quickstart.yaml --out build/quickstart --store build/store
 
 test: $(READY) check
 	$(BIN)/pytest
+
+test-fast: $(READY)
+	$(BIN)/pytest -m "not (e2e or native or slow or gpu)"
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -20,6 +20,9 @@ if importlib.util.find_spec("twofour") is None:  # a checkout that is not instal
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "e2e"):
+            item.add_marker(pytest.mark.e2e)
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
