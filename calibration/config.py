@@ -61,7 +61,7 @@ class Sparsity(Config):
 def check_adapter_rank(rank: int, name: str, out_features: int, in_features: int) -> None:
     """Raises UserError where the layer `name` is too small for an adapter of this rank."""
     if rank > (most := min(out_features, in_features)):
-        raise UserError(f"sparsity.adapter_rank {rank} is above what '{name}' can have: ask for {most} or less")
+        raise UserError(f"sparsity.adapter_rank {rank} exceeds the largest rank of '{name}': use {most} or less")
 
 
 class Quantization(Config):

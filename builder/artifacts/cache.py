@@ -62,7 +62,7 @@ class Cache:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"no store can be kept at '{root}' ({error.strerror}): choose another folder") from None
+            raise UserError(f"the cache '{root}' cannot be written ({error.strerror}): choose another folder") from None
 
     def run(self, stage: str, key: str, describe: Mapping[str, Any], make: Make, *, wait: bool = True) -> CachedOutput:
         """The output of `stage` under `key`: the finished one, or else the one that `make(out, work)` writes now.

@@ -51,7 +51,9 @@ def check(out: Path) -> None:
         raise UserError(f"'{out}' holds '{min(names)}' and is not an earlier build: choose another --out, or empty it")
     foreign = sorted(name for name in names - listed_files(out) - {MANIFEST} if "__pycache__" not in name)
     if foreign:
-        raise UserError(f"'{out}' holds '{foreign[0]}', which no build wrote: move it away, or choose another --out")
+        raise UserError(
+            f"'{out}' contains '{foreign[0]}', which twofour did not create: move it, or choose another --out"
+        )
 
 
 def publish(parts: Mapping[str, Path], out: Path, files: Mapping[str, bytes]) -> None:

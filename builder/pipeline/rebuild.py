@@ -184,5 +184,5 @@ def _dense(built: recipe.Recipe | None, model: str | None) -> Path:
     if model is not None:
         return find_model(model)
     if built is None:
-        raise UserError("an engine on its own does not say which dense model it came from: name it with --model")
+        raise UserError("an engine does not record its dense model: name it with --model")
     return find_model(built.model, built.revision)

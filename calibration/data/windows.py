@@ -66,7 +66,7 @@ def windows(
     if count == 0 or (samples is not None and count < samples):
         asked = f"{samples} samples" if samples else "a sample"
         raise UserError(
-            f"'{data}' holds {count} samples of {length} tokens, and {asked} were asked for: add text, or ask for less"
+            f"'{data}' holds {count} samples of {length} tokens, and {asked} are needed: add text, or use fewer"
             + (f" (--set calibration.samples={count})" if count else "")
         )
     if found.tokens.min() < 0 or found.tokens.max() >= vocabulary:

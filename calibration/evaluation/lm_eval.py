@@ -49,7 +49,7 @@ def lm_eval_tasks(logits: Logits, model: Path, tasks: Sequence[str], context: in
             return [rolling(logits, ids, context) for ids in texts]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            raise UserError("tasks that generate text are not offered here: name tasks scored by log likelihood")
+            raise UserError("tasks that generate text are not supported: name tasks scored by log likelihood")
 
     try:
         results = simple_evaluate(EngineLM(), tasks=list(tasks))["results"]

@@ -144,5 +144,5 @@ class _Walk(Passage):
 def _pruned_layers(pruned: Path) -> list[str]:
     layers = list(Declaration.read(pruned).pruned)
     if not layers:
-        raise UserError("no layer is pruned, so an adapter has nothing to take back: leave out sparsity.adapter_rank")
+        raise UserError("no layer is pruned, so an adapter has no error to recover: leave out sparsity.adapter_rank")
     return layers

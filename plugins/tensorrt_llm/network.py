@@ -139,7 +139,7 @@ def add_plugin(layer: Any, x: Any, scales: np.ndarray[Any, Any]) -> Any:
     fields = plugin_fields(layer, scales)
     plugin = creator.create_plugin("twofour", trt.PluginFieldCollection(list(fields.values())), trt.TensorRTPhase.BUILD)
     if plugin is None:
-        raise UserError("TensorRT could not make our plugin for a layer: the line before this one in the log says why")
+        raise UserError("TensorRT could not make our plugin for a layer: see the previous line of the log")
     added = default_trtnet().add_plugin_v3([x.trt_tensor], [], plugin)
     return _create_tensor(added.get_output(0), added)
 

@@ -128,7 +128,7 @@ def test_publishing_over_something_else_is_refused(
 def test_a_file_that_the_user_put_into_a_build_is_not_deleted(entry: CachedOutput, tmp_path: Path) -> None:
     build(entry, tmp_path / "out")
     (tmp_path / "out/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds 'notes\.txt', which no build wrote"):
+    with pytest.raises(UserError, match=r"contains 'notes\.txt', which twofour did not create"):
         build(entry, tmp_path / "out")
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
 

@@ -242,8 +242,8 @@ def test_fewer_samples_than_asked(build: Callable[..., str], model: Path) -> Non
     count = len(windows(str(data), model, 64).tokens)
     words = build(model, "--set", "calibration.samples=5000")
     assert words == (
-        f"'{data}' holds {count} samples of 64 tokens, and 5000 samples were asked for: "
-        f"add text, or ask for less (--set calibration.samples={count})"
+        f"'{data}' holds {count} samples of 64 tokens, and 5000 samples are needed: "
+        f"add text, or use fewer (--set calibration.samples={count})"
     )
 
 

@@ -99,7 +99,7 @@ def read(directory: Path) -> TrtllmCheckpoint:
     _check_quantization(config, where)
     if "rotary_base" not in config:
         raise UserError(
-            f"'{where}' says no rotary_base, and TensorRT-LLM would silently take 10000: add the model's rope_theta "
+            f"'{where}' has no rotary_base, and TensorRT-LLM would silently use 10000: add the model's rope_theta "
             "under that name, or export it again with twofour"
         )
     sparse = (

@@ -153,7 +153,7 @@ def test_build_script_runs_the_same_command_wherever_the_artifact_lies(tmp_path)
     [
         ({"architecture": "Gemma9ForCausalLM"}, "'Gemma9ForCausalLM' is not an architecture"),
         ({"dtype": "float64"}, "dtype 'float64'"),
-        ({"rotary_base": None}, "says no rotary_base"),
+        ({"rotary_base": None}, "has no rotary_base"),
         ({"mapping": None}, "no 'mapping'"),
         ({"quantization": {"quant_algo": "FP8", "sparsity": "2:4"}}, "quantization key 'sparsity'"),
         (
