@@ -219,11 +219,11 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--model", help="Compare with this dense model.  [default: the build's own]")
 @click.option("--input-tokens", default=128, show_default=True, help="Send prompts of this length.")
-@click.option("--output-tokens", default=64, show_default=True, help="Generate this many tokens a request.")
+@click.option("--output-tokens", default=64, show_default=True, help="Generate this many tokens per request.")
 @click.option(
     "--concurrency", default="1,4", show_default=True, metavar="N,N,...", help="Run this many requests at a time."
 )
-@click.option("--requests", default=8, show_default=True, help="Send this many requests a concurrency level and round.")
+@click.option("--requests", default=8, show_default=True, help="Send this many requests per round at each concurrency.")
 @click.option(
     "--rounds", default=defaults.ROUNDS, show_default=True, help="Run this many interleaved rounds of dense and built."
 )
