@@ -1,9 +1,12 @@
 """Makes the README's pictures from a real build: the report as a screenshot, the commands as a terminal recording.
 
-python docs/make_images.py [--keep DIRECTORY]     needs chromium; builds examples/quickstart.yaml, a few minutes
+python docs/make_images.py [--store DIRECTORY]     needs chromium; builds examples/quickstart.yaml, a few minutes
+
+With the store of an earlier build (`make quickstart` keeps one in build/store) it takes moments.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +28,7 @@ COMMANDS = (
 )
 
 
-def record(directory: Path) -> None:
+def record(directory: Path, store: Path) -> None:
     """Runs the commands in `directory`, which has examples/, and saves what they print."""
     console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"))  # noqa: SIM115
     for command in COMMANDS:
@@ -35,12 +38,7 @@ def record(directory: Path) -> None:
             program + command.removeprefix("twofour "),
             shell=True,
             cwd=directory,
-            env={
-                "PYTHONPATH": str(ROOT),
-                "COLUMNS": str(COLUMNS),
-                "TWOFOUR_STORE": str(directory / "store"),
-                "PATH": "/usr/bin:/bin",
-            },
+            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(COLUMNS), "TWOFOUR_STORE": str(store)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -64,15 +62,13 @@ def screenshot(report: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the README's pictures from a real build.")
-    parser.add_argument("--keep", type=Path, help="Build here and keep the files.  [default: a temporary directory]")
+    parser.add_argument("--store", type=Path, help="Use the stage outputs kept here.  [default: build all anew]")
     chosen = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        directory = chosen.keep or Path(scratch)
-        directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / "examples").exists():
-            (directory / "examples").symlink_to(ROOT / "examples")
-        record(directory)
+        directory = Path(scratch)
+        (directory / "examples").symlink_to(ROOT / "examples")
+        record(directory, (chosen.store or directory / "store").resolve())
         screenshot(directory / "build" / "quickstart" / "report" / "report.html")
 
 
