@@ -78,7 +78,7 @@ def plan(made: Plan) -> None:
                 f"{phase:<13} at most {built.tokens_per_second:,.0f} tokens/s, {gain:.2f}x dense "
                 f"({load}, {built.bound}-bound; predicted for {p['gpu']})"
             )
-            if built.fits_l2:
+            if built.fits_l2 and built.bound == "memory":
                 click.echo(
                     f"{'':<13} this model fits the L2 cache of {p['gpu']}: the memory's rate is no real limit for it"
                 )
