@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from plugins.common.errors import Caution
+from plugins.common.errors import TwofourWarning
 
 QUIET_SECONDS = 10.0  # between plain lines of one stage
 
@@ -71,7 +71,7 @@ class Console:
 
     def _show_warning(self, message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
         """Ours in one line, others' as they would be shown."""
-        if issubclass(category, Caution):
+        if issubclass(category, TwofourWarning):
             self.warn(message)
         else:
             self._show_other(message, category, *where, **more)

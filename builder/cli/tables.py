@@ -59,7 +59,7 @@ def plan(made: Plan) -> None:
     share = made.built_bytes / made.dense_bytes
     click.echo("")
     for why in dict.fromkeys(
-        (_kind_name(x.name), x.reason) for x in made.layers if not x.sparse and "no sparsity" not in x.reason
+        (_kind_name(x.name), x.reason) for x in made.layers if x.decision in ("excluded", "not listed")
     ):
         click.echo(f"dense         {why[0]}: {why[1]}")
     click.echo(f"weights       {size(made.dense_bytes)} -> {size(made.built_bytes)} ({share:.1%})")

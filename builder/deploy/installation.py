@@ -40,13 +40,15 @@ def find() -> Installation:
         return Installation(binary, CONTAINER / "caches", CONTAINER / "backends")
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
-        raise UserError("no tritonserver here: pip install 'twofour[triton]', or run inside NVIDIA's Triton container")
+        raise UserError(
+            "no tritonserver here", "pip install 'twofour[triton]', or run inside NVIDIA's Triton container"
+        )
     wheel = Path(spec.origin).parent
     root = wheel / "tritonserver"
     stubs = root / "python_backend_stubs" / _PYTHON
     if not (stubs / _STUB).is_file():
         have = sorted(path.name for path in stubs.parent.glob("*"))
-        raise UserError(f"nvidia-pytriton has no Python backend for {stubs.name}: use Python {', '.join(have)}")
+        raise UserError(f"nvidia-pytriton has no Python backend for {stubs.name}", f"use Python {', '.join(have)}")
     return Installation(
         root / "bin" / "tritonserver", root / "caches", root / "backends", wheel.parent / "nvidia_pytriton.libs", stubs
     )

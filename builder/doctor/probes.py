@@ -113,7 +113,7 @@ def kernels() -> Finding:
     try:
         path = bindings.path()
     except UserError as error:
-        return Finding("libtwofour", "missing", None, str(error).partition(":")[0], "twofour plugins build")
+        return Finding("libtwofour", "missing", None, error.message, "twofour plugins build")
     code, _ = _child(
         [sys.executable, "-c", "import plugins.libtwofour.bindings; plugins.libtwofour.bindings.load()"], SECONDS
     )
@@ -226,8 +226,7 @@ def triton() -> Finding:
     try:
         installation = find()
     except UserError as error:
-        words, _, fix = str(error).partition(": ")
-        return Finding("Triton", "missing", None, words, fix)
+        return Finding("Triton", "missing", None, error.message, error.hint)
     kind = f"nvidia-pytriton {_version('nvidia-pytriton')}" if installation.stubs else "NVIDIA's container"
     return Finding("Triton", "ok", _version("nvidia-pytriton") if installation.stubs else None, kind)
 
@@ -238,8 +237,7 @@ def nvcc() -> Finding:
     try:
         path = find_nvcc()
     except UserError as error:
-        words, _, fix = str(error).partition(": ")
-        return Finding("nvcc", "missing", None, words, fix)
+        return Finding("nvcc", "missing", None, error.message, error.hint)
     return _compiler("nvcc", path, r"release [\d.]+, V([\d.]+)")
 
 

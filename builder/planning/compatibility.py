@@ -32,7 +32,7 @@ class Verdict:
     def require(self) -> Verdict:
         """Returns itself. Raises UserError if not `ok`."""
         if not self.ok:
-            raise UserError(f"{self.reason}: {self.instead}" if self.instead else self.reason)
+            raise UserError(self.reason, self.instead)
         return self
 
 

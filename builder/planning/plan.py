@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.roofline import roofline
 from builder.planning.hub import find_config
@@ -22,6 +22,9 @@ PRODUCTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gat
 FORMAT_NAME = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
+Decision = Literal["prune", "candidate", "excluded", "not listed", "no sparsity"]
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """The plan for one linear layer. Bytes are of its weight, with scales."""
@@ -33,6 +36,7 @@ class LayerPlan:
     sparse: bool
     dense_bytes: int
     built_bytes: int
+    decision: Decision
     reason: str
 
     @property
@@ -109,7 +113,8 @@ def _layer(linear: Linear, shapes: Architecture, recipe: Recipe) -> LayerPlan:
     shape, dense_format = (linear.out_features, linear.in_features), _dense_format(shapes)
     quantized = recipe.quantization.format != "none" and not matches(linear.name, recipe.quantization.exclude)
     number_format = recipe.quantization.format if quantized else dense_format
-    sparse, reason = _sparse(linear, shapes, recipe, number_format)
+    decision, reason = _decision(linear, shapes, recipe, number_format)
+    sparse = decision in ("prune", "candidate")
     built = roofline.weight_bytes(*shape, number_format, sparse)
     return LayerPlan(
         name=linear.name,
@@ -119,6 +124,7 @@ def _layer(linear: Linear, shapes: Architecture, recipe: Recipe) -> LayerPlan:
         sparse=sparse,
         dense_bytes=round(roofline.weight_bytes(*shape, dense_format)),
         built_bytes=round(built) + (_scale_bytes(linear, recipe) if quantized else 0),
+        decision=decision,
         reason=reason,
     )
 
@@ -134,13 +140,14 @@ def _scale_bytes(linear: Linear, recipe: Recipe) -> int:
     return 4 * linear.out_features + 4 + 2 * linear.in_features
 
 
-def _sparse(linear: Linear, shapes: Architecture, recipe: Recipe, number_format: str) -> tuple[bool, str]:
+def _decision(linear: Linear, shapes: Architecture, recipe: Recipe, number_format: str) -> tuple[Decision, str]:
+    """Whether the layer is pruned, and why. Raises UserError where it cannot be."""
     if recipe.sparsity is None:
-        return False, "no sparsity in the recipe"
+        return "no sparsity", "no sparsity in the recipe"
     if matches(linear.name, recipe.sparsity.exclude):
-        return False, "excluded by the recipe"
+        return "excluded", "excluded by the recipe"
     if not matches(linear.name, recipe.sparsity.layers):
-        return False, "not among the recipe's layers"
+        return "not listed", "not among the recipe's layers"
     if linear.name == "lm_head" and shapes.tied_embeddings:
         raise UserError(
             "'lm_head' shares its weight with the embedding and cannot be pruned: add it to sparsity.exclude"
@@ -156,8 +163,8 @@ def _sparse(linear: Linear, shapes: Architecture, recipe: Recipe, number_format:
     if recipe.sparsity.adapter_rank is not None:
         check_adapter_rank(recipe.sparsity.adapter_rank, linear.name, linear.out_features, linear.in_features)
     if recipe.sparsity.budget:
-        return True, "a candidate: selected under the budget during the build"
-    return True, "pruned to 2:4"
+        return "candidate", "a candidate: selected under the budget during the build"
+    return "prune", "pruned to 2:4"
 
 
 def _check_globs(recipe: Recipe, names: list[str]) -> None:

@@ -163,14 +163,21 @@ def _notes(context: BuildContext, outputs: Outputs) -> list[str]:
         notes += [CPU_FIGURES]
     if "sparsify" in outputs:
         reports = _read(outputs["sparsify"].path / "layers.json")
-        notes += [f"'{layer['name']}' stayed dense: {layer['note']}" for layer in reports if not layer["pruned"]]
-        kept = sum(layer["pruned"] and bool(layer["note"]) for layer in reports)
+        notes += [_outcome_note(layer) for layer in reports if not layer["pruned"]]
+        kept = sum(layer["outcome"] == "already sparse" for layer in reports)
         notes += [f"{kept} layers were 2:4 already: their masks were kept"] if kept else []
     if "adapter" in outputs:
         adapter = outputs["adapter"]
         share = median(layer["taken_back"] for layer in _read(adapter.path / "layers.json"))
         notes.append(ADAPTER.format(rank=adapter.record["config"]["rank"], share=share))
     return notes
+
+
+def _outcome_note(layer: dict[str, Any]) -> str:
+    """The note on a layer that is not pruned, from layers.json."""
+    if layer["outcome"] in ("refitted", "not refitted"):
+        return f"'{layer['name']}' was {layer['outcome']} to the pruned blocks: {layer['note']}"
+    return f"'{layer['name']}' stayed dense: {layer['note']}"
 
 
 def _measured_kernels(source: str | None, tactic: dict[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from builder import checkpoint
 from builder.checkpoint import LayerFacts
 from builder.engines.predicted_tactics import predict_tactics, read_tactics
 from plugins.common import defaults
+from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.sparsity import pattern
 
@@ -74,13 +75,19 @@ def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None, why_dense:
         "in_features": tactic["in_features"],
         "format": tactic["format"],
         "sparse": tactic["sparse"],
-        "runs_dense": not (cannot or reason.startswith("2:4")),  # as every reason begins of what a sparse kernel takes
+        "runs_dense": not (cannot or _runs_sparse(tactic)),
         "reason": reason if tactic["sparse"] or why_dense is None else f"dense: {why_dense}",
         "buckets": tactic["buckets"],
     }
     if facts is not None:
         row |= {"zeros": facts.zeros, "valid_2to4": _valid(facts)}
     return row
+
+
+def _runs_sparse(tactic: dict[str, Any]) -> bool:
+    """Whether a 2:4 kernel takes the layer at any number of tokens."""
+    by_buckets = any(bucket["kernel"] in SPARSE_KERNELS for bucket in tactic["buckets"])
+    return by_buckets if tactic.get("runs_sparse") is None else bool(tactic["runs_sparse"])
 
 
 def _valid(facts: LayerFacts) -> bool:

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plugins.common.errors import Caution, UserError
+from plugins.common.errors import TwofourWarning, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,14 +40,14 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         if find_difference(tokenizer, model):
             raise UserError(f"'{model}': transformers does not read tokenizer.json as it is ({difference}): replace it")
         warnings.warn(
-            Caution(
+            TwofourWarning(
                 f"'{model}': transformers reads tokenizer.json as {name}, {difference}: the tokens of tokenizer.json "
                 "are used; set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast"
             ),
             stacklevel=2,
         )
     if (text := tokenizer.decode(_ids(tokenizer, PLAIN))).strip() != PLAIN:
-        warnings.warn(Caution(f"'{model}': its tokenizer turns '{PLAIN}' into '{text}': check it"), stacklevel=2)
+        warnings.warn(TwofourWarning(f"'{model}': its tokenizer turns '{PLAIN}' into '{text}': check it"), stacklevel=2)
     return tokenizer
 
 

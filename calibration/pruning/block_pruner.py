@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 
 import torch
@@ -24,9 +25,20 @@ from plugins.common.errors import UserError
 from plugins.sparsity.segments import Segments
 
 
+class Outcome(str, Enum):
+    """The outcome of pruning for one layer."""
+
+    PRUNED = "pruned"
+    ALREADY_SPARSE = "already sparse"  # its mask was kept
+    INDIVISIBLE = "indivisible"  # its inputs do not divide into groups
+    SKIPPED = "skipped"  # by ModelOpt
+    REFITTED = "refitted"  # the output head, to the pruned blocks
+    NOT_REFITTED = "not refitted"  # the output head: the fit is no better
+
+
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer.
+    """The outcome for one layer, with the weight that it has now.
 
     `error` is the squared change of the layer's output over the calibration tokens by its own pruning, relative; what a
     tuning of the whole block changes after it is not in it.
@@ -39,7 +51,8 @@ class LayerReport:
     zeros: float  # share of the weight
     error: float | None
     seconds: float
-    note: str = ""  # why the layer was left as it was
+    outcome: Outcome
+    note: str = ""  # details of the outcome, for people
     fraction: float = 0.0  # of the weight that is in 2:4 segments
 
 
@@ -47,6 +60,7 @@ def report(
     name: str,
     weight_NK: Tensor,
     pruned: bool,
+    outcome: Outcome,
     error: float | None = None,
     seconds: float = 0.0,
     note: str = "",
@@ -55,7 +69,7 @@ def report(
     """The report of a layer by the weight that it has now."""
     out_features, in_features = weight_NK.shape
     zeros = 1 - int(weight_NK.count_nonzero()) / weight_NK.numel()
-    return LayerReport(name, out_features, in_features, pruned, zeros, error, seconds, note, fraction)
+    return LayerReport(name, out_features, in_features, pruned, zeros, error, seconds, outcome, note, fraction)
 
 
 class Walk(Passage):
@@ -100,7 +114,7 @@ class Walk(Passage):
         final = {name: states for name, states in leaving.items() if name == "dense" or not tunes}
         reports |= self._prune_half("mlp", number, forms, middle, final)
 
-        tuned = [name for name in names if tunes and not reports[name].note]
+        tuned = [name for name in names if tunes and reports[name].outcome == Outcome.PRUNED]
         if tuned:
             del forms["dense"]  # what it gives out is in a file: its memory is free for the gradients
             return_freed_memory()
@@ -144,14 +158,14 @@ class Walk(Passage):
             return_freed_memory()
             statistics: Statistics | None = None
             for name in group:
-                note = self._reason_to_keep(block.get_submodule(name).weight)
-                if streams and not statistics and not note:
+                outcome, note = self._outcome(block.get_submodule(name).weight)
+                if streams and not statistics and outcome == Outcome.PRUNED:
                     keep = inputs if name == last and "pruned" in leaving else None
                     leave = leaving.get("dense") if name == last else None
                     with self.products:
                         statistics = gather(name, streams["pruned"], arguments, streams.get("dense"), keep, leave)
-                reports[name] = self._prune_layer(number, name, block, statistics, note)
-        gathered = last in reports and not reports[last].note
+                reports[name] = self._prune_layer(number, name, block, statistics, outcome, note)
+        gathered = last in reports and reports[last].outcome == Outcome.PRUNED
         for form, states in leaving.items():
             if not gathered:
                 self.send(entering[form], partial(forward_half, forms[form], half, arguments=arguments), states)
@@ -160,19 +174,20 @@ class Walk(Passage):
         return reports
 
     def _prune_layer(
-        self, number: int, name: str, block: nn.Module, statistics: Statistics | None, note: str
+        self, number: int, name: str, block: nn.Module, statistics: Statistics | None, outcome: Outcome, note: str
     ) -> LayerReport:
-        """Prunes one layer in place, unless there is a `note` why not."""
+        """Prunes one layer in place if its `outcome` is to be pruned."""
         started = time.perf_counter()
         weight_NK, full = block.get_submodule(name).weight, _full(number, name)
         segments = self.segments[full]
-        kept_NK = weight_NK if note else self.solver.prune(full, weight_NK, statistics, self.pattern, segments)
+        prunes = outcome == Outcome.PRUNED
+        kept_NK = self.solver.prune(full, weight_NK, statistics, self.pattern, segments) if prunes else weight_NK
         stored_NK = self._as_stored(full, kept_NK)
-        error = None if note or not statistics else _error(weight_NK, stored_NK, statistics)
+        error = _error(weight_NK, stored_NK, statistics) if prunes and statistics else None
         seconds = time.perf_counter() - started
         weight_NK.copy_(stored_NK)
         pruned = self.pattern.holds(sparse_part(stored_NK, segments))
-        return report(full, stored_NK, pruned, error, seconds, note, segments.fraction if pruned else 0.0)
+        return report(full, stored_NK, pruned, outcome, error, seconds, note, segments.fraction if pruned else 0.0)
 
     def _add(self, layer: nn.Module, inputs: States, entering: States, leaving: States) -> None:
         """Adds the layer's outputs to the states that enter its half."""
@@ -189,10 +204,14 @@ class Walk(Passage):
             weight_NK.copy_(stored_NK)
         return weights
 
-    def _reason_to_keep(self, weight_NK: Tensor) -> str:
+    def _outcome(self, weight_NK: Tensor) -> tuple[Outcome, str]:
+        """What is to become of a layer, and the reason where it is left as it is."""
         if not self.pattern.fits(weight_NK.shape[1]):
-            return f"{weight_NK.shape[1]} inputs do not divide into groups of {self.pattern.group}"
-        return f"{self.pattern} already: mask kept" if self.pattern.holds(weight_NK) else ""
+            reason = f"{weight_NK.shape[1]} inputs do not divide into groups of {self.pattern.group}"
+            return Outcome.INDIVISIBLE, reason
+        if self.pattern.holds(weight_NK):
+            return Outcome.ALREADY_SPARSE, f"{self.pattern} already: mask kept"
+        return Outcome.PRUNED, ""
 
     def _as_stored(self, name: str, weight_NK: Tensor) -> Tensor:
         """The weight in the source's dtype, in which a small one may become 0; never -0."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from calibration.model.activation_file import States
 from calibration.model.blocks import HEAD, Blocks
 from calibration.model.device import return_freed_memory
-from calibration.pruning.block_pruner import LayerReport, report
+from calibration.pruning.block_pruner import LayerReport, Outcome, report
 from calibration.pruning.solvers.hessian import damped
 
 DAMPING = 0.1  # of the mean of the diagonal of P'P: draws A towards 0 where the text says little
@@ -38,9 +38,9 @@ def refit_head(blocks: Blocks, pruned: States, dense: States) -> tuple[LayerRepo
     fitted = [sample for sample in range(len(pruned)) if sample not in held_back]
     new_VD = _compose(_fit(_final(norm, pruned, dense, fitted), old_VD), old_VD)
     before, after = _divergences(old_VD, new_VD, _final(norm, pruned, dense, held_back))
-    verdict, kept_VD = ("refitted", new_VD) if after < before else ("not refitted", old_VD)
-    note = f"{verdict}, KL from the dense model over samples held back {before:.4f} -> {after:.4f} nats"
-    return report(HEAD, kept_VD, pruned=False, note=note), kept_VD.cpu()
+    outcome, kept_VD = (Outcome.REFITTED, new_VD) if after < before else (Outcome.NOT_REFITTED, old_VD)
+    note = f"KL from the dense model over held-out samples {before:.4f} -> {after:.4f} nats"
+    return report(HEAD, kept_VD, pruned=False, outcome=outcome, note=note), kept_VD.cpu()
 
 
 def _final(norm: nn.Module, pruned: States, dense: States, samples: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from calibration.model.blocks import HEAD, Blocks
 from calibration.model.device import device
 from calibration.model.weights import Weights, copy_with
 from calibration.pruning import modelopt
-from calibration.pruning.block_pruner import LayerReport, Walk, report
+from calibration.pruning.block_pruner import LayerReport, Outcome, Walk, report
 from calibration.pruning.block_store import Finished
 from calibration.pruning.lm_head_refit import refit_head
 from calibration.pruning.solvers import SOLVERS, Pattern
@@ -86,7 +86,7 @@ def _walk(
         tensors = [f"{layer.name}.weight" for layer in layers_found if layer.pruned]
         changed |= {name: partial(finished.weight, number, name) for name in tensors}
         found += layers_found
-    if walk.refits_head and any(layer.pruned and not layer.note for layer in found):
+    if walk.refits_head and any(layer.outcome == Outcome.PRUNED for layer in found):
         head_report, head_VD = refit_head(blocks, walk.left("pruned"), walk.left("dense"))
         changed[f"{HEAD}.weight"] = lambda: head_VD
         found.append(head_report)
@@ -118,8 +118,9 @@ def _modelopt(
     reports: list[LayerReport] = []
     changed: Changed = {}
     for name, weight_NK in pruned.items():
-        note = "" if Pattern.parse(config.pattern).holds(weight_NK) else "ModelOpt skips a layer of this size"
-        reports.append(report(name, weight_NK, pruned=not note, note=note))
-        if not note:
+        holds = Pattern.parse(config.pattern).holds(weight_NK)
+        outcome, note = (Outcome.PRUNED, "") if holds else (Outcome.SKIPPED, "ModelOpt skips a layer of this size")
+        reports.append(report(name, weight_NK, holds, outcome, note=note))
+        if holds:
             changed[f"{name}.weight"] = partial(weight_NK.to, weights.dtype(f"{name}.weight"))
     return reports, changed

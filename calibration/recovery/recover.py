@@ -28,7 +28,7 @@ from calibration.model.silence import quiet
 from calibration.model.weights import Weights, copy_with
 from calibration.pruning.solvers.masks import apply
 from calibration.recovery.job import Job, save_tokens
-from plugins.common.errors import Caution, GateError, UserError
+from plugins.common.errors import GateError, TwofourWarning, UserError
 from plugins.common.files import read_json, write_json
 from plugins.common.progress import Progress
 
@@ -88,7 +88,7 @@ def recover(
         warnings.warn(
             f"recovery did not help (held-out KL {report.kl_before:.4g} before, {after} after): the pruned weights "
             "stay; try a lower recovery.learning_rate or more text",
-            Caution,
+            TwofourWarning,
             stacklevel=2,
         )
     return report

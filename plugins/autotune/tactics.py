@@ -40,6 +40,7 @@ class Layer(Config):
     sparse: bool
     reason: str
     buckets: tuple[Bucket, ...]
+    runs_sparse: bool | None = None  # where it is known without buckets, as from TensorRT's build log
 
 
 class Device(Config):

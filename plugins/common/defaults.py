@@ -5,5 +5,6 @@ BATCH = 8  # sequences decoded together, in a prediction
 CONTEXT = 1024  # tokens of context, in a prediction
 ROUNDS = 8  # interleaved rounds of a benchmark
 
+SPARSE_KERNELS = frozenset({"cusparselt", "skinny", "cpu-2of4"})
 MAX_SKINNY_TOKENS = 64  # of the skinny GEMM kernel
 LEAST_GAIN = 1.02  # dense time over sparse time: a sparse kernel below it is not worth a second weight layout

@@ -1,13 +1,17 @@
-"""The two ways a command of ours may end badly, besides a bug; and what it says and goes on."""
+"""The two errors that a command reports in one line, and the warning that it prints and continues after."""
 
 
 class UserError(ValueError):
-    """The user's input is wrong. The message is one line: it quotes the input and says the next step. Exit status 2."""
+    """The user's input is wrong: exit status 2. One line: `message` quotes the input, `hint` is the next step."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message}: {hint}" if hint else message)
+        self.message, self.hint = message, hint
 
 
 class GateError(Exception):
     """A gate failed: accuracy, speed or verification. The message is one line. Exit status 1."""
 
 
-class Caution(UserWarning):
-    """Something that a person should know of. The message is one line, and the command goes on."""
+class TwofourWarning(UserWarning):
+    """A warning to the user, of one line. The command continues."""

@@ -142,7 +142,7 @@ def path() -> Path:
     """Where libtwofour.so is: $TWOFOUR_LIBRARY, else what `twofour plugins build` left. Raises UserError."""
     chosen = Path(os.environ.get("TWOFOUR_LIBRARY") or Path(__file__).parents[1] / "lib" / "libtwofour.so")
     if not chosen.exists():
-        raise UserError(f"no '{chosen}': run `twofour plugins build`, or set TWOFOUR_LIBRARY")
+        raise UserError(f"no '{chosen}'", "run `twofour plugins build`, or set TWOFOUR_LIBRARY")
     return chosen
 
 

@@ -114,7 +114,7 @@ def find_nvcc() -> str:
     for candidate in [*(f"{home}/bin/nvcc" for home in homes), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]:
         if candidate and os.access(candidate, os.X_OK):
             return candidate
-    raise UserError("no nvcc found: install the CUDA toolkit 12.8 or newer, or set CUDA_HOME")
+    raise UserError("no nvcc found", "install the CUDA toolkit 12.8 or newer, or set CUDA_HOME")
 
 
 def find_includes() -> list[Path]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.linear.torch_linear import (
     DenseLinear,
@@ -38,7 +39,6 @@ FORMATS = {
 }
 CPU_KERNELS = ("cpu-2of4", "cpu-dense")
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
-SPARSE_KERNELS = {"cpu-2of4", "skinny", "cusparselt"}
 UNFIT = ("misaligned", "unsupported")  # statuses of libtwofour after which torch's own product takes the layer
 
 

@@ -133,6 +133,7 @@ def describe(layers: Sequence[Sized], routes: Mapping[str, str], status: Mapping
                 "sparse": layer.name in routes,
                 "reason": reason(layer.name),
                 "buckets": [],
+                "runs_sparse": routes.get(layer.name) == "plugin" or status.get(layer.name) in ("picked", "unknown"),
             }
             for layer in layers
         },

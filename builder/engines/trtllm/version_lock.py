@@ -108,17 +108,17 @@ def read(engine: Path) -> Lock | None:
     return lock
 
 
-def mismatches(lock: Lock, here: Lock) -> list[str]:
-    """What differs between the engine's lock and this machine, of what binds, in words. Empty: the engine may run."""
-    found = []
+def mismatches(lock: Lock, here: Lock) -> dict[str, str]:
+    """By field of the lock, what differs on this machine, of what binds. Empty: the engine may run."""
+    different = {}
     for name in BINDING[lock.backend]:
         wanted, have = getattr(lock, name), getattr(here, name)
         if wanted is None or _same(name, wanted, have):
             continue
         shown = ("missing" if have is None else "another one") if name == "plugin_sha256" else (have or "none")
         built = "it was built with" if name == "plugin_sha256" else wanted
-        found.append(f"{NAMES[name]} {built} (here: {shown})")
-    return found
+        different[name] = f"{NAMES[name]} {built} (here: {shown})"
+    return different
 
 
 def refusal(engine: Path) -> str | None:
@@ -132,8 +132,8 @@ def refusal(engine: Path) -> str | None:
     differences = mismatches(lock, current(lock.backend, plugin_of(engine)))
     if not differences:
         return None
-    gpu = f" on a GPU with SM {lock.sm}, such as the {lock.gpu}" if lock.sm and "SM" in str(differences) else ""
-    return f"'{engine}' needs {', '.join(differences)}: use the container {lock.container}{gpu}"
+    gpu = f" on a GPU with SM {lock.sm}, such as the {lock.gpu}" if lock.sm and "sm" in differences else ""
+    return f"'{engine}' needs {', '.join(differences.values())}: use the container {lock.container}{gpu}"
 
 
 def require(engine: Path) -> None:

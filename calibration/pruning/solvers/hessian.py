@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from plugins.common.errors import Caution, UserError
+from plugins.common.errors import TwofourWarning, UserError
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as SparseGPT and GPTQ have it
 STEP = 10.0  # by which the damping grows while the Hessian cannot be factored
@@ -50,7 +50,7 @@ def inverse_factor(name: str, hessian_KK: Tensor, damping: float = DAMPING) -> t
     if damping != first:
         warnings.warn(
             f"the Hessian of '{name}' is singular: its damping was raised from {first:g} to {damping:g}",
-            Caution,
+            TwofourWarning,
             stacklevel=2,
         )
     upper_KK = factor.flip(0, 1)

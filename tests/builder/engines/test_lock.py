@@ -27,7 +27,7 @@ def locked(**changes):
 
 
 def test_same_versions_may_run_and_a_local_label_or_cuda_minor_does_not_matter():
-    assert version_lock.mismatches(locked(), locked(tensorrt_llm="1.2.1+abc", cuda="13.1.0")) == []
+    assert version_lock.mismatches(locked(), locked(tensorrt_llm="1.2.1+abc", cuda="13.1.0")) == {}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_same_versions_may_run_and_a_local_label_or_cuda_minor_does_not_matter()
     ],
 )
 def test_mismatch_is_named(here, words):
-    assert version_lock.mismatches(locked(), locked(**here)) == [words]
+    assert list(version_lock.mismatches(locked(), locked(**here)).values()) == [words]
 
 
 def test_engine_for_another_gpu_names_the_container_and_the_gpu(tmp_path, monkeypatch):
@@ -53,14 +53,14 @@ def test_engine_for_another_gpu_names_the_container_and_the_gpu(tmp_path, monkey
 
 
 def test_other_plugin_library_is_refused():
-    assert version_lock.mismatches(locked(plugin_sha256="a"), locked(plugin_sha256="b")) == [
-        "plugin library it was built with (here: another one)"
-    ]
-    assert "missing" in version_lock.mismatches(locked(plugin_sha256="a"), locked())[0]
+    assert version_lock.mismatches(locked(plugin_sha256="a"), locked(plugin_sha256="b")) == {
+        "plugin_sha256": "plugin library it was built with (here: another one)"
+    }
+    assert "missing" in version_lock.mismatches(locked(plugin_sha256="a"), locked())["plugin_sha256"]
 
 
 def test_torch_engines_and_engines_without_a_lock_run_anywhere(tmp_path):
-    assert version_lock.mismatches(locked(backend="torch"), locked(sm=None, tensorrt=None)) == []
+    assert version_lock.mismatches(locked(backend="torch"), locked(sm=None, tensorrt=None)) == {}
     version_lock.require(tmp_path)
 
 

@@ -198,7 +198,7 @@ def test_a_model_without_2to4_layers_needs_no_kernels(gpu: bindings.Context, mon
 
 
 def plan_layer(name: str, n: int, k: int, format: str = "fp8") -> LayerPlan:
-    return LayerPlan(name, n, k, format, True, 0, 0, "pruned to 2:4")
+    return LayerPlan(name, n, k, format, True, 0, 0, "prune", "pruned to 2:4")
 
 
 def test_shapes_are_those_that_a_rank_multiplies() -> None:
