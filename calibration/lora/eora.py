@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from calibration.config import check_adapter_rank
 from calibration.lora import peft_format
 from calibration.lora.low_rank import low_rank, output_error
+from calibration.model.block_store import Finished
 from calibration.model.block_walk import Passage
 from calibration.model.blocks import Blocks, Stream, forward_half
 from calibration.model.channel_order import ChannelOrder
 from calibration.model.device import device, return_freed_memory
 from calibration.model.weights import Weights
 from calibration.pruning.block_pruner import by_block
-from calibration.pruning.block_store import Finished
 from calibration.pruning.input_statistics import gather, shared_inputs
 from plugins.common.errors import UserError
 from plugins.common.progress import Progress

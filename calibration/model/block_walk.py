@@ -10,9 +10,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from calibration.model.activation_file import States
+from calibration.model.block_store import Finished
 from calibration.model.blocks import Blocks
 from calibration.model.device import products, products_dtype
-from calibration.pruning.block_store import Finished
 
 
 class Passage:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from calibration.model.activation_file import States
+from calibration.model.block_store import Finished
 from calibration.model.block_walk import Passage
 from calibration.model.blocks import HALVES, Blocks, Stream, forward_half
 from calibration.model.device import return_freed_memory
 from calibration.pruning.block_finetune import tune
-from calibration.pruning.block_store import Finished
 from calibration.pruning.input_statistics import gather, shared_inputs
 from calibration.pruning.solvers import Pattern, Solver, Statistics
 from calibration.pruning.solvers.masks import sparse_part

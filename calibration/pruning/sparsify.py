@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from calibration.config import Sparsity
+from calibration.model.block_store import Finished
 from calibration.model.blocks import HEAD, Blocks
 from calibration.model.device import device
 from calibration.model.weights import Weights, copy_with
 from calibration.pruning import modelopt
 from calibration.pruning.block_pruner import LayerReport, Outcome, Walk, report
-from calibration.pruning.block_store import Finished
 from calibration.pruning.lm_head_refit import refit_head
 from calibration.pruning.solvers import SOLVERS, Pattern
 from plugins.common.errors import UserError
