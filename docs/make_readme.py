@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.roofline.published import EndToEnd, compare_model, comparisons, median_error
 from builder.planning import compatibility
-from builder.planning.model_config import ARCHITECTURES
+from plugins.common.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -63,7 +63,7 @@ def results() -> str:
 
 
 def support() -> str:
-    families = ", ".join(name.removesuffix("ForCausalLM") for name in ARCHITECTURES)
+    families = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
     head = "| weights, 2:4 or dense | " + " | ".join(f"`{name}`" for name in compatibility.BACKENDS) + " |\n"
     rows = [
         f"| {label} | " + " | ".join(_range(number_format, name) for name in compatibility.BACKENDS) + " |\n"

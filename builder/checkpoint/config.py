@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from builder.planning.compatibility import MODELOPT
-from builder.planning.model_config import ARCHITECTURES, Architecture, architecture
+from builder.planning.model_config import Architecture, architecture
 from plugins.common.errors import UserError
+from plugins.common.families import FAMILIES
 
 Format = Literal["none", "int8", "fp8"]
 
@@ -101,7 +102,7 @@ def read_trtllm(config: dict[str, Any]) -> tuple[Architecture, Quantization, Map
 
 def _architecture(config: dict[str, Any]) -> Architecture:
     names = config.get("architectures")
-    _known("architecture", names[0] if isinstance(names, list) and names else None, ARCHITECTURES, {})
+    _known("architecture", names[0] if isinstance(names, list) and names else None, tuple(FAMILIES), {})
     try:
         found = architecture(config)
     except UserError as error:

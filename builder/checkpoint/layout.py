@@ -56,7 +56,7 @@ def hf_tensors(arch: Architecture, quantization: Quantization) -> dict[str, Expe
         prefix = f"model.layers.{block}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{norm}.weight"] = Expected(hidden, VECTORS)
-        for norm in ("q_norm", "k_norm") if arch.name == "Qwen3ForCausalLM" else ():
+        for norm in ("q_norm", "k_norm") if arch.family.qk_norm else ():
             tensors[f"{prefix}.self_attn.{norm}.weight"] = Expected(((arch.head_dim,),), VECTORS)
         for which in ("k", "v") if quantization.kv_cache != "none" else ():
             tensors[f"{prefix}.self_attn.{which}_proj.{which}_scale"] = _scalar_scale()
@@ -104,7 +104,7 @@ def trtllm_tensors(
         prefix = f"transformer.layers.{local}"
         for norm in ("input_layernorm", "post_layernorm"):
             tensors[f"{prefix}.{norm}.weight"] = Expected(hidden, VECTORS)
-        for norm in ("q_layernorm", "k_layernorm") if arch.name == "Qwen3ForCausalLM" else ():
+        for norm in ("q_layernorm", "k_layernorm") if arch.family.qk_norm else ():
             tensors[f"{prefix}.attention.{norm}.weight"] = Expected(((arch.head_dim,),), VECTORS)
         for which in ("kv", "k", "v") if quantization.kv_cache != "none" else ():
             scale = replace(_scalar_scale(), required=which == "kv")

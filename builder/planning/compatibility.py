@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from plugins.common.errors import UserError
+from plugins.common.families import FAMILIES
 from plugins.tensorrt_llm import releases
 
 BACKENDS = ("tensorrt", "pytorch", "torch")
@@ -256,19 +257,11 @@ def choose_backend(
 # -- architectures
 
 
-TENSORRT_CLASS = {  # Hugging Face architecture -> class in tensorrt_llm.models (MODEL_MAP of 1.0 to 1.2)
-    "LlamaForCausalLM": "LLaMAForCausalLM",
-    "MistralForCausalLM": "LLaMAForCausalLM",
-    "Qwen2ForCausalLM": "QWenForCausalLM",
-    "Qwen3ForCausalLM": "QWenForCausalLM",
-}
-
-
 def check_architecture(architecture: str, backend: str) -> Verdict:
     """Whether our hooks support this architecture on the backend."""
-    if architecture in TENSORRT_CLASS:
+    if architecture in FAMILIES:
         return _yes(f"{backend} knows {architecture}")
-    known = ", ".join(TENSORRT_CLASS)
+    known = ", ".join(FAMILIES)
     return _no(f"'{architecture}' is not an architecture that the {backend} backend builds here", f"use one of {known}")
 
 

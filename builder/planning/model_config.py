@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.common.errors import UserError
+from plugins.common.families import FAMILIES, Family, family_of
 
 
 @dataclass(frozen=True)
@@ -24,29 +25,6 @@ class Linear:
     in_features: int
     bias: bool
     block: int | None
-
-
-@dataclass(frozen=True)
-class Family:
-    """transformers' defaults for keys that `config.json` omits, and which optional keys the family reads."""
-
-    max_position_embeddings: int
-    num_key_value_heads: int | None = None  # None: as many as attention heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    bias_qkv: bool = False  # always, whatever the config has
-    attention_bias: bool = False  # whether the key is read: biases of q, k, v and o
-    mlp_bias: bool = False  # whether the key is read
-    sliding_window: int | None = None
-    use_sliding_window: bool = False  # whether the key must be true for a window
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family(2048, attention_bias=True, mlp_bias=True),
-    "MistralForCausalLM": Family(131072, num_key_value_heads=8, sliding_window=4096),
-    "Qwen2ForCausalLM": Family(32768, 32, bias_qkv=True, sliding_window=4096, use_sliding_window=True),
-    "Qwen3ForCausalLM": Family(32768, 32, 128, attention_bias=True, sliding_window=4096, use_sliding_window=True),
-}
-ARCHITECTURES = tuple(FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -68,6 +46,10 @@ class Architecture:
     bias_o: bool
     bias_mlp: bool
     sliding_window: int | None = None
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.name]
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, in the order of the forward pass; `lm_head` last, also when it is tied."""
@@ -93,9 +75,9 @@ class Architecture:
 
     @property
     def other_parameters(self) -> int:
-        """Parameters outside linear weights: embedding, biases and norms (also the per-head norms of Qwen3)."""
+        """Parameters outside linear weights: embedding, biases and norms."""
         biases = sum(linear.out_features for linear in self.linears() if linear.bias)
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.name == "Qwen3ForCausalLM" else 0)
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.family.qk_norm else 0)
         return self.vocab_size * self.hidden_size + self.num_blocks * norms + self.hidden_size + biases
 
 
@@ -120,13 +102,9 @@ def architecture(config: dict[str, Any], source: str = "config.json") -> Archite
     """The architecture of a `config.json`. Raises UserError if it is not supported or a size is missing."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
-    if not isinstance(name, str) or name not in FAMILIES:
-        known = ", ".join(ARCHITECTURES)
-        shown = str(name or "none")[:60]
-        raise UserError(f"'{source}' names the architecture '{shown}', which is not supported: use one of {known}")
+    family = family_of(name if isinstance(name, str) else "none", source)
     if config.get("quantization_config"):
         raise UserError(f"'{source}' is quantized already: start from the 16-bit model it was made from")
-    family = FAMILIES[name]
     bias = family.attention_bias and _flag(config, "attention_bias", source)
     hidden, heads = (_size(config, key, source) for key in ("hidden_size", "num_attention_heads"))
     kv_heads = _size(config, "num_key_value_heads", source, family.num_key_value_heads or heads, null=heads)
@@ -138,7 +116,7 @@ def architecture(config: dict[str, Any], source: str = "config.json") -> Archite
     if not config.get("head_dim") and family.head_dim is None and hidden % heads:
         raise UserError(f"'{source}': num_attention_heads {heads} does not divide hidden_size {hidden}")
     return Architecture(
-        name=name,
+        name=family.architecture,
         hidden_size=hidden,
         intermediate_size=_size(config, "intermediate_size", source),
         num_blocks=_size(config, "num_hidden_layers", source),

@@ -21,8 +21,8 @@ from calibration.model.channel_order import ChannelOrder
 from calibration.model.sdpa_float32 import attention
 from calibration.model.weights import Weights
 from plugins.common.errors import UserError
+from plugins.common.families import model_types
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 HEAD = "lm_head"
 HALVES = {  # of a block, each x + branch(norm(x)): the branch, its norm, and its layer that gives what is added to x
     "self_attn": ("input_layernorm", "self_attn.o_proj"),
@@ -43,8 +43,8 @@ class Blocks:
         orders: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ):
         self.config, self.device = AutoConfig.from_pretrained(str(directory)), device
-        if self.config.model_type not in FAMILIES:
-            known = ", ".join(FAMILIES)
+        if self.config.model_type not in model_types():
+            known = ", ".join(model_types())
             raise UserError(
                 f"'{directory}' is a '{self.config.model_type}', which cannot be pruned: use one of {known}"
             )

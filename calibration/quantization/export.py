@@ -15,13 +15,7 @@ from calibration.data.tokenizer_files import copy_tokenizer
 from calibration.model.silence import quiet
 from calibration.quantization.trtllm_config import complete_config, for_transformers_4, trtllm_name
 from plugins.common.errors import UserError
-
-DECODERS = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen",
-    "Qwen3ForCausalLM": "qwen",
-}
+from plugins.common.families import FAMILIES
 
 
 def export_hf(model: nn.Module, source: Path, out: Path, sparse: dict[str, Any] | None) -> None:
@@ -117,7 +111,7 @@ def export_trtllm(
     with quiet() as said, torch.inference_mode():
         export_tensorrt_llm_checkpoint(
             model,
-            DECODERS[architecture],
+            FAMILIES[architecture].trtllm.decoder,
             dtype,
             out,
             inference_tensor_parallel=tensor_parallel,

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from plugins.common.errors import UserError
+from plugins.common.families import family_of
 
 DEFAULT_BASE = 10000.0
-QWEN = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 QWEN_LOGN_LENGTH = 8192  # TensorRT-LLM's default of seq_length: read, though only log-n attention uses it
 TRTLLM_NAMES = {  # Hugging Face's name in a block -> TensorRT-LLM's
     "self_attn.q_proj": "attention.qkv",
@@ -42,11 +42,11 @@ def complete_config(hf_config: Mapping[str, Any], trtllm_config: Mapping[str, An
     agree. Raises UserError for rotary settings by layer, which TensorRT-LLM's config cannot say, and where they do not.
     """
     base, scaling = rotary(hf_config)
-    architecture = trtllm_config["architecture"]
+    family = family_of(trtllm_config["architecture"], "config.json of the TensorRT-LLM checkpoint")
     found: dict[str, Any] = {"rotary_base": base, "rotary_scaling": scaling}
-    if architecture in QWEN:
-        found |= {"qwen_type": QWEN[architecture], "seq_length": QWEN_LOGN_LENGTH}
-        found["attn_bias"] = architecture == "Qwen2ForCausalLM"
+    if family.trtllm.qwen_type:
+        found |= {"qwen_type": family.trtllm.qwen_type, "seq_length": QWEN_LOGN_LENGTH}
+        found["attn_bias"] = family.bias_qkv
     else:
         found["attn_bias"] = bool(hf_config.get("attention_bias", False))
     found["mlp_bias"] = bool(hf_config.get("mlp_bias", False))

@@ -21,11 +21,12 @@ import transformers
 
 from builder.artifacts.filesystem import checkpoint_digest
 from builder.engines.torch_backend import weights
-from builder.engines.torch_backend.decoder import CONFIGS, Decoder
+from builder.engines.torch_backend.decoder import Decoder
 from builder.engines.torch_backend.engine import TorchEngine
 from builder.engines.torch_backend.limits import Limits
 from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
+from plugins.common.families import FAMILIES
 from plugins.common.files import write_json
 
 if TYPE_CHECKING:
@@ -137,8 +138,8 @@ def _compute_dtype(own: str, device: torch.device) -> torch.dtype:
 
 def _check_architecture(directory: Path, config: Mapping[str, Any]) -> None:
     name = (config.get("architectures") or ["none"])[0]
-    if name not in CONFIGS:
-        raise UserError(f"'{directory}' has the architecture '{name}', not supported: use one of {', '.join(CONFIGS)}")
+    if name not in FAMILIES:
+        raise UserError(f"'{directory}' has the architecture '{name}', not supported: use one of {', '.join(FAMILIES)}")
 
 
 def _sparse_layers(path: Path) -> list[str]:

@@ -20,15 +20,10 @@ from builder.engines.torch_backend.attention import Batch, Decode
 from builder.engines.torch_backend.cpu_step import CpuStep
 from builder.engines.torch_backend.linears import Kernels, Source, is_tied, replace_linears
 from plugins.common.errors import UserError
+from plugins.common.families import FAMILIES
 from plugins.linear.cpu_linear import CpuLinear, PackedEmbedding
 from plugins.linear.factory import remarks
 
-CONFIGS = {
-    "LlamaForCausalLM": "LlamaConfig",
-    "MistralForCausalLM": "MistralConfig",
-    "Qwen2ForCausalLM": "Qwen2Config",
-    "Qwen3ForCausalLM": "Qwen3Config",
-}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with the sequence's length
 
 
@@ -86,10 +81,10 @@ class Decoder:
 
 
 def _empty_model(config: dict[str, Any]) -> nn.Module:
-    """The architecture, one of CONFIGS, with no memory behind its parameters."""
+    """The architecture, one of FAMILIES, with no memory behind its parameters."""
     name = config["architectures"][0]
     values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    settings = getattr(transformers, CONFIGS[name]).from_dict(values)
+    settings = getattr(transformers, FAMILIES[name].config_class).from_dict(values)
     rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ROPE_TYPES:
         raise UserError(f"rope_type '{rope}' is not supported: the torch engine runs {', '.join(ROPE_TYPES)}")

@@ -13,15 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from builder.checkpoint import Checkpoint
+from plugins.common.families import FAMILIES
 from plugins.common.files import write_json
 
 NAME = "twofour_sparse"
-MODEL_MODULE = {  # architecture -> module of tensorrt_llm._torch.models that defines it
-    "LlamaForCausalLM": "modeling_llama",
-    "MistralForCausalLM": "modeling_mistral",
-    "Qwen2ForCausalLM": "modeling_qwen",
-    "Qwen3ForCausalLM": "modeling_qwen3",
-}
 
 # The class must be defined here, under this package's name: workers import the class by where it is defined.
 _INIT_PY = '''\
@@ -61,7 +56,9 @@ def write(engine: Path, found: Checkpoint, tactics: Mapping[str, Any] | None) ->
     directory.mkdir(parents=True, exist_ok=True)
     architecture = found.architecture.name
     page = _INIT_PY.format(
-        architecture=architecture, module=MODEL_MODULE[architecture], version=metadata.version("twofour")
+        architecture=architecture,
+        module=FAMILIES[architecture].trtllm.pytorch_module,
+        version=metadata.version("twofour"),
     )
     (directory / "__init__.py").write_text(page, encoding="utf8")
     (directory / "__main__.py").write_text(_MAIN_PY, encoding="utf8")

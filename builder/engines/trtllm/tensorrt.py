@@ -38,6 +38,7 @@ from builder.hardware.nvidia_smi import gpus
 from builder.planning import compatibility
 from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
+from plugins.common.families import FAMILIES
 from plugins.common.files import write_json
 from plugins.common.progress import Progress
 from plugins.libtwofour import bindings
@@ -148,7 +149,7 @@ def _prepare(
     settings = build_config(found, config, chosen)
     (out / HOOKS).mkdir(parents=True, exist_ok=True)
     if chosen:
-        base = compatibility.TENSORRT_CLASS[found.architecture]
+        base = FAMILIES[found.architecture].trtllm.tensorrt_class
         (out / HOOKS / "models.py").write_text(_MODELS_PY.format(base=base, name=MODEL_CLASS), encoding="utf8")
         write_json(out / HOOKS / "routes.json", {"layers": chosen})
         shutil.copyfile(found.directory / "sparsity.json", out / "sparsity.json")
