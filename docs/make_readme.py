@@ -58,8 +58,13 @@ def page() -> str:
 
 
 def results() -> str:
-    return "".join([*map(_accuracy, _newest("accuracy_peers")), *map(_build, _newest("quickstart")),
-                    *map(_kernels, _newest("gpu")), _predicted()]).lstrip("\n")  # fmt: skip
+    parts = [
+        *(_accuracy(*file) for file in _newest("accuracy_peers", lambda result: result["settings"]["model"])),
+        *(_build(*file) for file in _newest("quickstart", lambda report: report["model"])),
+        *(_kernels(*file) for file in _newest("gpu", lambda result: _machine(result)["name"])),
+        _predicted(),
+    ]
+    return "".join(parts).lstrip("\n")
 
 
 def support() -> str:
@@ -75,17 +80,21 @@ def support() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {"results": results, "support": support}
 
 
-def _newest(kind: str) -> list[Path]:
-    """The newest result file of a kind: names end with their date."""
-    return sorted(RESULTS.glob(f"{kind}-*.json"), key=lambda path: re.findall(r"\d{4}-\d\d-\d\d.*", path.name))[-1:]
+def _newest(kind: str, subject: Callable[[dict[str, Any]], str]) -> list[tuple[dict[str, Any], str]]:
+    """The newest result file of a kind for each subject, and its path; names end with their date."""
+    newest: dict[str, tuple[dict[str, Any], str]] = {}
+    for path in sorted(RESULTS.glob(f"{kind}-*.json"), key=lambda path: re.findall(r"\d{4}-\d\d-\d\d.*", path.name)):
+        result = json.loads(path.read_text(encoding="utf8"))
+        newest[subject(result)] = (result, path.relative_to(ROOT).as_posix())
+    return list(newest.values())
 
 
-def _read(path: Path) -> tuple[dict[str, Any], str]:
-    return json.loads(path.read_text(encoding="utf8")), path.relative_to(ROOT).as_posix()
+def _machine(result: dict[str, Any]) -> dict[str, Any]:
+    device: dict[str, Any] = result["steps"]["machine"]["result"]["device"]
+    return device
 
 
-def _accuracy(path: Path) -> str:
-    result, name = _read(path)
+def _accuracy(result: dict[str, Any], name: str) -> str:
     settings, methods = result["settings"], result["methods"]
     rows = [f"| dense | {next(iter(methods.values()))['dense']['perplexity']:.2f} | |\n"] + [
         f"| {method} | {values['built']['perplexity']:.2f} | {values['perplexity_increase']:+.1%} |\n"
@@ -102,8 +111,7 @@ def _accuracy(path: Path) -> str:
     )
 
 
-def _build(path: Path) -> str:
-    report, name = _read(path)
+def _build(report: dict[str, Any], name: str) -> str:
     accuracy, size, device = report["accuracy"], report["size"], report["device"]
     low, high = accuracy["perplexity_increase_interval"]
     return BUILD.format(
@@ -133,8 +141,7 @@ def _speed(point: dict[str, Any]) -> str:
     return f"| output tokens/s, {load} | {dense['mean']:.0f} | {built['mean']:.0f} | {ratio['ratio']:.2f}x{spread} |\n"
 
 
-def _kernels(path: Path) -> str:
-    result, name = _read(path)
+def _kernels(result: dict[str, Any], name: str) -> str:
     steps = [step.get("result") for step in result["steps"].values()]
     rows = [row for step in steps if isinstance(step, dict) for row in step.get("rows", ())]
     fp8 = [row for row in rows if row.get("model") == "llama-3.1-8b" and row["format"] == "fp8" and row.get("ratio")]
@@ -147,7 +154,7 @@ def _kernels(path: Path) -> str:
         for layer in dict.fromkeys(row["layer"] for row in fp8)
     ]
     return KERNELS.format(
-        gpu=result["steps"]["machine"]["result"]["device"]["name"].replace("NVIDIA", "an NVIDIA"),
+        gpu=_machine(result)["name"].replace("NVIDIA", "an NVIDIA"),
         path=name,
         tokens=" | ".join("1 token" if count == 1 else f"{count}" for count in tokens),
         lines="|".join(["---"] * len(tokens)),
