@@ -1,8 +1,7 @@
-"""Chooses, under the recipe's budget, the layers whose pruning saves the most predicted time.
+"""Selects, under the recipe's budget, the layers whose pruning saves the most time.
 
-Every layer is pruned once, and what each costs alone is measured on the held-out text; the integer program proposes
-sets of layers; each set is pruned, quantized as the recipe says and measured in earnest, until the best one holds the
-budget.
+Every layer is pruned once, and its own cost is measured on held-out text. An integer program proposes sets of layers;
+each set is pruned, quantized and evaluated, until one meets the budget.
 """
 
 from __future__ import annotations

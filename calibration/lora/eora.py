@@ -1,7 +1,7 @@
-"""A LoRA adapter that takes back part of what pruning took from each layer, made without training.
+"""A LoRA adapter that recovers part of each layer's pruning error, computed without training.
 
-EoRA: Liu et al., 2024, arXiv:2410.21271. Each layer gets the B A that brings its outputs, over the inputs that it has
-in the pruned model, nearest to those of its dense weight.
+EoRA: Liu et al., 2024, arXiv:2410.21271. Each layer gets the B A that brings its outputs, over its inputs in the
+pruned model, closest to those of its dense weight.
 
 Suffixes: B samples, T tokens of a sample, D hidden size, N out_features, K in_features, R rank.
 """
@@ -56,10 +56,10 @@ def compensate(
 ) -> list[Compensation]:
     """Writes the adapter of the layers that `pruned/sparsity.json` names to `out`.
 
-    `dense` and `pruned` are Hugging Face directories of one shape; `tokens` [samples, length] are what the layers'
-    inputs are taken from. `work` keeps the finished blocks: a run that was killed goes on behind them, to the same
-    bytes. Raises UserError for a rank above a layer's smaller side, where no layer of a block is pruned, and for inputs
-    that are not finite.
+    `dense` and `pruned` are Hugging Face directories of one shape; the layers' inputs come from `tokens`
+    [samples, length]. `work` keeps the finished blocks: an interrupted run resumes after them, and its output is
+    byte-identical. Raises UserError for a rank above a layer's smaller side, where no layer of a block is pruned, and
+    for inputs that are not finite.
     """
     return_freed_memory()
     blocks, tokens_BT = Blocks(pruned, device()), torch.from_numpy(tokens)

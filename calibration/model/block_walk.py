@@ -1,4 +1,4 @@
-"""The way of hidden states through a model, block by block, in the files of one run.
+"""Propagates hidden states block by block, caching them in files.
 
 Suffixes: B samples, T tokens of a sample, D hidden size.
 """

@@ -1,4 +1,4 @@
-"""The way through a model, block by block: what the pruned blocks give out is what the next one is calibrated on."""
+"""Sequential pruning: each block is calibrated on the outputs of the blocks pruned before it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Refits the output head: what a linear map can take back of all the error that the pruned blocks leave.
+"""Refits lm_head by least squares to compensate for the pruned blocks.
 
-The head stays dense and keeps its shape. With P [tokens, D] the hidden states, after the model's last norm, that the
-pruned blocks give and F those of the dense model, A [D, D] is to minimise |P + PA - F|^2; a head W that reads P + PA is
-the head W + WA' that reads P. So it is for each of its rows the least-squares fit of the dense logits.
+lm_head stays dense and keeps its shape. With P [tokens, D] the pruned model's hidden states after the last norm and F
+the dense model's, A [D, D] minimizes |P + PA - F|^2. Then W' = W + WA' applied to P equals W applied to P + PA: each
+row of lm_head is the least-squares fit of the dense logits.
 
 Suffixes: B samples, T tokens of a sample, D hidden size, V vocabulary.
 """

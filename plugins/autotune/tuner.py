@@ -233,7 +233,7 @@ def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str
 
 
 def check_device(tactics: Mapping[str, Any], name: str, sm: int, here: Mapping[str, Any]) -> str | None:
-    """What is amiss with using `tactics` on this GPU with these library versions, in words; None: nothing."""
+    """Why `tactics` cannot be reused on this GPU with these library versions, or None."""
     device, known = tactics.get("device"), tactics.get("versions", {})
     if tactics.get("source") != "measured" or device is None:
         return "its kernels were chosen by prediction, not measured: build the engine again on this GPU"
