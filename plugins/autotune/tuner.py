@@ -126,6 +126,19 @@ def _measure(shape: Shape, buckets: Sequence[int], device: int, l2_bytes: int) -
         torch.cuda.empty_cache()
 
 
+def search_dense(shapes: Iterable[Shape], buckets: Sequence[int], device: int = 0) -> None:
+    """Leaves with libtwofour the fastest dense algorithms of `shapes`; a shape that it refuses keeps its defaults."""
+    l2_bytes = bindings.context(device).info().l2_bytes
+    for shape in shapes:
+        bench = Bench(shape, torch.device("cuda", device), max(buckets), l2_bytes)
+        for tokens in buckets:
+            try:
+                time_kernel(bench, "cublaslt", tokens)
+            except UserError as error:
+                log.info("%s at %d tokens keeps cuBLASLt's default: %s", shape, tokens, error)
+    torch.cuda.empty_cache()
+
+
 def bucket_of(bench: Bench, tokens: int, timer: Timer) -> dict[str, Any]:
     """Times all kernels at `tokens` and returns the bucket of tactics.json. Kernels that cannot run are left out."""
     timings = []

@@ -25,6 +25,11 @@ class Linear(nn.Module):
     in_features: int
     quantizer: InputQuantizer | None = None
     refused: str | None = None  # why our kernels did not take the layer, where they were asked to
+    operand: torch.dtype | None = None  # 8-bit dtype of what `multiply` takes; None: the layer rounds its input itself
+
+    def multiply(self, q_MK: torch.Tensor) -> torch.Tensor:
+        """y [M, N] of an input that was multiplied by `quantizer.multiplier` and rounded to `operand` already."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format}{', 2:4' if self.sparse else ''}, {self.kernel}"
@@ -123,17 +128,21 @@ class QuantizedLinear(Linear):
         """[M, N] of the rounded inputs [M, K], without the bias, in the compute dtype or a wider one."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y_MN = self.product(self.quantizer(x).view(-1, x.shape[-1]))
+    def multiply(self, q_MK: torch.Tensor) -> torch.Tensor:
+        y_MN = self.product(q_MK)
         if self.bias is not None:
             y_MN = y_MN + self.bias
-        return y_MN.to(self.dtype).view(*x.shape[:-1], -1)
+        return y_MN.to(self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(self.quantizer(x).view(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 
 class Int8Linear(QuantizedLinear):
     """W8A8: int8 activations with one static scale, int8 weights with one scale a row, exact int32 sums."""
 
     kernel = "int8 x int8 -> int32 (torch._int_mm)"
+    operand = torch.int8
 
     def prepare(self, w_NK: torch.Tensor, scales: Scales) -> None:
         self.quantizer = InputQuantizer(scales.multiplier, numerics.quantize_int8)
@@ -145,17 +154,20 @@ class Int8Linear(QuantizedLinear):
 
 
 class Fp8Linear(QuantizedLinear):
-    """E4M3 activations and weights, one static scale each, multiplied as float8 (CUDA, SM89 and later)."""
+    """E4M3 activations with one static scale, E4M3 weights with one or one a row, multiplied as float8 (CUDA, SM89)."""
 
     kernel = "fp8 x fp8 (torch._scaled_mm)"
+    operand = torch.float8_e4m3fn
 
     def prepare(self, w_NK: torch.Tensor, scales: Scales) -> None:
         self.quantizer = InputQuantizer(scales.multiplier, numerics.quantize_fp8)
         self.weight = nn.Buffer(w_NK)
-        self.scale = nn.Buffer(scales.product.reshape(()))
+        self.scale = nn.Buffer(scales.product)
 
     def product(self, q_MK: torch.Tensor) -> torch.Tensor:
-        return numerics.fp8_linear(q_MK, self.weight, self.scale, self.dtype)
+        if self.scale.numel() == 1:
+            return numerics.fp8_linear(q_MK, self.weight, self.scale.reshape(()), self.dtype)
+        return numerics.fp8_linear(q_MK, self.weight, torch.ones_like(self.scale[0]), torch.float32) * self.scale
 
 
 class Fp8ValuesLinear(QuantizedLinear):

@@ -2,9 +2,11 @@
 
     python -m builder.engines.torch_backend.benchmark
 
-Three models: bf16 dense, fp8 dense, and fp8 2:4 with the very weights of the second (which happen to be 2:4), its
-kernels chosen by the tuner first. A decode step is replayed from a CUDA graph; the same step called eagerly stands
-beside it. Random weights say nothing of accuracy. Needs a GPU, torch and transformers alone.
+Three models: fp8 dense, fp8 2:4 with the very weights of the first (which happen to be 2:4), and bf16 dense, all three
+with few kernels a block (fused_step.py). The 2:4 one runs the kernels that the tuner chose; the dense ones whatever is
+fastest of our cuBLASLt products with searched algorithms, the same with tokens padded, and torch's. A decode step is
+replayed from a CUDA graph, whose kernels are counted; the same step called eagerly stands beside it. Random weights
+say nothing of accuracy. Needs a GPU, torch and transformers alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,93 +25,22 @@ import torch
 from benchmarks.kernels.model_shapes import MODELS
 from builder.engines.torch_backend.attention import Batch, Decode, Whole
 from builder.engines.torch_backend.decoder import Decoder
+from builder.engines.torch_backend.graph_kernels import count_kernels
 from builder.engines.torch_backend.kv_cache import KVCache
+from builder.engines.torch_backend.random_model import decoder_of, kernel_layers, make_sparse, shapes_of
 from plugins.autotune import timing, tuner
 from plugins.common.errors import UserError
 from plugins.common.files import write_json
 from plugins.libtwofour import bindings
-from plugins.linear.factory import share_input
-from plugins.linear.kernel_linear import KernelLinear, choices_of
-from plugins.linear.torch_linear import Scales
+from plugins.linear.kernel_linear import Dense
 
 BATCHES = (1, 8, 64)
 CONTEXT = 512
 PREFILL = 2048
 ROUNDS = 7
-SCALES = (0.02, 0.05)  # of every weight and of every input
-
-
-class RandomWeights:
-    """A checkpoint's tensors made up on the device: linear layers 2:4, in bf16 or fp8 with static scales."""
-
-    def __init__(self, config: dict[str, Any], format: str, device: torch.device) -> None:
-        self.config, self.format, self.device = config, format, device
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def of(self, module: str) -> dict[str, torch.Tensor]:
-        shape = self._shape(module.rpartition(".")[2])
-        if module.endswith("lm_head") or self.format == "bf16":
-            return {"weight": timing.random_2to4(*shape, torch.bfloat16, self.device).mul_(0.02)}
-        weight = timing.random_2to4(*shape, torch.float8_e4m3fn, self.device)
-        weight_scale, input_scale = (torch.tensor(scale, device=self.device) for scale in SCALES)
-        return {"weight": weight, "weight_scale": weight_scale, "input_scale": input_scale}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        width = int(self.config["hidden_size"])
-        if name.endswith("embed_tokens.weight"):
-            return torch.randn(int(self.config["vocab_size"]), width, device=self.device, dtype=torch.bfloat16)
-        return torch.ones(width, device=self.device, dtype=torch.bfloat16)  # norms
-
-    def _shape(self, layer: str) -> tuple[int, int]:
-        c = self.config
-        width, hidden = int(c["hidden_size"]), int(c["intermediate_size"])
-        q, kv = (int(c[name]) * int(c["head_dim"]) for name in ("num_attention_heads", "num_key_value_heads"))
-        return {
-            "q_proj": (q, width),
-            "k_proj": (kv, width),
-            "v_proj": (kv, width),
-            "o_proj": (width, q),
-            "gate_proj": (hidden, width),
-            "up_proj": (hidden, width),
-            "down_proj": (width, hidden),
-            "lm_head": (int(c["vocab_size"]), width),
-        }[layer]
-
-
-def decoder_of(config: dict[str, Any], format: str, device: torch.device) -> Decoder:
-    """A dense model of random weights."""
-    weights = RandomWeights(config, format, device)
-    return Decoder(config, weights, dtype=torch.bfloat16, device=device, positions=PREFILL)
-
-
-def make_sparse(decoder: Decoder, tactics: dict[str, Any] | None) -> None:
-    """Turns a dense fp8 model into its 2:4 twin: the same weights, on the kernels that `tactics` names by layer."""
-    layers = (tactics or {}).get("layers", {})
-    decoder.linears.clear()  # or the dense weights would stay in memory
-    for block in decoder._layers:
-        for parent in (block.self_attn, block.mlp):
-            for name, layer in list(parent.named_children()):
-                if not isinstance(layer, KernelLinear) or layer.quantizer is None:
-                    continue
-                scales = Scales(*(torch.full((1,), scale, device=decoder.device) for scale in SCALES))
-                kernels = choices_of(layers.get(_key(layer)), sparse=True)
-                twin = KernelLinear(layer.weights["cublaslt"], scales, layer.bias, layer.dtype, kernels)
-                twin.format, twin.sparse = layer.format, True
-                setattr(parent, name, twin)
-        share_input([block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj])
-        share_input([block.mlp.gate_proj, block.mlp.up_proj])
-
-
-def shapes_of(decoder: Decoder) -> dict[str, tuner.Shape]:
-    """The quantized layers' shapes, each once."""
-    layers = [layer for layer in decoder.linears.values() if isinstance(layer, KernelLinear)]
-    return {_key(layer): tuner.Shape(layer.out_features, layer.in_features, layer.format) for layer in layers}
-
-
-def _key(layer: KernelLinear) -> str:
-    return f"{layer.out_features}x{layer.in_features}"
+CUBLASLT = (Dense("cublaslt"), Dense("torch"))
+PADDED = (Dense("cublaslt", 16), Dense("cublaslt", 32), Dense("torch", 16))
+DENSE = {"fp8": (*CUBLASLT, *PADDED), "bf16": CUBLASLT, "fp8-2of4": (Dense(),)}  # ways of a model's dense products
 
 
 def decode_step(decoder: Decoder, batch: int, context: int) -> Callable[[], torch.Tensor]:
@@ -152,17 +83,53 @@ def eager_us(call: Callable[[], object]) -> float:
 
 
 @torch.inference_mode()
-def measure(decoder: Decoder, expired: Callable[[], bool]) -> dict[str, Any]:
-    """Microseconds of a decode step by batch, replayed and eager, and of a prefill. Stops early once `expired()`."""
-    times: dict[str, Any] = {"decode_us": {}, "decode_eager_us": {}, "weight_bytes": decoder.nbytes}
+def measure(
+    decoder: Decoder,
+    ways: Sequence[Dense],
+    expired: Callable[[], bool],
+    keep: Callable[[dict[str, Any]], None] = lambda times: None,
+) -> dict[str, Any]:
+    """Microseconds of a decode step by batch, replayed and eager, and of a prefill. Stops early once `expired()`.
+
+    The fastest of `ways` to multiply by dense weights counts; all of them are in `dense_us`, and `keep` gets what there
+    is after each batch.
+    """
+    times: dict[str, Any] = {name: {} for name in ("decode_us", "decode_eager_us", "dense_us", "kernels", "prefill_us")}
+    times |= {"weight_bytes": decoder.nbytes, "fused": decoder.fused}
     for batch in BATCHES:
         if expired():
-            return {**times, "stopped": f"out of time before batch {batch}"}
+            times["stopped"] = f"out of time before batch {batch}"
+            break
         step = decode_step(decoder, batch, CONTEXT)
-        times["decode_us"][str(batch)] = round(timing.measure(lambda _: step(), 1, ROUNDS).us, 1)  # noqa: B023
+        by_way = {}
+        for way in (way for way in ways if way.least_tokens == 1 or way.least_tokens > batch):
+            multiply_densely(decoder, way)
+            try:
+                by_way[way] = round(timing.measure(lambda _: step(), 1, ROUNDS).us, 1)  # noqa: B023
+            except (UserError, RuntimeError) as error:  # a product that a library refuses
+                times.setdefault("refused", {})[_name(way)] = f"{type(error).__name__}: {error}".splitlines()[0]
+        best = min(by_way, key=lambda way: by_way[way])
+        multiply_densely(decoder, best)
+        times["decode_us"][str(batch)] = by_way[best]
+        times["dense_us"][str(batch)] = {_name(way): us for way, us in by_way.items()}
+        times["kernels"][str(batch)] = count_kernels(step)
         times["decode_eager_us"][str(batch)] = round(eager_us(step), 1)
-    times["prefill_us"] = {str(PREFILL): round(eager_us(prefill_step(decoder, PREFILL)), 1)}
+        times["remarks"] = list(decoder.remarks)
+        keep(times)
+    if not expired():
+        multiply_densely(decoder, ways[0])
+        times["prefill_us"] = {str(PREFILL): round(eager_us(prefill_step(decoder, PREFILL)), 1)}
     return times
+
+
+def multiply_densely(decoder: Decoder, way: Dense) -> None:
+    """Lets all layers multiply by dense weights so, where they do."""
+    for layer in kernel_layers(decoder):
+        layer.dense = way
+
+
+def _name(way: Dense) -> str:
+    return way.product + (f", padded to {way.least_tokens}" if way.least_tokens > 1 else "")
 
 
 def speedups(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -190,12 +157,17 @@ def run(model: str, seconds: float, keep: Keep = lambda found: None, device: str
     found: dict[str, Any] = {"model": model, "context": CONTEXT, "results": {}, "speedup": {}}
 
     def add(name: str, decoder: Decoder) -> None:
-        found["results"][name] = measure(decoder, lambda: time.monotonic() > deadline)
-        found["speedup"] = speedups(found["results"])
-        keep(found)
+        def keep_part(times: dict[str, Any]) -> None:
+            found["results"][name] = times
+            found["speedup"] = speedups(found["results"])
+            print(name, json.dumps(times["decode_us"]), "us a decode step", flush=True)
+            keep(found)
 
-    dense = decoder_of(config, "fp8", place)
+        keep_part(measure(decoder, DENSE[name], lambda: time.monotonic() > deadline, keep_part))
+
+    dense = decoder_of(config, "fp8", place, PREFILL)
     found["tactics"] = tuner.tune(shapes_of(dense), (*BATCHES, PREFILL))  # also finds the dense kernels' algorithms
+    keep(found)
     add("fp8", dense)
     make_sparse(dense, found["tactics"])
     add("fp8-2of4", dense)
@@ -204,7 +176,9 @@ def run(model: str, seconds: float, keep: Keep = lambda found: None, device: str
     if time.monotonic() > deadline:
         found["results"]["bf16"] = {"stopped": "out of time before it was made"}
     else:
-        add("bf16", decoder_of(config, "bf16", place))
+        dense = decoder_of(config, "bf16", place, PREFILL)
+        tuner.search_dense(shapes_of(dense).values(), BATCHES)
+        add("bf16", dense)
     return found
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from builder.engines.torch_backend import attention
 from builder.engines.torch_backend.attention import Batch, Decode
 from builder.engines.torch_backend.cpu_step import CpuStep
+from builder.engines.torch_backend.fused_step import FusedBlocks, can_fuse
 from builder.engines.torch_backend.linears import Kernels, Source, is_tied, replace_linears
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
@@ -39,38 +40,56 @@ class Decoder:
         device: torch.device,
         positions: int,
         tactics: Mapping[str, Any] | None = None,
+        fused: bool | None = None,  # blocks of few kernels (fused_step.py); None: where they are kernels
     ) -> None:
         self.dtype, self.device = dtype, device
         model = _empty_model(config)
         self.config = model.config
         kernels = Kernels(tactics, dtype, device)
-        self.linears = replace_linears(model, tensors, dtype, device, kernels)
+        fused = can_fuse(self.config, dtype, device) if fused is None else fused
+        self.linears = replace_linears(model, tensors, dtype, device, kernels, joined=fused)
         self.remarks = [*kernels.remarks, *remarks(self.linears.values())]
         if device.type == "cpu":
             name = str(dtype).removeprefix("torch.")
             self.remarks.append(f"what is not 8 bit computes in {name}, dense and built alike")
         _put_rest(model, tensors, dtype, device)
         body = model.model
-        self._embed, self._layers, self._norm = body.embed_tokens, list(body.layers), body.norm
+        self._body, self._embed, self._norm = body, body.embed_tokens, body.norm
+        self.blocks: list[nn.Module] = list(body.layers)
         self._head = model.lm_head
         self._cos_SD, self._sin_SD = _rotary_table(model, positions, dtype, device)
-        self._cpu_step = CpuStep.of(body, self._cos_SD, self._sin_SD) if device.type == "cpu" else None
-        self.kv_scales = [_kv_scale(tensors, f"model.layers.{i}.self_attn") for i in range(len(self._layers))]
+        on_cpu = device.type == "cpu" and not fused
+        self._cpu_step = CpuStep.of(body, self._cos_SD, self._sin_SD) if on_cpu else None
+        self.kv_scales = [_kv_scale(tensors, f"model.layers.{i}.self_attn") for i in range(len(self.blocks))]
+        self._fused: FusedBlocks | None = None
+        if fused:
+            self.fuse()
+
+    def fuse(self) -> None:
+        """Runs the blocks with few kernels, from now on, with the linear layers that they have now."""
+        self._fused = FusedBlocks(self._body, self._cos_SD, self._sin_SD, self.remarks)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the blocks run with few kernels."""
+        return self._fused is not None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights in memory, in every form that a kernel has them; tied ones once."""
-        modules = (self._embed, *self._layers, self._norm, self._head)
+        modules = (self._embed, *self.blocks, self._norm, self._head)
         held = {t.data_ptr(): t.nbytes for m in modules for t in (*m.parameters(), *m.buffers())}
         return sum(held.values())
 
     def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Final hidden states [B, T, hidden_size] of token ids [B, T] at positions [B, T] or [1, T]."""
         x = self._embed(input_ids)
+        if self._fused is not None:
+            return self._fused(x, positions, batch)
         if self._cpu_step is not None and isinstance(batch, Decode) and self._cpu_step.takes(batch):
             return self._cpu_step(x, batch)
         rotary = (self._cos_SD[positions], self._sin_SD[positions])
-        for layer in self._layers:
+        for layer in self.blocks:
             x = layer(x, position_embeddings=rotary, batch=batch)
         return self._norm(x)
 

@@ -31,7 +31,9 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.kind, self.dtype, self.scales = kind, dtype, scales
-        self._multipliers = [tuple(torch.full((1,), 1 / scale, device=device) for scale in pair) for pair in scales]
+        self._multipliers: list[tuple[torch.Tensor, ...]] = [
+            tuple(torch.full((1,), 1 / scale, device=device) for scale in pair) for pair in scales
+        ]
         shape, stored = (rows, heads, positions, head_dim), STORED.get(kind, dtype)
         # zeros, not empty: a masked position weighs 0, and 0 * NaN would be NaN
         self.keys = [torch.zeros(shape, dtype=stored, device=device) for _ in scales]
@@ -41,6 +43,10 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def multipliers(self, layer: int) -> tuple[torch.Tensor | None, ...]:
+        """What keys and values are multiplied by before they are rounded, [1] each; None in a 16-bit cache."""
+        return (None, None) if self.kind == "none" else self._multipliers[layer]
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of any shape as the cache holds them."""

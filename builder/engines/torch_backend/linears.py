@@ -11,6 +11,7 @@ from torch import nn
 
 from plugins.common.errors import UserError
 from plugins.linear.factory import build_linear, share_input
+from plugins.linear.joined import GROUPS, SideBySide, join
 from plugins.linear.torch_linear import Linear
 
 log = logging.getLogger(__name__)
@@ -88,29 +89,74 @@ def _open(tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: int) ->
 
 
 def replace_linears(
-    model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device, kernels: Kernels
+    model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device, kernels: Kernels, joined: bool = False
 ) -> dict[str, Linear]:
-    """Replaces every linear layer by ours. Returns them by name."""
+    """Replaces every linear layer by ours. Returns them by name.
+
+    `joined`: q, k and v of a block become one layer, "qkv_proj", and gate and up another, "gate_up_proj".
+    """
+    load = _Loader(model, tensors, dtype, device, kernels)
     linears: dict[str, Linear] = {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        stored = {key: tensor for key, tensor in tensors.of(name).items() if key not in KV_SCALES}
-        if name == "lm_head" and is_tied(model, tensors):
-            stored = {"weight": tensors["model.embed_tokens.weight"]}
+    for unit, parts in _units(model, joined).items():
+        layers = load(unit, parts)
+        parent, _, own = unit.rpartition(".")
+        for part in parts:
+            delattr(model.get_submodule(parent), part.rpartition(".")[2])
+        setattr(model.get_submodule(parent), own, layers.get(unit) or SideBySide(list(layers.values())))
+        linears |= layers
+    if not joined:
+        for block in model.model.layers:
+            share_input([block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj])
+            share_input([block.mlp.gate_proj, block.mlp.up_proj])
+    return linears
+
+
+def _units(model: nn.Module, joined: bool) -> dict[str, list[str]]:
+    """The linear layers' names, by the name of the layer that each becomes or becomes part of."""
+    group_of = {part: group for group, parts in GROUPS.items() for part in parts} if joined else {}
+    units: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            parent, dot, own = name.rpartition(".")
+            units.setdefault(f"{parent}{dot}{group_of.get(own, own)}", []).append(name)
+    return units
+
+
+class _Loader:
+    """Makes a model's linear layers of a checkpoint's tensors."""
+
+    def __init__(
+        self, model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device, kernels: Kernels
+    ) -> None:
+        self._model, self._tensors, self._dtype, self._device, self._kernels = model, tensors, dtype, device, kernels
+
+    def __call__(self, unit: str, parts: Sequence[str]) -> dict[str, Linear]:
+        """The layer `unit` of its stored parts; the parts themselves where one product cannot replace them."""
+        stored = {part: self._stored(part) for part in parts}
+        whole = join(list(stored.values())) if len(parts) > 1 else stored[parts[0]]
+        if whole is None:
+            return {part: self._layer(part, [part], stored[part]) for part in parts}
+        return {unit: self._layer(unit, parts, whole)}
+
+    def _stored(self, name: str) -> dict[str, torch.Tensor]:
+        stored = {key: tensor for key, tensor in self._tensors.of(name).items() if key not in KV_SCALES}
+        if name == "lm_head" and is_tied(self._model, self._tensors):
+            stored = {"weight": self._tensors["model.embed_tokens.weight"]}
         if "weight" not in stored and "weight_values" not in stored:
             raise UserError(f"no tensor '{name}.weight': the checkpoint does not belong to its config.json")
-        linears[name] = layer = build_linear(stored, dtype, device, kernels.choices(name, stored))
-        if (layer.out_features, layer.in_features) != (module.out_features, module.in_features):
+        return stored
+
+    def _layer(self, name: str, parts: Sequence[str], stored: Mapping[str, torch.Tensor]) -> Linear:
+        """Raises UserError where the tensors do not fit config.json."""
+        layer = build_linear(stored, self._dtype, self._device, self._kernels.choices(name, stored))
+        modules = [self._model.get_submodule(part) for part in parts]
+        rows, columns = sum(module.out_features for module in modules), modules[0].in_features
+        if (layer.out_features, layer.in_features) != (rows, columns):
             raise UserError(
                 f"'{name}' has shape [{layer.out_features}, {layer.in_features}], but config.json says "
-                f"[{module.out_features}, {module.in_features}]: they do not belong together"
+                f"[{rows}, {columns}]: they do not belong together"
             )
-        model.set_submodule(name, layer)
-    for block in model.model.layers:
-        share_input([block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj])
-        share_input([block.mlp.gate_proj, block.mlp.up_proj])
-    return linears
+        return layer
 
 
 def is_tied(model: nn.Module, tensors: Source) -> bool:

@@ -38,14 +38,14 @@ class DenseKernels:
 def test_sparse_twin_computes_what_the_dense_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_model, "Kernels", DenseKernels)
     with torch.inference_mode():
-        decoder = benchmark.decoder_of(TINY.config(), "fp8", CPU)
+        decoder = benchmark.decoder_of(TINY.config(), "fp8", CPU, 96)
         steps = [benchmark.prefill_step(decoder, 96), benchmark.decode_step(decoder, 3, 8)]
         before = [step() for step in steps]
         shapes = benchmark.shapes_of(decoder)
         assert shapes["256x128"] == Shape(256, 128, "fp8")
         buckets = [{"tokens": 64, "kernel": "skinny"}, {"tokens": 2048, "kernel": "dense-cublaslt"}]
         benchmark.make_sparse(decoder, {"layers": {key: {"buckets": buckets} for key in shapes}})
-        layer = decoder._layers[0].mlp.up_proj
+        layer = decoder.blocks[0].mlp.up_proj
         assert (layer.sparse, layer.kernel) == (True, "skinny or cublaslt")
         assert all(torch.equal(step(), ids) for step, ids in zip(steps, before, strict=True))
     assert before[0].shape == (1,)
@@ -143,6 +143,7 @@ def test_engines_measurement_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(benchmark, "PREFILL", 64)
     monkeypatch.setattr(benchmark, "CONTEXT", 32)
     monkeypatch.setattr(bindings, "context", lambda device: None)
+    monkeypatch.setattr(benchmark.tuner, "search_dense", lambda shapes, asked: None)
     buckets = [{"tokens": 8, "kernel": "skinny"}, {"tokens": 64, "kernel": "dense-cublaslt"}]
     monkeypatch.setattr(
         benchmark.tuner,
@@ -155,7 +156,14 @@ def test_engines_measurement_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(benchmark, "eager_us", lambda call: call() is None or 8.0)
     kept: list[list[str]] = []
     found = benchmark.run("tiny", 60, lambda found: kept.append(list(found["results"])), device="cpu")
-    assert kept == [["fp8"], ["fp8", "fp8-2of4"], ["fp8", "fp8-2of4", "bf16"]]
+    steps = [[], ["fp8"], ["fp8", "fp8-2of4"], ["fp8", "fp8-2of4", "bf16"]]
+    assert kept == [steps[0], *(step for step in steps[1:] for _ in range(4))], "after each batch and each model"
+    fp8 = found["results"]["fp8"]
+    assert fp8["dense_us"]["8"] == dict.fromkeys(
+        ("cublaslt", "torch", "cublaslt, padded to 16", "cublaslt, padded to 32", "torch, padded to 16"), 4.0
+    )
+    assert set(fp8["dense_us"]["64"]) == {"cublaslt", "torch"}
+    assert fp8["kernels"]["1"] == "not counted: there is no GPU here"
     assert found["tactics"]["asked"] == (1, 8, 64, 64)
     assert found["speedup"]["decode_us over fp8"] == {"1": 1.0, "8": 1.0, "64": 1.0}
     bytes_ = {name: result["weight_bytes"] for name, result in found["results"].items()}

@@ -1,0 +1,44 @@
+"""How many kernels a captured CUDA graph launches, asked of the CUDA driver."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+TYPES = ("kernel", "memcpy", "memset", "host", "graph", "empty")  # CUgraphNodeType (cuda.h), the first of them
+
+
+def count_kernels(step: Callable[[], object]) -> dict[str, int] | str:
+    """The nodes of one captured call of `step`, which has run before, by type; or why they cannot be counted."""
+    if not torch.cuda.is_available():
+        return "not counted: there is no GPU here"
+    try:
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(graph):
+            step()
+        return _nodes(graph.raw_cuda_graph())
+    except (OSError, RuntimeError, TypeError, AttributeError) as error:
+        return f"not counted: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def _nodes(graph: int) -> dict[str, int]:
+    """Counts of a CUgraph's nodes by type."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    count = ctypes.c_size_t()
+    _check(driver.cuGraphGetNodes(ctypes.c_void_p(graph), None, ctypes.byref(count)))
+    nodes = (ctypes.c_void_p * count.value)()
+    _check(driver.cuGraphGetNodes(ctypes.c_void_p(graph), nodes, ctypes.byref(count)))
+    counts: Counter[str] = Counter()
+    for node in nodes:
+        kind = ctypes.c_int()
+        _check(driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind)))
+        counts[TYPES[kind.value] if kind.value < len(TYPES) else f"type {kind.value}"] += 1
+    return dict(counts)
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise RuntimeError(f"the CUDA driver answers {status}")

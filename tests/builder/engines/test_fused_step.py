@@ -1,0 +1,239 @@
+"""The torch engine's step with few kernels: the numbers of transformers' layers, and how many kernels that takes."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.kernels.model_shapes import Model
+from builder.engines.torch_backend import decoder as decoder_module
+from builder.engines.torch_backend.attention import Decode, Prefill, Slice, Whole
+from builder.engines.torch_backend.decoder import Decoder
+from builder.engines.torch_backend.kv_cache import KVCache
+from builder.engines.torch_backend.random_model import RandomWeights
+from plugins.common.errors import UserError
+from plugins.linear.joined import SideBySide
+from plugins.linear.kernel_linear import DENSE, KernelLinear
+from plugins.triton_kernels import ops
+from plugins.triton_kernels.guarded import BlockOps
+
+CPU = torch.device("cpu")
+CONFIG = Model(64, 96, 4, 2, 3, 128, head_dim=16).config()
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5},
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+}
+VIEWS = {
+    "_unsafe_view", "alias", "as_strided", "detach", "empty", "expand", "new_empty", "permute", "select", "slice",
+    "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+}  # fmt: skip
+
+
+class Weights(RandomWeights):
+    """Random weights, the same of a name every time, with Qwen's biases and norms of heads."""
+
+    def of(self, module: str) -> dict[str, torch.Tensor]:
+        own = module.rpartition(".")[2]
+        generator = torch.Generator().manual_seed(zlib.crc32(module.encode()))
+        weight = torch.randn(self._shape(own), generator=generator) / 8
+        if own == "lm_head" or self.format == "bf16":
+            stored = {"weight": weight}
+        elif self.format == "int8":
+            scale = weight.abs().amax(1) / 127
+            stored = {"weight": (weight / scale[:, None]).round().to(torch.int8), "weight_scale": scale}
+        else:
+            scale = weight.abs().max() / 448
+            stored = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+        if self.format == "int8":
+            stored["pre_quant_scale"] = torch.linspace(0.5, 1.5, weight.shape[1])
+        if self.format != "bf16":
+            stored["input_scale"] = torch.tensor(0.02)
+        if self.config["model_type"] == "qwen2" and own in ("q_proj", "k_proj", "v_proj"):
+            stored["bias"] = torch.randn(weight.shape[0], generator=generator) / 4
+        return stored
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        if name.endswith("embed_tokens.weight"):
+            return torch.randn(self.config["vocab_size"], self.config["hidden_size"], generator=generator)
+        heads = name.endswith(("q_norm.weight", "k_norm.weight"))
+        return torch.rand(self.config["head_dim" if heads else "hidden_size"], generator=generator) + 0.5
+
+
+class OurKernels:
+    """The engine's choice of kernels on a GPU without tactics: ours, dense, for every quantized layer."""
+
+    def __init__(self, *_: object) -> None:
+        self.remarks: list[str] = []
+
+    def choices(self, name: str, stored: dict[str, torch.Tensor]) -> object:
+        return DENSE if "weight_scale" in stored else None
+
+
+@pytest.fixture(autouse=True)
+def _on_our_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(decoder_module, "Kernels", OurKernels)
+    with torch.inference_mode():
+        yield
+
+
+def decoder(family: str, format: str, fused: bool, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    weights = Weights(CONFIG | FAMILIES[family], format, CPU)
+    return Decoder(weights.config, weights, dtype=dtype, device=CPU, positions=32, fused=fused)
+
+
+def cache_of(model: Decoder, kind: str = "none") -> KVCache:
+    scales = [(1.0, 1.0) if kind == "none" else (0.03, 0.02)] * 3
+    return KVCache(scales, 3, 2, 32, 16, kind=kind, dtype=model.dtype, device=CPU)
+
+
+def outputs(model: Decoder, kind: str = "none") -> list[torch.Tensor]:
+    """Logits of two whole sequences, of two prompts prefilled together, and of four tokens decoded after them."""
+    cache = cache_of(model, kind)
+    ids = torch.arange(40).view(2, 20) * 37 % 128
+    whole = model.logits(model.hidden(ids, torch.arange(20)[None], Whole(cache)))
+    positions = torch.tensor([[*range(9), *range(4)]])
+    prompts = Prefill(cache, [Slice(0, 0, 9), Slice(1, 0, 4)])
+    results = [whole, model.logits(model.hidden(ids.view(1, -1)[:, :13], positions, prompts))]
+    for step in range(4):
+        at = torch.tensor([9 + step, 4 + step])
+        batch = Decode(cache, at, 10 + step, ragged=True)
+        results.append(model.logits(model.hidden(torch.tensor([[5], [11 + step]]), at[:, None], batch)))
+    return results
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_computes_as_with_transformers_layers(family: str) -> None:
+    models = (decoder(family, "bf16", fused, torch.float64) for fused in (True, False))
+    for out, expected in zip(*map(outputs, models), strict=True):
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "fp8"])
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_8_bit_layers_and_caches_compute_as_with_transformers_layers(format: str, kind: str) -> None:
+    """Up to the order of float32 sums, which the width of a product may change."""
+    for out, expected in zip(*(outputs(decoder("qwen3", format, fused), kind) for fused in (True, False)), strict=True):
+        assert (out - expected).abs().max() <= 2**-6 * expected.abs().max()
+        assert (out.argmax(-1) == expected.argmax(-1)).float().mean() > 0.95
+
+
+class Launches(TorchDispatchMode):
+    """Counts what is a kernel on a GPU: every operator that is no view and no allocation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operator.name().split("::")[1].split(".")[0]
+        if name not in VIEWS:
+            self.counts[name] += ops.LAUNCHES.get(name, 1)
+        return operator(*args, **(kwargs or {}))
+
+
+def launches(layers: int, family: str, format: str, fused: bool, kind: str) -> Counter[str]:
+    """Of one decoded token of two requests, by operator."""
+    weights = Weights(CONFIG | FAMILIES[family] | {"num_hidden_layers": layers}, format, CPU)
+    model = Decoder(weights.config, weights, dtype=torch.bfloat16, device=CPU, positions=32, fused=fused)
+    positions = torch.tensor([9, 4])
+    batch = Decode(cache_of(model, kind), positions, 10, ragged=True)
+    with Launches() as mode:
+        model.logits(model.hidden(torch.tensor([[5], [11]]), positions[:, None], batch))
+    return mode.counts
+
+
+@pytest.mark.parametrize("kind", ["none", "fp8"])
+@pytest.mark.parametrize("format", ["bf16", "int8", "fp8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_decodes_a_token_with_ten_launches(family: str, format: str, kind: str) -> None:
+    def of_a_block(fused: bool) -> Counter[str]:
+        return launches(3, family, format, fused, kind) - launches(2, family, format, fused, kind)
+
+    counts = of_a_block(fused=True)
+    assert counts.total() == 10, counts
+    products = sum(counts[name] for name in ("linear", "mm", "addmm", "dense_linear"))
+    assert products == 4
+    assert of_a_block(fused=False).total() > 30
+
+
+def test_parts_that_no_single_product_replaces_stay_apart() -> None:
+    """k scales its input otherwise than q and v: the numbers are those of transformers' layers all the same."""
+
+    class Uneven(Weights):
+        def of(self, module: str) -> dict[str, torch.Tensor]:
+            stored = super().of(module)
+            return stored | {"input_scale": torch.tensor(0.03)} if module.endswith("k_proj") else stored
+
+    weights = Uneven(CONFIG, "fp8", CPU)
+    models = [Decoder(CONFIG, weights, dtype=torch.bfloat16, device=CPU, positions=32, fused=f) for f in (True, False)]
+    for out, expected in zip(*map(outputs, models), strict=True):
+        assert (out - expected).abs().max() <= 2**-6 * expected.abs().max()
+    attention = models[0].blocks[0].self_attn
+    assert isinstance(attention.qkv_proj, SideBySide)
+    assert attention.qkv_proj.kernel == "cublaslt"
+    assert "model.layers.0.self_attn.k_proj" in models[0].linears
+    assert "model.layers.0.mlp.gate_up_proj" in models[0].linears
+
+
+def test_joined_scales_become_one_a_row() -> None:
+    layer = decoder("llama", "fp8", fused=True).blocks[0].self_attn.qkv_proj
+    assert isinstance(layer, KernelLinear)
+    assert layer.channel_scales is not None
+    assert layer.channel_scales.unique().numel() == 3
+    assert layer.channel_scales.shape == (64 + 2 * 32,)
+
+
+def test_a_joined_layer_that_does_not_fit_config_json_is_named() -> None:
+    with pytest.raises(UserError, match=r"'model.layers.0.self_attn.qkv_proj' has shape \[128, 64\].*\[192, 64\]"):
+        Decoder(
+            CONFIG | {"num_key_value_heads": 4}, Weights(CONFIG, "bf16", CPU), dtype=torch.bfloat16, device=CPU,
+            positions=32, fused=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong", "nan"])
+def test_an_operator_that_fails_gives_way_to_its_reference(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(gate_up: torch.Tensor, *_: object) -> torch.Tensor:
+        if fault == "raises":
+            raise RuntimeError("\nFailed to find C compiler.\nPlease specify")
+        return torch.full_like(gate_up[:, :8], torch.nan if fault == "nan" else 3.0)
+
+    monkeypatch.setattr(ops, "silu_mul", broken)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    remarks: list[str] = []
+    block_ops = BlockOps(remarks)
+    gate_up = torch.randn(3, 16, dtype=torch.bfloat16)
+    arguments = (gate_up, None, torch.bfloat16)
+    expected = torch.nn.functional.silu(gate_up[:, :8]) * gate_up[:, 8:]
+    assert torch.equal(block_ops.silu_mul._check((), arguments), expected)
+    assert torch.equal(block_ops.silu_mul(*arguments), expected)
+    (remark,) = remarks
+    assert remark.startswith("silu_mul runs in plain torch, not as one kernel: ")
+    reason = "RuntimeError: Failed to find C compiler." if fault == "raises" else "its numbers are off by up to"
+    assert reason in remark
+
+
+def test_an_operator_that_agrees_stays_and_writes_once() -> None:
+    remarks: list[str] = []
+    block_ops = BlockOps(remarks)
+    residual, x = torch.ones(2, 8), torch.ones(2, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda device: None)
+        block_ops.rms_norm._check((), (residual, x, torch.ones(8), 1e-5, None, torch.float32))
+    assert residual.tolist() == [[2.0] * 8] * 2
+    assert remarks == []
