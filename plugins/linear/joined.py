@@ -31,11 +31,19 @@ def join(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]
         return None
     if any(not torch.equal(part[name], first[name]) for part in parts for name in SHARED if name in first):
         return None
-    joined = {name: torch.cat([part[name] for part in parts]) for name in ROWS if name in first}
+    joined = {name: _stack([part[name] for part in parts]) for name in ROWS if name in first}
     joined |= {name: first[name] for name in SHARED if name in first}
     if "weight_scale" in first:
         joined["weight_scale"] = _join_scales(parts)
     return joined
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All rows; those of 8 bit as bytes, as not every operator knows float8."""
+    dtype = tensors[0].dtype
+    if dtype.itemsize > 1:
+        return torch.cat(list(tensors))
+    return torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(dtype)
 
 
 def _join_scales(parts: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:

@@ -57,8 +57,11 @@ def rope_and_cache(
     if table is not None:
         size = keys_PHSD.shape[2]
         rows, slots = table[rows, positions_M // size].long(), positions_M % size
-    keys_PHSD[rows, :, slots] = _round(k_MHD, k_multiplier, keys_PHSD.dtype)
-    values_PHSD[rows, :, slots] = _round(v_MHD, v_multiplier, values_PHSD.dtype)
+    for cache, new, multiplier in ((keys_PHSD, k_MHD, k_multiplier), (values_PHSD, v_MHD, v_multiplier)):
+        rounded = _round(new, multiplier, cache.dtype)
+        if cache.element_size() == 1:  # not every operator knows float8
+            cache, rounded = cache.view(torch.uint8), rounded.view(torch.uint8)
+        cache[rows, :, slots] = rounded
     return q_MHD.contiguous()
 
 
