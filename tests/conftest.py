@@ -15,14 +15,49 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parent.parent
 
+TIERS = {  # what `make test-fast` leaves out, beside tests/gpu
+    "e2e": ("e2e",),
+    "native": (
+        "builder/engines/test_tuned.py",
+        "plugins/test_cpu_kernels.py",
+        "plugins/test_csrc.py",
+        "plugins/test_ops.py",
+        "plugins/test_stand_in_gpu.py",
+        "plugins/test_tensorrt_plugin.py",
+    ),
+    "slow": (
+        "benchmarks/test_accuracy_peers.py",
+        "benchmarks/test_drivers.py",
+        "benchmarks/test_gpu_bundle.py",
+        "benchmarks/test_gpu_suite.py",
+        "builder/engines/test_speed.py",
+        "builder/engines/test_torch_engine.py",
+        "builder/test_cli.py",
+        "builder/test_doctor.py",
+        "calibration/test_channel_order.py",
+        "calibration/test_head.py",
+        "calibration/test_lora.py",
+        "calibration/test_recover.py",
+        "calibration/test_sensitivity.py",
+        "calibration/test_sparsify.py",
+        "damage",
+        "plugins/test_network.py",
+        "plugins/test_pytorch_backend.py",
+        "plugins/test_releases.py",
+        "plugins/test_tensorrt_llm_cli.py",
+    ),
+}
+
 if importlib.util.find_spec("twofour") is None:  # a checkout that is not installed: map it as pyproject.toml does
     sys.modules["twofour"] = importlib.import_module("builder.twofour")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.is_relative_to(ROOT / "tests" / "e2e"):
-            item.add_marker(pytest.mark.e2e)
+        place = item.path.relative_to(ROOT / "tests")
+        for tier, paths in TIERS.items():
+            if any(place.is_relative_to(path) for path in paths):
+                item.add_marker(getattr(pytest.mark, tier))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
