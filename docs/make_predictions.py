@@ -1,9 +1,10 @@
 """Renders docs/predictions.md: published figures beside the predictions for their conditions."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from result_files import device_name, newest
 
 from benchmarks.roofline import published, roofline
 from benchmarks.roofline.published import Comparison, EndToEnd, Kernel
@@ -51,8 +52,7 @@ def page() -> str:
     ]
     for kind in kinds:
         parts.append(_section(kind, [row for row in rows if row.kind == kind]))
-    for path in sorted(RESULTS.glob("gpu-*.json")):
-        parts.append(_own(path))
+    parts += map(_own, newest(RESULTS, "gpu", device_name).values())
     parts.append(_sources())
     parts.append("\n## Left out\n\n| figure | missing |\n|---|---|\n")
     parts += [f"| {each.what} | {each.missing} |\n" for each in published.published().left_out]
@@ -75,10 +75,10 @@ def _section(kind: str, rows: list[Comparison]) -> str:
     return head + "".join(lines)
 
 
-def _own(path: Path) -> str:
+def _own(file: tuple[dict[str, Any], Path]) -> str:
     """Our own measurements on one GPU, beside the predictions for the same conditions."""
-    steps = json.loads(path.read_text(encoding="utf8"))["steps"]
-    gpu = steps["machine"]["result"]["device"]["name"]
+    result, path = file
+    steps, gpu = result["steps"], device_name(result)
     rows = [*_own_kernels(steps, gpu), *_own_engine(steps, gpu)]
     if not rows:
         return ""

@@ -3,11 +3,11 @@
 A block stands between `<!-- block: NAME -->` and `<!-- end -->`; everything else is written by hand.
 """
 
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from result_files import device_name, newest
 
 from benchmarks.roofline.published import EndToEnd, compare_model, comparisons, median_error
 from builder.planning import compatibility
@@ -59,9 +59,9 @@ def page() -> str:
 
 def results() -> str:
     parts = [
-        *(_accuracy(*file) for file in _newest("accuracy_peers", lambda result: result["settings"]["model"])),
-        *(_build(*file) for file in _newest("quickstart", lambda report: report["model"])),
-        *(_kernels(*file) for file in _newest("gpu", lambda result: _machine(result)["name"])),
+        *map(_accuracy, newest(RESULTS, "accuracy_peers", lambda result: result["settings"]["model"]).values()),
+        *map(_build, newest(RESULTS, "quickstart", lambda report: report["model"]).values()),
+        *map(_kernels, newest(RESULTS, "gpu", device_name).values()),
         _predicted(),
     ]
     return "".join(parts).lstrip("\n")
@@ -80,21 +80,8 @@ def support() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {"results": results, "support": support}
 
 
-def _newest(kind: str, subject: Callable[[dict[str, Any]], str]) -> list[tuple[dict[str, Any], str]]:
-    """The newest result file of a kind for each subject, and its path; names end with their date."""
-    newest: dict[str, tuple[dict[str, Any], str]] = {}
-    for path in sorted(RESULTS.glob(f"{kind}-*.json"), key=lambda path: re.findall(r"\d{4}-\d\d-\d\d.*", path.name)):
-        result = json.loads(path.read_text(encoding="utf8"))
-        newest[subject(result)] = (result, path.relative_to(ROOT).as_posix())
-    return list(newest.values())
-
-
-def _machine(result: dict[str, Any]) -> dict[str, Any]:
-    device: dict[str, Any] = result["steps"]["machine"]["result"]["device"]
-    return device
-
-
-def _accuracy(result: dict[str, Any], name: str) -> str:
+def _accuracy(file: tuple[dict[str, Any], Path]) -> str:
+    result, path = file
     settings, methods = result["settings"], result["methods"]
     rows = [f"| dense | {next(iter(methods.values()))['dense']['perplexity']:.2f} | |\n"] + [
         f"| {method} | {values['built']['perplexity']:.2f} | {values['perplexity_increase']:+.1%} |\n"
@@ -106,19 +93,20 @@ def _accuracy(result: dict[str, Any], name: str) -> str:
         samples=settings["samples"],
         length=settings["sequence_length"],
         processor=f"{result['environment']['cores']} cores of an {result['environment']['processor']}",
-        path=name,
+        path=path.relative_to(ROOT).as_posix(),
         rows="".join(rows),
     )
 
 
-def _build(report: dict[str, Any], name: str) -> str:
+def _build(file: tuple[dict[str, Any], Path]) -> str:
+    report, path = file
     accuracy, size, device = report["accuracy"], report["size"], report["device"]
     low, high = accuracy["perplexity_increase_interval"]
     return BUILD.format(
         model=report["model"],
         parameters=size["dense_bytes"] / 2e6,
         device=f"{device['cores']} cores of an {device['name']}" if device["type"] == "cpu" else device["name"],
-        path=name,
+        path=path.relative_to(ROOT).as_posix(),
         format=f"{report['recipe']['quantization']['format'].upper()} + 2:4",
         dense=accuracy["dense"]["perplexity"],
         built=accuracy["built"]["perplexity"],
@@ -141,7 +129,8 @@ def _speed(point: dict[str, Any]) -> str:
     return f"| output tokens/s, {load} | {dense['mean']:.0f} | {built['mean']:.0f} | {ratio['ratio']:.2f}x{spread} |\n"
 
 
-def _kernels(result: dict[str, Any], name: str) -> str:
+def _kernels(file: tuple[dict[str, Any], Path]) -> str:
+    result, path = file
     steps = [step.get("result") for step in result["steps"].values()]
     rows = [row for step in steps if isinstance(step, dict) for row in step.get("rows", ())]
     fp8 = [row for row in rows if row.get("model") == "llama-3.1-8b" and row["format"] == "fp8" and row.get("ratio")]
@@ -154,8 +143,8 @@ def _kernels(result: dict[str, Any], name: str) -> str:
         for layer in dict.fromkeys(row["layer"] for row in fp8)
     ]
     return KERNELS.format(
-        gpu=_machine(result)["name"].replace("NVIDIA", "an NVIDIA"),
-        path=name,
+        gpu=device_name(result).replace("NVIDIA", "an NVIDIA"),
+        path=path.relative_to(ROOT).as_posix(),
         tokens=" | ".join("1 token" if count == 1 else f"{count}" for count in tokens),
         lines="|".join(["---"] * len(tokens)),
         rows="".join(lines),
