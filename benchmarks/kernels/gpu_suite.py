@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks import environment
 from plugins.common.errors import UserError
 from plugins.common.files import write_json
-from plugins.libtwofour import compiler
+from plugins.common.nvidia_smi import gpus
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "results"
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     seconds = chosen.seconds or (SMOKE_SECONDS if chosen.smoke else FULL_SECONDS)
     try:
-        names = compiler.gpu_names()
+        names = [gpu.name for gpu in gpus()]
         if not names:
             raise UserError("nvidia-smi shows no GPU: run this on a machine with one")
         chosen.out.mkdir(parents=True, exist_ok=True)

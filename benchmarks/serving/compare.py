@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.config import Benchmark, Workload
 from benchmarks.serving.drivers import in_process
 from benchmarks.serving.records import Record, write_jsonl
-from benchmarks.serving.summarize import Run, Side, describe, summarise
+from benchmarks.serving.summarize import Run, Side, summarise
 from benchmarks.serving.workload import BenchRequest, make_requests
 from plugins.common.progress import Progress
 
@@ -58,22 +58,6 @@ def compare(
     """
     levels = list(_levels({"dense": dense, "built": built}, config, vocabulary, progress, drive))
     points = [summarise(runs, workload, concurrency, config.goodput) for workload, concurrency, runs in levels]
-    return Comparison(points, [run for _, _, runs in levels for run in runs])
-
-
-def measure(
-    engine: Any,
-    config: Benchmark,
-    vocabulary: int,
-    progress: Progress = lambda *_: None,
-    drive: Drive = in_process.run,
-) -> Comparison:
-    """Runs every workload at every concurrency on one engine or endpoint, with nothing to compare it to.
-
-    A point then has the block `built` and no `dense` or `speedup`. ValueError where nothing at a point succeeded.
-    """
-    levels = list(_levels({"built": engine}, config, vocabulary, progress, drive))
-    points = [describe(runs, workload, concurrency, config.goodput) for workload, concurrency, runs in levels]
     return Comparison(points, [run for _, _, runs in levels for run in runs])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -36,17 +36,3 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
     with path.open("w", encoding="utf8") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
-
-
-def write_records(records: Iterable[Record], path: Path, **labels: object) -> None:
-    """Writes the raw records, each with the same `labels` in front (such as the side and the round)."""
-    write_jsonl(path, ({**labels, **asdict(record)} for record in records))
-
-
-def read_records(path: Path) -> list[Record]:
-    """Reads what `write_records` wrote; labels are dropped."""
-    rows = (json.loads(line) for line in path.read_text(encoding="utf8").splitlines() if line)
-    return [
-        Record(**{**{k: row[k] for k in Record.__dataclass_fields__}, "token_times": tuple(row["token_times"])})
-        for row in rows
-    ]

@@ -99,24 +99,7 @@ def estimate(
 
 
 def student_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t distribution for probability in [0.5, 1), by bisection."""
-    low, high = 0.0, 1.0
-    while _student_cdf(high, degrees) < probability:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student_cdf(middle, degrees) < probability else (low, middle)
-    return (low + high) / 2
+    """The quantile of Student's t distribution."""
+    from scipy.stats import t as student
 
-
-def _student_cdf(t: float, degrees: int) -> float:
-    """P(T <= t) for t >= 0 and whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    odd = degrees % 2
-    term, series = (cosine, cosine if degrees > 1 else 0.0) if odd else (1.0, 1.0)
-    for k in range(3 if odd else 2, degrees - 1, 2):
-        term *= cosine * cosine * (k - 1) / k
-        series += term
-    inside = (2 / math.pi) * (angle + sine * series) if odd else sine * series
-    return 0.5 + inside / 2
+    return float(student.ppf(probability, degrees))

@@ -59,26 +59,6 @@ def summarise(
     }
 
 
-def describe(
-    runs: Sequence[Run], workload: Workload, concurrency: int, levels: Goodput | None = None
-) -> dict[str, Any]:
-    """A point of one side alone, from its runs at one workload and concurrency: `built`, no `dense`, no `speedup`."""
-    good = [(run, [record for record in run.records if record.error is None]) for run in runs]
-    good = [(run, records) for run, records in good if records]
-    if not good:
-        raise ValueError(_nothing(runs, concurrency))
-    built = _statistics([run for run, _ in good], [records for _, records in good], levels)
-    return {
-        "workload": workload.model_dump(exclude={"concurrency"}),
-        "concurrency": concurrency,
-        "rounds": len(good),
-        "requests": sum(len(records) for _, records in good),
-        "errors": {"built": _failures(runs)},
-        "built": {name: _side_block(name, measured, len(good)) for name, measured in built.items()},
-        "limit": None,
-    }
-
-
 def _of(runs: Sequence[Run], side: Side) -> list[Run]:
     return [run for run in runs if run.side == side]
 

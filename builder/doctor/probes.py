@@ -21,13 +21,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from builder.hardware.nvidia_smi import gpus
+from packaging.specifiers import SpecifierSet
+
 from builder.planning.compatibility import MODELOPT, check, check_release
 from plugins.common.errors import UserError
+from plugins.common.nvidia_smi import gpus
 from plugins.libtwofour.bindings import OLDEST_CUSPARSELT
 
 State = Literal["ok", "missing", "broken", "unfit"]  # unfit: present, in a version that does not work here
-TRANSFORMERS = ((4, 57), (5, 15))  # from, below
+TRANSFORMERS = SpecifierSet(">=4.57,<5.15")
 DISK_BYTES = 20 << 30
 SECONDS = 20  # a driver or a library
 IMPORT_SECONDS = 120  # the import of torch and ModelOpt, on a slow disk
@@ -176,8 +178,7 @@ def transformers() -> Finding:
     fix = "pip install 'transformers>=4.57,<5.15'"
     if version is None:
         return Finding("transformers", "missing", None, "the package transformers is not installed", fix)
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if not TRANSFORMERS[0] <= numbers < TRANSFORMERS[1]:
+    if not TRANSFORMERS.contains(version, prereleases=True):
         return Finding("transformers", "unfit", version, "not one that ModelOpt works with", fix)
     return Finding("transformers", "ok", version)
 

@@ -11,10 +11,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from builder.config import EngineConfig
-from builder.hardware.nvidia_smi import gpus
 from builder.planning import compatibility
 from plugins.common.errors import UserError
 from plugins.common.files import sha256
+from plugins.common.nvidia_smi import gpus
 
 if TYPE_CHECKING:
     from plugins.autotune.tuner import Shape

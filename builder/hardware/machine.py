@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from benchmarks.environment import processor
-from builder.hardware.nvidia_smi import gpus
+from plugins.common.nvidia_smi import gpus
 
 TOOLS = ("torch", "transformers", "safetensors", "numpy", "nvidia-modelopt", "tensorrt-llm", "tensorrt", "twofour")
 

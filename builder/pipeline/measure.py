@@ -84,8 +84,12 @@ def _costs(model: Path, engine: Path) -> dict[str, ModelCost]:
 
 
 def _write(measured: Comparison, out: Path) -> list[dict[str, Any]]:
+    from benchmarks.serving.aiperf_export import export_aiperf
+
     write_json(out / "performance.json", measured.points)
     measured.write_records(out / "records.jsonl")
+    built = (record for run in measured.runs if run.side == "built" for record in run.records)
+    export_aiperf(built, out / "profile_export.jsonl")
     return measured.points
 
 

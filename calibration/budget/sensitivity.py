@@ -1,30 +1,25 @@
-"""What each layer costs when it alone is changed: loss on held-out text, measured, or estimated in a few passes.
+"""What each layer costs when it alone is pruned, measured on held-out text: one pass a layer.
 
-A layer's change is its pruned weight in the dense model's place, or ModelOpt's fake quantizers switched on, or both.
-Measuring takes a pass a layer. The estimate takes a few passes for all layers together: to second order KL(dense ||
-changed) is half the square of the change of the layer's output along the gradient of the log likelihood of tokens that
-the model itself draws (Fisher information; Martens, 2020, arXiv 1412.1193; for pruning: Singh and Alistarh, 2020, arXiv
-2004.14340). On docs-llama the two agree within a tenth. Of `Cost`, `kl` is the one to add up: the loss is what a budget
-counts, but of one layer it is lost in the noise of the text.
+Of `Cost`, `kl` is the one to add up: the loss is what a budget counts, but for one layer it is lost in the noise of the
+text.
 
 Suffixes: B windows, T tokens of a window, V vocabulary, N out_features, K in_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibration.data.windows import Tokens
 from plugins.common.progress import Progress
 
 BATCH = 4  # windows
-DRAWS = 4  # of tokens from the model's own distribution, a batch, for the estimate
 Change = Callable[[], AbstractContextManager[None]]
 
 
@@ -63,51 +58,6 @@ def measure_costs(
     return {name: Cost(loss / count, kl / count) for name, (loss, kl) in sums.items()}
 
 
-def estimate_costs(
-    model: Any, pruned: Mapping[str, Tensor], tokens: Tokens, progress: Progress, seed: int = 0
-) -> dict[str, float]:
-    """KL(dense || pruned) a token, nats, of each layer's pruned weight [N, K] alone, to second order.
-
-    Two matrix products a layer, one forward pass and `DRAWS` backward passes, on each batch of `tokens` [windows, T].
-    """
-    model.requires_grad_(False)
-    sums = dict.fromkeys(pruned, 0.0)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    batches = torch.from_numpy(tokens).to(model.device).split(BATCH)
-    for done, ids_BT in enumerate(batches, start=1):
-        with ExitStack() as hooks:
-            for name, weight_NK in pruned.items():
-                hooks.enter_context(_along_gradient(model.get_submodule(name), weight_NK, name, sums))
-            embedded = model.get_input_embeddings()(ids_BT).requires_grad_()
-            log_PV = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
-            for draw in range(DRAWS):
-                drawn_P = log_PV.detach().exp().multinomial(1, generator=generator)
-                log_PV.gather(1, drawn_P).sum().backward(retain_graph=draw + 1 < DRAWS)
-        progress("sensitivity", done, len(batches))
-    count = DRAWS * tokens.shape[0] * (tokens.shape[1] - 1)
-    return {name: total / 2 / count for name, total in sums.items()}
-
-
-@contextmanager
-def _along_gradient(layer: Any, pruned_NK: Tensor, name: str, sums: dict[str, float]) -> Iterator[None]:
-    """Adds to `sums[name]`, in each backward pass, each window's squared output change along the gradient."""
-    change_NK = pruned_NK.to(layer.weight.device, layer.weight.dtype) - layer.weight
-
-    def forward(_: nn.Module, inputs: tuple[Tensor, ...], output_BTN: Tensor) -> None:
-        change_BTN = inputs[0].detach() @ change_NK.T
-
-        def backward(gradient_BTN: Tensor) -> None:
-            sums[name] += float((gradient_BTN * change_BTN).float().sum(dim=(1, 2)).square().sum())
-
-        output_BTN.register_hook(backward)
-
-    handle = layer.register_forward_hook(forward)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def pruning(model: Any, pruned: Mapping[str, Tensor]) -> dict[str, Change]:
     """For each layer the change to its pruned weight [N, K], and back."""
 
@@ -122,40 +72,6 @@ def pruning(model: Any, pruned: Mapping[str, Tensor]) -> dict[str, Change]:
             weight.data = before
 
     return {layer: lambda layer=layer: change(layer) for layer in pruned}  # type: ignore[misc]
-
-
-def quantizing(model: Any, layers: Sequence[str]) -> dict[str, Change]:
-    """For each layer the change to its fake-quantized form. Switches all quantizers of ModelOpt's `model` off."""
-    quantizers = {
-        layer: [getattr(model.get_submodule(layer), f"{which}_quantizer") for which in ("weight", "input")]
-        for layer in layers
-    }
-    for each in quantizers.values():
-        for quantizer in each:
-            quantizer.disable()
-
-    @contextmanager
-    def change(layer: str) -> Iterator[None]:
-        for quantizer in quantizers[layer]:
-            quantizer.enable()
-        try:
-            yield
-        finally:
-            for quantizer in quantizers[layer]:
-                quantizer.disable()
-
-    return {layer: lambda layer=layer: change(layer) for layer in layers}  # type: ignore[misc]
-
-
-def both(first: Change, second: Change) -> Change:
-    """One change inside another."""
-
-    @contextmanager
-    def change() -> Iterator[None]:
-        with first(), second():
-            yield
-
-    return change
 
 
 class _Entering:

@@ -7,12 +7,13 @@ So each call of a timed round reads another copy, enough of them to fill the cac
 from __future__ import annotations
 
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from plugins.common.nvidia_smi import query
 
 ROUNDS = 11
 CALLS = 16  # at least, in one graph
@@ -105,15 +106,8 @@ def device_facts(device: int = 0) -> dict[str, Any]:
 
 
 def _smi(device: str, fields: Sequence[str]) -> list[str | None]:
-    """nvidia-smi's words for `fields`; None where it has none."""
-    command = ["nvidia-smi", f"--id={device}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+    """nvidia-smi's values of `fields`; None for each that it does not know."""
+    values = [value.strip() for value in query(",".join(fields), device).strip().split(",")]
+    if len(values) != len(fields):
         return [None] * len(fields)
-    values = [value.strip() for value in line.split(",")]
-    return (
-        [v if v and not v.startswith("[") else None for v in values]
-        if len(values) == len(fields)
-        else [None] * len(fields)
-    )
+    return [value if value and not value.startswith("[") else None for value in values]

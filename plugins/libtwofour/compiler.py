@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from plugins.common.errors import UserError
+from plugins.common.nvidia_smi import gpus
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 OUT = Path(__file__).parents[1] / "lib"
@@ -89,23 +90,8 @@ def parse_sm(text: str) -> str:
 
 
 def gpu_sms() -> tuple[str, ...]:
-    """The architectures of the GPUs here, by nvidia-smi; empty where there is none."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(dict.fromkeys(parse_sm(line) for line in text.split() if re.fullmatch(r"\d+\.\d", line)))
-
-
-def gpu_names() -> tuple[str, ...]:
-    """The names of the GPUs here, by nvidia-smi; empty where there is none."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    """The architectures of this machine's GPUs; empty where there is none."""
+    return tuple(dict.fromkeys(parse_sm(f"{gpu.sm // 10}.{gpu.sm % 10}") for gpu in gpus()))
 
 
 def find_nvcc() -> str:

@@ -11,7 +11,7 @@ from benchmarks.config import Goodput
 from benchmarks.serving import metrics
 from benchmarks.serving.aiperf_export import export_aiperf
 from benchmarks.serving.metrics import METRICS, PER_REQUEST
-from benchmarks.serving.records import Record, read_records, write_records
+from benchmarks.serving.records import Record
 
 RECORD = Record("a", 100, 5, start=10.0, token_times=(10.2, 10.3, 10.4, 10.5, 10.6))
 FAILED = Record("b", 100, 0, start=10.0, token_times=(), error="HTTP 500")
@@ -93,13 +93,6 @@ def test_latency_is_the_first_token_plus_the_rest(moments: tuple[float, ...]) ->
 def test_every_metric_has_a_unit_and_a_direction() -> None:
     assert set(PER_REQUEST) < set(METRICS)
     assert {metric.better for metric in METRICS.values()} == {"lower", "higher"}
-
-
-def test_records_survive_their_file(tmp_path: Path) -> None:
-    write_records([RECORD, FAILED], tmp_path / "records.jsonl", side="dense", round=3)
-    assert read_records(tmp_path / "records.jsonl") == [RECORD, FAILED]
-    first = json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])
-    assert (first["side"], first["round"]) == ("dense", 3)
 
 
 def test_the_export_is_aiperfs_profile_export(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from builder.doctor import checks, probes
 from builder.doctor.probes import Finding
-from builder.hardware import nvidia_smi as gpus
+from plugins.common import nvidia_smi as gpus
 
 
 @pytest.fixture(autouse=True)

@@ -6,21 +6,19 @@ import itertools
 import math
 from contextlib import ExitStack
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from calibration.budget.search import select_layers
-from calibration.budget.sensitivity import both, estimate_costs, measure_costs, pruning, quantizing
-from calibration.config import Quantization, Sparsity
+from calibration.budget.sensitivity import measure_costs, pruning
+from calibration.config import Sparsity
 from calibration.data.windows import windows
 from calibration.evaluation.evaluate import evaluate, hf_logits, perplexity
 from calibration.model.silence import quiet
 from calibration.pruning.solvers.masks import Pattern, apply
 from calibration.pruning.sparsify import sparsify
-from calibration.quantization.quantize import quantize
 from plugins.sparsity.declaration import Declaration
 
 BLOCKS = 4
@@ -70,31 +68,6 @@ def test_measured_costs_are_those_of_the_whole_model(model, pruned, tokens, docs
         assert costs[layer].loss == pytest.approx(math.log1p(found.perplexity_increase), rel=1e-3, abs=1e-6)
         assert costs[layer].kl == pytest.approx(found.kl, rel=1e-3)
     assert evaluate(hf_logits(untouched), hf_logits(model), tokens).kl == 0  # every change was taken back
-
-
-def test_the_estimate_ranks_the_layers_as_measuring_does(model, pruned, tokens):
-    weights = {layer: pruned[layer] * 0.3 + model.get_submodule(layer).weight.data * 0.7 for layer in LAYERS}
-    measured = measure_costs(model, pruning(model, weights), {layer: layer for layer in LAYERS}, tokens, quietly)
-    estimated = estimate_costs(model, weights, tokens, quietly)
-    kl, guess = np.array([measured[layer].kl for layer in LAYERS]), np.array([estimated[layer] for layer in LAYERS])
-    ranks = np.corrcoef(kl.argsort().argsort(), guess.argsort().argsort())[0, 1]
-    assert ranks > 0.9
-    assert 0.75 < guess.sum() / kl.sum() < 1.33
-    assert estimated == estimate_costs(model, weights, tokens, quietly)
-
-
-def test_formats_cost_too_and_changes_combine(docs_llama, pruned, tokens):
-    model = load(docs_llama)
-    model = quantize(model, Quantization(format="fp8"), LAYERS, tokens[:4])
-    asked = [LAYERS[0], LAYERS[6]]
-    fp8, sparse = quantizing(model, LAYERS), pruning(model, {layer: pruned[layer] for layer in asked})
-    changes = {f"{layer} fp8": fp8[layer] for layer in asked} | {f"{layer} 2:4": sparse[layer] for layer in asked}
-    changes |= {f"{layer} both": both(fp8[layer], sparse[layer]) for layer in asked}
-    costs = measure_costs(model, changes, {name: name.split()[0] for name in changes}, tokens, quietly)
-    for layer in asked:
-        assert 0 < costs[f"{layer} fp8"].kl < 0.2 * costs[f"{layer} 2:4"].kl
-        assert costs[f"{layer} both"].kl != costs[f"{layer} 2:4"].kl
-    assert evaluate(hf_logits(load(docs_llama)), hf_logits(model), tokens).kl == 0
 
 
 @pytest.fixture(scope="module")

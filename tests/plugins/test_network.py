@@ -24,10 +24,10 @@ from builder.config import EngineConfig
 from builder.engines.torch_backend import artifact
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from builder.engines.trtllm import launch, sparsity_report, tensorrt, version_lock
-from builder.hardware.nvidia_smi import Gpu
 from builder.verify import verify
 from plugins.autotune import tactics
 from plugins.common.errors import UserError
+from plugins.common.nvidia_smi import Gpu
 from plugins.tensorrt_llm import inspector
 from tests.support.stand_ins import STAND_IN
 

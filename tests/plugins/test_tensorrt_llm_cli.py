@@ -20,7 +20,7 @@ import pytest
 from test_contract import check_flags, switches
 
 from builder.engines.trtllm import sparsity_report, tensorrt, version_lock
-from builder.hardware.nvidia_smi import Gpu
+from plugins.common.nvidia_smi import Gpu
 from tests.support.command import done, nothing_left, refused, twofour
 from tests.support.contract import facts
 from tests.support.models import change_config, cut_llama, write_recipe

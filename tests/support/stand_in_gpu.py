@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from builder.engines import measured_tactics
-from builder.hardware.nvidia_smi import Gpu
 from plugins.autotune import timing, tuner
+from plugins.common.nvidia_smi import Gpu
 from plugins.libtwofour import bindings, compiler, torch_ops
 from tests.support import native
 

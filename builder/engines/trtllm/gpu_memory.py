@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from builder.config import EngineConfig
-from builder.hardware.nvidia_smi import Gpu
 from plugins.common.errors import UserError
+from plugins.common.nvidia_smi import Gpu
 
 RUNTIME_BYTES = 1 << 30  # CUDA context, cuBLAS and NCCL workspaces, CUDA graphs: what idle TensorRT-LLM processes hold
 BUILD_COPIES = 2  # while TensorRT builds, the weights are there as network constants and as candidates' own layout

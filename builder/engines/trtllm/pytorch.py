@@ -21,12 +21,12 @@ from typing import Any
 from builder.checkpoint import Checkpoint, read
 from builder.config import EngineConfig
 from builder.engines.trtllm import artifact, launch, sparse_package, version_lock
-from builder.hardware.nvidia_smi import gpus
 from builder.planning import compatibility
 from calibration.data.tokenizer_files import copy_tokenizer
 from calibration.quantization.trtllm_config import for_transformers_4
 from plugins.common.errors import UserError
 from plugins.common.files import write_json
+from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import releases
 from plugins.tensorrt_llm.layer_names import FUSED
 

@@ -16,9 +16,9 @@ from typing import Any
 from builder.engines.measured_tactics import Sized
 from builder.engines.trtllm.checkpoint import TrtllmCheckpoint
 from builder.hardware import machine
-from builder.hardware.nvidia_smi import gpus
 from plugins.autotune import tactics
 from plugins.common.files import write_json
+from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import inspector
 from plugins.tensorrt_llm.inspector import SparseTactic
 from plugins.tensorrt_llm.layer_names import local_name

@@ -34,12 +34,12 @@ from builder.engines.trtllm import (
 )
 from builder.engines.trtllm.build_config import HOOKS, MODEL_CLASS, build_command, build_config, pages_context, routes
 from builder.engines.trtllm.checkpoint import TrtllmCheckpoint
-from builder.hardware.nvidia_smi import gpus
 from builder.planning import compatibility
 from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
 from plugins.common.files import write_json
+from plugins.common.nvidia_smi import gpus
 from plugins.common.progress import Progress
 from plugins.libtwofour import bindings
 from plugins.tensorrt_llm import releases

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from builder.engines.trtllm.launch import PLUGIN_LIBRARY
-from builder.hardware.nvidia_smi import gpus
 from plugins.common.errors import UserError
+from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import releases
 
 FILE = "lock.json"

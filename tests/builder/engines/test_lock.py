@@ -11,7 +11,7 @@ import pytest
 from builder import verify
 from builder.config import EngineConfig
 from builder.engines.trtllm import launch, tensorrt, version_lock
-from builder.hardware import nvidia_smi
+from plugins.common import nvidia_smi
 from plugins.common.errors import UserError
 from plugins.tensorrt_llm import releases
 from tests.support.stand_in_checkpoint import LAYERS, write_checkpoint

@@ -12,8 +12,8 @@ from builder.config import EngineConfig
 from builder.engines import measured_tactics
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from builder.engines.trtllm import gpu_memory, sparsity_report, tensorrt, version_lock
-from builder.hardware.nvidia_smi import Gpu
 from plugins.common.errors import UserError
+from plugins.common.nvidia_smi import Gpu
 from plugins.tensorrt_llm import releases
 from plugins.tensorrt_llm.inspector import SparseTactic
 from plugins.tensorrt_llm.log import parse

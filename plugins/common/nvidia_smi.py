@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine, as `nvidia-smi` tells them. Imports no torch."""
+"""The NVIDIA GPUs of this machine, from nvidia-smi. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-_QUERY = "name,compute_cap,memory.total,memory.free,driver_version"
+_GPU = "name,compute_cap,memory.total,memory.free,driver_version"
 _TIMEOUT = 20  # seconds: a driver that hangs must not hang us
 
 
@@ -24,25 +24,24 @@ class Gpu:
 
 @functools.cache
 def gpus() -> tuple[Gpu, ...]:
-    """All GPUs, in the driver's order. Empty where there is no driver, or it does not answer."""
+    """All GPUs, in the driver's order. Empty where there is no driver, or it does not respond."""
+    return parse(query(_GPU))
+
+
+def query(fields: str, device: str | None = None) -> str:
+    """nvidia-smi's lines for `fields`, comma-separated, of one device or of all; empty where there is no answer."""
     command = shutil.which("nvidia-smi")
     if command is None:
-        return ()
+        return ""
+    options = [f"--query-gpu={fields}", "--format=csv,noheader,nounits", *([f"--id={device}"] if device else [])]
     try:
-        done = subprocess.run(
-            [command, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT,
-            check=True,
-        )
+        return subprocess.run([command, *options], capture_output=True, text=True, timeout=_TIMEOUT, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return ()
-    return parse(done.stdout)
+        return ""
 
 
 def parse(text: str) -> tuple[Gpu, ...]:
-    """The GPUs in nvidia-smi's answer; lines of another form are passed over."""
+    """The GPUs in nvidia-smi's output; lines of another form are skipped."""
     found = []
     for line in text.splitlines():
         fields = [field.strip() for field in line.split(",")]
