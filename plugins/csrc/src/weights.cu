@@ -42,19 +42,35 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = first_index(); i < elements; i += stride()) target[i] = is_zero(type, source[i]) ? T{0} : source[i];
 }
 
-template <class Quad>
-__global__ void __launch_bounds__(kThreads)
-    epilogue_kernel(const Quad* sums, int64_t quads, const twofour_gemm gemm, void* y) {
-  for (int64_t i = first_index(); i < quads; i += stride()) {
-    const Quad four = sums[i];
-    const float values[4] = {static_cast<float>(four.x), static_cast<float>(four.y), static_cast<float>(four.z),
-                             static_cast<float>(four.w)};
+template <class Out>
+__device__ uint2 pack_four(const float (&v)[4]) {
+  uint2 packed;
+  Out* out = reinterpret_cast<Out*>(&packed);
+  for (int j = 0; j < 4; ++j) out[j] = static_cast<Out>(v[j]);  // to nearest even
+  return packed;
+}
+
+// A thread keeps four features, their scales and bias, and walks down the tokens: 16 bytes in, 8 bytes out.
+template <class Quad, class Out>
+__global__ void __launch_bounds__(kThreads) epilogue_kernel(const Quad* __restrict__ sums,
+                                                            const twofour_gemm gemm, uint2* __restrict__ y) {
+  const int64_t quads = gemm.out_features / 4, quad = first_index();
+  if (quad >= quads) return;
+  float scales[4], shifts[4];
+  for (int j = 0; j < 4; ++j) {
+    scales[j] = gemm.channel_scales != nullptr ? gemm.channel_scales[4 * quad + j] : gemm.scale;
+    shifts[j] = gemm.bias != nullptr ? static_cast<float>(static_cast<const Out*>(gemm.bias)[4 * quad + j]) : 0.0f;
+  }
+#pragma unroll 4
+  for (int64_t token = blockIdx.y; token < gemm.tokens; token += gridDim.y) {
+    const Quad four = __ldcs(sums + token * quads + quad);
+    float values[4] = {static_cast<float>(four.x), static_cast<float>(four.y), static_cast<float>(four.z),
+                       static_cast<float>(four.w)};
     for (int j = 0; j < 4; ++j) {
-      const int64_t feature = (4 * i + j) % gemm.out_features;
-      float value = gpu::multiply(values[j], gemm.channel_scales != nullptr ? gemm.channel_scales[feature] : gemm.scale);
-      if (gemm.bias != nullptr) value = gpu::add(value, gpu::load_float(gemm.out_type, gemm.bias, feature));
-      gpu::store_float(gemm.out_type, y, 4 * i + j, value);
+      values[j] = gpu::multiply(values[j], scales[j]);
+      if (gemm.bias != nullptr) values[j] = gpu::add(values[j], shifts[j]);
     }
+    y[token * quads + quad] = pack_four<Out>(values);
   }
 }
 
@@ -135,11 +151,19 @@ void copy_canonical(int type, int64_t elements, const void* source, void* target
 }
 
 void apply_epilogue(const twofour_gemm& gemm, const void* sums, void* y, cudaStream_t stream) {
-  const int64_t quads = gemm.tokens * gemm.out_features / 4;
-  if (gemm.type == TWOFOUR_INT8)
-    epilogue_kernel<<<grid_for(quads), kThreads, 0, stream>>>(static_cast<const int4*>(sums), quads, gemm, y);
-  else
-    epilogue_kernel<<<grid_for(quads), kThreads, 0, stream>>>(static_cast<const float4*>(sums), quads, gemm, y);
+  constexpr int64_t kBlocks = 2048;  // several for each multiprocessor of any GPU
+  const int64_t columns = ceil_div(gemm.out_features / 4, kThreads);
+  const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(std::clamp<int64_t>(kBlocks / columns, 1, gemm.tokens)));
+  const auto launch = [&](auto quad, auto out) {
+    using Quad = decltype(quad);
+    epilogue_kernel<Quad, decltype(out)><<<grid, kThreads, 0, stream>>>(static_cast<const Quad*>(sums), gemm,
+                                                                        static_cast<uint2*>(y));
+  };
+  const bool integer = gemm.type == TWOFOUR_INT8, half = gemm.out_type == TWOFOUR_FP16;
+  if (integer && half) launch(int4{}, __half{});
+  else if (integer) launch(int4{}, __nv_bfloat16{});
+  else if (half) launch(float4{}, __half{});
+  else launch(float4{}, __nv_bfloat16{});
   check(cudaGetLastError(), "epilogue kernel launch");
 }
 
