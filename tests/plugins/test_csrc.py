@@ -149,9 +149,7 @@ def test_packed_block_is_the_fragments_of_the_ptx_isa(host: bindings.Context, fo
 
 algorithms = st.one_of(
     st.tuples(st.integers(1, 5)),  # staged: splits of the inputs
-    st.tuples(
-        st.integers(1, 5), st.just(1), st.integers(1, 2), st.integers(1, 8)
-    ),  # streamed: share, thread blocks too
+    st.tuples(st.integers(1, 5), st.just(1), st.integers(1, 2), st.integers(1, 4), st.integers(0, 5)),  # streamed
 )
 
 
@@ -183,7 +181,7 @@ def test_simulated_kernel_against_float64(
 
 
 @pytest.mark.parametrize("format", sorted(DTYPES))
-@pytest.mark.parametrize("words", [(4,), (4, 1, 2, 8)], ids=["staged", "streamed"])
+@pytest.mark.parametrize("words", [(4,), (4, 1, 1, 3)], ids=["staged", "streamed"])
 def test_same_bits_for_every_replay_of_a_split(host: bindings.Context, format: str, words: tuple[int, ...]) -> None:
     """The counters return to zero, and sums are added in order: launching again gives the same bits."""
     rng = np.random.default_rng(1)
@@ -197,7 +195,7 @@ def test_same_bits_for_every_replay_of_a_split(host: bindings.Context, format: s
     ("format", "tokens", "splits", "share", "blocks"),
     [
         ("fp8", 1, 1, 1, 1),
-        ("fp8", 8, 3, 2, 2),
+        ("fp8", 8, 3, 1, 2),
         ("int8", 13, 1, 1, 2),
         ("int8", 40, 4, 1, 1),
         ("bf16", 7, 1, 2, 1),
@@ -211,7 +209,7 @@ def test_rings_of_the_streamed_kernel_turn_many_times(
     rng, n, k = np.random.default_rng(7), 232, 7424
     w_NK = native.prune(rng.integers(-3, 4, (n, k)).astype(DTYPES[format]), rng)
     x_MK = rng.integers(-2, 3, (tokens, k)).astype(DTYPES[format])
-    words = (splits, 1, share, blocks, 0, 0, 0, 0)
+    words = (splits, 1, share, blocks, 3, 0, 0, 0)
     problem = bindings.gemm("skinny", format, "fp16", n, k, tokens)
     y_MN = matmul(host, x_MK, native.aligned(skinny_layout.pack(w_NK, format)), format, "fp16", n, 0.25, words=words)
     ran = host.algorithm(problem)

@@ -147,8 +147,8 @@ twofour_stamp twofour_context::stamp(const twofour_gemm& g) {
   return s;
 }
 
-// An algorithm of the skinny kernel: splits of K, 0 staged or 1 streamed, and for the latter the share of shared memory and
-// the thread blocks on a multiprocessor.
+// An algorithm of the skinny kernel: splits of K, 0 staged or 1 streamed, and for the latter the members of
+// StreamedChoices after splits.
 int twofour_context::splits(const twofour_gemm& g) const {
   const SkinnyGeometry geometry = skinny_geometry(g.type, g.tokens, g.out_features, g.in_features);
   const auto chosen = algorithms_.find(bucket_key(g));
@@ -161,7 +161,8 @@ std::optional<StreamedPlan> twofour_context::streamed(const twofour_gemm& g) con
   if (chosen == algorithms_.end() || chosen->second.words[1] != 1) return std::nullopt;
   const uint64_t* words = chosen->second.words;
   return streamed_plan(g.type, g.tokens, g.out_features, g.in_features, multiprocessors_,
-                       {static_cast<int>(words[0]), static_cast<int>(words[2]), static_cast<int>(words[3])});
+                       {static_cast<int>(words[0]), static_cast<int>(words[2]), static_cast<int>(words[3]),
+                        static_cast<int>(words[4])});
 }
 
 void twofour_context::plan(const twofour_gemm& g) {
@@ -195,7 +196,7 @@ size_t twofour_context::workspace_bytes(const twofour_gemm& g) {
 
 static twofour_algorithm words_of(const StreamedPlan& plan) {
   return {{static_cast<uint64_t>(plan.splits), 1, static_cast<uint64_t>(plan.share),
-           static_cast<uint64_t>(plan.per_multiprocessor), 0, 0, 0, 0}};
+           static_cast<uint64_t>(plan.per_multiprocessor), static_cast<uint64_t>(plan.prefetch), 0, 0, 0}};
 }
 
 std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g) {
@@ -205,12 +206,15 @@ std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g
   for (int s : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32})
     if (s <= geometry.max_splits) all.push_back({{static_cast<uint64_t>(s), 0, 0, 0, 0, 0, 0, 0}});
   if (!can_stream()) return all;
-  std::set<std::tuple<int, int, int>> launches;
-  for (int splits : {1, 2, 3, 4, 6, 8, 12, 16})
-    for (const StreamedChoices choice : {StreamedChoices{splits, 1, 1}, {splits, 2, 1}, {splits, 1, 2}}) {
-      const auto plan = streamed_plan(g.type, g.tokens, g.out_features, g.in_features, multiprocessors_, choice);
-      if (plan && launches.insert({plan->splits, plan->blocks, plan->depth}).second) all.push_back(words_of(*plan));
-    }
+  std::set<std::tuple<int, int, int, int>> launches;
+  for (int splits : {1, 2, 3, 4})
+    for (int prefetch : {0, 6, 16})
+      for (const auto& [share, blocks] : {std::pair(1, 1), std::pair(2, 1), std::pair(1, 2)}) {
+        const StreamedChoices choices{splits, share, blocks, prefetch};
+        const auto plan = streamed_plan(g.type, g.tokens, g.out_features, g.in_features, multiprocessors_, choices);
+        if (plan && launches.insert({plan->splits, plan->blocks, plan->depth, plan->prefetch}).second)
+          all.push_back(words_of(*plan));
+      }
   return all;
 }
 
@@ -252,6 +256,7 @@ void twofour_context::run_skinny(const twofour_gemm& g, const void* x, const voi
   if (const auto plan = streamed(g)) {
     problem.splits = plan->splits;
     problem.depth = plan->depth;
+    problem.prefetch = plan->prefetch;
     if (host()) streamed_simulate(g.type, problem, *plan);
     else streamed_launch(g.type, problem, *plan, stream);
     return;

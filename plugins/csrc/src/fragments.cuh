@@ -43,6 +43,18 @@ TWOFOUR_DEVICE gpu::Fragment load_b(const uint8_t* x_row, int unit, int step, in
   }
 }
 
+// mma.sp instructions in a block of 256 inputs, for each tile of 8 tokens.
+template <int kType>
+constexpr int kSteps = kUnits * (kType == TWOFOUR_INT8 ? 1 : 2);
+template <int kType>
+TWOFOUR_HD constexpr int unit_of(int i) {
+  return kType == TWOFOUR_INT8 ? i : i / 2;
+}
+template <int kType>
+TWOFOUR_HD constexpr int step_of(int i) {
+  return kType == TWOFOUR_INT8 ? 0 : i % 2;
+}
+
 // sums[r][n] += packed block r of `blocks` times the 8 tokens at x_rows[n]. A block beyond the weight's last row may hold
 // anything: its sums are nobody's.
 template <int kType, int kTiles, int kTokenTiles, class Accumulator>
@@ -53,8 +65,8 @@ TWOFOUR_DEVICE void multiply_blocks(const uint8_t* blocks, const uint8_t* const 
   for (int r = 0; r < kTiles; ++r)
     metadata[r] = gpu::load_16(blocks + r * block_bytes(kType) + meta_offset(kType, lane, 0));
   TWOFOUR_UNROLL
-  for (int i = 0; i < kUnits * (kType == TWOFOUR_INT8 ? 1 : 2); ++i) {
-    const int unit = kType == TWOFOUR_INT8 ? i : i / 2, step = kType == TWOFOUR_INT8 ? 0 : i % 2;
+  for (int i = 0; i < kSteps<kType>; ++i) {
+    const int unit = unit_of<kType>(i), step = step_of<kType>(i);
     gpu::Fragment b[kTokenTiles];
     TWOFOUR_UNROLL
     for (int n = 0; n < kTokenTiles; ++n) b[n] = load_b<kType>(x_rows[n], unit, step, lane);
@@ -64,6 +76,20 @@ TWOFOUR_DEVICE void multiply_blocks(const uint8_t* blocks, const uint8_t* const 
       TWOFOUR_UNROLL
       for (int n = 0; n < kTokenTiles; ++n) gpu::mma_sp<kType>(sums[r][n], a, b[n], metadata[r].r[unit], step);
     }
+  }
+}
+
+// The same for one block, with all of x in registers.
+template <int kType, int kTokenTiles, class Accumulator>
+TWOFOUR_DEVICE void multiply_block(const uint8_t* block, const gpu::Fragment (&x)[kSteps<kType>][kTokenTiles], int lane,
+                                   Accumulator (&sums)[kTokenTiles][4]) {
+  const gpu::Fragment metadata = gpu::load_16(block + meta_offset(kType, lane, 0));
+  TWOFOUR_UNROLL
+  for (int i = 0; i < kSteps<kType>; ++i) {
+    const gpu::Fragment a = load_a<kType>(block, unit_of<kType>(i), step_of<kType>(i), lane);
+    TWOFOUR_UNROLL
+    for (int n = 0; n < kTokenTiles; ++n)
+      gpu::mma_sp<kType>(sums[n], a, x[i][n], metadata.r[unit_of<kType>(i)], step_of<kType>(i));
   }
 }
 

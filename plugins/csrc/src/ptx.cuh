@@ -59,6 +59,9 @@ TWOFOUR_DEVICE void bulk_copy(void* shared, const void* global, int bytes, uint6
                "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
                : "memory");
 }
+TWOFOUR_DEVICE void prefetch_to_l2(const void* global, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 TWOFOUR_DEVICE bool phase_done(uint64_t* barrier, unsigned parity) {
   unsigned done;
   asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"

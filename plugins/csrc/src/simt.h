@@ -179,6 +179,9 @@ inline void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar
   b.copies.push_back({static_cast<uint8_t*>(shared), source, static_cast<size_t>(bytes)});
   b.issued += static_cast<size_t>(bytes);
 }
+inline void prefetch_to_l2(const void* global, int bytes) {
+  require_source(static_cast<const uint8_t*>(global), static_cast<size_t>(bytes));
+}
 // As mbarrier.try_wait.parity: true at once where the current phase has the other parity. The bytes land here at last.
 inline void wait_phase(uint64_t* barrier, unsigned parity) {
   CopyBarrier& b = copy_barrier(barrier);

@@ -1,13 +1,14 @@
 // The streamed skinny kernel, for GPUs with bulk copies and programmatic dependent launch (SM90 and newer).
 //
-// One thread block a multiprocessor stays for the whole product. It owns a range of 16-row tiles and of 256-input blocks
-// of the weight, which every one of them gets in nearly equal share. Each of its eight warps takes every eighth block of a
-// tile and streams them through a ring of its own: one bulk copy a packed block, counted by the slot's barrier in shared
-// memory. Weights depend on no earlier kernel, so the rings are filled before the launch waits for the kernel before it; x
-// follows, once, for the whole range of inputs. A warp waits for its next slot alone, multiplies and refills it: there is
-// no barrier of the thread block until a tile ends, where the sums of the warps are added in order. Where the inputs are split over thread blocks, partial sums
-// go to the workspace, and the last thread block to arrive adds those of its rows, in order too: the result depends
-// neither on the order of arrival nor on the number of multiprocessors. No thread block waits for another one.
+// One or two thread blocks a multiprocessor stay for the whole product. Each owns a range of 16-row tiles and of 256-input
+// blocks of the weight, in nearly equal shares. Each of its eight warps takes every eighth block of a group of tiles and
+// streams them through a ring of its own: one bulk copy a packed block, counted by the slot's barrier in shared memory.
+// Weights depend on no earlier kernel, so the rings are filled, and what follows is asked into the L2, before the launch
+// waits for the kernel before it; x comes once, for the whole range of inputs. A warp keeps the x of a block in registers
+// for all tiles of a group, waits for its next slot alone, multiplies and refills it: there is no barrier of the thread
+// block until a group ends, where the sums of the warps are added in order. Where the inputs are split over thread blocks,
+// partial sums go to the workspace, and the last thread block to arrive adds those of its rows, in order too: the result
+// depends neither on the order of arrival nor on the number of multiprocessors. No thread block waits for another one.
 #pragma once
 
 #include "fragments.cuh"
@@ -16,14 +17,14 @@ namespace twofour {
 
 template <int kType, int kTokenTiles, int kTiles>
 struct StreamedConfig {
-  static constexpr int type = kType, token_tiles = kTokenTiles, tiles = kTiles;  // of 16 rows, which share loads of x
+  static constexpr int type = kType, token_tiles = kTokenTiles, tiles = kTiles;  // tiles of 16 rows in a group
   static constexpr int warps = 8, threads = warps * kLanes;
   static constexpr int tokens = 8 * token_tiles;
   static constexpr int x_bytes = kBlockInputs * element_bytes(type);
-  static constexpr int slot_bytes = tiles * block_bytes(type);
+  static constexpr int slot_bytes = block_bytes(type);
   static constexpr int tile_sums = token_tiles * 4 * kLanes;  // of 16 rows and all tokens
   static constexpr int group_sums = tiles * tile_sums;
-  static constexpr int sums_bytes = 2 * warps * group_sums * 4;  // two buffers: one is read while the other is written
+  static constexpr int sums_bytes = warps * group_sums * 4;
 
   // Shared memory: a ring of `depth` slots for each warp | sums | barriers | x.
   TWOFOUR_HD static constexpr int sums_offset(int depth) { return depth * warps * slot_bytes; }
@@ -35,9 +36,9 @@ struct StreamedConfig {
   TWOFOUR_HD static constexpr int x_rows(int tokens_here) { return tokens_here < tokens ? tokens_here + 1 : tokens; }
 };
 
-// 8-bit x is widened for each use, and then two tiles share it; registers of one token tile do without.
+// As many tiles in a group as registers allow.
 template <int kType, int kTokenTiles>
-using StreamedChoice = StreamedConfig<kType, kTokenTiles, element_bytes(kType) == 2 || kTokenTiles == 1 ? 1 : 2>;
+using StreamedChoice = StreamedConfig<kType, kTokenTiles, kTokenTiles == 4 ? 2 : 4>;
 
 // What a thread block multiplies: 16-row tiles and 256-input blocks of the weight.
 struct Range {
@@ -54,27 +55,44 @@ TWOFOUR_HD constexpr Range range_of(const SkinnyProblem& p, int index, int count
           static_cast<int>(blocks * (split + 1) / p.splits - block)};
 }
 
-// A packed block of a group of tiles, as the warp whose turn it is goes through them.
-struct Item {
-  int group, block;
-  template <class C>
-  TWOFOUR_DEVICE void advance(int warp, int blocks) {
-    block += C::warps;
-    if (block >= blocks) block = warp, ++group;
-  }
-};
-
-// Starts the copies of an item's packed blocks, which are one `row_bytes` apart.
+// The packed blocks of a warp, in its order: groups of tiles, in each its inputs, of these one block of each tile.
 template <class C>
-TWOFOUR_DEVICE void fill_slot(const uint8_t* weight, int64_t row_bytes, int tiles, Item item, uint8_t* slot,
-                              uint64_t* barrier) {
-  const int first = item.group * C::tiles, active = tiles - first < C::tiles ? tiles - first : C::tiles;
-  const uint8_t* source = weight + first * row_bytes + static_cast<int64_t>(item.block) * block_bytes(C::type);
-  gpu::expect_bytes(barrier, active * block_bytes(C::type));
-  TWOFOUR_UNROLL
-  for (int r = 0; r < C::tiles; ++r)
-    if (r < active) gpu::bulk_copy(slot + r * block_bytes(C::type), source + r * row_bytes, block_bytes(C::type), barrier);
-}
+class Stream {
+ public:
+  TWOFOUR_DEVICE Stream(const SkinnyProblem& p, const Range& range, int warp)
+      : row_bytes_(input_blocks(p.in_features) * block_bytes(C::type)),
+        base_(p.weight + range.tile * row_bytes_ + range.block * block_bytes(C::type)),
+        tiles_(range.tiles), blocks_(range.blocks), warp_(warp), block_(warp), tile_(warp < blocks_ ? 0 : tiles_) {
+    begin_group(tile_);
+  }
+  TWOFOUR_DEVICE bool ended() const { return tile_ >= tiles_; }
+  TWOFOUR_DEVICE const uint8_t* source() const { return source_; }
+  TWOFOUR_DEVICE void advance() {
+    ++tile_;
+    source_ += row_bytes_;
+    if (tile_ < end_) return;
+    block_ += C::warps;
+    if (block_ < blocks_) {
+      tile_ = begin_;
+      source_ = base_ + begin_ * row_bytes_ + static_cast<int64_t>(block_) * block_bytes(C::type);
+    } else {
+      block_ = warp_;
+      begin_group(tile_);
+    }
+  }
+
+ private:
+  TWOFOUR_DEVICE void begin_group(int tile) {
+    begin_ = tile;
+    end_ = tile + C::tiles < tiles_ ? tile + C::tiles : tiles_;
+    source_ = base_ + begin_ * row_bytes_ + static_cast<int64_t>(block_) * block_bytes(C::type);
+  }
+
+  int64_t row_bytes_;
+  const uint8_t* base_;
+  const uint8_t* source_;
+  int tiles_, blocks_, warp_, block_, tile_, begin_, end_;  // of the thread block; of the group: begin_ and end_
+};
 
 // x of this thread block's tokens and inputs, with zeros beyond either.
 template <class C>
@@ -131,12 +149,21 @@ TWOFOUR_DEVICE void add_splits(const SkinnyProblem& p, const Range& range, unsig
   if (*shared != static_cast<unsigned>(p.splits - 1)) return;
   gpu::fence();
   if (gpu::thread() == 0) *counter = 0;
-  for (int i = gpu::thread(); i < range.tiles * C::tile_sums; i += C::threads) {
-    const int64_t tile = range.tile + i / C::tile_sums;
-    Accumulator sum = 0;
-    for (int split = 0; split < p.splits; ++split)
-      sum += gpu::load_partial<Accumulator>(partials_of<C>(p, split, tile) + i % C::tile_sums);
-    store_tile_sum<C>(p, tile, i % C::tile_sums, sum);
+  constexpr int kLoads = 4;  // under way at once
+  const int count = range.tiles * C::tile_sums;
+  for (int first = gpu::thread(); first < count; first += kLoads * C::threads) {
+    Accumulator sums[kLoads] = {};
+    for (int split = 0; split < p.splits; ++split) {
+      const uint32_t* partials = partials_of<C>(p, split, range.tile);
+      TWOFOUR_UNROLL
+      for (int j = 0; j < kLoads; ++j)
+        if (first + j * C::threads < count) sums[j] += gpu::load_partial<Accumulator>(partials + first + j * C::threads);
+    }
+    TWOFOUR_UNROLL
+    for (int j = 0; j < kLoads; ++j) {
+      const int i = first + j * C::threads;
+      if (i < count) store_tile_sum<C>(p, range.tile + i / C::tile_sums, i % C::tile_sums, sums[j]);
+    }
   }
 }
 
@@ -146,25 +173,28 @@ TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
   using Accumulator = typename gpu::Accumulator<C::type>::Type;
   const int warp = gpu::thread() / kLanes, lane = gpu::thread() % kLanes;
   const Range range = range_of(p, gpu::block_x(), gpu::grid_x());
-  const int groups = static_cast<int>(ceil_div(range.tiles, C::tiles));
-  const int64_t row_bytes = input_blocks(p.in_features) * block_bytes(C::type);
-  const uint8_t* weight = p.weight + range.tile * row_bytes + range.block * block_bytes(C::type);
   uint8_t* const ring = shared + warp * p.depth * C::slot_bytes;
   Accumulator* const sums = reinterpret_cast<Accumulator*>(shared + C::sums_offset(p.depth));
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + C::barriers_offset(p.depth)) + warp * p.depth;
   uint8_t* const x = shared + C::x_offset(p.depth);
 
-  Item ahead{warp < range.blocks ? 0 : groups, warp};  // what is copied next
+  Stream<C> ahead(p, range, warp);  // what is copied next
   const auto fill = [&](int slot) {
-    if (lane == 0 && ahead.group < groups)
-      fill_slot<C>(weight, row_bytes, range.tiles, ahead, ring + slot * C::slot_bytes, barriers + slot);
-    ahead.advance<C>(warp, range.blocks);
+    if (ahead.ended()) return;
+    if (lane == 0) {
+      gpu::expect_bytes(barriers + slot, C::slot_bytes);
+      gpu::bulk_copy(ring + slot * C::slot_bytes, ahead.source(), C::slot_bytes, barriers + slot);
+    }
+    ahead.advance();
   };
   if (lane == 0) {
     for (int slot = 0; slot < p.depth; ++slot) gpu::init_barrier(barriers + slot);
     gpu::publish_barriers();
   }
   for (int slot = 0; slot < p.depth; ++slot) fill(slot);
+  Stream<C> further = ahead;
+  for (int i = 0; i < p.prefetch && !further.ended(); ++i, further.advance())
+    if (lane == 0) gpu::prefetch_to_l2(further.source(), C::slot_bytes);
   gpu::let_next_kernel_start();
   gpu::wait_for_previous_kernel();  // x, and y's memory, may have been its
 
@@ -181,26 +211,35 @@ TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
 
   int slot = 0;
   unsigned parity = 0;  // of the phase of its barrier; flips with each turn of the ring
-  for (int group = 0; group < groups; ++group) {
+  for (int tile = 0; tile < range.tiles; tile += C::tiles) {
+    const int active = range.tiles - tile < C::tiles ? range.tiles - tile : C::tiles;
     Accumulator own[C::tiles][C::token_tiles][4] = {};
     for (int block = warp; block < range.blocks; block += C::warps) {
-      const uint8_t* x_rows[C::token_tiles];
+      gpu::Fragment b[kSteps<C::type>][C::token_tiles];
       TWOFOUR_UNROLL
-      for (int n = 0; n < C::token_tiles; ++n) x_rows[n] = x_tokens[n] + block * C::x_bytes;
-      gpu::wait_phase(barriers + slot, parity);
-      multiply_blocks<C::type>(ring + slot * C::slot_bytes, x_rows, lane, own);
-      gpu::warp_sync();  // all lanes have read it
-      fill(slot);
-      if (++slot == p.depth) slot = 0, parity ^= 1u;
+      for (int i = 0; i < kSteps<C::type>; ++i) {
+        TWOFOUR_UNROLL
+        for (int n = 0; n < C::token_tiles; ++n)
+          b[i][n] = load_b<C::type>(x_tokens[n] + block * C::x_bytes, unit_of<C::type>(i), step_of<C::type>(i), lane);
+      }
+      TWOFOUR_UNROLL
+      for (int r = 0; r < C::tiles; ++r) {
+        if (r >= active) break;
+        gpu::wait_phase(barriers + slot, parity);
+        multiply_block<C::type>(ring + slot * C::slot_bytes, b, lane, own[r]);
+        gpu::warp_sync();  // all lanes have read it
+        fill(slot);
+        if (++slot == p.depth) slot = 0, parity ^= 1u;
+      }
     }
-    Accumulator* const buffer = sums + group % 2 * C::warps * C::group_sums;
+    if (tile > 0) gpu::block_sync();  // the sums of the group before have been read
     TWOFOUR_UNROLL
     for (int i = 0; i < C::group_sums / kLanes; ++i)
-      buffer[warp * C::group_sums + i * kLanes + lane] = own[i / (4 * C::token_tiles)][i / 4 % C::token_tiles][i % 4];
+      sums[warp * C::group_sums + i * kLanes + lane] = own[i / (4 * C::token_tiles)][i / 4 % C::token_tiles][i % 4];
     gpu::block_sync();
-    add_warps<C>(p, buffer, range.tile + group * C::tiles, range.tiles - group * C::tiles);
+    add_warps<C>(p, sums, range.tile + tile, active);
   }
-  if (p.splits > 1 && groups > 0) add_splits<C>(p, range, reinterpret_cast<unsigned*>(shared));
+  if (p.splits > 1 && range.tiles > 0) add_splits<C>(p, range, reinterpret_cast<unsigned*>(shared));
 }
 
 }  // namespace twofour

@@ -13,6 +13,7 @@ struct SkinnyProblem;
 
 constexpr int kStreamedSm = 90;  // the first with bulk copies and programmatic dependent launch
 constexpr int kMaxBlocksPerMultiprocessor = 8;
+constexpr int kMaxPrefetch = 64;
 
 // What a launch has to fit.
 struct Multiprocessors {
@@ -26,12 +27,13 @@ struct StreamedChoices {
   int splits = 0;     // of the inputs
   int share = 0;      // 1: a thread block may take all the shared memory; 2: half, so that the next kernel's fits beside it
   int per_multiprocessor = 0;  // thread blocks of this kernel on each
+  int prefetch = 0;            // packed blocks that a warp asks into the L2 beyond its ring
 };
 
 struct StreamedPlan {
   int splits, per_multiprocessor, share;
   int blocks, token_blocks;  // the grid
-  int depth;                 // slots in each warp's ring
+  int depth, prefetch;       // slots in a warp's ring; packed blocks beyond it
   size_t shared_bytes, workspace_bytes;
 };
 

@@ -18,13 +18,13 @@ constexpr int64_t kBytesWhileAdding = 24 * 1024;   // that a multiprocessor read
 // The plan with these splits and this share of the shared memory; none where not even two slots a warp fit.
 template <class C>
 std::optional<StreamedPlan> fit(int64_t tokens, int64_t out_features, int64_t in_features, const Multiprocessors& gpu,
-                                int splits, int share, int per_multiprocessor) {
+                                int splits, int share, int per_multiprocessor, int prefetch) {
   const int64_t inputs = ceil_div(input_blocks(in_features), splits);
   const int64_t x = C::x_rows(static_cast<int>(std::min<int64_t>(tokens, C::tokens))) * C::x_pitch(inputs);
   const auto budget = static_cast<int64_t>(
       std::min(gpu.block_shared_bytes, gpu.shared_bytes / static_cast<size_t>(share * per_multiprocessor) - kReservedShared));
   const int64_t slots_of_warps = C::x_offset(1) - C::x_offset(0);
-  const int64_t used = ceil_div(ceil_div(row_tiles(out_features), C::tiles) * inputs, C::warps);  // no more items than that
+  const int64_t used = row_tiles(out_features) * ceil_div(inputs, C::warps);  // a warp has no more packed blocks than that
   const int64_t depth = std::min((budget - C::x_offset(0) - x) / slots_of_warps, used);
   if (budget < C::x_offset(0) + x || depth < std::min<int64_t>(2, used)) return std::nullopt;
   StreamedPlan plan{};
@@ -33,6 +33,7 @@ std::optional<StreamedPlan> fit(int64_t tokens, int64_t out_features, int64_t in
   plan.blocks = static_cast<int>(groups) * splits;
   plan.token_blocks = static_cast<int>(ceil_div(tokens, C::tokens));
   plan.depth = static_cast<int>(depth);
+  plan.prefetch = static_cast<int>(std::clamp<int64_t>(used - depth, 0, std::clamp(prefetch, 0, kMaxPrefetch)));
   plan.shared_bytes = static_cast<size_t>(C::x_offset(plan.depth) + x);
   if (splits > 1)
     plan.workspace_bytes = static_cast<size_t>(splits * plan.token_blocks * row_tiles(out_features) * C::tile_sums) * sizeof(uint32_t);
@@ -45,10 +46,10 @@ std::optional<StreamedPlan> fit(int64_t tokens, int64_t out_features, int64_t in
                                 int splits, const StreamedChoices& choices) {
   const int per_multiprocessor = std::clamp(choices.per_multiprocessor, 1, kMaxBlocksPerMultiprocessor);
   if (choices.share != 0)
-    return fit<C>(tokens, out_features, in_features, gpu, splits, std::clamp(choices.share, 1, 2), per_multiprocessor);
-  const auto half = fit<C>(tokens, out_features, in_features, gpu, splits, 2, per_multiprocessor);
+    return fit<C>(tokens, out_features, in_features, gpu, splits, std::clamp(choices.share, 1, 2), per_multiprocessor, choices.prefetch);
+  const auto half = fit<C>(tokens, out_features, in_features, gpu, splits, 2, per_multiprocessor, choices.prefetch);
   if (half && half->depth * C::warps * C::slot_bytes * per_multiprocessor >= kEnoughInFlight) return half;
-  return fit<C>(tokens, out_features, in_features, gpu, splits, 1, per_multiprocessor);
+  return fit<C>(tokens, out_features, in_features, gpu, splits, 1, per_multiprocessor, choices.prefetch);
 }
 
 // Bytes that pass while the busiest thread block works.
