@@ -1,4 +1,4 @@
-"""Which kernel each 2:4 layer runs on, measured on this machine's GPU. Where there is none, nothing is claimed.
+"""Which kernel each 2:4 layer runs on, measured on this machine: its GPU, or its CPU for the torch backend.
 
 The torch and pytorch backends obey these tactics. For the tensorrt backend they answer one question: TensorRT times its
 own sparse tactics against its dense ones by itself, but cannot time our plugin against either.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from builder.config import EngineConfig
 from builder.planning import compatibility
+from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.common.files import sha256
 from plugins.common.nvidia_smi import gpus
@@ -30,6 +31,19 @@ class Sized(compatibility.Shardable, Protocol):
     def format(self) -> str: ...
 
 
+def can_measure_cpu() -> bool:
+    """Whether there is no GPU here, and our CPU kernels can be loaded or built."""
+    if gpus():
+        return False
+    from plugins.libtwofour import cpu
+
+    try:
+        cpu.load()
+    except UserError:
+        return False
+    return True
+
+
 def can_measure() -> bool:
     """Whether there is a GPU that torch can use."""
     if not gpus():
@@ -39,10 +53,13 @@ def can_measure() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def fingerprint() -> dict[str, Any]:
-    """What measured tactics depend on besides the layers, for a stage's key. Empty where nothing can be measured."""
+def fingerprint(on_cpu: bool = False) -> dict[str, Any]:
+    """What measured tactics depend on besides the layers, for a stage's key. Empty where nothing can be measured.
+
+    `on_cpu`: whether a CPU's times count where there is no GPU.
+    """
     if not can_measure():
-        return {}
+        return _cpu_fingerprint() if on_cpu and can_measure_cpu() else {}
     from plugins.autotune import tuner
     from plugins.libtwofour import bindings
 
@@ -54,6 +71,28 @@ def fingerprint() -> dict[str, Any]:
     return {"kernels": {"gpu": gpu.name, "sm": gpu.sm, "driver": gpu.driver, **versions}}
 
 
+def _cpu_fingerprint() -> dict[str, Any]:
+    from plugins.autotune import cpu_bench
+
+    return {"kernels": {**cpu_bench.device_facts(), **cpu_bench.versions()}}
+
+
+def cpu_tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str) -> dict[str, Any]:
+    """tactics.json of a checkpoint's layers for the torch engine on this machine's CPU."""
+    from plugins.autotune import cpu_bench, tuner
+
+    formats = cpu_bench.DTYPES if dtype == "bfloat16" else {}
+    sparse = [layer for layer in layers if layer.sparse and _cpu_format(layer, dtype) in formats]
+    most = max(config.max_num_tokens, config.max_batch_size)
+    buckets = [tokens for tokens in cpu_bench.BUCKETS if tokens <= most]
+    timed = tuner.tune_cpu({layer.name: shape(layer, 1, dtype) for layer in sparse}, buckets)
+    return _with_all_layers(timed, layers, f"stays dense: no CPU kernel takes it in a model of {dtype}")
+
+
+def _cpu_format(layer: Sized, dtype: str) -> str:
+    return layer.format if layer.format in ("int8", "fp8") else DTYPES.get(dtype, dtype)
+
+
 def tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str, fused: bool = False) -> dict[str, Any]:
     """tactics.json of a checkpoint's layers, timed at every number of tokens that the engine may be given.
 
@@ -62,7 +101,6 @@ def tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str, fused: bo
     run 2:4 kernels: a build that went on would be dense under a sparse name.
     """
     from plugins.autotune import tuner
-    from plugins.autotune.tactics import Tactics
 
     sparse = {layer.name: layer for layer in layers if layer.sparse} if dtype in DTYPES else {}
     shapes = {
@@ -71,18 +109,27 @@ def tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str, fused: bo
     }
     most = max(config.max_num_tokens, config.max_batch_size)
     found = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most))
+    untimed = f"stays dense: the model computes in {dtype}, and the 2:4 kernels in 16 bit"
+    return _with_all_layers(found, layers, untimed)
+
+
+def _with_all_layers(found: dict[str, Any], layers: Sequence[Sized], untimed: str) -> dict[str, Any]:
+    """Measured tactics with the layers that were not timed, in the checkpoint's order."""
+    from plugins.autotune.tactics import Tactics
+
+    entries = {}
     for layer in layers:
         timed = found["layers"].get(layer.name)
-        found["layers"][layer.name] = {
+        why = untimed if layer.sparse else "dense: the weight is not 2:4"
+        entries[layer.name] = {
             "out_features": layer.out_features,
             "in_features": layer.in_features,
             "format": layer.format,
             "sparse": layer.sparse,
-            "reason": timed["reason"] if timed else _untimed(layer, dtype),
+            "reason": timed["reason"] if timed else why,
             "buckets": timed["buckets"] if timed else [],
         }
-    found["layers"] = {layer.name: found["layers"][layer.name] for layer in layers}  # in the checkpoint's order
-    checked: dict[str, Any] = Tactics.model_validate(found).model_dump(mode="json")
+    checked: dict[str, Any] = Tactics.model_validate({**found, "layers": entries}).model_dump(mode="json")
     return checked
 
 
@@ -165,10 +212,4 @@ def _tune(shapes: Mapping[str, Shape], buckets: Sequence[int]) -> dict[str, Any]
 
 
 def _is_dense(bucket: Mapping[str, Any]) -> bool:
-    return not str(bucket["kernel"]).startswith(("skinny", "cusparselt"))
-
-
-def _untimed(layer: Sized, dtype: str) -> str:
-    if layer.sparse:
-        return f"stays dense: the model computes in {dtype}, and the 2:4 kernels in 16 bit"
-    return "dense: the weight is not 2:4"
+    return bucket["kernel"] not in SPARSE_KERNELS

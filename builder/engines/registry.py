@@ -50,14 +50,20 @@ def build(
 def tactics(
     checkpoint: Path, config: EngineConfig, gpu: str, *, fused: bool = False, measured: bool = True
 ) -> dict[str, Any]:
-    """tactics.json of a checkpoint: all of it measured here, or, without a GPU, all of it predicted for `gpu`."""
+    """tactics.json of a checkpoint: all of it measured here, or all of it predicted for `gpu`.
+
+    A CPU's kernels are timed for the torch backend alone (not `fused`), where there is no GPU.
+    """
     from builder import checkpoint as checkpoints
     from builder.engines import measured_tactics
     from builder.engines import predicted_tactics as prediction
 
-    if not measured or not measured_tactics.can_measure():
+    on_cpu = measured and not fused and measured_tactics.can_measure_cpu()
+    if not measured or not (on_cpu or measured_tactics.can_measure()):
         return prediction.predict_tactics(checkpoint, gpu)
     found = checkpoints.read(checkpoint)
+    if on_cpu:
+        return measured_tactics.cpu_tactics(found.layers(), config, found.architecture.dtype)
     return measured_tactics.tactics(found.layers(), config, found.architecture.dtype, fused)
 
 

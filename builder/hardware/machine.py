@@ -8,8 +8,8 @@ import platform
 from functools import cache
 from typing import Any
 
-from benchmarks.environment import processor
 from plugins.common.nvidia_smi import gpus
+from plugins.common.processor import processor
 
 TOOLS = ("torch", "transformers", "safetensors", "numpy", "nvidia-modelopt", "tensorrt-llm", "tensorrt", "twofour")
 

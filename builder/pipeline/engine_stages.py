@@ -66,7 +66,9 @@ def _engine_config(context: BuildContext, backend: str) -> dict[str, Any]:
 def _served_engine_config(context: BuildContext, outputs: Outputs) -> Any:
     from builder.engines import measured_tactics
 
-    return _engine_config(context, context.plan.backend) | measured_tactics.fingerprint()
+    return _engine_config(context, context.plan.backend) | measured_tactics.fingerprint(
+        on_cpu=context.plan.backend == "torch"
+    )
 
 
 def _run_engine(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:

@@ -27,7 +27,7 @@ def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[s
     facts: dict[str, LayerFacts] = {}
     if weights is not None:
         facts = {layer.name: layer for layer in checkpoint.read(weights).layers()}
-    if tactics is None or (gpu is not None and tactics["source"] == "predicted"):
+    if tactics is None or (gpu is not None and (tactics["device"] or {}).get("sm") is None):
         if weights is None:
             raise UserError(f"'{artifact}' holds no checkpoint to predict from: name the build that holds the engine")
         tactics = predict_tactics(weights, gpu or defaults.GPU)

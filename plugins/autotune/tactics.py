@@ -15,7 +15,7 @@ from plugins.common.config import Config
 from plugins.common.errors import UserError
 from plugins.common.files import write_json
 
-Kernel = Literal["dense-cublaslt", "cusparselt", "skinny", "reference", "none"]
+Kernel = Literal["dense-cublaslt", "cusparselt", "skinny", "dense-cpu", "cpu-2of4", "reference", "none"]
 
 
 class Bucket(Config):
@@ -44,16 +44,16 @@ class Layer(Config):
 
 
 class Device(Config):
-    """The GPU that the times are from; clocks in MHz as seen while timing."""
+    """The GPU or CPU that the times are from; clocks in MHz as seen while timing."""
 
     name: str
-    sm: int
+    sm: int | None  # of a GPU
     driver: str | None = None
     clocks: dict[str, float] = Field(default_factory=dict)
 
 
 class Tactics(Config):
-    """The whole file. `gpu` names the card that predictions are for."""
+    """The whole file. `gpu` names the card or the processor that the times are for."""
 
     device: Device | None
     source: Literal["measured", "predicted"]

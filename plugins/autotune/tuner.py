@@ -1,8 +1,9 @@
-"""Chooses each layer's kernel at each number of tokens by timing them on the GPU. Needs torch alone.
+"""Chooses each layer's kernel at each number of tokens by timing them on this machine. Needs torch alone.
 
-For each unique shape and bucket of tokens: cuBLASLt on the dense weight (the best of our search and of torch's own
-call), cuSPARSELt, and the skinny kernel up to 64 tokens, weights cold (autotune/timing.py). A sparse kernel is kept
-where it is faster than dense by at least LEAST_GAIN. A layer on which none wins stays dense, and its entry says so.
+For each unique shape and bucket of tokens, weights cold: on a GPU (autotune/timing.py) cuBLASLt on the dense weight
+(the best of our search and of torch's own call), cuSPARSELt, and the skinny kernel up to 64 tokens; on a CPU
+(cpu_bench.py) our dense kernel, torch's own product and our 2:4 kernel. A sparse kernel is kept where it is faster than
+dense by at least LEAST_GAIN. A layer on which none wins stays dense, and its entry says so.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from plugins.autotune import search, timing
 from plugins.common import numerics
-from plugins.common.defaults import LEAST_GAIN, MAX_SKINNY_TOKENS
+from plugins.common.defaults import LEAST_GAIN, MAX_SKINNY_TOKENS, SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.common.progress import Progress
 from plugins.libtwofour import bindings, torch_ops
@@ -24,9 +25,12 @@ from plugins.libtwofour import bindings, torch_ops
 log = logging.getLogger(__name__)
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+HELD_ONCE = 0.15  # of time: what a second, dense copy of a weight must save on a CPU
 PADDED = (16, 32)  # tokens that a dense FP8 product is also timed with
 WORKSPACE = 128 << 20
-NAMES = {"cublaslt": "dense-cublaslt", "torch": "dense-torch"}  # in tactics.json; sparse kernels go by their own
+# of dense kernels in tactics.json; sparse kernels go by their own
+NAMES = {"cublaslt": "dense-cublaslt", "torch": "dense-torch", "cpu-dense": "dense-cpu"}
+OURS = ("cublaslt", "cpu-dense")  # what a layer can run dense
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class Bench:
         return self.weights[kernel]
 
 
-Timer = Callable[[Bench, str, int], Timing]
+Timer = Callable[[Any, str, int], Timing]
+"""Times a kernel on a bench (Bench or CpuBench) at a number of tokens."""
 
 
 def tune(
@@ -139,10 +144,60 @@ def search_dense(shapes: Iterable[Shape], buckets: Sequence[int], device: int = 
     torch.cuda.empty_cache()
 
 
-def bucket_of(bench: Bench, tokens: int, timer: Timer) -> dict[str, Any]:
-    """Times all kernels at `tokens` and returns the bucket of tactics.json. Kernels that cannot run are left out."""
+def tune_cpu(
+    layers: Mapping[str, Shape],
+    buckets: Sequence[int] | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """tactics.json of 2:4 `layers` measured on this machine's CPU, with the threads that torch uses.
+
+    Raises UserError where libtwofour_cpu can be neither loaded nor built.
+    """
+    from plugins.autotune import cpu_bench
+
+    facts, made_for = cpu_bench.device_facts(), cpu_bench.versions()
+    buckets = sorted(buckets or cpu_bench.BUCKETS)
+    unique = list(dict.fromkeys(layers.values()))
+    measured: dict[Shape, list[dict[str, Any]]] = {}
+    for done, shape in enumerate(unique):
+        progress(str(shape), done, len(unique))
+        bench = cpu_bench.CpuBench(shape, buckets[-1])
+        kernels = bench.kernels()
+        measured[shape] = _held_once([bucket_of(bench, tokens, _time_on_cpu, kernels) for tokens in buckets])
+    progress("done", len(unique), len(unique))
+    name = facts["name"]
+    return {
+        "device": facts,
+        "source": "measured",
+        "gpu": name,
+        "versions": made_for,
+        "layers": {layer: entry(shape, measured[shape], name) for layer, shape in layers.items()},
+    }
+
+
+def _held_once(buckets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keeps the 2:4 kernel where dense is barely faster, if the layer has it anyway: its weight is then held once."""
+    if not any(bucket["kernel"] in SPARSE_KERNELS for bucket in buckets):
+        return buckets
+    for bucket in buckets:
+        if bucket["kernel"] == "dense-cpu" and bucket["ratio"] is not None and bucket["ratio"] > 1 - HELD_ONCE:
+            note = f"dense takes {bucket['ratio']:.2f} of the 2:4 time: not enough to hold the weight twice"
+            bucket |= {"kernel": "cpu-2of4", "notes": [*bucket["notes"], note]}
+    return buckets
+
+
+def _time_on_cpu(bench: Any, kernel: str, tokens: int) -> Timing:
+    return Timing(kernel, bench.microseconds(kernel, tokens))
+
+
+def bucket_of(bench: Any, tokens: int, timer: Timer, kernels: Sequence[str] | None = None) -> dict[str, Any]:
+    """Times `kernels` (None: a GPU's) at `tokens` and returns the bucket of tactics.json.
+
+    Kernels that cannot run are left out.
+    """
+    skinny = ("skinny",) if tokens <= MAX_SKINNY_TOKENS else ()
     timings = []
-    for kernel in ("cublaslt", "torch", "cusparselt", *(("skinny",) if tokens <= MAX_SKINNY_TOKENS else ())):
+    for kernel in kernels or ("cublaslt", "torch", "cusparselt", *skinny):
         try:
             timings.append(time_padded(bench, kernel, tokens, timer))
         except torch.OutOfMemoryError:
@@ -152,13 +207,13 @@ def bucket_of(bench: Bench, tokens: int, timer: Timer) -> dict[str, Any]:
     return choose(tokens, timings)
 
 
-def time_padded(bench: Bench, kernel: str, tokens: int, timer: Timer) -> Timing:
+def time_padded(bench: Any, kernel: str, tokens: int, timer: Timer) -> Timing:
     """The kernel's time at `tokens`; of a dense FP8 product the best of these and of tokens padded to 16 and 32.
 
     cuBLASLt is often faster with more tokens there (vllm-project/vllm#4691); the padding itself is not timed.
     """
     best = timer(bench, kernel, tokens)
-    if kernel in NAMES and bench.shape.format == "fp8":
+    if kernel in ("cublaslt", "torch") and bench.shape.format == "fp8":
         for padded in PADDED:
             if padded > tokens:
                 other = timer(bench, kernel, padded)
@@ -173,7 +228,7 @@ def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
     by_time = sorted(timings, key=lambda t: t.us)
     dense = next((t for t in by_time if t.kernel in NAMES), None)
     sparse = next((t for t in by_time if t.kernel not in NAMES), None)
-    ours = next((t for t in by_time if t.kernel == "cublaslt"), None)  # what a layer can run dense
+    ours = next((t for t in by_time if t.kernel in OURS), None)
     if dense is None and sparse is None:
         raise UserError(f"no kernel ran at {tokens} tokens: see the log; `twofour doctor` says what is missing")
     pays = sparse is not None and (dense is None or sparse.us * LEAST_GAIN <= dense.us)
@@ -205,7 +260,8 @@ def entry(shape: Shape, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str
 def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
     """Why the layer runs as it does, in words."""
     ratios = {b["tokens"]: b["ratio"] for b in buckets if b["ratio"] is not None}
-    won = [b for b in buckets if b["kernel"] in ("skinny", "cusparselt")]
+    won = [b for b in buckets if b["kernel"] in SPARSE_KERNELS and (b["ratio"] is None or b["ratio"] >= 1)]
+    held = [b for b in buckets if b["kernel"] in SPARSE_KERNELS and b not in won]
     if not won:
         if not ratios:
             return f"stays dense: no sparse kernel runs this shape on {gpu}"
@@ -215,9 +271,11 @@ def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
             f"the best is {ratios[best]:.2f}x at {best} tokens"
         )
     words = [f"{b['ratio']:.2f}x at {b['tokens']}" if b["ratio"] else f"at {b['tokens']}" for b in won]
-    lost = [str(b["tokens"]) for b in buckets if b not in won]
+    lost = [str(b["tokens"]) for b in buckets if b not in won and b not in held]
     dense = f"; dense at {', '.join(lost)}" if lost else ""
-    return f"2:4 is faster on {gpu}: {', '.join(words)} tokens{dense}"
+    slower = [f"{b['ratio']:.2f}x at {b['tokens']}" for b in held]
+    kept = f"; 2:4 all the same, so that the weight is held once: {', '.join(slower)}" if held else ""
+    return f"2:4 is faster on {gpu}: {', '.join(words)} tokens{dense}{kept}"
 
 
 def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str | None:
@@ -250,7 +308,7 @@ def check_device(tactics: Mapping[str, Any], name: str, sm: int, here: Mapping[s
     device, known = tactics.get("device"), tactics.get("versions", {})
     if tactics.get("source") != "measured" or device is None:
         return "its kernels were chosen by prediction, not measured: build the engine again on this GPU"
-    there = f"{device['name']} (SM {device['sm']})"
+    there = f"{device['name']} (SM {device['sm']})" if device["sm"] else device["name"]
     if (device["name"], device["sm"]) != (name, sm):
         return f"its kernels were timed on {there}, and this is {name} (SM {sm}): build the engine again here"
     for library_name in ("libtwofour", "cusparselt", "cublaslt"):

@@ -66,14 +66,19 @@ class Step(Structure):
     )
 
 
-@cache
-def load() -> ctypes.CDLL:
-    """The library, loaded once: $TWOFOUR_CPU_LIBRARY, else what was built of these sources, else built now.
+def library_file() -> Path:
+    """$TWOFOUR_CPU_LIBRARY, else what was built of these sources, else built now.
 
     Raises UserError where there is no compiler, or the compilation fails.
     """
     named = os.environ.get("TWOFOUR_CPU_LIBRARY")
-    file = Path(named) if named else cpu_compiler.built() or cpu_compiler.build()
+    return Path(named) if named else cpu_compiler.built() or cpu_compiler.build()
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library, loaded once. Raises UserError as `library_file` does, and where the file cannot be loaded."""
+    file = library_file()
     try:
         library = ctypes.CDLL(str(file))
     except OSError as error:

@@ -67,9 +67,11 @@ class CpuLinear(Linear):
         multiplier, rounding = _rounding(stored, scales)
         self._multiplier = None if multiplier is None else nn.Buffer(multiplier)
         self._problems: dict[str, cpu.Linear] = {}
+        self.weights: dict[str, torch.Tensor] = {}  # by kernel, packed
         for kernel in dict.fromkeys(self._kernels):
             form = ("int8" if stored == torch.int8 else "bf16") + ("-2of4" if kernel == SPARSE else "")
             weight = _packed(form, kept, shape)
+            self.weights[kernel] = weight
             self.register_buffer(f"{kernel.replace('-', '_')}_weight", weight, persistent=False)
             self._problems[kernel] = cpu.Linear(
                 form=cpu.FORMS.index(form),

@@ -67,7 +67,7 @@ def test_layers_of_one_kind_with_different_reasons_stand_apart(built: Path) -> N
     found = json.loads(path.read_text())
     for block, reason in ((0, "2:4: TensorRT picked it"), (1, "runs dense: TensorRT found dense faster")):
         layer = found["layers"][f"model.layers.{block}.self_attn.o_proj"]
-        layer |= {"sparse": True, "reason": reason}
+        layer |= {"sparse": True, "reason": reason, "runs_sparse": block == 0}
     before = path.read_text()
     path.write_text(json.dumps(found))
     rows = twofour("explain", built, "--layers", "*.o_proj", "--json").json["layers"]

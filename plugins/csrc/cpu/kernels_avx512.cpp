@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "scratch.h"
 
 #if defined(__x86_64__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // gcc's own headers, where an operand is not read
@@ -74,12 +75,11 @@ inline void finish(const Product& p, int64_t row, int64_t token, __m512 value) {
 // A tile's two halves for `Tokens` tokens at once. Ways: independent sums of one result, which hide latency where there
 // are few results.
 template <bool Sparse, int Tokens>
-void int8_product(const Product& p, int64_t tile, int64_t token) {
+void int8_product(const Product& p, const uint8_t* w, int64_t tile, int64_t token) {
   constexpr int kHalf = Sparse ? 320 : 512, kWays = Tokens == 1 ? 2 : 1;
   __m512i sums[2][Tokens][kWays];
 #pragma GCC unroll 32
   for (int i = 0; i < 2 * Tokens * kWays; ++i) sums[i % 2][i / 2 % Tokens][i / 2 / Tokens] = __m512i{};
-  const uint8_t* w = p.weight + tile * p.tile_bytes;
   const uint8_t* x = p.x + token * p.x_stride;
   for (int64_t block = 0; block < p.blocks; ++block, w += 2 * kHalf, x += kBlockInputs) {
     prefetch<2 * kHalf>(w);
@@ -109,12 +109,11 @@ void int8_product(const Product& p, int64_t tile, int64_t token) {
 }
 
 template <bool Sparse, int Tokens>
-void bf16_product(const Product& p, int64_t tile, int64_t token) {
+void bf16_product(const Product& p, const uint8_t* w, int64_t tile, int64_t token) {
   constexpr int kHalf = Sparse ? 576 : 1024, kWays = Sparse || Tokens == 1 ? 2 : 1;
   __m512 sums[2][Tokens][kWays];  // 2:4: rows 0 to 7 and 8 to 15 of a half, two lanes a row
 #pragma GCC unroll 32
   for (int i = 0; i < 2 * Tokens * kWays; ++i) sums[i % 2][i / 2 % Tokens][i / 2 / Tokens] = __m512{};
-  const uint8_t* w = p.weight + tile * p.tile_bytes;
   const uint8_t* x = p.x + token * p.x_stride;
   for (int64_t block = 0; block < p.blocks; ++block, w += 2 * kHalf, x += 2 * kBlockInputs) {
     prefetch<2 * kHalf>(w);
@@ -152,31 +151,65 @@ void bf16_product(const Product& p, int64_t tile, int64_t token) {
 
 template <bool Sparse, int Tokens>
 struct Int8 {
-  static void run(const Product& p, int64_t tile, int64_t token) { int8_product<Sparse, Tokens>(p, tile, token); }
+  static constexpr int kUnits = 8;
+  static void run(const Product& p, const uint8_t* w, int64_t tile, int64_t token) {
+    int8_product<Sparse, Tokens>(p, w, tile, token);
+  }
+  static __m512i unit(const uint8_t* half, int i) { return int8_unit<true>(half, i); }
 };
 
 template <bool Sparse, int Tokens>
 struct Bf16 {  // the 2:4 form takes two registers a sum, so half as many tokens at once
-  static void run(const Product& p, int64_t tile, int64_t token) {
+  static constexpr int kUnits = 16;
+  static void run(const Product& p, const uint8_t* w, int64_t tile, int64_t token) {
     if constexpr (Sparse && Tokens > 6) {
-      bf16_product<true, Tokens / 2>(p, tile, token);
-      bf16_product<true, Tokens / 2>(p, tile, token + Tokens / 2);
+      bf16_product<true, Tokens / 2>(p, w, tile, token);
+      bf16_product<true, Tokens / 2>(p, w, tile, token + Tokens / 2);
     } else {
-      bf16_product<Sparse, Tokens>(p, tile, token);
+      bf16_product<Sparse, Tokens>(p, w, tile, token);
     }
+  }
+  // Unit i of a dense half from the 2:4 one: inputs 2i and 2i + 1 of 16 rows.
+  static __m512i unit(const uint8_t* half, int i) {
+    const __m512i low = bf16_sparse_unit(half, i / 2 * 2), high = bf16_sparse_unit(half, i / 2 * 2 + 1);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return _mm512_permutex2var_epi32(low, i % 2 ? odd : even, high);
   }
 };
 
-// All tokens of a run of tiles, as many at once as registers allow.
+// All tokens of a tile, as many at once as registers allow.
+template <template <bool, int> class Step, bool Sparse>
+void all_tokens_of(const Product& p, const uint8_t* w, int64_t tile) {
+  int64_t token = 0;
+  for (; p.tokens - token >= 12; token += 12) Step<Sparse, 12>::run(p, w, tile, token);
+  for (; p.tokens - token >= 8; token += 8) Step<Sparse, 8>::run(p, w, tile, token);
+  for (; p.tokens - token >= 4; token += 4) Step<Sparse, 4>::run(p, w, tile, token);
+  for (; p.tokens - token >= 2; token += 2) Step<Sparse, 2>::run(p, w, tile, token);
+  if (token < p.tokens) Step<Sparse, 1>::run(p, w, tile, token);
+}
+
+// Above so many tokens a 2:4 tile is expanded once, into the cache, and multiplied as a dense one.
+constexpr int64_t kExpandedFrom = 24;
+
+template <template <bool, int> class Step>
+const uint8_t* expand_tile(const Product& p, const uint8_t* w, Scratch& scratch) {
+  constexpr int kUnits = Step<true, 1>::kUnits;
+  const int64_t halves = 2 * p.blocks, half = half_bytes(p.form);
+  uint8_t* dense = scratch.bytes(halves * kUnits * 64 + kAhead);
+  for (int64_t i = 0; i < halves; ++i, w += half)
+    for (int unit = 0; unit < kUnits; ++unit)
+      _mm512_store_si512(dense + (i * kUnits + unit) * 64, Step<true, 1>::unit(w, unit));
+  return dense;
+}
+
 template <template <bool, int> class Step, bool Sparse>
 void all_tokens(const Product& p, int64_t first, int64_t tiles) {
+  static thread_local Scratch scratch;
   for (int64_t tile = first; tile < first + tiles; ++tile) {
-    int64_t token = 0;
-    for (; p.tokens - token >= 12; token += 12) Step<Sparse, 12>::run(p, tile, token);
-    for (; p.tokens - token >= 8; token += 8) Step<Sparse, 8>::run(p, tile, token);
-    for (; p.tokens - token >= 4; token += 4) Step<Sparse, 4>::run(p, tile, token);
-    for (; p.tokens - token >= 2; token += 2) Step<Sparse, 2>::run(p, tile, token);
-    if (token < p.tokens) Step<Sparse, 1>::run(p, tile, token);
+    const uint8_t* w = p.weight + tile * p.tile_bytes;
+    if (Sparse && p.tokens >= kExpandedFrom) all_tokens_of<Step, false>(p, expand_tile<Step>(p, w, scratch), tile);
+    else all_tokens_of<Step, Sparse>(p, w, tile);
   }
 }
 

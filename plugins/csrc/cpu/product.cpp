@@ -1,6 +1,5 @@
 #include "product.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -97,16 +96,6 @@ bool use_isa(int wanted) {
   isa = wanted;
   return true;
 }
-
-uint8_t* Scratch::bytes(size_t size) {
-  if (size > size_) {
-    free(memory_);
-    size_ = (size + size / 4 + 63) / 64 * 64;
-    memory_ = static_cast<uint8_t*>(aligned_alloc(64, size_));
-  }
-  return memory_;
-}
-Scratch::~Scratch() { free(memory_); }
 
 // One token's inputs as the kernels read them; returns its scale where it has one of its own.
 static float round_token(const twofour_cpu_linear& linear, int type, const void* x, int64_t token, uint8_t* q) {

@@ -5,23 +5,13 @@
 #include <stdint.h>
 
 #include "kernels.h"
+#include "scratch.h"
 
 namespace twofour_cpu {
 
 int isa_in_use();
 bool has_bf16();
 bool use_isa(int isa);  // false where this processor lacks it
-
-// Memory that grows and is never given back, one a thread and use.
-class Scratch {
- public:
-  uint8_t* bytes(size_t size);  // aligned to 64
-  ~Scratch();
-
- private:
-  uint8_t* memory_ = nullptr;
-  size_t size_ = 0;
-};
 
 // Inputs as the kernels read them, for `tokens` rows x of `type`; and each token's scale where it has one of its own.
 struct Quantized {

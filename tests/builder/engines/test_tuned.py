@@ -20,6 +20,7 @@ from builder.pipeline import layer_selection
 from builder.planning.plan import LayerPlan
 from plugins.autotune import tactics, tuner
 from plugins.common.errors import UserError
+from plugins.common.processor import processor
 from plugins.libtwofour import bindings
 from tests.support.models import random_model
 from tests.support.stand_in_gpu import by_kernel, open_gpu, use_machine, use_times, use_torch
@@ -87,11 +88,25 @@ def test_torch_engine_is_tuned_on_a_gpu_and_obeys(
     assert gpu.algorithm(problem) == read.layers[DOWN].buckets[1].algorithm
 
 
-def test_without_a_gpu_everything_is_predicted(checkpoints: Path, tmp_path: Path) -> None:
+def test_without_a_gpu_the_torch_engine_is_timed_on_the_cpu(checkpoints: Path, tmp_path: Path) -> None:
     registry.build("torch", checkpoints, tmp_path / "engine", CONFIG, "L4")
-    found = json.loads((tmp_path / "engine" / "tactics.json").read_text())
-    assert sources(found) == {("predicted", False)}
-    assert (found["device"], found["gpu"]) == (None, "L4")
+    tactics = json.loads((tmp_path / "engine" / "tactics.json").read_text())
+    assert sources(tactics) == {("measured", True)}
+    assert tactics["device"]["name"] == tactics["gpu"] == processor()
+    buckets = [bucket for layer in tactics["layers"].values() for bucket in layer["buckets"]]
+    assert {bucket["kernel"] for bucket in buckets} <= {"cpu-2of4", "dense-cpu"}
+    assert all(bucket["dense_us"] > 0 and bucket["sparse_us"] > 0 for bucket in buckets)
+    assert measured_tactics.fingerprint(on_cpu=True)["kernels"]["threads"] >= 1
+
+
+def test_without_a_gpu_and_a_library_everything_is_predicted(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured_tactics, "can_measure_cpu", lambda: False)
+    registry.build("torch", checkpoints, tmp_path / "engine", CONFIG, "L4")
+    tactics = json.loads((tmp_path / "engine" / "tactics.json").read_text())
+    assert sources(tactics) == {("predicted", False)}
+    assert (tactics["device"], tactics["gpu"]) == (None, "L4")
     assert measured_tactics.fingerprint() == {}
     assert measured_tactics.seconds_saved([], 8, "bfloat16") is None
 
@@ -111,11 +126,13 @@ def test_predicted_or_foreign_tactics_on_a_gpu_are_said_to_be(
     use_times(monkeypatch, by_kernel(FAST))
     measured = registry.tactics(checkpoints / "hf", CONFIG, "L4")
     monkeypatch.setattr(measured_tactics, "gpus", tuple)
-    predicted = registry.tactics(checkpoints / "hf", CONFIG, "L4")
+    predicted = registry.tactics(checkpoints / "hf", CONFIG, "L4", measured=False)
+    from_a_cpu = registry.tactics(checkpoints / "hf", CONFIG, "L4")
     foreign = {**measured, "device": {**measured["device"], "name": "NVIDIA L4", "sm": 89}}
     older = {**measured, "versions": {**measured["versions"], "cusparselt": 900}}
     for given, words in (
         (predicted, "its kernels were chosen by prediction, not measured: build the engine again on this GPU"),
+        (from_a_cpu, f"its kernels were timed on {processor()}, and this is Stand-in (SM 90): build the engine again"),
         (foreign, "its kernels were timed on NVIDIA L4 (SM 89), and this is Stand-in (SM 90): build the engine again"),
         (older, "its kernels were timed with cusparselt 900, and here is 801: build the engine again"),
     ):

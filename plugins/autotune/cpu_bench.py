@@ -1,0 +1,127 @@
+"""The operands and the clock of tuner.py on a CPU: libtwofour_cpu's dense and 2:4 kernels, and torch's own product.
+
+Weights are cold, as a decoder meets them: each call of a round reads another copy, enough of them to fill the last
+level of cache twice. Inputs are activations, so an 8-bit layer's time holds their rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Sequence
+from ctypes import byref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from plugins.autotune import timing
+from plugins.common.processor import last_level_cache_bytes, processor
+from plugins.libtwofour import cpu
+from plugins.linear.cpu_linear import DENSE, SPARSE, TYPES, CpuLinear
+from plugins.linear.torch_linear import DenseLinear, Int8Linear, Scales
+from plugins.sparsity.torch_packing import pack
+
+if TYPE_CHECKING:
+    from plugins.autotune.tuner import Shape
+
+BUCKETS = (1, 4, 16, 64, 256)  # more tokens change no choice: a product is then bounded by its arithmetic
+SECONDS = 0.04  # of rounds for one kernel at one number of tokens
+LEAST_ROUNDS = 3
+DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass
+class CpuBench:
+    """Operands of one shape, made once for all buckets."""
+
+    shape: Shape
+    most_tokens: int
+    layers: dict[str, torch.nn.Module] = field(default_factory=dict)
+    copies: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows, columns, dtype = self.shape.out_features, self.shape.in_features, DTYPES[self.shape.format]
+        self.dense = timing.random_2to4(rows, columns, dtype, torch.device("cpu"))
+        self.x = torch.randn(self.most_tokens, columns).to(torch.bfloat16)
+        count = rows if self.shape.per_channel else 1
+        self.scales = None if dtype == torch.bfloat16 else Scales(torch.full((count,), 0.01), torch.tensor([0.05]))
+
+    def kernels(self) -> Sequence[str]:
+        return (DENSE, SPARSE) if self.shape.format == "fp8" else (DENSE, "torch", SPARSE)
+
+    def microseconds(self, kernel: str, tokens: int) -> float:
+        """The least time of one call over rounds: what else runs on this machine only adds."""
+        layer, copies = self._prepared(kernel)
+        x_MK = self.x[:tokens]
+        call = _call_torch(layer, copies, x_MK) if kernel == "torch" else _call_ours(layer, copies, x_MK)
+        call(0)
+        times: list[float] = []
+        end = time.perf_counter() + SECONDS
+        position = 0
+        while len(times) < LEAST_ROUNDS or time.perf_counter() < end:
+            begin = time.perf_counter()
+            calls = min(len(copies), 8)
+            for _ in range(calls):
+                call(position % len(copies))
+                position += 1
+            times.append((time.perf_counter() - begin) / calls)
+        return 1e6 * min(times)
+
+    def _prepared(self, kernel: str) -> tuple[Any, list[torch.Tensor]]:
+        """The layer, and copies of its weight that fill the cache twice."""
+        if kernel not in self.layers:
+            shape = (self.shape.out_features, self.shape.in_features)
+            if kernel == "torch":
+                layer: Any = (
+                    DenseLinear(self.dense, None, torch.bfloat16)
+                    if self.scales is None
+                    else Int8Linear(self.dense, self.scales, None, torch.bfloat16)
+                )
+            else:
+                kept = pack(self.dense) if kernel == SPARSE else self.dense
+                layer = CpuLinear(kept, shape, self.scales, None, torch.bfloat16, ((1, kernel),))
+            weight = layer.weight if kernel == "torch" else layer.weights[kernel]
+            count = timing.copies_to_fill(weight.nbytes, last_level_cache_bytes())
+            self.layers[kernel] = layer
+            self.copies[kernel] = [weight, *(weight.clone() for _ in range(count - 1))]
+        return self.layers[kernel], self.copies[kernel]
+
+
+def _call_ours(layer: CpuLinear, copies: Sequence[torch.Tensor], x_MK: torch.Tensor) -> Callable[[int], object]:
+    y_MN = x_MK.new_empty(x_MK.shape[0], layer.out_features)
+    problems = []
+    for weight in copies:
+        problem = cpu.Linear()
+        ctypes.memmove(byref(problem), byref(layer.problem(1)), ctypes.sizeof(problem))
+        problem.weight = weight.data_ptr()
+        problems.append(problem)
+    apply, kind = cpu.load().twofour_cpu_apply, TYPES[x_MK.dtype]
+
+    def call(i: int) -> object:
+        return apply(byref(problems[i]), x_MK.shape[0], kind, x_MK.data_ptr(), y_MN.data_ptr())
+
+    return call
+
+
+def _call_torch(layer: Any, copies: Sequence[torch.Tensor], x_MK: torch.Tensor) -> Callable[[int], object]:
+    def call(i: int) -> object:
+        layer.weight = copies[i]
+        return layer(x_MK)
+
+    return call
+
+
+def device_facts() -> dict[str, Any]:
+    """tactics.json's `device`."""
+    return {"name": processor(), "sm": None}
+
+
+def versions() -> dict[str, Any]:
+    """What the times depend on besides the processor."""
+    return {
+        "libtwofour_cpu": cpu.library_file().name,
+        "isa": cpu.isa(),
+        "threads": cpu.set_threads(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
