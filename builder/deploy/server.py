@@ -178,7 +178,7 @@ def serve(
         except KeyboardInterrupt:
             say("stopping")
             return
-    raise UserError(f"tritonserver exited with status {status}")
+    raise UserError(f"tritonserver exited with status {status}", "read its log above")
 
 
 def welcome(server: Server) -> str:

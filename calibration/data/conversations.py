@@ -145,7 +145,7 @@ def _messages(messages: Sequence[Any], where: str, system: Any = None) -> list[M
 
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
-        raise UserError(f"{where} is {_kind(message)}, not an object with 'role' and 'content'")
+        raise UserError(f"{where} is {_kind(message)}", "write an object with 'role' and 'content'")
     role, content = (message.get(key, message.get(other)) for key, other in (("role", "from"), ("content", "value")))
     if not isinstance(role, str):
         raise UserError(f"{where} has no 'role': name who speaks, such as user or assistant")

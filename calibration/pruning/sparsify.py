@@ -104,7 +104,9 @@ def _segments(target: Declaration, blocks: Blocks) -> dict[str, Segments]:
             raise UserError(f"'{name}' is no linear layer of a decoder block: only those can be pruned") from None
         own = segments[name] = target.hybrid.get(name) or Segments.split("rows", N, N)
         if own.size != (size := N if own.axis == "rows" else K):
-            raise UserError(f"the segments of '{name}' cover {own.size} of its {size} {own.axis}")
+            raise UserError(
+                f"the segments of '{name}' cover {own.size} of its {size} {own.axis}", "make them cover all"
+            )
     return segments
 
 

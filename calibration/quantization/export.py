@@ -119,7 +119,10 @@ def export_trtllm(
         )
     if not (out / "rank0.safetensors").is_file():  # ModelOpt swallows its own failures and writes a bare state instead
         words = said.getvalue().strip().splitlines()[-1:] or ["no reason given"]
-        raise UserError(f"ModelOpt could not write a TensorRT-LLM checkpoint of {architecture} ({words[0][:160]})")
+        raise UserError(
+            f"ModelOpt could not write a TensorRT-LLM checkpoint of {architecture} ({words[0][:160]})",
+            "use engine.backend=pytorch or torch",
+        )
     path = out / "config.json"
     path.write_text(json.dumps(complete_config(config, json.loads(path.read_text())), indent=4) + "\n", encoding="utf8")
     write_sparsity(out, sparse and {**sparse, "layers": trtllm_layers(sparse["layers"])})

@@ -80,7 +80,8 @@ def give_sparse_method(name: str, module: Any, choices: Choices) -> None:
     method = SPARSE_METHOD.get(type(module.quant_method))
     if method is None:
         known = " and ".join(base.__name__ for base in SPARSE_METHOD)
-        raise UserError(f"'{name}' runs on {type(module.quant_method).__name__}, and the sparse methods extend {known}")
+        kind = type(module.quant_method).__name__
+        raise UserError(f"'{name}' runs on {kind}, and the sparse methods extend {known}", "leave the layer dense")
     if method is SparseFP8LinearMethod and getattr(module, "force_dynamic_quantization", False):
         raise UserError(
             f"'{name}' is 2:4, and its inputs take the checkpoint's static scale: remove force_dynamic_quantization"

@@ -7,6 +7,12 @@ import pytest
 from tests.messages.collect import SNAPSHOT, collect
 
 MESSAGES = collect()
+PARTS = {  # whose messages a caller completes with a file and the next step
+    "calibration/model/channel_order.py",
+    "plugins/autotune/search.py",
+    "plugins/sparsity/declaration.py",
+    "plugins/sparsity/segments.py",
+}
 
 
 def test_messages_are_those_of_the_snapshot() -> None:
@@ -22,3 +28,13 @@ def test_a_message_is_one_line(message: str) -> None:
 def test_there_are_messages_from_every_package() -> None:
     assert {message.split("/")[0] for message in MESSAGES} == {"builder", "calibration", "benchmarks", "plugins"}
     assert len(MESSAGES) > 200
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_message_gives_the_next_step(message: str) -> None:
+    """After a colon or as a hint; a message that is only a value is made elsewhere, and a part is completed there."""
+    place, _, text = message.partition(": ")
+    made_elsewhere = text.startswith("{") or text.endswith("{error}") or place in PARTS
+    assert made_elsewhere or any(
+        mark in text for mark in (": ", " -> ", "; ", "send one of", " {wrong}", " {reason}", "not finite")
+    )

@@ -125,7 +125,10 @@ def _put_rest(model: nn.Module, tensors: Source, dtype: torch.dtype, device: tor
         except KeyError:
             raise UserError(f"no tensor '{name}': the checkpoint does not belong to its config.json") from None
         if tensor.shape != parameter.shape:
-            raise UserError(f"'{name}' has shape {list(tensor.shape)}, but config.json says {list(parameter.shape)}")
+            raise UserError(
+                f"'{name}' has shape {list(tensor.shape)}, and config.json gives {list(parameter.shape)}",
+                "export the checkpoint again",
+            )
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
     if is_tied(model, tensors) and not isinstance(model.model.embed_tokens, PackedEmbedding):

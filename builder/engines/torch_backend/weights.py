@@ -71,7 +71,8 @@ def packed(tensors: Tensors, sparse_layers: Iterable[str]) -> Iterator[tuple[str
     for name in sparse:
         if name not in tensors:
             raise UserError(
-                f"sparsity.json declares '{name.removesuffix('.weight')}', which the checkpoint does not hold"
+                f"sparsity.json declares '{name.removesuffix('.weight')}', which the checkpoint does not hold",
+                "export the checkpoint again",
             )
     for name in tensors:
         if name in sparse:
