@@ -72,7 +72,7 @@ FULL = (
     BUILD,
     _tests("products", 30, "-k", "test_product"),
     _table("llama-3.1-8b", "fp8", "1,8,16,64,512,1024,4096", 70),
-    Step("engine", ("-m", "builder.engines.torch_backend.benchmark", "--seconds", "{seconds}", "--out", "{out}"), 120),
+    Step("engine", ("-m", "builder.engines.torch_backend.benchmark", "--seconds", "{seconds}", "--out", "{out}"), 150),
     _table("llama-3.1-70b", "fp8", "1,16,1024,4096", 50),
     _table("llama-3.1-8b", "int8,bf16", "1,16,1024,4096", 60),
     _table("llama-3.1-70b", "int8", "1,16,1024", 40),

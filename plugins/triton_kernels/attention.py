@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from plugins.triton_kernels import overlap
+from plugins.triton_kernels.launching import begin_kernel
 from plugins.triton_kernels.rounding import load_multiplier, round_to
 
 BLOCK_S = 64  # positions that a program takes at once
@@ -46,7 +48,9 @@ def _attend(
     GROUP_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin_kernel(OVERLAP)
     row = (tl.program_id(0) // kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % kv_heads
     split = tl.program_id(1)
@@ -114,7 +118,9 @@ def _combine(
     HEAD_DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin_kernel(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLIT_BLOCK)
     dim = tl.arange(0, DIM_BLOCK)
@@ -181,6 +187,7 @@ def decode_attention(
         BLOCK_S=BLOCK_S,
         num_warps=4,
         num_stages=2,
+        **overlap.options(q_BHD),
     )
     out_BN = torch.empty(requests, heads * head_dim, dtype=dtype, device=q_BHD.device)
     _combine[(requests * heads,)](
@@ -198,6 +205,7 @@ def decode_attention(
         DIM_BLOCK=dim_block,
         SPLIT_BLOCK=triton.next_power_of_2(splits),
         num_warps=1,
+        **overlap.options(q_BHD),
     )
     return out_BN
 

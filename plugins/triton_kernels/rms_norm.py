@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from plugins.triton_kernels import overlap
+from plugins.triton_kernels.launching import begin_kernel
 from plugins.triton_kernels.rounding import load_multiplier, round_to
 
 
@@ -24,7 +26,9 @@ def _rms_norm(
     ADD: tl.constexpr,
     MULTIPLIERS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin_kernel(OVERLAP)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     places = tl.program_id(0).to(tl.int64) * width + columns
@@ -67,5 +71,6 @@ def rms_norm(
         MULTIPLIERS=0 if multiplier is None else min(multiplier.numel(), 2),
         BLOCK=block,
         num_warps=min(max(block // 256, 1), 16),
+        **overlap.options(residual_MK),
     )
     return out_MK

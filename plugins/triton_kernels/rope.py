@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from plugins.triton_kernels import overlap
+from plugins.triton_kernels.launching import begin_kernel
 from plugins.triton_kernels.rounding import round_to
 
 
@@ -59,7 +61,9 @@ def _rope_and_cache(
     PAGED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin_kernel(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     half = tl.arange(0, BLOCK)
@@ -162,5 +166,6 @@ def rope_and_cache(
         HEAD_DIM=head_dim,
         BLOCK=triton.next_power_of_2(head_dim // 2),
         num_warps=1,
+        **overlap.options(qkv_MN),
     )
     return q_MHD

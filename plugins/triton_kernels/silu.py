@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from plugins.triton_kernels import overlap
+from plugins.triton_kernels.launching import begin_kernel
 from plugins.triton_kernels.rounding import load_multiplier, round_to
 
 BLOCK = 1024
@@ -22,7 +24,9 @@ def _silu_mul(
     width,
     MULTIPLIERS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin_kernel(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -48,5 +52,6 @@ def silu_mul(gate_up_MN: torch.Tensor, multiplier: torch.Tensor | None, dtype: t
         MULTIPLIERS=0 if multiplier is None else min(multiplier.numel(), 2),
         BLOCK=BLOCK,
         num_warps=4,
+        **overlap.options(gate_up_MN),
     )
     return out_MN

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from plugins.triton_kernels import attention, reference, rms_norm, rope, silu
+from plugins.triton_kernels import attention, overlap, reference, rms_norm, rope, silu
 
 KERNELS = {
     "rms_norm": rms_norm.rms_norm,
@@ -137,6 +137,7 @@ def compile_for(sm: int) -> None:
             return 0
 
     triton.runtime.driver.set_active(Driver())
+    overlap.options = lambda tensor: {"OVERLAP": True, "launch_pdl": True}
     launch, compiled = JITFunction.run, {}
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -147,7 +148,9 @@ def compile_for(sm: int) -> None:
     for name, arguments in cases(torch.bfloat16, (8, 4, 128, 512), rows=1, width=4096):
         KERNELS[name](*arguments)
     for name, ptx in compiled.values():
-        print(json.dumps({"kernel": name, "target": ptx.split(".target ")[1].split()[0]}))
+        reads, waits = (ptx.find(instruction) for instruction in ("ld.global", "griddepcontrol.wait"))
+        target = ptx.split(".target ")[1].split()[0]
+        print(json.dumps({"kernel": name, "target": target, "waits_before_it_reads": 0 < waits < reads}))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from benchmarks.kernels.model_shapes import MODELS
 from builder.engines.torch_backend.attention import Batch, Decode, Whole
 from builder.engines.torch_backend.decoder import Decoder
-from builder.engines.torch_backend.graph_kernels import count_kernels
+from builder.engines.torch_backend.graph_kernels import count_kernels, replays_agree
 from builder.engines.torch_backend.kv_cache import KVCache
 from builder.engines.torch_backend.random_model import decoder_of, kernel_layers, make_sparse, shapes_of
 from plugins.autotune import timing, tuner
@@ -33,11 +33,21 @@ from plugins.common.errors import UserError
 from plugins.common.files import write_json
 from plugins.libtwofour import bindings
 from plugins.linear.kernel_linear import Dense
+from plugins.triton_kernels import overlap
 
 BATCHES = (1, 8, 64)
 CONTEXT = 512
 PREFILL = 2048
 ROUNDS = 7
+NUMBERS = (
+    "decode_us",
+    "decode_eager_us",
+    "decode_without_overlap_us",
+    "dense_us",
+    "kernels",
+    "replays_agree",
+    "prefill_us",
+)  # of a model, by batch
 CUBLASLT = (Dense("cublaslt"), Dense("torch"))
 PADDED = (Dense("cublaslt", 16), Dense("cublaslt", 32), Dense("torch", 16))
 DENSE = {"fp8": (*CUBLASLT, *PADDED), "bf16": CUBLASLT, "fp8-2of4": (Dense(),)}  # ways of a model's dense products
@@ -94,7 +104,7 @@ def measure(
     The fastest of `ways` to multiply by dense weights counts; all of them are in `dense_us`, and `keep` gets what there
     is after each batch.
     """
-    times: dict[str, Any] = {name: {} for name in ("decode_us", "decode_eager_us", "dense_us", "kernels", "prefill_us")}
+    times: dict[str, Any] = {name: {} for name in NUMBERS}
     times |= {"weight_bytes": decoder.nbytes, "fused": decoder.fused}
     for batch in BATCHES:
         if expired():
@@ -113,6 +123,8 @@ def measure(
         times["decode_us"][str(batch)] = by_way[best]
         times["dense_us"][str(batch)] = {_name(way): us for way, us in by_way.items()}
         times["kernels"][str(batch)] = count_kernels(step)
+        times["replays_agree"][str(batch)] = replays_agree(step)
+        times["decode_without_overlap_us"][str(batch)] = _without_overlap_us(step)
         times["decode_eager_us"][str(batch)] = round(eager_us(step), 1)
         times["remarks"] = list(decoder.remarks)
         keep(times)
@@ -120,6 +132,15 @@ def measure(
         multiply_densely(decoder, ways[0])
         times["prefill_us"] = {str(PREFILL): round(eager_us(prefill_step(decoder, PREFILL)), 1)}
     return times
+
+
+def _without_overlap_us(step: Callable[[], object]) -> float | None:
+    """The same step where each kernel between the products starts at the end of the one before."""
+    before, overlap.enabled = overlap.enabled, False
+    try:
+        return round(timing.measure(lambda _: step(), 1, ROUNDS).us, 1) if before else None
+    finally:
+        overlap.enabled = before
 
 
 def multiply_densely(decoder: Decoder, way: Dense) -> None:

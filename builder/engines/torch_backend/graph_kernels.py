@@ -1,4 +1,4 @@
-"""How many kernels a captured CUDA graph launches, asked of the CUDA driver."""
+"""What a step is once it is captured in a CUDA graph: how many kernels, and whether a replay computes the same."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ def count_kernels(step: Callable[[], object]) -> dict[str, int] | str:
         return _nodes(graph.raw_cuda_graph())
     except (OSError, RuntimeError, TypeError, AttributeError) as error:
         return f"not counted: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def replays_agree(step: Callable[[], torch.Tensor], rounds: int = 10) -> float | str:
+    """Least share of `step`'s results that a replay of its graph has like an eager call; or why there is none.
+
+    Kernels overlap in a replay, and hardly in an eager call: one that does not wait for the one before shows here.
+    """
+    if not torch.cuda.is_available():
+        return "not compared: there is no GPU here"
+    expected = step().clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    shares: list[float] = []
+    for _ in range(rounds):
+        graph.replay()
+        shares.append((out == expected).float().mean().item())
+    return round(min(shares), 4)
 
 
 def _nodes(graph: int) -> dict[str, int]:

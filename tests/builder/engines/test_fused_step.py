@@ -20,7 +20,7 @@ from builder.engines.torch_backend.random_model import RandomWeights
 from plugins.common.errors import UserError
 from plugins.linear.joined import SideBySide
 from plugins.linear.kernel_linear import DENSE, KernelLinear
-from plugins.triton_kernels import ops
+from plugins.triton_kernels import ops, overlap
 from plugins.triton_kernels.guarded import BlockOps
 
 CPU = torch.device("cpu")
@@ -214,6 +214,7 @@ def test_an_operator_that_fails_gives_way_to_its_reference(fault: str, monkeypat
         return torch.full_like(gate_up[:, :8], torch.nan if fault == "nan" else 3.0)
 
     monkeypatch.setattr(ops, "silu_mul", broken)
+    monkeypatch.setattr(overlap, "enabled", True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     remarks: list[str] = []
     block_ops = BlockOps(remarks)
@@ -222,7 +223,9 @@ def test_an_operator_that_fails_gives_way_to_its_reference(fault: str, monkeypat
     expected = torch.nn.functional.silu(gate_up[:, :8]) * gate_up[:, 8:]
     assert torch.equal(block_ops.silu_mul._check((), arguments), expected)
     assert torch.equal(block_ops.silu_mul(*arguments), expected)
-    (remark,) = remarks
+    without_overlap, remark = remarks
+    assert without_overlap.startswith("kernels wait for one another's end: with overlap, silu_mul fails (")
+    assert not overlap.enabled
     assert remark.startswith("silu_mul runs in plain torch, not as one kernel: ")
     reason = "RuntimeError: Failed to find C compiler." if fault == "raises" else "its numbers are off by up to"
     assert reason in remark
