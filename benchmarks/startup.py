@@ -81,8 +81,8 @@ def measure(commands: dict[str, list[str]], rounds: int) -> dict[str, Any]:
 def modules(command: Sequence[str]) -> list[str]:
     """The modules that a Python command imports, as the interpreter itself reports them."""
     profile = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
-    told = subprocess.run(command, env=profile, capture_output=True, check=True, text=True).stderr
-    return [line.rsplit("|", 1)[1].strip() for line in told.splitlines() if line.startswith("import time:")][1:]
+    profile_text = subprocess.run(command, env=profile, capture_output=True, check=True, text=True).stderr
+    return [line.rsplit("|", 1)[1].strip() for line in profile_text.splitlines() if line.startswith("import time:")][1:]
 
 
 def _run(command: Sequence[str]) -> float:

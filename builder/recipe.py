@@ -84,8 +84,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' cannot be read as a recipe ({error}): check the file") from None
     except yaml.YAMLError as error:
-        words = " ".join(str(error).split())
-        raise UserError(f"'{path}' is not YAML ({words}): fix that line") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"'{path}' is not YAML ({reason}): fix that line") from None
     if not isinstance(values, dict):
         raise UserError(f"'{path}' is not a recipe: it must hold keys such as 'model:' and 'quantization:'")
     return values
@@ -128,12 +128,12 @@ def _validated(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(_in_words(error)) from None
+        raise UserError(_describe_errors(error)) from None
 
 
-def _in_words(error: ValidationError) -> str:
-    found = error.errors()
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])  # a misspelt key also lacks
+def _describe_errors(error: ValidationError) -> str:
+    errors = error.errors()
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])  # a misspelt key also lacks
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"][:-1])

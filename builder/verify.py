@@ -43,7 +43,9 @@ class Verification:
         return {
             "directory": str(self.directory),
             "ok": self.ok,
-            "checkpoints": [{**asdict(found), "directory": str(found.directory)} for found in self.checkpoints],
+            "checkpoints": [
+                {**asdict(checkpoint), "directory": str(checkpoint.directory)} for checkpoint in self.checkpoints
+            ],
             "violations": [violation.to_dict() for violation in self.violations],
             "seconds": self.seconds,
         }
@@ -63,22 +65,21 @@ def verify(directory: Path, *, tensor_parallel: int = 1, progress: Progress | No
     elif build is not None and (directory / "engine.json").is_file():
         parts = []  # a build's engine
     violations: list[Violation] = []
-    verified = [
-        found for part in parts if (found := verify_checkpoint(part, tensor_parallel, violations.append, progress))
-    ]
+    checked = [verify_checkpoint(part, tensor_parallel, violations.append, progress) for part in parts]
     if build is not None:
         within = "" if build == directory else f"{directory.name}/"
         violations += [Violation(Code.DIGEST, problem) for problem in verify_manifest(build, within)]
     for part in parts:
         violations += _check_engine_record(part)
     violations += _check_locks(directory) + _check_kernel_versions(directory)
-    return Verification(directory, tuple(verified), tuple(violations), round(time.perf_counter() - started, 3))
+    verified, seconds = tuple(each for each in checked if each), round(time.perf_counter() - started, 3)
+    return Verification(directory, verified, tuple(violations), seconds)
 
 
 def _check_locks(directory: Path) -> list[Violation]:
     """Whether the engine that `directory` is or holds may run on this machine."""
-    refusals = [version_lock.refusal(place) for place in (directory, directory / "engine")]
-    return [Violation(Code.LOCK, words, version_lock.FILE) for words in refusals if words is not None]
+    refusals = [version_lock.incompatibility(place) for place in (directory, directory / "engine")]
+    return [Violation(Code.LOCK, reason, version_lock.FILE) for reason in refusals if reason is not None]
 
 
 def _check_kernel_versions(directory: Path) -> list[Violation]:

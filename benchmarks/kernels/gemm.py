@@ -83,16 +83,19 @@ def row(bench: tuner.Bench, tokens: int, ceilings: Ceilings, peers: bool, timer:
             left_out[kernel] = next(iter(str(error).splitlines()), type(error).__name__)
     bucket = tuner.choose(tokens, times.values())
     best = {side: _fastest(times, side == "dense") for side in ("dense", "sparse")}
-    made: dict[str, Any] = {"kernels_us": {kernel: round(t.us, 3) for kernel, t in times.items()}, "left_out": left_out}
-    made["notes"] = {kernel: list(t.notes) for kernel, t in times.items() if t.notes}
-    made["algorithms"] = {kernel: t.algorithm for kernel, t in times.items() if t.algorithm is not None}
-    made |= {"dense": best["dense"], "sparse": best["sparse"], "kept": bucket["kernel"], "ratio": bucket["ratio"]}
+    cell: dict[str, Any] = {
+        "kernels_us": {kernel: round(t.us, 3) for kernel, t in times.items()},
+        "left_out": left_out,
+    }
+    cell["notes"] = {kernel: list(t.notes) for kernel, t in times.items() if t.notes}
+    cell["algorithms"] = {kernel: t.algorithm for kernel, t in times.items() if t.algorithm is not None}
+    cell |= {"dense": best["dense"], "sparse": best["sparse"], "kept": bucket["kernel"], "ratio": bucket["ratio"]}
     if best["sparse"] is not None:
-        made |= speeds(bench.shape, tokens, times[best["sparse"]].us * 1e-6, ceilings)
-    made["error"] = {side: None if kernel is None else error_of(bench, kernel, tokens) for side, kernel in best.items()}
+        cell |= speeds(bench.shape, tokens, times[best["sparse"]].us * 1e-6, ceilings)
+    cell["error"] = {side: None if kernel is None else error_of(bench, kernel, tokens) for side, kernel in best.items()}
     if peers:
-        made["peers_us"] = {name: peer(bench, tokens) for name, peer in PEERS.items()}
-    return made
+        cell["peers_us"] = {name: peer(bench, tokens) for name, peer in PEERS.items()}
+    return cell
 
 
 def speeds(shape: tuner.Shape, tokens: int, seconds: float, ceilings: Ceilings) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def cslt(bench: tuner.Bench, tokens: int) -> float | str:
     def prepare() -> Callable[[], object]:
         compressed, x_KM = torch._cslt_compress(bench.dense), bench.x[:tokens].t()
         out = {} if bench.out_dtype == bench.dense.dtype else {"out_dtype": bench.out_dtype}
-        found = torch._cslt_sparse_mm_search(compressed, x_KM, transpose_result=True, **out)
-        return lambda: torch._cslt_sparse_mm(compressed, x_KM, transpose_result=True, alg_id=found, **out)
+        algorithms = torch._cslt_sparse_mm_search(compressed, x_KM, transpose_result=True, **out)
+        return lambda: torch._cslt_sparse_mm(compressed, x_KM, transpose_result=True, alg_id=algorithms, **out)
 
     return _time(prepare)
 

@@ -60,7 +60,7 @@ METHODS = (
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The whole comparison. Raises UserError for a model without config.json."""
     layers, tokens = linear_layers(arguments.model), make_tokens(arguments, work)
-    found: dict[str, Any] = {"dense": {}}
+    results: dict[str, Any] = {"dense": {}}
     directories = {"dense": str(arguments.model)}
     for row in METHODS:
         if arguments.only and row.name not in arguments.only:
@@ -70,27 +70,27 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         python = environment_python(arguments.environment) if "llmcompressor" in row.script else sys.executable
         names = json.dumps(layers)
         run_script(python, row.script, row.method, str(arguments.model), str(tokens), names, str(out), str(metered))
-        found[row.name] = json.loads(metered.read_text())
+        results[row.name] = json.loads(metered.read_text())
         directories[row.name] = str(out)
     for name, judged in judge(arguments, layers, directories).items():
-        found[name] |= judged
+        results[name] |= judged
     settings = {
         "model": str(arguments.model), "calibration": arguments.calibration, "evaluation": arguments.evaluation,
         "samples": arguments.samples, "sequence_length": arguments.sequence_length, "seed": arguments.seed,
         "layers": len(layers), "pattern": "2:4", "threads": arguments.threads,
     }  # fmt: skip
-    return {"environment": describe(), "settings": settings, "methods": found, "shares": _shares(found)}
+    return {"environment": describe(), "settings": settings, "methods": results, "shares": _shares(results)}
 
 
-def _shares(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _shares(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Of ours against each peer: perplexity increase, seconds and memory, as ratios."""
-    ours = [name for name in found if name.startswith("twofour")]
-    peers = [name for name in found if name not in ours and name != "dense"]
+    ours = [name for name in results if name.startswith("twofour")]
+    peers = [name for name in results if name not in ours and name != "dense"]
     return {
         f"{own} / {peer}": {
-            "perplexity_increase": found[own]["perplexity_increase"] / found[peer]["perplexity_increase"],
-            "seconds": found[own]["seconds"] / found[peer]["seconds"],
-            "peak_above_start_bytes": found[own]["peak_above_start_bytes"] / found[peer]["peak_above_start_bytes"],
+            "perplexity_increase": results[own]["perplexity_increase"] / results[peer]["perplexity_increase"],
+            "seconds": results[own]["seconds"] / results[peer]["seconds"],
+            "peak_above_start_bytes": results[own]["peak_above_start_bytes"] / results[peer]["peak_above_start_bytes"],
         }
         for own in ours
         for peer in peers
@@ -161,19 +161,19 @@ def linear_layers(model: Path) -> list[str]:
     return [f"model.layers.{block}.{name}" for block in range(blocks) for name in LINEARS]
 
 
-def write_result(name: str, found: dict[str, Any], out: Path) -> Path:
+def write_result(name: str, results: dict[str, Any], out: Path) -> Path:
     """Writes a benchmark's values into `out`, under its name, the machine's and the day's."""
-    environment = found["environment"]
+    environment = results["environment"]
     machine = re.sub(r"[^a-z0-9]+", "-", environment["processor"].lower()).strip("-") + f"-{environment['cores']}cores"
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}-{machine}-{datetime.date.today().isoformat()}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")
     return path
 
 
-def _table(found: dict[str, Any]) -> str:
+def _table(results: dict[str, Any]) -> str:
     lines = [f"{'method':26}{'perplexity':>11}{'increase':>10}{'KL':>8}{'seconds':>9}{'peak MiB':>10}  2:4"]
-    for name, row in found.items():
+    for name, row in results.items():
         cost = f"{row['seconds']:9.1f}{row['peak_above_start_bytes'] / 2**20:10.0f}" if "seconds" in row else " " * 19
         perplexity = row["built"]["perplexity"]
         judged = f"{perplexity:11.2f}{row['perplexity_increase']:10.1%}{row['kl']:8.4f}"
@@ -210,9 +210,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[row.name for row in METHODS], help="rows besides dense")
     parser.add_argument("--environment", type=Path, default=Path("build/peers/llmcompressor"))
     arguments = parser.parse_args()
-    found = run_in_scratch(run, arguments)
-    print(_table(found["methods"]))
-    print(write_result("accuracy_peers", found, arguments.out))
+    results = run_in_scratch(run, arguments)
+    print(_table(results["methods"]))
+    print(write_result("accuracy_peers", results, arguments.out))
 
 
 if __name__ == "__main__":

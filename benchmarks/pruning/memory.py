@@ -66,12 +66,12 @@ def main() -> None:
         measured = json.loads((Path(work) / "measured.json").read_text())
     settings = {**SHAPE, "blocks": arguments.blocks, "samples": arguments.samples, "method": arguments.method}
     settings["sequence_length"] = arguments.sequence_length
-    found = {"environment": describe(), "settings": settings, "model_bytes": stored, **measured}
-    peak, share = found["peak_bytes"] / 2**30, found["share_in_products"]
+    result = {"environment": describe(), "settings": settings, "model_bytes": stored, **measured}
+    peak, share = result["peak_bytes"] / 2**30, result["share_in_products"]
     print(
-        f"{stored / 2**30:.2f} GiB of weights: peak {peak:.2f} GiB, {found['seconds']:.0f} s, {share:.0%} in products"
+        f"{stored / 2**30:.2f} GiB of weights: peak {peak:.2f} GiB, {result['seconds']:.0f} s, {share:.0%} in products"
     )
-    print(write_result("pruning_memory", found, arguments.out))
+    print(write_result("pruning_memory", result, arguments.out))
 
 
 if __name__ == "__main__":

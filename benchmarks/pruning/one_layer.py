@@ -24,21 +24,21 @@ SOLVERS = ("twofour sparsegpt", "twofour reconstruct", "modelopt sparsegpt", "ll
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All solvers, one after the other."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for solver in SOLVERS:
         print(f"{solver} ...", file=sys.stderr, flush=True)
         python = environment_python(arguments.environment) if "llm" in solver else sys.executable
         with tempfile.NamedTemporaryFile(suffix=".json") as out:
             size = (str(arguments.out_features), str(arguments.in_features))
             run_script(python, "prune_layer", solver, *size, out.name)
-            found[solver] = json.loads(Path(out.name).read_text())
+            results[solver] = json.loads(Path(out.name).read_text())
         operations = arguments.out_features * arguments.in_features**2 + arguments.in_features**3 * 2 / 3
-        found[solver]["rate"] = operations / found[solver]["seconds"]
-        found[solver]["share_of_peak"] = found[solver]["rate"] / found[solver]["peak"]
+        results[solver]["rate"] = operations / results[solver]["seconds"]
+        results[solver]["share_of_peak"] = results[solver]["rate"] / results[solver]["peak"]
     settings = {"out_features": arguments.out_features, "in_features": arguments.in_features}
-    ours = found["twofour sparsegpt"]["seconds"]
-    times = {solver: row["seconds"] / ours for solver, row in found.items() if solver != "twofour sparsegpt"}
-    return {"environment": describe(), "settings": settings, "solvers": found, "seconds_over_ours": times}
+    ours = results["twofour sparsegpt"]["seconds"]
+    times = {solver: row["seconds"] / ours for solver, row in results.items() if solver != "twofour sparsegpt"}
+    return {"environment": describe(), "settings": settings, "solvers": results, "seconds_over_ours": times}
 
 
 def main() -> None:
@@ -52,14 +52,14 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     try:
-        found = run(arguments)
+        results = run(arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"{'solver':26}{'seconds':>9}{'error':>9}{'GFLOP/s':>9}{'of peak':>9}  2:4")
-    for solver, row in found["solvers"].items():
+    for solver, row in results["solvers"].items():
         measured = f"{row['seconds']:9.2f}{row['error']:9.4f}{row['rate'] / 1e9:9.0f}{row['share_of_peak']:9.0%}"
         print(f"{solver:26}{measured}  {'yes' if row['holds_2of4'] else 'no'}")
-    print(write_result("pruning_layer", found, arguments.out))
+    print(write_result("pruning_layer", results, arguments.out))
 
 
 if __name__ == "__main__":

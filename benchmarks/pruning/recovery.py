@@ -34,12 +34,12 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     run_script(sys.executable, "prune_twofour", "reconstruct", model, tokens, names, pruned, metered)
     print("recovering ...", file=sys.stderr, flush=True)
     run_script(sys.executable, "recover", model, pruned, arguments.text, length, minutes, recovered, str(report))
-    found: dict[str, Any] = judge(arguments, layers, directories)
-    lost, left = (found[name]["perplexity_increase"] for name in ("pruned", "recovered"))
+    results: dict[str, Any] = judge(arguments, layers, directories)
+    lost, left = (results[name]["perplexity_increase"] for name in ("pruned", "recovered"))
     settings = {name: str(getattr(arguments, name)) for name in ("model", "calibration", "evaluation", "minutes")}
     recovery = json.loads(report.read_text())
     facts = {"environment": describe(), "settings": settings, "recovery": recovery}
-    return {**facts, **found, "taken_back": 1 - left / lost}
+    return {**facts, **results, "taken_back": 1 - left / lost}
 
 
 def main() -> None:
@@ -49,13 +49,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15)
     add_arguments(parser)
     arguments = parser.parse_args()
-    found = run_in_scratch(run, arguments)
-    perplexity = {name: found[name]["built"]["perplexity"] for name in ("dense", "pruned", "recovered")}
+    results = run_in_scratch(run, arguments)
+    perplexity = {name: results[name]["built"]["perplexity"] for name in ("dense", "pruned", "recovered")}
     print(", ".join(f"{name} {value:.2f}" for name, value in perplexity.items()))
-    zeros = "all layers 2:4" if found["recovered"]["holds_2of4"] else "ZEROS WERE LOST"
-    steps, seconds = found["recovery"]["steps"], found["recovery"]["seconds"]
-    print(f"{found['taken_back']:.0%} of the loss taken back, {zeros}, {steps} steps in {seconds:.0f} s")
-    print(write_result("recovery", found, arguments.out))
+    zeros = "all layers 2:4" if results["recovered"]["holds_2of4"] else "ZEROS WERE LOST"
+    steps, seconds = results["recovery"]["steps"], results["recovery"]["seconds"]
+    print(f"{results['taken_back']:.0%} of the loss taken back, {zeros}, {steps} steps in {seconds:.0f} s")
+    print(write_result("recovery", results, arguments.out))
 
 
 if __name__ == "__main__":

@@ -51,11 +51,11 @@ def _speedup(points: Sequence[Point], name: str, domain: tuple[float, float], wi
         if speedup.interval:
             canvas.line(x(speedup.interval[0]), y, x(speedup.interval[1]), y, f"bar {kind}-line")
         interval = formatting.interval(speedup.interval, "times")
-        said = f"concurrency {point.concurrency}: {formatting.times(speedup.ratio)} {interval}"
-        canvas.circle(x(speedup.ratio), y, 4.5, kind, said)
+        title = f"concurrency {point.concurrency}: {formatting.times(speedup.ratio)} {interval}"
+        canvas.circle(x(speedup.ratio), y, 4.5, kind, title)
         canvas.text(0, y + 4, label, "tick")
-    said = "; ".join(f"{formatting.times(s.ratio)} at concurrency {p.concurrency}" for p, s in rows)
-    return canvas.svg(f"Speed-up in {formatting.TITLES[name]}, build against dense: {said}")
+    title = "; ".join(f"{formatting.times(s.ratio)} at concurrency {p.concurrency}" for p, s in rows)
+    return canvas.svg(f"Speed-up in {formatting.TITLES[name]}, build against dense: {title}")
 
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
@@ -85,17 +85,17 @@ def _latency(points: Sequence[Point], name: str, width: float) -> Markup:
         y = top + index * pitch + 8
         canvas.text(0, y + 14, label, "tick")
         for side, down in zip(SIDES, (0, 20), strict=True):
-            said = f"{side}, {formatting.workload(point)}, concurrency {point.concurrency}"
-            _spread(canvas, x, y + down, side, getattr(point, side)[name], said)
+            title = f"{side}, {formatting.workload(point)}, concurrency {point.concurrency}"
+            _spread(canvas, x, y + down, side, getattr(point, side)[name], title)
     if near:
         canvas.text(right, bottom + 32, "axis does not start at 0", "label", "end")
-    said = "; ".join(
+    title = "; ".join(
         f"{side} at concurrency {point.concurrency}: median {formatting.number(getattr(point, side)[name].p50)}, "
         f"p99 {formatting.number(getattr(point, side)[name].p99)}"
         for point in points
         for side in SIDES
     )
-    return canvas.svg(f"{formatting.TITLES[name]} in ms. {said}")
+    return canvas.svg(f"{formatting.TITLES[name]} in ms. {title}")
 
 
 def _spread(canvas: Canvas, x: Scale, y: float, side: str, spread: Spread, label: str) -> None:

@@ -74,8 +74,8 @@ def _accuracy_against_size(spots: Sequence[Spot], width: float) -> Markup:
     if len(front) > 2:
         canvas.path([(x(size), y(perplexity)) for size, perplexity in front], "front-line")
     for size, perplexity, label, kind in spots:
-        said = f"{label}: {formatting.amount(size)}, perplexity {formatting.number(perplexity, 4)}"
-        canvas.circle(x(size), y(perplexity), 4 if kind == "front" else 6.5, kind, said)
+        title = f"{label}: {formatting.amount(size)}, perplexity {formatting.number(perplexity, 4)}"
+        canvas.circle(x(size), y(perplexity), 4 if kind == "front" else 6.5, kind, title)
     for size, perplexity, label, kind in spots[-2:]:
         end, below = x(size) > width * 0.7, 20 if perplexity == best else -12
         name = f"{label} {formatting.number(perplexity, 4)}"
@@ -123,12 +123,12 @@ def _throughput(title: str, points: Sequence[Point], width: float) -> Markup:
     for index, point in enumerate(points):
         canvas.text(left + (index + 0.5) * step, bottom + 18, str(point.concurrency), "tick", "middle")
     canvas.text(right, bottom + 36, "concurrency", "label", "end")
-    said = "; ".join(
+    summary_text = "; ".join(
         f"concurrency {p.concurrency}: dense {formatting.number(p.dense[formatting.HEADLINE].mean)}, "
         f"built {formatting.number(p.built[formatting.HEADLINE].mean)}"
         for p in points
     )
-    return canvas.svg(f"Output tokens a second, {title}. {said}")
+    return canvas.svg(f"Output tokens a second, {title}. {summary_text}")
 
 
 def _y_axis(canvas: Canvas, y: Scale, left: float, right: float) -> None:

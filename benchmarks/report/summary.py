@@ -33,8 +33,8 @@ def verdict(report: Report) -> str:
         parts.append(_smaller(report))
     if report.accuracy:
         parts.append(f"perplexity {formatting.percent(report.accuracy.perplexity_increase, signed=True)}")
-    if (said := _speed(report)) is not None:
-        parts.append(said)
+    if (sentence := _speed(report)) is not None:
+        parts.append(sentence)
     text = ", ".join(parts).capitalize() if parts else "Nothing was measured"
     failed = len(report.failed_gates)
     return text if not failed else f"{'A gate' if failed == 1 else f'{failed} gates'} failed. {text}"
@@ -66,20 +66,20 @@ def _range(speedups: list[Speedup]) -> str:
 
 def chips(report: Report) -> list[Chip]:
     """Format, sparsity, backend, device, and the class of the result."""
-    made = []
+    rows = []
     formats = sorted({layer.format for layer in report.layers})
     if formats:
-        made.append(Chip(" + ".join(formats)))
+        rows.append(Chip(" + ".join(formats)))
     if report.pruned:
         sparse = sum(layer.sparse for layer in report.layers)
-        made.append(Chip(f"2:4 in {sparse} of {len(report.layers)} layers" if report.layers else "2:4"))
+        rows.append(Chip(f"2:4 in {sparse} of {len(report.layers)} layers" if report.layers else "2:4"))
     if report.backend:
-        made.append(Chip(f"{report.backend} backend"))
+        rows.append(Chip(f"{report.backend} backend"))
     if report.device:
-        made.append(Chip(device(report)))
+        rows.append(Chip(device(report)))
     if report.pruned:
-        made.append(Chip("MLPerf open class: pruned", strong=True))
-    return made
+        rows.append(Chip("MLPerf open class: pruned", strong=True))
+    return rows
 
 
 def cards(report: Report) -> list[Card]:

@@ -56,8 +56,8 @@ class Canvas:
         corners = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         self.parts.append(f'<path d="M{corners}" class="{kind}"/>')
 
-    def text(self, x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> None:
-        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>')
+    def text(self, x: float, y: float, label: str, kind: str = "", anchor: str = "start") -> None:
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(label)}</text>')
 
     def _mark(self, shape: str, name: str, title: str) -> None:
         self.parts.append(f"{shape}><title>{escape(title)}</title></{name}>" if title else f"{shape}/>")

@@ -96,10 +96,10 @@ def _bound(dense: dict[str, Any], built: dict[str, Any]) -> str:
     if refused:
         return str(refused)
     bounds = [side.get("bound") or "?" for side in (dense, built)]
-    said = bounds[0] if bounds[0] == bounds[1] else f"{bounds[0]} (dense), {bounds[1]} (built)"
+    text = bounds[0] if bounds[0] == bounds[1] else f"{bounds[0]} (dense), {bounds[1]} (built)"
     if "memory" in bounds and (dense.get("fits_l2") or built.get("fits_l2")):
-        return f"{said}; but weights this small fit the L2 cache, so this is no real limit"
-    return said
+        return f"{text}; but weights this small fit the L2 cache, so this is no real limit"
+    return text
 
 
 def machine(report: Report) -> list[tuple[str, str]]:

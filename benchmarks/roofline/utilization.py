@@ -56,11 +56,11 @@ def _side(point: Mapping[str, Any], cost: ModelCost, gpu: Gpu | None, seconds: f
 
 
 def _words(point: Mapping[str, Any], sides: Mapping[str, dict[str, Any]], gpu: Gpu | None) -> str:
-    said = []
+    parts = []
     for name, side in sides.items():
         share = "" if side["share"] is None else f" ({side['share']:.0%} of the {gpu.name if gpu else ''} limit)"
-        said.append(f"{name} {side['gigabytes_per_second']:.3g} GB/s and {side['teraflops']:.3g} TFLOP/s{share}")
+        parts.append(f"{name} {side['gigabytes_per_second']:.3g} GB/s and {side['teraflops']:.3g} TFLOP/s{share}")
     ending = "" if gpu else "; no limit is known for this device"
     if any(side["share"] is not None and side["share"] > 1 for side in sides.values()):
         ending = "; above the limit, so that a figure or the comparison is wrong"
-    return f"Decode at concurrency {point['concurrency']}: {', '.join(said)}{ending}."
+    return f"Decode at concurrency {point['concurrency']}: {', '.join(parts)}{ending}."

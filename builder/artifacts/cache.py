@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.artifacts.filesystem import full_disk_in_words, locked, remove, sha256_tree, sync_tree
+from builder.artifacts.filesystem import disk_full_as_user_error, locked, remove, sha256_tree, sync_tree
 from builder.hardware.peak_memory import PeakMemory
 from plugins.common.errors import UserError
 from plugins.common.files import sync
@@ -103,21 +103,21 @@ class Cache:
         try:
             record = json.loads((folder / "record.json").read_bytes())
             recorded: dict[str, str] = record["files"]
-            found = sha256_tree(folder / "files")
+            files = sha256_tree(folder / "files")
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise CorruptEntryError(str(error)) from None
-        for name in sorted(recorded.keys() | found.keys()):
-            if recorded.get(name) != found.get(name):
-                state = "is missing" if name not in found else "was not recorded" if name not in recorded else "changed"
+        for name in sorted(recorded.keys() | files.keys()):
+            if recorded.get(name) != files.get(name):
+                state = "is missing" if name not in files else "was not recorded" if name not in recorded else "changed"
                 raise CorruptEntryError(f"'{name}' {state}")
-        return CachedOutput(folder / "files", digest_of(found), found, record, reused=True)
+        return CachedOutput(folder / "files", digest_of(files), files, record, reused=True)
 
     def _make(self, stage: str, key: str, describe: Mapping[str, Any], make: Make) -> CachedOutput:
         temporary = self.root / "tmp" / f"{key}.{os.getpid()}"
         out, work, folder = temporary / "files", self.root / "work" / key, self._folder(stage, key)
         started = time.time()
         try:
-            with full_disk_in_words(self.root, f"making stage '{stage}'"):
+            with disk_full_as_user_error(self.root, f"making stage '{stage}'"):
                 out.mkdir(parents=True)
                 work.mkdir(parents=True, exist_ok=True)
                 with PeakMemory() as peak:

@@ -40,8 +40,8 @@ def sha256_tree(directory: Path) -> dict[str, str]:
 def checkpoint_digest(directory: Path) -> str:
     """One hash for a checkpoint's content: of its weights, config.json and sparsity.json by name. Engines record it."""
     paths = [*directory.glob("*.safetensors"), directory / "config.json", directory / "sparsity.json"]
-    found = {path.name: sha256(path) for path in sorted(paths) if path.is_file()}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    digests = {path.name: sha256(path) for path in sorted(paths) if path.is_file()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def sync_tree(directory: Path) -> None:
@@ -68,15 +68,15 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
     the lock when its holder dies.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = False
+    reported = False
     while True:
         file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                if not told and (holder := _holder(path)) is not None:
-                    told = True
+                if not reported and (holder := _holder(path)) is not None:
+                    reported = True
                     busy(holder)
                 fcntl.flock(file, fcntl.LOCK_EX)
             continue
@@ -116,7 +116,7 @@ def _is_open_at(descriptor: int, path: Path) -> bool:
 
 
 @contextmanager
-def full_disk_in_words(path: Path, doing: str) -> Iterator[None]:
+def disk_full_as_user_error(path: Path, doing: str) -> Iterator[None]:
     """Turns a full disk under `path` into one UserError, whatever library met it."""
     try:
         yield

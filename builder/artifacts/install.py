@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from builder.artifacts.filesystem import full_disk_in_words, locked, remove, sync_tree
+from builder.artifacts.filesystem import disk_full_as_user_error, locked, remove, sync_tree
 from builder.artifacts.manifest import MANIFEST, is_build, listed_files
 from plugins.common.errors import UserError
 from plugins.common.files import sync
@@ -68,7 +68,7 @@ def publish(parts: Mapping[str, Path], out: Path, files: Mapping[str, bytes]) ->
             raise UserError(f"'{out}' contains '{path}', which the build is made from: choose another --out")
     new = out.with_name(f".{out.name}.new")
     try:
-        with full_disk_in_words(out.parent, f"writing '{out}'"):
+        with disk_full_as_user_error(out.parent, f"writing '{out}'"):
             new.mkdir(parents=True)
             for name, path in parts.items():
                 _place(path, new / name)

@@ -130,8 +130,8 @@ def verify_manifest(build: Path, within: str = "") -> list[str]:
             problems.append(f"'{name}' is missing")
         elif sha256(build / name) != digest:
             problems.append(f"'{name}' changed: its sha256 is not the manifest's")
-    found = {path.relative_to(build).as_posix() for path in (build / within).rglob("*") if path.is_file()}
-    unlisted = sorted(name for name in found - subjects.keys() - {MANIFEST} if "__pycache__" not in name)
+    present = {path.relative_to(build).as_posix() for path in (build / within).rglob("*") if path.is_file()}
+    unlisted = sorted(name for name in present - subjects.keys() - {MANIFEST} if "__pycache__" not in name)
     return problems + [f"'{name}' is not in the manifest" for name in unlisted]
 
 

@@ -34,11 +34,11 @@ def check_names(checkpoint: Checkpoint) -> Iterator[Violation]:
             continue
         file, name = tensor.file.name, tensor.name
         if name.endswith("_weight_mask"):
-            words = "a ModelOpt mask: fold the masks into the weights (mts.export) before quantizing and exporting"
+            detail = "a ModelOpt mask: fold the masks into the weights (mts.export) before quantizing and exporting"
             weight = checkpoint.tensors.get(key.removesuffix("_weight_mask") + "weight")
             if weight is not None and checkpoint.quantization.format != "none":
-                words += f"; the config says {checkpoint.quantization.format}, the weight beside it is {weight.dtype}"
-            yield Violation(Code.UNFOLDED_MASK, words, file, name)
+                detail += f"; the config says {checkpoint.quantization.format}, the weight beside it is {weight.dtype}"
+            yield Violation(Code.UNFOLDED_MASK, detail, file, name)
         elif any(mark in name for mark in _QUANTIZER_NAMES):
             yield Violation(Code.QUANTIZER_STATE, "a quantizer's own state: export the model again", file, name)
         else:
@@ -81,26 +81,26 @@ def check_split(checkpoint: Checkpoint, tensor_parallel: int) -> Iterator[Violat
             continue
         K = tensor.shape[1]
         if K % (4 * tensor_parallel):
-            words = f"in_features {K} over {tensor_parallel} ranks is {K / tensor_parallel:g} each, no multiple of 4"
-            yield Violation(Code.TENSOR_PARALLEL, words, tensor.file.name, tensor.name)
+            detail = f"in_features {K} over {tensor_parallel} ranks is {K / tensor_parallel:g} each, no multiple of 4"
+            yield Violation(Code.TENSOR_PARALLEL, detail, tensor.file.name, tensor.name)
 
 
 def check_values(tensor: Tensor, expected: Expected | None, sparse: bool) -> list[Violation]:
     """The first violation of each kind in one tensor: values not finite, scales not positive, groups not 2:4, -0.0."""
-    found: dict[Code, Violation] = {}
+    violations: dict[Code, Violation] = {}
     if sparse and (len(tensor.shape) != 2 or tensor.shape[1] % 4):
-        words = f"its shape {list(tensor.shape)} has no whole groups of 4, and the layer is declared 2:4"
-        found[Code.TENSOR_PARALLEL] = Violation(Code.TENSOR_PARALLEL, words, tensor.file.name, tensor.name)
+        detail = f"its shape {list(tensor.shape)} has no whole groups of 4, and the layer is declared 2:4"
+        violations[Code.TENSOR_PARALLEL] = Violation(Code.TENSOR_PARALLEL, detail, tensor.file.name, tensor.name)
         sparse = False
     try:
         for start, rows in tensor.chunks():
             for violation in _check_rows(
                 tensor, start, rows, expected is not None and expected.role == "scale", sparse
             ):
-                found.setdefault(violation.code, violation)
+                violations.setdefault(violation.code, violation)
     except (OSError, HeaderError) as error:
-        found[Code.FILE] = Violation(Code.FILE, str(error), tensor.file.name, tensor.name)
-    return list(found.values())
+        violations[Code.FILE] = Violation(Code.FILE, str(error), tensor.file.name, tensor.name)
+    return list(violations.values())
 
 
 def _check_rows(tensor: Tensor, start: int, rows: Array, scale: bool, sparse: bool) -> Iterator[Violation]:
@@ -109,8 +109,8 @@ def _check_rows(tensor: Tensor, start: int, rows: Array, scale: bool, sparse: bo
         yield from _check_scale(tensor, start, rows.reshape(-1))
     elif (bad := _not_finite(rows, tensor.dtype)) is not None:
         row, column = bad
-        words = f"column {column} is {float(rows[row, column])}"
-        yield Violation(Code.NOT_FINITE, words, *where, start + row if len(tensor.shape) > 1 else None)
+        detail = f"column {column} is {float(rows[row, column])}"
+        yield Violation(Code.NOT_FINITE, detail, *where, start + row if len(tensor.shape) > 1 else None)
     if not sparse:
         return
     if (at := pattern.first_violation(rows)) is not None:
@@ -119,8 +119,8 @@ def _check_rows(tensor: Tensor, start: int, rows: Array, scale: bool, sparse: bo
         yield Violation(Code.SPARSITY, f"{count} of 4 values are nonzero, 2:4 allows 2", *where, start + row, group)
     if (at := pattern.negative_zero(rows)) is not None:
         row, column = at
-        words = f"column {column} is -0.0, which sparse kernels count as a value: write +0.0"
-        yield Violation(Code.NEGATIVE_ZERO, words, *where, start + row, column // 4)
+        detail = f"column {column} is -0.0, which sparse kernels count as a value: write +0.0"
+        yield Violation(Code.NEGATIVE_ZERO, detail, *where, start + row, column // 4)
 
 
 def _check_scale(tensor: Tensor, start: int, values: Array) -> Iterator[Violation]:
@@ -128,8 +128,8 @@ def _check_scale(tensor: Tensor, start: int, values: Array) -> Iterator[Violatio
     bad = np.flatnonzero(~((values > 0) & np.isfinite(values)))
     if bad.size:
         row = None if values.size == 1 and start == 0 else start + int(bad[0])
-        words = f"the scale is {values[bad[0]]:g}, it must be finite and positive"
-        yield Violation(Code.SCALE, words, tensor.file.name, tensor.name, row)
+        detail = f"the scale is {values[bad[0]]:g}, it must be finite and positive"
+        yield Violation(Code.SCALE, detail, tensor.file.name, tensor.name, row)
 
 
 def _not_finite(rows: Array, dtype: str) -> tuple[int, int] | None:

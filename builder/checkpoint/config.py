@@ -61,22 +61,26 @@ class Mapping:
 def read_hf(config: dict[str, Any], exported: dict[str, Any] | None) -> tuple[Architecture, Quantization]:
     """From `config.json` and `hf_quant_config.json`, if there is one. Raises ConfigError, also where they disagree."""
     section = config.get("quantization_config")
-    found = Quantization()
+    own = Quantization()
     if section is not None:
         section = _table(section, "quantization_config")
         _known("quant_method", section.get("quant_method"), ("modelopt",), config)
         scheme = _table(section.get("kv_cache_scheme") or {}, "kv_cache_scheme")
         kv_cache = {"float": "FP8", "int": "INT8"}.get(str(scheme.get("type")), "unknown") if scheme else None
-        found = _quantization(section.get("quant_algo"), kv_cache, section.get("ignore"), section)
+        own = _quantization(section.get("quant_algo"), kv_cache, section.get("ignore"), section)
     if exported is not None:
         if "quantization" not in exported and "quant_method" in exported:
             raise UnsupportedError(f"hf_quant_config.json is of a form that is not known here{_written_by(exported)}")
         section = _table(exported.get("quantization"), "quantization")
         kv_cache, exclude = section.get("kv_cache_quant_algo"), section.get("exclude_modules")
         other = _quantization(section.get("quant_algo"), kv_cache, exclude, exported)
-        if (found.format, found.kv_cache, set(found.exclude)) != (other.format, other.kv_cache, set(other.exclude)):
-            raise ConfigError(f"it says {found}; hf_quant_config.json says {other}")
-    return _architecture({key: value for key, value in config.items() if key != "quantization_config"}), found
+        if (own.format, own.kv_cache, set(own.exclude)) != (
+            other.format,
+            other.kv_cache,
+            set(other.exclude),
+        ):
+            raise ConfigError(f"it says {own}; hf_quant_config.json says {other}")
+    return _architecture({key: value for key, value in config.items() if key != "quantization_config"}), own
 
 
 def read_trtllm(config: dict[str, Any]) -> tuple[Architecture, Quantization, Mapping]:
@@ -94,26 +98,26 @@ def read_trtllm(config: dict[str, Any]) -> tuple[Architecture, Quantization, Map
         "attention_bias": config.get("attn_bias", False),
         "tie_word_embeddings": config.get("share_embedding_table", False),
     }
-    found = _architecture({**config, **renamed})
-    if found.num_blocks % pp or found.num_heads % tp or found.intermediate_size % tp:
+    shapes = _architecture({**config, **renamed})
+    if shapes.num_blocks % pp or shapes.num_heads % tp or shapes.intermediate_size % tp:
         raise ConfigError(f"mapping: tp_size {tp} and pp_size {pp} do not divide the model's heads, width and blocks")
-    return found, quantization, Mapping(tp, pp)
+    return shapes, quantization, Mapping(tp, pp)
 
 
 def _architecture(config: dict[str, Any]) -> Architecture:
     names = config.get("architectures")
     _known("architecture", names[0] if isinstance(names, list) and names else None, tuple(FAMILIES), {})
     try:
-        found = architecture(config)
+        shapes = architecture(config)
     except UserError as error:
         raise ConfigError(str(error)) from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"it holds a value that makes no sense ({type(error).__name__})") from None
-    sizes = (found.hidden_size, found.intermediate_size, found.num_heads, found.num_kv_heads, found.head_dim)
-    if not all(0 < size < 1 << 40 for size in (*sizes, found.vocab_size)) or not 0 < found.num_blocks <= MAX_BLOCKS:
+    sizes = (shapes.hidden_size, shapes.intermediate_size, shapes.num_heads, shapes.num_kv_heads, shapes.head_dim)
+    if not all(0 < size < 1 << 40 for size in (*sizes, shapes.vocab_size)) or not 0 < shapes.num_blocks <= MAX_BLOCKS:
         raise ConfigError("it holds a size that is not positive, or far too large")
-    _known("dtype", found.dtype, FLOATS, config)
-    return found
+    _known("dtype", shapes.dtype, FLOATS, config)
+    return shapes
 
 
 def _quantization(algorithm: Any, kv_cache: Any, exclude: Any, written: dict[str, Any]) -> Quantization:

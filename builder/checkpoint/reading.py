@@ -208,21 +208,21 @@ def _hf_tensors(directory: Path, report: Report) -> dict[str, Tensor]:
     shards = sorted(set(weight_map.values()))
     for name in sorted(set(here) - set(shards)):
         report(Violation(Code.INDEX, f"{INDEX} does not name it", name))
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for shard in shards:
         if shard not in here:
             report(Violation(Code.MISSING_FILE, f"it names the shard '{shard}', which is missing", INDEX))
             continue
         for name, tensor in _header(directory / shard, report).items():
-            if name in found:
-                report(Violation(Code.INDEX, f"it is also in '{found[name].file.name}'", shard, name))
+            if name in tensors:
+                report(Violation(Code.INDEX, f"it is also in '{tensors[name].file.name}'", shard, name))
             elif weight_map.get(name) != shard:
                 report(Violation(Code.INDEX, f"{INDEX} places it in {weight_map.get(name)!r}", shard, name))
-            found.setdefault(name, tensor)
+            tensors.setdefault(name, tensor)
     for name, shard in weight_map.items():
-        if name not in found and shard in here:
+        if name not in tensors and shard in here:
             report(Violation(Code.INDEX, f"{INDEX} names it, and the shard does not hold it", shard, name))
-    return found
+    return tensors
 
 
 def _is_file_name(name: Any) -> bool:
@@ -230,17 +230,17 @@ def _is_file_name(name: Any) -> bool:
 
 
 def _trtllm_tensors(directory: Path, ranks: int, report: Report) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     files = [f"rank{rank}.safetensors" for rank in range(ranks)]
     for rank, file in enumerate(files):
         if not (directory / file).is_file():
             report(Violation(Code.MISSING_FILE, f"the mapping has {ranks} ranks, and it is missing", file))
             continue
-        found |= {f"rank{rank}/{name}": tensor for name, tensor in _header(directory / file, report).items()}
+        tensors |= {f"rank{rank}/{name}": tensor for name, tensor in _header(directory / file, report).items()}
     for path in sorted(directory.glob("*.safetensors")):
         if path.name not in files:
             report(Violation(Code.INDEX, f"the mapping has only {ranks} ranks", path.name))
-    return found
+    return tensors
 
 
 def _header(path: Path, report: Report) -> dict[str, Tensor]:

@@ -103,12 +103,12 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 def _parse(header: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        table: dict[str, Any] = {}
         for name, value in pairs:
-            if name in found:
+            if name in table:
                 raise HeaderError(f"its header names {name!r} twice")
-            found[name] = value
-        return found
+            table[name] = value
+        return table
 
     if not header.startswith(b"{"):
         raise HeaderError("its header does not begin with '{'")

@@ -118,8 +118,8 @@ def plan(
     from builder.cli import tables
     from builder.pipeline.build import resolve
 
-    made = resolve(recipe.load(target, preset, overrides), gpu, batch, context)
-    tables.as_json(made) if as_json else tables.plan(made)
+    resolved = resolve(recipe.load(target, preset, overrides), gpu, batch, context)
+    tables.as_json(resolved) if as_json else tables.plan(resolved)
 
 
 @cli.command(
@@ -138,9 +138,9 @@ def verify(directory: Path, tensor_parallel: int, as_json: bool) -> None:
     from builder.verify import verify as check
 
     with Console(quiet=as_json) as console:
-        found = check(directory, tensor_parallel=tensor_parallel, progress=console.progress)
-    tables.as_json(found.to_dict()) if as_json else tables.verification(found)
-    found.require()
+        verification = check(directory, tensor_parallel=tensor_parallel, progress=console.progress)
+    tables.as_json(verification.to_dict()) if as_json else tables.verification(verification)
+    verification.require()
 
 
 @cli.command(
@@ -156,8 +156,8 @@ def explain(artifact: Path, gpu: str | None, layers: str, as_json: bool) -> None
     from builder.cli import tables
     from builder.report.explain import explain as ask
 
-    found = ask(artifact, gpu, layers)
-    tables.as_json(found) if as_json else tables.explanation(found)
+    explanation = ask(artifact, gpu, layers)
+    tables.as_json(explanation) if as_json else tables.explanation(explanation)
 
 
 @cli.command(
@@ -179,8 +179,8 @@ def evaluate(
     from builder.progress import Console
 
     with Console(quiet=as_json) as console:
-        found = measure(artifact, model, data, samples, tasks, console)
-    tables.as_json(found) if as_json else tables.accuracy(found)
+        measured = measure(artifact, model, data, samples, tasks, console)
+    tables.as_json(measured) if as_json else tables.accuracy(measured)
 
 
 @cli.command(
@@ -329,8 +329,8 @@ def doctor(as_json: bool) -> None:
     from builder.cli import tables
     from builder.doctor.checks import examine
 
-    found = examine()
-    tables.as_json(found.to_dict()) if as_json else tables.health(found)
+    examination = examine()
+    tables.as_json(examination.to_dict()) if as_json else tables.health(examination)
 
 
 @cli.group(short_help="Compile the CUDA library of sparse kernels.")
@@ -350,8 +350,8 @@ def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
     from plugins.libtwofour.compiler import OUT
     from plugins.libtwofour.compiler import build as compile_library
 
-    made = compile_library(sm.split(",") if sm else None, out or OUT, progress=lambda line: click.echo(line, err=True))
-    tables.as_json(made) if as_json else click.echo(f"{made.library} for SM {', '.join(made.sms)}")
+    built = compile_library(sm.split(",") if sm else None, out or OUT, progress=lambda line: click.echo(line, err=True))
+    tables.as_json(built) if as_json else click.echo(f"{built.library} for SM {', '.join(built.sms)}")
 
 
 def main() -> None:

@@ -45,28 +45,33 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def plan(made: Plan) -> None:
+def plan(resolved: Plan) -> None:
     """Prints the plan by kinds of layer, then memory and ceilings."""
     rows = []
-    for kind in _kinds(made.layers):
+    for kind in _kinds(resolved.layers):
         first, count = kind[0], len(kind)
         dense, built = sum(x.dense_bytes for x in kind), sum(x.built_bytes for x in kind)
         shape = f"{first.out_features} x {first.in_features}"
         rows.append((_kind_name(first.name), count, shape, first.format, "2:4" if first.sparse else "dense",
                      size(dense), size(built)))  # fmt: skip
     head = ("layer", "count", "out x in", "format", "pattern", "bytes before", "after")
-    table(f"{made.model}: {made.architecture}, {made.format}, backend {made.backend}", head, rows, right=(1, 2, 5, 6))
-    share = made.built_bytes / made.dense_bytes
+    table(
+        f"{resolved.model}: {resolved.architecture}, {resolved.format}, backend {resolved.backend}",
+        head,
+        rows,
+        right=(1, 2, 5, 6),
+    )
+    share = resolved.built_bytes / resolved.dense_bytes
     click.echo("")
     for why in dict.fromkeys(
-        (_kind_name(x.name), x.reason) for x in made.layers if x.decision in ("excluded", "not listed")
+        (_kind_name(x.name), x.reason) for x in resolved.layers if x.decision in ("excluded", "not listed")
     ):
         click.echo(f"dense         {why[0]}: {why[1]}")
-    click.echo(f"weights       {size(made.dense_bytes)} -> {size(made.built_bytes)} ({share:.1%})")
-    for stage, needed in made.calibration_bytes.items():
+    click.echo(f"weights       {size(resolved.dense_bytes)} -> {size(resolved.built_bytes)} ({share:.1%})")
+    for stage, needed in resolved.calibration_bytes.items():
         click.echo(f"memory        about {size(needed)} to {stage}")
-    click.echo(f"KV cache      {size(made.kv_bytes_per_token)} a token")
-    p = made.predicted
+    click.echo(f"KV cache      {size(resolved.kv_bytes_per_token)} a token")
+    p = resolved.predicted
     for phase, load in (
         ("decode", f"batch {p['batch']}, context {p['context']}"),
         ("prefill", f"{p['context']} tokens"),
@@ -89,7 +94,7 @@ def plan(made: Plan) -> None:
             f"note          on {p['gpu']} 2:4 gains no time in {launch['products']} of {launch['of']} products of a "
             f"decode step: each takes no longer than a kernel's least time, {launch['kernel_us']:.2f} us"
         )
-    for note in made.notes:
+    for note in resolved.notes:
         click.echo(f"note          {note}")
 
 
@@ -106,12 +111,12 @@ def _kind_name(name: str) -> str:
     return ".".join(part for part in parts[-2:] if not part.isdigit()) if "layers" in parts else name
 
 
-def explanation(found: dict[str, Any]) -> None:
+def explanation(answer: dict[str, Any]) -> None:
     """Prints a block for each kind of layer, with a line for each number of tokens; last, the dense layers and why."""
-    limits = " from its roofline: limits, not measurements" if found["source"] == "predicted" else ""
-    click.echo(f"Kernel times are {found['source']} for {found['gpu'] or 'this machine'}{limits}.")
+    limits = " from its roofline: limits, not measurements" if answer["source"] == "predicted" else ""
+    click.echo(f"Kernel times are {answer['source']} for {answer['gpu'] or 'this machine'}{limits}.")
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in found["layers"]:
+    for row in answer["layers"]:
         groups.setdefault(
             json.dumps([_kind_name(row["name"]), row["reason"], row["buckets"], row["sparse"], row.get("valid_2to4")]),
             [],
@@ -127,7 +132,7 @@ def explanation(found: dict[str, Any]) -> None:
         for bucket in first["buckets"]:
             click.echo("  " + _bucket(bucket))
     dense = [rows for rows in groups.values() if rows[0]["runs_dense"]]
-    click.echo(f"\n{sum(map(len, dense))} of {len(found['layers'])} layers run dense at every number of tokens")
+    click.echo(f"\n{sum(map(len, dense))} of {len(answer['layers'])} layers run dense at every number of tokens")
     for rows in dense:
         click.echo(f"  {_kind(rows)}: {rows[0]['reason']}")
 
@@ -145,8 +150,8 @@ def _bucket(bucket: dict[str, Any]) -> str:
         times += f", 2:4 {bucket['sparse_us']:.2f} us"
     if ratio := bucket["ratio"]:
         times += f", {ratio:.2f}x" + (f" (less than {LEAST_GAIN:.2f}x is not worth it)" if ratio < LEAST_GAIN else "")
-    words = f"{bucket['tokens']:>5} tokens  {bucket['kernel']:<15} {times}  ({how})"
-    return "\n         ".join([words, *bucket.get("notes", ())])
+    line = f"{bucket['tokens']:>5} tokens  {bucket['kernel']:<15} {times}  ({how})"
+    return "\n         ".join([line, *bucket.get("notes", ())])
 
 
 def summary(report: dict[str, Any], out: Path) -> None:
@@ -189,24 +194,24 @@ def interval(bounds: Sequence[float] | None, form: str) -> str:
     return f"[{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "[no interval]"
 
 
-def accuracy(found: dict[str, Any]) -> None:
+def accuracy(block: dict[str, Any]) -> None:
     """Prints the accuracy block."""
-    low, high = found["perplexity_increase_interval"]
-    click.echo(f"perplexity      dense {found['dense']['perplexity']:.3f}, built {found['built']['perplexity']:.3f}")
-    click.echo(f"increase        {found['perplexity_increase']:+.2%}, 95% interval {low:+.2%} to {high:+.2%}")
-    click.echo(f"same top token  {found['top1_agreement']:.2%}")
-    click.echo(f"KL              {found['kl']:.4f} nats a token")
+    low, high = block["perplexity_increase_interval"]
+    click.echo(f"perplexity      dense {block['dense']['perplexity']:.3f}, built {block['built']['perplexity']:.3f}")
+    click.echo(f"increase        {block['perplexity_increase']:+.2%}, 95% interval {low:+.2%} to {high:+.2%}")
+    click.echo(f"same top token  {block['top1_agreement']:.2%}")
+    click.echo(f"KL              {block['kl']:.4f} nats a token")
     click.echo(
-        f"on              {found['tokens']:,} tokens of {found['documents']} documents, "
-        f"context {found['context_length']}"
+        f"on              {block['tokens']:,} tokens of {block['documents']} documents, "
+        f"context {block['context_length']}"
     )
-    for task, score in found.get("tasks", {}).get("built", {}).items():
-        click.echo(f"{task:<15} dense {found['tasks']['dense'][task]}, built {score}")
+    for task, score in block.get("tasks", {}).get("built", {}).items():
+        click.echo(f"{task:<15} dense {block['tasks']['dense'][task]}, built {score}")
 
 
-def verification(found: Verification) -> None:
+def verification(outcome: Verification) -> None:
     """Prints a line for each checkpoint, then one for each violation."""
-    for part in found.checkpoints:
+    for part in outcome.checkpoints:
         sparse = f", {part.sparse_layers} of {part.layers} layers 2:4" if part.sparse_layers else ", dense"
         ranks = f", {part.ranks} ranks" if part.ranks > 1 else ""
         kv_cache = f", {part.kv_cache} KV cache" if part.kv_cache != "none" else ""
@@ -214,20 +219,20 @@ def verification(found: Verification) -> None:
             f"checked  {part.directory}: {part.format}{kv_cache}{sparse}{ranks}, "
             f"{part.tensors} tensors, {size(part.bytes)}"
         )
-    for violation in found.violations:
+    for violation in outcome.violations:
         click.echo(f"FAILED   {violation.message}")
-    if found.ok:
-        click.echo(f"ok       every check holds ({found.seconds:.1f} s)")
+    if outcome.ok:
+        click.echo(f"ok       every check holds ({outcome.seconds:.1f} s)")
 
 
-def health(found: Examination) -> None:
+def health(examination: Examination) -> None:
     """Prints the findings, then what can run."""
-    width = max(len(finding.name) for finding in found.findings) + 2
-    for finding in found.findings:
-        told = " ".join(part for part in (finding.version, finding.words) if part)
-        click.echo(f"{finding.name:<{width}}{finding.state:<9}{told}")
+    width = max(len(finding.name) for finding in examination.findings) + 2
+    for finding in examination.findings:
+        detail = " ".join(part for part in (finding.version, finding.words) if part)
+        click.echo(f"{finding.name:<{width}}{finding.state:<9}{detail}")
     click.echo("")
-    width = max(len(ability.name) for ability in found.abilities) + 2
-    for ability in found.abilities:
-        words = "can run" if ability.able else f"cannot run: {ability.missing}; {ability.fix}"
-        click.echo(f"{ability.name:<{width}}{words}" + (f"; {ability.note}" if ability.note else ""))
+    width = max(len(ability.name) for ability in examination.abilities) + 2
+    for ability in examination.abilities:
+        state = "can run" if ability.able else f"cannot run: {ability.missing}; {ability.fix}"
+        click.echo(f"{ability.name:<{width}}{state}" + (f"; {ability.note}" if ability.note else ""))

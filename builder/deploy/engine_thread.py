@@ -18,7 +18,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._receivers: dict[str, Receive] = {}
         self._failure: Exception | None = None
         self._running = True
@@ -27,29 +27,29 @@ class EngineLoop:
 
     def submit(self, request: Request, receive: Receive) -> None:
         """Queues a request. Errors in it are passed to `receive`."""
-        self._orders.put(partial(self._add, request, receive))
+        self._commands.put(partial(self._add, request, receive))
 
     def cancel(self, request_id: str) -> None:
         """Ends a request. If the engine cannot cancel, the request finishes and its tokens are discarded."""
-        self._orders.put(partial(self._drop, request_id))
+        self._commands.put(partial(self._drop, request_id))
 
     def stop(self) -> None:
         """Ends the thread after the current step; open requests get no more tokens."""
-        self._orders.put(self._halt)
+        self._commands.put(self._halt)
         self._thread.join()
 
     def _run(self) -> None:
         while self._running:
-            self._obey()
+            self._drain()
             if self._running and self._failure is None and self._engine.busy:
                 self._step()
 
-    def _obey(self) -> None:
+    def _drain(self) -> None:
         """Runs the queued commands; waits for one if there is nothing to compute."""
         idle = self._failure is not None or not self._engine.busy
         while True:
             try:
-                order = self._orders.get(block=idle)
+                order = self._commands.get(block=idle)
             except queue.Empty:
                 return
             order()

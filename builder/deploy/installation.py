@@ -88,6 +88,6 @@ def _check_stub(stub: Path, environment: dict[str, str]) -> None:
     """Whether the loader finds the stub's libraries; without arguments the stub exits immediately."""
     tried = subprocess.run([stub], env=environment, capture_output=True, text=True, timeout=60)
     if tried.returncode == 127:
-        words = tried.stderr.strip().rpartition("libraries: ")[2]
+        missing = tried.stderr.strip().rpartition("libraries: ")[2]
         package = f"libpython{_PYTHON}"
-        raise UserError(f"Triton's Python backend cannot start ({words}): install {package}, or a Python that has it")
+        raise UserError(f"Triton's Python backend cannot start ({missing}): install {package}, or a Python that has it")

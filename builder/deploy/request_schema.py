@@ -86,7 +86,7 @@ _ALIASES = {alias: field.name for field in INPUTS for alias in field.names}
 
 
 @dataclass(frozen=True)
-class Ask:
+class ParsedRequest:
     """A parsed client request. `echo` is the text to send before the answer."""
 
     request: Request
@@ -146,7 +146,7 @@ def understand(
     limits: Limits,
     encode: Callable[[str], Sequence[int]],
     decode: Callable[[Sequence[int]], str],
-) -> Ask:
+) -> ParsedRequest:
     """Converts `read`'s values to the engine's request. Raises UserError that quotes a wrong value."""
     text = values.get("text_input")
     if (text is None) == ("input_ids" not in values):
@@ -174,7 +174,7 @@ def understand(
         ignore_eos=values.get("ignore_eos", False) or end_id == -1,
         **_sampling_of(values),
     )
-    return Ask(
+    return ParsedRequest(
         request,
         stream,
         (decode(input_ids) if text is None else text) if echo else "",

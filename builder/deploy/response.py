@@ -17,7 +17,7 @@ class Reply:
     """The response to one request: sent token by token if the client streams, else when it is complete."""
 
     def __init__(
-        self, ask: request_schema.Ask, sender: Any, text: TextStream, end_ids: frozenset[int], arrival: float
+        self, ask: request_schema.ParsedRequest, sender: Any, text: TextStream, end_ids: frozenset[int], arrival: float
     ) -> None:
         self.id = ask.request.id
         self.ask = ask

@@ -48,9 +48,9 @@ class Ports:
                 try:
                     probe.bind((host, port))
                 except (OSError, OverflowError) as error:
-                    words = getattr(error, "strerror", None) or error
+                    reason = getattr(error, "strerror", None) or error
                     raise UserError(
-                        f"{name} port {port} on {host} cannot be used ({words}): choose another with --{name}-port"
+                        f"{name} port {port} on {host} cannot be used ({reason}): choose another with --{name}-port"
                     ) from None
 
 

@@ -171,8 +171,8 @@ class _Counters:
     def __init__(self, model: str) -> None:
         # Triton drops a metric whose family is collected, so the families are kept too.
         self._families = {
-            name: pb_utils.MetricFamily(name=name, description=words, kind=pb_utils.MetricFamily.COUNTER)
-            for name, words in self._WORDS.items()
+            name: pb_utils.MetricFamily(name=name, description=help_text, kind=pb_utils.MetricFamily.COUNTER)
+            for name, help_text in self._WORDS.items()
         }
         self._metrics = {name: family.Metric(labels={"model": model}) for name, family in self._families.items()}
 

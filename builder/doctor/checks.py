@@ -57,20 +57,20 @@ def examine() -> Examination:
 
 def abilities(findings: Sequence[Finding]) -> tuple[Ability, ...]:
     """The abilities that the findings allow: backends first, in the order in which `auto` tries them."""
-    found = {finding.name: finding for finding in findings}
-    return tuple(_ability(name, needs, found) for name, needs in NEEDS.items())
+    by_name = {finding.name: finding for finding in findings}
+    return tuple(_ability(name, needs, by_name) for name, needs in NEEDS.items())
 
 
-def _ability(name: str, needs: Sequence[str], found: Mapping[str, Finding]) -> Ability:
+def _ability(name: str, needs: Sequence[str], by_name: Mapping[str, Finding]) -> Ability:
     for need in needs:
-        finding = found[need]
+        finding = by_name[need]
         if not finding.ok and not _will_do(name, finding):
             return Ability(name, False, f"{need}: {finding.words}", finding.fix)
     if name == "tensorrt":
-        verdict = check_release("tensorrt", str(found["TensorRT-LLM"].version))
+        verdict = check_release("tensorrt", str(by_name["TensorRT-LLM"].version))
         if not verdict.ok:
             return Ability(name, False, f"TensorRT-LLM: {verdict.reason}", verdict.instead)
-    return Ability(name, True, note=_note(name, found))
+    return Ability(name, True, note=_note(name, by_name))
 
 
 def _will_do(name: str, finding: Finding) -> bool:
@@ -78,20 +78,20 @@ def _will_do(name: str, finding: Finding) -> bool:
     return name in ("torch", "calibration") and finding.name == "torch" and finding.state == "unfit"
 
 
-def _note(name: str, found: Mapping[str, Finding]) -> str:
+def _note(name: str, by_name: Mapping[str, Finding]) -> str:
     if name in TRTLLM:
-        return _formats(name, found)
+        return _formats(name, by_name)
     if name != "torch":
         return ""
-    lacking = next((found[need] for need in KERNELS if not found[need].ok), None)
+    lacking = next((by_name[need] for need in KERNELS if not by_name[need].ok), None)
     if lacking is None:
         return "sparse layers run on our CUDA kernels"
     return f"sparse layers run the reference numerics, without speed-up: {lacking.name}: {lacking.words}"
 
 
-def _formats(backend: str, found: Mapping[str, Finding]) -> str:
+def _formats(backend: str, by_name: Mapping[str, Finding]) -> str:
     """The number formats of 2:4 layers that this GPU supports, and the reasons against the others."""
-    sm = int(str(found["GPU"].version).removeprefix("SM"))
-    asked = {name: check(name, True, backend, sm, tensorrt_llm=found["TensorRT-LLM"].version) for name in FORMATS}
+    sm = int(str(by_name["GPU"].version).removeprefix("SM"))
+    asked = {name: check(name, True, backend, sm, tensorrt_llm=by_name["TensorRT-LLM"].version) for name in FORMATS}
     refused = [f"not {name}: {verdict.reason}" for name, verdict in asked.items() if not verdict.ok]
     return "; ".join([f"2:4 layers in {', '.join(name for name in asked if asked[name].ok)}", *refused])

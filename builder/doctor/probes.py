@@ -56,13 +56,13 @@ def python() -> Finding:
 
 def gpu() -> Finding:
     """The GPUs, by their driver."""
-    if found := gpus():
-        first = found[0]
-        words = f"{len(found)} x {first.name}, SM{first.sm}, {first.memory_total / 1e9:.0f} GB, driver {first.driver}"
+    if cards := gpus():
+        first = cards[0]
+        detail = f"{len(cards)} x {first.name}, SM{first.sm}, {first.memory_total / 1e9:.0f} GB, driver {first.driver}"
         verdict = check("bf16", True, "torch", first.sm)
         if not verdict.ok:
-            return Finding("GPU", "unfit", f"SM{first.sm}", f"{words}: {verdict.reason}", "use SM80 (A100) or newer")
-        return Finding("GPU", "ok", f"SM{first.sm}", words)
+            return Finding("GPU", "unfit", f"SM{first.sm}", f"{detail}: {verdict.reason}", "use SM80 (A100) or newer")
+        return Finding("GPU", "ok", f"SM{first.sm}", detail)
     if shutil.which("nvidia-smi") is None:
         return Finding("GPU", "missing", None, "no nvidia-smi", "use a machine with an NVIDIA GPU and its driver")
     return Finding(
@@ -74,9 +74,9 @@ def cuda() -> Finding:
     """The newest CUDA that the driver can run."""
     script = "import ctypes; v = ctypes.c_int(); d = ctypes.CDLL('libcuda.so.1')"
     script += "; assert d.cuDriverGetVersion(ctypes.byref(v)) == 0; print(v.value)"
-    code, said = _child([sys.executable, "-c", script], SECONDS)
-    if code == 0 and said.isdigit():
-        return Finding("CUDA driver", "ok", f"{int(said) // 1000}.{int(said) % 1000 // 10}")
+    code, output = _child([sys.executable, "-c", script], SECONDS)
+    if code == 0 and output.isdigit():
+        return Finding("CUDA driver", "ok", f"{int(output) // 1000}.{int(output) % 1000 // 10}")
     return Finding("CUDA driver", "missing", None, "libcuda.so.1 cannot be loaded", "install NVIDIA's driver")
 
 
@@ -94,17 +94,17 @@ for name in sys.argv[1:]:
 """
     wheels = [str(path) for place in sys.path if place for path in Path(place).glob("nvidia/*/lib/libcusparseLt.so.0")]
     named = [os.environ[name] for name in ("TWOFOUR_CUSPARSELT",) if os.environ.get(name)]
-    code, said = _child([sys.executable, "-c", script, *named, *wheels, "libcusparseLt.so.0"], SECONDS)
+    code, output = _child([sys.executable, "-c", script, *named, *wheels, "libcusparseLt.so.0"], SECONDS)
     fix = "pip install 'nvidia-cusparselt-cu13>=0.8.1'"
     if code != 0:
         return Finding("cuSPARSELt", "broken", None, "the library crashes when its version is read", fix)
-    if not said:
+    if not output:
         return Finding("cuSPARSELt", "missing", None, "no libcusparseLt.so.0 that loads", fix)
-    major, minor, patch, path = said.split(maxsplit=3)
+    major, minor, patch, path = output.split(maxsplit=3)
     version = (int(major), int(minor), int(patch))
     if 1000 * version[0] + 100 * version[1] + version[2] < OLDEST_CUSPARSELT:
-        words = "older than 0.8.1, which the kernels need"
-        return Finding("cuSPARSELt", "unfit", ".".join(map(str, version)), words, fix)
+        reason = "older than 0.8.1, which the kernels need"
+        return Finding("cuSPARSELt", "unfit", ".".join(map(str, version)), reason, fix)
     return Finding("cuSPARSELt", "ok", ".".join(map(str, version)), path)
 
 
@@ -123,12 +123,12 @@ def kernels() -> Finding:
         return Finding("libtwofour", "broken", None, f"'{path}' cannot be loaded", "twofour plugins build")
     try:
         built = json.loads((path.parent / "build.json").read_text())
-        sms, words = built["sms"], f"{path}, for SM {', '.join(built['sms'])}, nvcc {built['nvcc']}"
+        sms, detail = built["sms"], f"{path}, for SM {', '.join(built['sms'])}, nvcc {built['nvcc']}"
     except (OSError, ValueError, KeyError, TypeError):  # a library that this command did not build has no record
         return Finding("libtwofour", "ok", None, str(path))
     if gpus() and not any(sm.rstrip("af") == str(gpus()[0].sm) for sm in sms):
-        return Finding("libtwofour", "unfit", None, f"{words}: not for this GPU", "twofour plugins build")
-    return Finding("libtwofour", "ok", None, words)
+        return Finding("libtwofour", "unfit", None, f"{detail}: not for this GPU", "twofour plugins build")
+    return Finding("libtwofour", "ok", None, detail)
 
 
 def tensorrt() -> Finding:
@@ -193,17 +193,17 @@ def modelopt(environment: dict[str, str] | None = None) -> Finding:
     fix = "pip install 'twofour[calibrate]'"
     if version is None:
         return Finding("ModelOpt", "missing", None, "the package nvidia-modelopt is not installed", fix)
-    code, said = _child([sys.executable, "-c", _IMPORT_MODELOPT], IMPORT_SECONDS, environment)
+    code, output = _child([sys.executable, "-c", _IMPORT_MODELOPT], IMPORT_SECONDS, environment)
     if code is None:
         return Finding("ModelOpt", "broken", version, f"its import takes longer than {IMPORT_SECONDS} s", fix)
     if code != 0:
-        words = said.splitlines()[-1] if said else "no reason given"
-        return Finding("ModelOpt", "broken", version, f"it cannot be imported ({words[:160]})", fix)
-    dropped = json.loads(said.splitlines()[-1])
+        reason_line = output.splitlines()[-1] if output else "no reason given"
+        return Finding("ModelOpt", "broken", version, f"it cannot be imported ({reason_line[:160]})", fix)
+    dropped = json.loads(output.splitlines()[-1])
     if dropped:
         reason = re.search(r"due to: (.*?)\. You may ignore", dropped[0])
-        words = f"its transformers plugins did not load ({reason[1] if reason else dropped[0][:160]})"
-        return Finding("ModelOpt", "broken", version, words, f"{fix} (it pins a pyarrow that accepts this numpy)")
+        reason_line = f"its transformers plugins did not load ({reason[1] if reason else dropped[0][:160]})"
+        return Finding("ModelOpt", "broken", version, reason_line, f"{fix} (it pins a pyarrow that accepts this numpy)")
     if not version.startswith(MODELOPT):
         return Finding("ModelOpt", "unfit", version, f"{MODELOPT} is the tested version", fix)
     return Finding("ModelOpt", "ok", version, "transformers plugins loaded")
@@ -253,16 +253,16 @@ def disk(place: Path | None = None) -> Finding:
     """Free space where builds are written."""
     place = place or Path.cwd()
     free = shutil.disk_usage(place).free
-    words = f"{free / 1e9:.0f} GB free at '{place}'"
+    detail = f"{free / 1e9:.0f} GB free at '{place}'"
     if free < DISK_BYTES:
         return Finding(
             "disk",
             "unfit",
             None,
-            words,
+            detail,
             "a model of 8B parameters takes about 60 GB: free some, or name another --store",
         )
-    return Finding("disk", "ok", None, words)
+    return Finding("disk", "ok", None, detail)
 
 
 def memory() -> Finding:
@@ -282,8 +282,8 @@ def run(probe: Callable[[], Finding]) -> Finding:
     try:
         return probe()
     except Exception as error:
-        words = f"the probe failed ({type(error).__name__}: {error})"
-        return Finding(probe.__name__, "broken", None, " ".join(words.split()), "report this as a bug")
+        reason = f"the probe failed ({type(error).__name__}: {error})"
+        return Finding(probe.__name__, "broken", None, " ".join(reason.split()), "report this as a bug")
 
 
 def _child(command: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> tuple[int | None, str]:
@@ -311,11 +311,11 @@ def _child(command: Sequence[str], seconds: float, environment: dict[str, str] |
 
 
 def _compiler(name: str, path: str, pattern: str) -> Finding:
-    code, said = _child([path, "--version"], SECONDS)
-    found = re.search(pattern, said)
-    if code != 0 or found is None:
+    code, output = _child([path, "--version"], SECONDS)
+    match = re.search(pattern, output)
+    if code != 0 or match is None:
         return Finding(name, "broken", None, f"'{path}' reports no version", "install it again")
-    return Finding(name, "ok", found[1], path)
+    return Finding(name, "ok", match[1], path)
 
 
 @functools.cache

@@ -108,18 +108,18 @@ def tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str, fused: bo
         for name, layer in sparse.items()
     }
     most = max(config.max_num_tokens, config.max_batch_size)
-    found = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most))
+    table = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most))
     untimed = f"stays dense: the model computes in {dtype}, and the 2:4 kernels in 16 bit"
-    return _with_all_layers(found, layers, untimed)
+    return _with_all_layers(table, layers, untimed)
 
 
-def _with_all_layers(found: dict[str, Any], layers: Sequence[Sized], untimed: str) -> dict[str, Any]:
+def _with_all_layers(table: dict[str, Any], layers: Sequence[Sized], untimed: str) -> dict[str, Any]:
     """Measured tactics with the layers that were not timed, in the checkpoint's order."""
     from plugins.autotune.tactics import Tactics
 
     entries = {}
     for layer in layers:
-        timed = found["layers"].get(layer.name)
+        timed = table["layers"].get(layer.name)
         why = untimed if layer.sparse else "dense: the weight is not 2:4"
         entries[layer.name] = {
             "out_features": layer.out_features,
@@ -129,7 +129,7 @@ def _with_all_layers(found: dict[str, Any], layers: Sequence[Sized], untimed: st
             "reason": timed["reason"] if timed else why,
             "buckets": timed["buckets"] if timed else [],
         }
-    checked: dict[str, Any] = Tactics.model_validate({**found, "layers": entries}).model_dump(mode="json")
+    checked: dict[str, Any] = Tactics.model_validate({**table, "layers": entries}).model_dump(mode="json")
     return checked
 
 
@@ -142,8 +142,8 @@ def seconds_saved(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[s
 
 @lru_cache(maxsize=4)
 def _seconds_saved(shapes: tuple[tuple[str, Shape], ...], tokens: int) -> dict[str, float]:
-    found = _tune(dict(shapes), (tokens,))["layers"]
-    buckets = {name: layer["buckets"][0] for name, layer in found.items()}
+    timed = _tune(dict(shapes), (tokens,))["layers"]
+    buckets = {name: layer["buckets"][0] for name, layer in timed.items()}
     return {
         name: 0.0 if _is_dense(bucket) or not bucket["ratio"] else (bucket["dense_us"] - bucket["sparse_us"]) * 1e-6
         for name, bucket in buckets.items()
@@ -169,12 +169,12 @@ def measure(layers: Iterable[Sized], config: EngineConfig, dtype: str) -> dict[s
 
 def ratios(tactics: Mapping[str, Any], tokens: int) -> dict[str, float]:
     """Of a measured tactics.json: dense over sparse at `tokens`, of the layers where a sparse kernel was kept."""
-    found = {}
+    kept = {}
     for name, layer in tactics["layers"].items():
         bucket = next((bucket for bucket in layer["buckets"] if bucket["tokens"] >= tokens), None)
         if bucket and bucket["measured"] and bucket["ratio"] and not _is_dense(bucket):
-            found[name] = float(bucket["ratio"])
-    return found
+            kept[name] = float(bucket["ratio"])
+    return kept
 
 
 def shape(layer: Sized, ranks: int, dtype: str, fused: Mapping[str, Sized] | None = None) -> Shape:

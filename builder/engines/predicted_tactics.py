@@ -89,5 +89,5 @@ def read_tactics(engine: Path) -> dict[str, Any] | None:
 
     if not (engine / "tactics.json").is_file():
         return None
-    found: dict[str, Any] = tactics.read(engine).model_dump(mode="json")
-    return found
+    table: dict[str, Any] = tactics.read(engine).model_dump(mode="json")
+    return table

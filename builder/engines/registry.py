@@ -32,13 +32,13 @@ def build(
     if backend == "torch":
         from builder.engines.torch_backend import artifact
 
-        found = tactics(checkpoints / "hf", config, gpu, measured=speed_matters)
-        artifact.build(checkpoints / "hf", out, config, found)
+        choices = tactics(checkpoints / "hf", config, gpu, measured=speed_matters)
+        artifact.build(checkpoints / "hf", out, config, choices)
     elif backend == "pytorch":
         from builder.engines.trtllm import pytorch
 
-        found = tactics(checkpoints / "hf", config, gpu, fused=True)
-        pytorch.build(checkpoints / "hf", out, config, tactics=found)
+        choices = tactics(checkpoints / "hf", config, gpu, fused=True)
+        pytorch.build(checkpoints / "hf", out, config, tactics=choices)
     elif backend == "tensorrt":
         from builder.engines.trtllm import tensorrt
 
@@ -61,10 +61,10 @@ def tactics(
     on_cpu = measured and not fused and measured_tactics.can_measure_cpu()
     if not measured or not (on_cpu or measured_tactics.can_measure()):
         return prediction.predict_tactics(checkpoint, gpu)
-    found = checkpoints.read(checkpoint)
+    opened = checkpoints.read(checkpoint)
     if on_cpu:
-        return measured_tactics.cpu_tactics(found.layers(), config, found.architecture.dtype)
-    return measured_tactics.tactics(found.layers(), config, found.architecture.dtype, fused)
+        return measured_tactics.cpu_tactics(opened.layers(), config, opened.architecture.dtype)
+    return measured_tactics.tactics(opened.layers(), config, opened.architecture.dtype, fused)
 
 
 def load(engine: Path) -> Engine:

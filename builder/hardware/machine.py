@@ -27,19 +27,19 @@ def gpu() -> dict[str, Any] | None:
 
 def sm() -> int | None:
     """The GPU's compute capability as TensorRT writes it (90 for 9.0), or None without a GPU."""
-    found = device().get("sm")
-    return int(found) if found else None
+    capability = device().get("sm")
+    return int(capability) if capability else None
 
 
 def versions(*names: str) -> dict[str, str]:
     """Installed versions of `names` (all of TOOLS where none is given); missing packages are left out."""
-    found = {}
+    installed = {}
     for name in names or TOOLS:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def environment() -> dict[str, Any]:
@@ -53,15 +53,15 @@ def environment() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any] | None:
-    found = gpus()
-    if not found:
+    present = gpus()
+    if not present:
         return None
-    first = found[0]
+    first = present[0]
     return {
         "type": "gpu",
         "name": first.name,
         "sm": first.sm,
         "driver": first.driver,
         "memory_bytes": first.memory_total,
-        "count": len(found),
+        "count": len(present),
     }

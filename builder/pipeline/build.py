@@ -75,7 +75,7 @@ def resolve(recipe: Recipe, gpu: str, batch: int = defaults.BATCH, context: int 
     plan = make_plan(recipe, gpu, batch, context)
     engine = recipe.engine
     check_shards(plan.layers, engine.tensor_parallel).require()
-    backend, words = pick_backend(
+    backend, reason = pick_backend(
         engine.backend,
         _engine_format(plan),
         bool(plan.sparse_layers),
@@ -83,7 +83,7 @@ def resolve(recipe: Recipe, gpu: str, batch: int = defaults.BATCH, context: int 
         engine.tensor_parallel * engine.pipeline_parallel,
     )
     check_mapping(plan.heads, plan.blocks, engine.tensor_parallel, engine.pipeline_parallel, backend).require()
-    notes = [*plan.notes, *([f"backend {words}"] if engine.backend == "auto" else [])]
+    notes = [*plan.notes, *([f"backend {reason}"] if engine.backend == "auto" else [])]
     card = roofline.gpu(gpu)
     if machine.sm() is None:  # it will run elsewhere: such as on the card that times are predicted for
         there = check(
@@ -166,11 +166,11 @@ class Part:
 
     def digests(self, name: str) -> dict[str, str]:
         """sha256 by path in OUT, where the part is called `name`: as the store found them when it read the entry."""
-        found = self.entry.files
-        if self.inner in found:
-            return {name: found[self.inner]}
+        files = self.entry.files
+        if self.inner in files:
+            return {name: files[self.inner]}
         prefix = f"{self.inner}/" if self.inner else ""
-        return {f"{name}/{path[len(prefix) :]}": found[path] for path in found if path.startswith(prefix)}
+        return {f"{name}/{path[len(prefix) :]}": files[path] for path in files if path.startswith(prefix)}
 
 
 def _manifest(

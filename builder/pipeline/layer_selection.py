@@ -101,8 +101,8 @@ class _Search:
             tensors |= load_file(file)
         changes = pruning(self.dense, {name: tensors[f"{name}.weight"] for name in self.names})
         own = {name: name for name in self.names}
-        found = measure_costs(self.dense, changes, own, self.held_out[:COST_WINDOWS], self.context.console.progress)
-        return {name: cost.kl for name, cost in found.items()}
+        costs = measure_costs(self.dense, changes, own, self.held_out[:COST_WINDOWS], self.context.console.progress)
+        return {name: cost.kl for name, cost in costs.items()}
 
     def increase(self, layers: Sequence[str]) -> float:
         """The perplexity increase with `layers` pruned, and everything quantized as the recipe says."""

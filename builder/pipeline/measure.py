@@ -31,17 +31,17 @@ def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) ->
     assert config.data is not None
     text = windows(config.data, model, config.sequence_length, config.samples)
     dense, built = registry.load_dense(model, engine), registry.load(engine)
-    found = evaluate(dense.logits, built.logits, text.tokens, text.documents, progress).to_dict()
-    found["engines"] = {"dense": dense.describe(), "built": built.describe()}
+    measured = evaluate(dense.logits, built.logits, text.tokens, text.documents, progress).to_dict()
+    measured["engines"] = {"dense": dense.describe(), "built": built.describe()}
     if config.tasks:
         from calibration.evaluation.lm_eval import lm_eval_tasks
 
         limit = config.sequence_length
-        found["tasks"] = {
+        measured["tasks"] = {
             name: lm_eval_tasks(engine.logits, model, config.tasks, limit)
             for name, engine in (("dense", dense), ("built", built))
         }
-    return found
+    return measured
 
 
 def performance(model: Path, engine: Path, config: Benchmark, out: Path, progress: Progress) -> list[dict[str, Any]]:

@@ -85,14 +85,14 @@ def build_engine(
     from builder.engines import registry
 
     started = now()
-    found = checkpoints.read(checkpoint)
+    opened = checkpoints.read(checkpoint)
     verify(checkpoint, progress=console.progress).require()
-    config = _engine_config(found, overrides)
-    backend = _backend_of(found, backend, config)
+    config = _engine_config(opened, overrides)
+    backend = _backend_of(opened, backend, config)
     with claimed(out) as place, tempfile.TemporaryDirectory(dir=place.parent, prefix=".engine-") as scratch:
         folder = Path(scratch) / "checkpoints"
         folder.mkdir()
-        (folder / found.kind).symlink_to(checkpoint.resolve())
+        (folder / opened.kind).symlink_to(checkpoint.resolve())
         engine = Path(scratch) / "engine"
         registry.build(backend, folder, engine, config, gpu, console.progress)
         facts = registry.engine_facts(engine)
@@ -110,30 +110,30 @@ def build_engine(
     return facts
 
 
-def _engine_config(found: Checkpoint, overrides: tuple[str, ...]) -> EngineConfig:
+def _engine_config(checkpoint: Checkpoint, overrides: tuple[str, ...]) -> EngineConfig:
     """The engine section: a checkpoint that is split already says over how many ranks, where the user does not."""
     config = recipe.load("any/model", overrides=[f"engine.{override}" for override in overrides]).engine
-    if found.kind == "hf":
+    if checkpoint.kind == "hf":
         return config
-    split = {"tensor_parallel": found.mapping.tp, "pipeline_parallel": found.mapping.pp}
+    split = {"tensor_parallel": checkpoint.mapping.tp, "pipeline_parallel": checkpoint.mapping.pp}
     return config.model_copy(update={key: n for key, n in split.items() if key not in config.model_fields_set})
 
 
-def _backend_of(found: Checkpoint, asked: str, config: EngineConfig) -> str:
+def _backend_of(source: Checkpoint, asked: str, config: EngineConfig) -> str:
     """The backend to build for. Raises UserError where it does not read this kind of checkpoint."""
-    can_read = ("tensorrt",) if found.kind == "trtllm" else ("pytorch", "torch")
+    can_read = ("tensorrt",) if source.kind == "trtllm" else ("pytorch", "torch")
     if asked not in ("auto", *can_read):
         kinds = {"hf": "a unified Hugging Face", "trtllm": "a TensorRT-LLM"}
-        other = next(kind for kind in kinds if kind != found.kind)
+        other = next(kind for kind in kinds if kind != source.kind)
         part = {"hf": "checkpoint", "trtllm": "checkpoint-trtllm"}[other]
         raise UserError(
-            f"'{found.directory}' is {kinds[found.kind]} checkpoint, and {asked} needs {kinds[other]} one: "
+            f"'{source.directory}' is {kinds[source.kind]} checkpoint, and {asked} needs {kinds[other]} one: "
             f"name OUT/{part} of a build for engine.backend={asked}, or use --backend {can_read[0]}"
         )
     parallel = config.tensor_parallel * config.pipeline_parallel
     if asked == "auto" and len(can_read) == 1:
         asked = can_read[0]
-    return pick_backend(asked, found.format, bool(found.sparse_layers), found.kv_cache, parallel, can_read)[0]
+    return pick_backend(asked, source.format, bool(source.sparse_layers), source.kv_cache, parallel, can_read)[0]
 
 
 def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:

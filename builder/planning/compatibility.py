@@ -49,7 +49,7 @@ class Rule:
     sm: tuple[int, int] | None = None
     parallel: bool | None = None
 
-    def matches(self, ask: Ask) -> bool:
+    def matches(self, ask: Combination) -> bool:
         return (
             (not self.formats or ask.format in self.formats)
             and (not self.kv_caches or ask.kv_cache in self.kv_caches)
@@ -61,7 +61,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Ask:
+class Combination:
     """One combination to look up in the table."""
 
     format: str
@@ -201,7 +201,7 @@ def check(
         verdict = check_release(backend, tensorrt_llm)
         if not verdict.ok:
             return verdict
-    ask = Ask(format, sparse, backend, sm, kv_cache, parallel > 1)
+    ask = Combination(format, sparse, backend, sm, kv_cache, parallel > 1)
     return next(rule.verdict for rule in TABLE if rule.matches(ask))
 
 

@@ -91,8 +91,8 @@ def read_config(model: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}): check the file") from None
     except (ValueError, RecursionError) as error:
-        words = " ".join(str(error).split())[:160]
-        raise UserError(f"'{path}' is not JSON ({words}): fetch the model again") from None
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"'{path}' is not JSON ({reason}): fetch the model again") from None
     if not isinstance(config, dict):
         raise UserError(f"'{path}' is not a JSON object: fetch the model again")
     return config

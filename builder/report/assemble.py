@@ -74,34 +74,34 @@ def gates(
     context: BuildContext, outputs: Outputs, report: dict[str, Any], benchmark_reached: bool
 ) -> list[dict[str, Any]]:
     """A gate for each limit of the recipe, and one for the verification of every checkpoint."""
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     if "checkpoint" in outputs:
-        words = "every check of the written checkpoint holds"
-        found.append({"name": "verification", "passed": True, "words": words})
+        text = "every check of the written checkpoint holds"
+        rows.append({"name": "verification", "passed": True, "words": text})
     if "accuracy" in report:
         from calibration.evaluation import evaluate
 
-        found += evaluate.gates(evaluate.Accuracy.from_dict(report["accuracy"]), context.recipe.accuracy)
+        rows += evaluate.gates(evaluate.Accuracy.from_dict(report["accuracy"]), context.recipe.accuracy)
         budget = context.recipe.sparsity and context.recipe.sparsity.budget
         if budget:
             value, limit = report["accuracy"]["perplexity_increase"], budget.perplexity_increase
-            words = f"perplexity {value:+.2%} under a budget of {limit:.2%}"
-            found.append({"name": "budget", "limit": limit, "value": value, "passed": value <= limit, "words": words})
+            text = f"perplexity {value:+.2%} under a budget of {limit:.2%}"
+            rows.append({"name": "budget", "limit": limit, "value": value, "passed": value <= limit, "words": text})
     benchmark = context.recipe.benchmark
     if benchmark and benchmark.min_speedup and benchmark_reached and "benchmark" not in outputs:
-        words = (
+        text = (
             f"not measured, and at least {benchmark.min_speedup:.2f}x is asked for: measure it with twofour bench --url"
         )
-        found.append({"name": "speedup", "limit": benchmark.min_speedup, "passed": False, "words": words})
+        rows.append({"name": "speedup", "limit": benchmark.min_speedup, "passed": False, "words": text})
     if benchmark and benchmark.min_speedup and report.get("performance"):
         for point in report["performance"]:
             ratio = point["speedup"]["output_token_throughput"]["ratio"]
-            words = f"output tokens a second {ratio:.2f}x at concurrency {point['concurrency']}"
-            found.append({
+            text = f"output tokens a second {ratio:.2f}x at concurrency {point['concurrency']}"
+            rows.append({
                 "name": "speedup", "limit": benchmark.min_speedup, "value": ratio,
-                "passed": ratio >= benchmark.min_speedup, "words": f"{words} (at least {benchmark.min_speedup:.2f}x)",
+                "passed": ratio >= benchmark.min_speedup, "words": f"{text} (at least {benchmark.min_speedup:.2f}x)",
             })  # fmt: skip
-    return found
+    return rows
 
 
 def weight_bytes(directory: Path) -> int:

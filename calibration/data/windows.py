@@ -55,25 +55,25 @@ def windows(
     """
     vocabulary = _vocabulary(model)
     if data.lower().endswith((".safetensors", ".npy")):
-        found = _token_file(Path(data), length)
+        tokens = _token_file(Path(data), length)
     else:
         tokenizer = load_tokenizer(model)
         documents = read_documents(data)
         if seed is not None:
             random.Random(seed).shuffle(documents)
-        found = _cut(encode_documents(documents, tokenizer, chat_template), length)
-    count = len(found.tokens)
+        tokens = _cut(encode_documents(documents, tokenizer, chat_template), length)
+    count = len(tokens.tokens)
     if count == 0 or (samples is not None and count < samples):
         asked = f"{samples} samples" if samples else "a sample"
         raise UserError(
             f"'{data}' holds {count} samples of {length} tokens, and {asked} are needed: add text, or use fewer"
             + (f" (--set calibration.samples={count})" if count else "")
         )
-    if found.tokens.min() < 0 or found.tokens.max() >= vocabulary:
+    if tokens.tokens.min() < 0 or tokens.tokens.max() >= vocabulary:
         raise UserError(
-            f"'{data}' holds token {found.tokens.max()}, beyond the vocabulary of {vocabulary}: wrong tokenizer"
+            f"'{data}' holds token {tokens.tokens.max()}, beyond the vocabulary of {vocabulary}: wrong tokenizer"
         )
-    return Windows(found.tokens[:samples], found.documents[:samples])
+    return Windows(tokens.tokens[:samples], tokens.documents[:samples])
 
 
 def _vocabulary(model: Path) -> int:

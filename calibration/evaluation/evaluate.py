@@ -138,21 +138,21 @@ def hf_logits(model: Any) -> Logits:
 
 def gates(accuracy: Accuracy, limits: config.Accuracy) -> list[Gate]:
     """What the recipe holds the build to: one {name, limit, value, passed, words} for each limit that is set."""
-    found: list[Gate] = []
+    rows: list[Gate] = []
     if limits.max_perplexity_increase is not None:
         value, limit = accuracy.perplexity_increase, limits.max_perplexity_increase
         change = f"{accuracy.dense.perplexity:.2f} -> {accuracy.built.perplexity:.2f}"
-        words = f"perplexity {change}, {value:+.2%} (at most {limit:.2%})"
-        found.append(_gate("perplexity_increase", limit, value, value <= limit, words))
+        sentence = f"perplexity {change}, {value:+.2%} (at most {limit:.2%})"
+        rows.append(_gate("perplexity_increase", limit, value, value <= limit, sentence))
     if limits.min_top1_agreement is not None:
         value, limit = accuracy.top1_agreement, limits.min_top1_agreement
-        words = f"the same first token as the dense model at {value:.2%} of positions (at least {limit:.2%})"
-        found.append(_gate("top1_agreement", limit, value, value >= limit, words))
-    return found
+        sentence = f"the same first token as the dense model at {value:.2%} of positions (at least {limit:.2%})"
+        rows.append(_gate("top1_agreement", limit, value, value >= limit, sentence))
+    return rows
 
 
-def _gate(name: str, limit: float, value: float, passed: bool, words: str) -> Gate:
-    return {"name": name, "limit": limit, "value": value, "passed": passed, "words": words}
+def _gate(name: str, limit: float, value: float, passed: bool, sentence: str) -> Gate:
+    return {"name": name, "limit": limit, "value": value, "passed": passed, "words": sentence}
 
 
 def _documents(tokens: Tokens, documents: Tokens | None) -> Tokens:

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from calibration.config import check_adapter_rank
 from calibration.lora import peft_format
 from calibration.lora.low_rank import low_rank, output_error
-from calibration.model.block_store import Finished
-from calibration.model.block_walk import Passage
+from calibration.model.block_store import BlockStore
+from calibration.model.block_walk import BlockWalk
 from calibration.model.blocks import Blocks, Stream, forward_half
 from calibration.model.channel_order import ChannelOrder
 from calibration.model.device import device, return_freed_memory
 from calibration.model.weights import Weights
 from calibration.pruning.block_pruner import by_block
-from calibration.pruning.input_statistics import gather, shared_inputs
+from calibration.pruning.input_statistics import collect_statistics, shared_inputs
 from plugins.common.errors import UserError
 from plugins.common.progress import Progress
 from plugins.sparsity.declaration import Declaration
@@ -68,8 +68,8 @@ def compensate(
     layers_of = by_block(names, blocks)
     for name in names:
         check_adapter_rank(rank, name, *blocks.skeleton.get_submodule(name.removeprefix("model.")).weight.shape)
-    finished = Finished(work, _key(blocks, originals, tokens, rank, names))
-    walk = _Walk(blocks, originals, tokens_BT, rank, finished)
+    finished = BlockStore(work, _key(blocks, originals, tokens, rank, names))
+    walk = EoraPass(blocks, originals, tokens_BT, rank, finished)
     for number in range(finished.count(), blocks.count):
         progress("adapter", number, blocks.count)
         factors, reports = walk.compensate_block(number, layers_of[number])
@@ -94,10 +94,10 @@ def _key(
     return hashlib.sha256(json.dumps(facts, default=str).encode() + tokens.tobytes()).hexdigest()
 
 
-class _Walk(Passage):
+class EoraPass(BlockWalk):
     """One way through the pruned model, block by block, with the hidden states in files."""
 
-    def __init__(self, blocks: Blocks, originals: Weights, tokens_BT: Tensor, rank: int, finished: Finished):
+    def __init__(self, blocks: Blocks, originals: Weights, tokens_BT: Tensor, rank: int, finished: BlockStore):
         super().__init__(blocks, tokens_BT, finished)
         self.originals, self.rank = originals, rank
 
@@ -112,8 +112,8 @@ class _Walk(Passage):
         for group, hessian_KK in self._hessians(number, block, names):
             for name in group:
                 full = f"model.layers.{number}.{name}"
-                found, reports[name] = self._compensate(full, block.get_submodule(name).weight, hessian_KK)
-                factors |= found
+                tensors, reports[name] = self._compensate(full, block.get_submodule(name).weight, hessian_KK)
+                factors |= tensors
         return factors, [reports[name] for name in names]
 
     def _hessians(self, number: int, block: nn.Module, names: Sequence[str]) -> Iterator[tuple[list[str], Tensor]]:
@@ -125,7 +125,7 @@ class _Walk(Passage):
             stream, inside = Stream(block, states), [name for name in names if name.startswith(half)]
             for group in shared_inputs(stream, half, inside, arguments) if inside else []:
                 with self.products:
-                    hessian_KK = gather(group[0], stream, arguments).hessian
+                    hessian_KK = collect_statistics(group[0], stream, arguments).hessian
                 yield group, hessian_KK
             if left is middle or number + 1 < self.blocks.count:
                 self.send(states, partial(forward_half, block, half, arguments=arguments), left)

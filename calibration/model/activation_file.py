@@ -24,7 +24,7 @@ def samples_at_once(length: int) -> int:
     return max(1, TOKENS_AT_ONCE // length)
 
 
-class States:
+class ActivationFile:
     """Hidden states [B, T, D] float32 in `path`, of which a few samples at a time are in memory."""
 
     def __init__(self, path: Path, shape_BTD: Sequence[int], device: torch.device | str = "cpu"):
@@ -52,8 +52,8 @@ class States:
         rows = memoryview(states_BTD.numpy()).cast("B")
         with self.path.open("rb") as opened:
             for at, sample in enumerate(wanted):
-                found = os.preadv(opened.fileno(), [rows[at * size : (at + 1) * size]], sample * size)
-                assert found == size, f"'{self.path}' is cut short"
+                count = os.preadv(opened.fileno(), [rows[at * size : (at + 1) * size]], sample * size)
+                assert count == size, f"'{self.path}' is cut short"
         return states_BTD.to(self.device)
 
     def batches(self) -> Iterator[Tensor]:

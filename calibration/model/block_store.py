@@ -13,7 +13,7 @@ from torch import Tensor
 from plugins.common.files import read_json, replacing, sync
 
 
-class Finished:
+class BlockStore:
     """The finished blocks of one run in the directory `work`; `key` says which run it is. Another run's are dropped.
 
     The states that leave a block are on the disk before the block's file is: the blocks' files count what is done.

@@ -9,38 +9,38 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from calibration.model.activation_file import States
-from calibration.model.block_store import Finished
+from calibration.model.activation_file import ActivationFile
+from calibration.model.block_store import BlockStore
 from calibration.model.blocks import Blocks
 from calibration.model.device import products, products_dtype
 
 
-class Passage:
+class BlockWalk:
     """What every walk over the blocks has: where states are kept, and how they are sent on.
 
     States and the sums over them are float32; the linear layers of a model in bfloat16 compute in that within
     `products`, as they will in use.
     """
 
-    def __init__(self, blocks: Blocks, tokens_BT: Tensor, finished: Finished):
+    def __init__(self, blocks: Blocks, tokens_BT: Tensor, finished: BlockStore):
         self.blocks, self.tokens_BT, self.finished = blocks, tokens_BT, finished
         self.arguments = blocks.arguments(tokens_BT.shape[1])
         self.dtype = products_dtype(blocks.weights.dtype("model.embed_tokens.weight"))
         self.products = products(self.dtype)
 
-    def states(self, number: int, name: str, features: int | None = None) -> States:
+    def states(self, number: int, name: str, features: int | None = None) -> ActivationFile:
         """The named states [B, T, features] of block `number`; features: None means the hidden size."""
         shape_BTD = (*self.tokens_BT.shape, features or self.blocks.config.hidden_size)
-        return States(self.finished.states(number, name), shape_BTD, self.blocks.device)
+        return ActivationFile(self.finished.states(number, name), shape_BTD, self.blocks.device)
 
-    def entering(self, number: int, name: str) -> States:
+    def entering(self, number: int, name: str) -> ActivationFile:
         """The states that enter a block: what the one before left, or the embedded tokens."""
         states = self.states(number, name)
         if number == 0:  # written anew at each start: only what leaves a block is sure to be whole
             states.write(self.blocks.embed(self.tokens_BT))
         return states
 
-    def send(self, entering: States, through: Callable[[Tensor], Tensor], leaving: States) -> None:
+    def send(self, entering: ActivationFile, through: Callable[[Tensor], Tensor], leaving: ActivationFile) -> None:
         """Sends states through a part of the model."""
         with self.products:
             leaving.write(through(x_BTD) for x_BTD in entering.batches())

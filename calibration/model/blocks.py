@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calibration.model.activation_file import States, samples_at_once
+from calibration.model.activation_file import ActivationFile, samples_at_once
 from calibration.model.channel_order import ChannelOrder
 from calibration.model.sdpa_float32 import attention
 from calibration.model.weights import Weights
@@ -53,7 +53,7 @@ class Blocks:
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation=attention())
         self.skeleton: Any = model.eval().requires_grad_(False).model
         self.count: int = self.config.num_hidden_layers
-        self.own_head: bool = not self.config.tie_word_embeddings and f"{HEAD}.weight" in self.weights.file_of
+        self.has_untied_lm_head: bool = not self.config.tie_word_embeddings and f"{HEAD}.weight" in self.weights.file_of
 
     def embed(self, tokens_BT: Tensor) -> Iterator[Tensor]:
         """The hidden states [B, T, D] that enter the first block, a few samples at a time.
@@ -104,7 +104,7 @@ class Stream:
     """One form of a block, pruned or dense, with the hidden states that enter the half of it that is at work."""
 
     block: nn.Module
-    states: States
+    states: ActivationFile
 
 
 def forward_half(block: nn.Module, half: str, x_BTD: Tensor, arguments: dict[str, Any]) -> Tensor:

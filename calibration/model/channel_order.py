@@ -58,10 +58,10 @@ class ChannelOrder:
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor `name` of the dense model as it is in the new order."""
-        found = self._index(name)
-        if found is None:
+        rows_and_columns = self._index(name)
+        if rows_and_columns is None:
             return tensor
-        axis, index = found
+        axis, index = rows_and_columns
         return tensor.index_select(axis, index.to(tensor.device))
 
     def _index(self, name: str) -> tuple[int, Tensor] | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[io.StringIO]:
+def suppress_output() -> Iterator[io.StringIO]:
     """Collects standard output, standard error and warnings of the block instead of showing them."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import transformers

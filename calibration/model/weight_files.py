@@ -96,8 +96,8 @@ def _header(file: Path) -> dict[str, Any]:
         for tensor in header.values():
             tensor["data_offsets"][1] - tensor["data_offsets"][0] + len(tensor["dtype"])
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        words = " ".join(str(error).split())[:120]
-        raise UserError(f"'{file}' is not a whole safetensors file ({words}): fetch it again") from None
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"'{file}' is not a whole safetensors file ({reason}): fetch it again") from None
     return header
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.model.activation_file import States, samples_at_once
+from calibration.model.activation_file import ActivationFile, samples_at_once
 from calibration.model.blocks import Stream
 from calibration.model.device import has_bfloat16
 
@@ -26,7 +26,7 @@ WARM_UP = 0.1  # share of the steps over which the rate rises; it then falls to 
 BETAS = (0.8, 0.95)  # shorter than Adam's own, as there are only some dozens of steps
 
 
-def tune(pruned: Stream, names: Sequence[str], target: States, arguments: dict[str, Any]) -> None:
+def finetune_block(pruned: Stream, names: Sequence[str], target: ActivationFile, arguments: dict[str, Any]) -> None:
     """Lowers the squared distance of the block's output from `target` by Adam, in place.
 
     Only the nonzero weights of the linear layers `names` change. Samples come in an order that a fixed seed draws, so
@@ -50,7 +50,9 @@ def tune(pruned: Stream, names: Sequence[str], target: States, arguments: dict[s
         weight.requires_grad_(False)
 
 
-def _add_gradients(pruned: Stream, target: States, samples: list[int], share: float, arguments: dict[str, Any]) -> None:
+def _add_gradients(
+    pruned: Stream, target: ActivationFile, samples: list[int], share: float, arguments: dict[str, Any]
+) -> None:
     """Adds `share` of the gradient of the mean squared distance over these samples."""
     target_BTD = target.read(samples)
     with torch.enable_grad(), torch.autocast(target_BTD.device.type, torch.bfloat16, enabled=has_bfloat16()):

@@ -12,13 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from calibration.model.activation_file import States
-from calibration.model.block_store import Finished
-from calibration.model.block_walk import Passage
+from calibration.model.activation_file import ActivationFile
+from calibration.model.block_store import BlockStore
+from calibration.model.block_walk import BlockWalk
 from calibration.model.blocks import HALVES, Blocks, Stream, forward_half
 from calibration.model.device import return_freed_memory
-from calibration.pruning.block_finetune import tune
-from calibration.pruning.input_statistics import gather, shared_inputs
+from calibration.pruning.block_finetune import finetune_block
+from calibration.pruning.input_statistics import collect_statistics, shared_inputs
 from calibration.pruning.solvers import Pattern, Solver, Statistics
 from calibration.pruning.solvers.masks import sparse_part
 from plugins.common.errors import UserError
@@ -72,7 +72,7 @@ def report(
     return LayerReport(name, out_features, in_features, pruned, zeros, error, seconds, outcome, note, fraction)
 
 
-class Walk(Passage):
+class SequentialPruner(BlockWalk):
     """One way through one model with one solver.
 
     `segments` are those of each layer to prune. Two streams of hidden states go through the blocks: of the model as
@@ -87,12 +87,12 @@ class Walk(Passage):
         solver: Solver,
         pattern: Pattern,
         segments: Mapping[str, Segments],
-        finished: Finished,
+        finished: BlockStore,
     ):
         super().__init__(blocks, tokens_BT, finished)
         self.solver, self.pattern, self.segments = solver, pattern, segments
         self.layers_of = by_block(list(segments), blocks)
-        self.refits_head = solver.refits_head and blocks.own_head
+        self.refits_head = solver.refits_head and blocks.has_untied_lm_head
         self.streams = ["pruned"] * solver.needs_inputs + ["dense"] * solver.needs_dense_inputs
 
     def prune_block(self, number: int) -> tuple[dict[str, Tensor], list[LayerReport]]:
@@ -118,13 +118,13 @@ class Walk(Passage):
         if tuned:
             del forms["dense"]  # what it gives out is in a file: its memory is free for the gradients
             return_freed_memory()
-            tune(Stream(block, entering["pruned"]), tuned, leaving["dense"], arguments)
+            finetune_block(Stream(block, entering["pruned"]), tuned, leaving["dense"], arguments)
         weights = self._round(number, block)
         if tunes and "pruned" in leaving:
             self.send(entering["pruned"], partial(block, **arguments), leaving["pruned"])
         return weights, [reports[name] for name in names]
 
-    def left(self, name: str) -> States:
+    def left(self, name: str) -> ActivationFile:
         """The states of one stream that left the last block, once that is finished."""
         return self.states(self.blocks.count, name)
 
@@ -141,8 +141,8 @@ class Walk(Passage):
         half: str,
         number: int,
         forms: dict[str, nn.Module],
-        entering: dict[str, States],
-        leaving: dict[str, States],
+        entering: dict[str, ActivationFile],
+        leaving: dict[str, ActivationFile],
     ) -> dict[str, LayerReport]:
         """Prunes the half's layers one by one in the order of the forward pass, in place.
 
@@ -163,7 +163,9 @@ class Walk(Passage):
                     keep = inputs if name == last and "pruned" in leaving else None
                     leave = leaving.get("dense") if name == last else None
                     with self.products:
-                        statistics = gather(name, streams["pruned"], arguments, streams.get("dense"), keep, leave)
+                        statistics = collect_statistics(
+                            name, streams["pruned"], arguments, streams.get("dense"), keep, leave
+                        )
                 reports[name] = self._prune_layer(number, name, block, statistics, outcome, note)
         gathered = last in reports and reports[last].outcome == Outcome.PRUNED
         for form, states in leaving.items():
@@ -189,7 +191,7 @@ class Walk(Passage):
         pruned = self.pattern.holds(sparse_part(stored_NK, segments))
         return report(full, stored_NK, pruned, outcome, error, seconds, note, segments.fraction if pruned else 0.0)
 
-    def _add(self, layer: nn.Module, inputs: States, entering: States, leaving: States) -> None:
+    def _add(self, layer: nn.Module, inputs: ActivationFile, entering: ActivationFile, leaving: ActivationFile) -> None:
         """Adds the layer's outputs to the states that enter its half."""
         with self.products:
             pairs = zip(entering.batches(), inputs.batches(), strict=True)
@@ -228,7 +230,7 @@ def _full(number: int, name: str) -> str:
 
 def by_block(layers: Sequence[str], blocks: Blocks) -> list[list[str]]:
     """Names within the block, by block. Raises UserError for a name that is no linear layer of a block."""
-    found: list[list[str]] = [[] for _ in range(blocks.count)]
+    names: list[list[str]] = [[] for _ in range(blocks.count)]
     for name in layers:
         parts = name.split(".", 3)
         try:
@@ -238,8 +240,8 @@ def by_block(layers: Sequence[str], blocks: Blocks) -> list[list[str]]:
             layer = None
         if parts[:2] != ["model", "layers"] or not isinstance(layer, nn.Linear):
             raise UserError(f"'{name}' is no linear layer of a decoder block: only those can be pruned")
-        found[number].append(parts[3])
-    return found
+        names[number].append(parts[3])
+    return names
 
 
 def _error(before_NK: Tensor, after_NK: Tensor, statistics: Statistics) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.model.activation_file import States
+from calibration.model.activation_file import ActivationFile
 from calibration.model.blocks import HALVES, Stream, forward_half
 from calibration.pruning.solvers import Statistics
 
@@ -40,13 +40,13 @@ def shared_inputs(stream: Stream, half: str, names: Sequence[str], arguments: di
     return [group for _, group in groups]
 
 
-def gather(
+def collect_statistics(
     layer: str,
     pruned: Stream,
     arguments: dict[str, Any],
     dense: Stream | None = None,
-    inputs: States | None = None,
-    leaving: States | None = None,
+    inputs: ActivationFile | None = None,
+    leaving: ActivationFile | None = None,
 ) -> Statistics:
     """The statistics of `layer`'s input over all samples; with `dense`, also against the dense model's.
 
@@ -88,7 +88,7 @@ def gather(
     return Statistics(hessian_KK, cross_KK, wanted_NK)
 
 
-def _writer(states: States | None) -> AbstractContextManager[Callable[[Tensor], object]]:
+def _writer(states: ActivationFile | None) -> AbstractContextManager[Callable[[Tensor], object]]:
     """What adds a batch to the file; without a file it drops it."""
     return states.writer() if states else nullcontext(lambda _: None)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from calibration.model.activation_file import States
+from calibration.model.activation_file import ActivationFile
 from calibration.model.blocks import HEAD, Blocks
 from calibration.model.device import return_freed_memory
 from calibration.pruning.block_pruner import LayerReport, Outcome, report
@@ -26,7 +26,7 @@ ROWS = 4096  # of the head that are in float32 together
 TOKENS = 64  # whose logits are in memory together
 
 
-def refit_head(blocks: Blocks, pruned: States, dense: States) -> tuple[LayerReport, Tensor]:
+def refit_head(blocks: Blocks, pruned: ActivationFile, dense: ActivationFile) -> tuple[LayerReport, Tensor]:
     """What became of the head, and its weight [V, D] as stored: as it was if the new one does no better.
 
     The states are those that leave the last block. What judges is the KL of the logits from the dense model's over the
@@ -43,7 +43,9 @@ def refit_head(blocks: Blocks, pruned: States, dense: States) -> tuple[LayerRepo
     return report(HEAD, kept_VD, pruned=False, outcome=outcome, note=note), kept_VD.cpu()
 
 
-def _final(norm: nn.Module, pruned: States, dense: States, samples: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+def _final(
+    norm: nn.Module, pruned: ActivationFile, dense: ActivationFile, samples: Iterable[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The final hidden states [T, D] of both models, sample by sample."""
     for sample in samples:
         yield norm(pruned.read([sample]))[0], norm(dense.read([sample]))[0]

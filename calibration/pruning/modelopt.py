@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from calibration.model.silence import quiet
+from calibration.model.silence import suppress_output
 from plugins.common.progress import Progress
 
 MODES = {"modelopt-magnitude": "sparse_magnitude", "modelopt-sparsegpt": "sparsegpt"}
@@ -33,14 +33,14 @@ def prune(source: Path, tokens_BT: Tensor, method: str, layers: Sequence[str], p
             model(batch, use_cache=False)
             progress("sparsify", number, len(batches))
 
-    with quiet(), torch.no_grad():
+    with suppress_output(), torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(str(source), dtype="auto", use_safetensors=True).eval()
         search = {"forward_loop": forward, "device": "cpu"} if method == "modelopt-sparsegpt" else {}
         model = mts.export(mts.sparsify(model, [(MODES[method], {"nn.Linear": _only(layers)})], search))
     return {name: model.get_submodule(name).weight + 0.0 for name in layers}
 
 
-def hand_over(model: nn.Module, layers: Sequence[str]) -> nn.Module:
+def apply_modelopt_masks(model: nn.Module, layers: Sequence[str]) -> nn.Module:
     """Gives ModelOpt the zeros of `layers` as masks of its own sparse state, in place.
 
     From then on ModelOpt keeps them through training, distillation and saving; fold them with
@@ -50,7 +50,7 @@ def hand_over(model: nn.Module, layers: Sequence[str]) -> nn.Module:
     from modelopt.torch.sparsity.weight_sparsity.mode import SparsityModeRegistry
 
     masks = {name: model.get_submodule(name).weight != 0 for name in layers}
-    with quiet():
+    with suppress_output():
         model = apply_mode(model, [("sparse_magnitude", {"nn.Linear": _only(layers)})], registry=SparsityModeRegistry)
     for name, mask in masks.items():
         model.get_submodule(name).set_mask(mask)

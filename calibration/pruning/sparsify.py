@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from calibration.config import Sparsity
-from calibration.model.block_store import Finished
+from calibration.model.block_store import BlockStore
 from calibration.model.blocks import HEAD, Blocks
 from calibration.model.device import device
 from calibration.model.weights import Weights, copy_with
 from calibration.pruning import modelopt
-from calibration.pruning.block_pruner import LayerReport, Outcome, Walk, report
+from calibration.pruning.block_pruner import LayerReport, Outcome, SequentialPruner, report
 from calibration.pruning.lm_head_refit import refit_head
 from calibration.pruning.solvers import SOLVERS, Pattern
 from plugins.common.errors import UserError
@@ -69,8 +69,8 @@ def _walk(
     facts = [config.pattern, config.method, target.to_json(), blocks.config.to_dict()]
     key = hashlib.sha256(json.dumps(facts, default=str).encode())
     key.update(blocks.weights.sha256().encode() + tokens_BT.numpy().tobytes())
-    finished = Finished(work, key.hexdigest())
-    walk = Walk(
+    finished = BlockStore(work, key.hexdigest())
+    walk = SequentialPruner(
         blocks, tokens_BT, SOLVERS[config.method](), Pattern.parse(config.pattern), _segments(target, blocks), finished
     )
     for number in range(finished.count(), blocks.count):
@@ -78,19 +78,19 @@ def _walk(
         weights, reports = walk.prune_block(number)
         finished.add(number, weights, [asdict(layer) for layer in reports])
     progress("sparsify", blocks.count, blocks.count)
-    found: list[LayerReport] = []
+    all_reports: list[LayerReport] = []
     moved = [name for name in blocks.weights.file_of if blocks.weights.moves(name)]
     changed: Changed = {name: partial(blocks.weights.read, name) for name in moved}
     for number in range(blocks.count):
         layers_found = [LayerReport(**layer) for layer in finished.reports(number)]
         tensors = [f"{layer.name}.weight" for layer in layers_found if layer.pruned]
         changed |= {name: partial(finished.weight, number, name) for name in tensors}
-        found += layers_found
-    if walk.refits_head and any(layer.outcome == Outcome.PRUNED for layer in found):
+        all_reports += layers_found
+    if walk.refits_head and any(layer.outcome == Outcome.PRUNED for layer in all_reports):
         head_report, head_VD = refit_head(blocks, walk.left("pruned"), walk.left("dense"))
         changed[f"{HEAD}.weight"] = lambda: head_VD
-        found.append(head_report)
-    return found, changed
+        all_reports.append(head_report)
+    return all_reports, changed
 
 
 def _segments(target: Declaration, blocks: Blocks) -> dict[str, Segments]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from calibration.data.tokenizer_files import copy_tokenizer
-from calibration.model.silence import quiet
+from calibration.model.silence import suppress_output
 from calibration.quantization.trtllm_config import complete_config, for_transformers_4, trtllm_name
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
@@ -22,9 +22,9 @@ def export_hf(model: nn.Module, source: Path, out: Path, sparse: dict[str, Any] 
     """A unified Hugging Face checkpoint. ModelOpt packs the model in place: it cannot run afterwards."""
     from modelopt.torch.export import export_hf_checkpoint
 
-    int8_kv_scales = take_int8_kv_scales(model)
-    settle_weights(model)
-    with quiet(), torch.inference_mode():
+    int8_kv_scales = extract_int8_kv_scales(model)
+    snap_to_quantized_grid(model)
+    with suppress_output(), torch.inference_mode():
         export_hf_checkpoint(model, export_dir=out, extra_state_dict=int8_kv_scales or None)
     if int8_kv_scales:
         _declare_int8_kv(out)
@@ -33,7 +33,7 @@ def export_hf(model: nn.Module, source: Path, out: Path, sparse: dict[str, Any] 
     write_sparsity(out, sparse)
 
 
-def settle_weights(model: nn.Module) -> None:
+def snap_to_quantized_grid(model: nn.Module) -> None:
     """Moves every quantized weight to the 8-bit number that fake quantization takes it for.
 
     ModelOpt's fake quantization multiplies by the inverse scale in float32, its export divides by the scale, for FP8 in
@@ -47,7 +47,7 @@ def settle_weights(model: nn.Module) -> None:
                 module.weight.copy_(quantizer(module.weight.float()))
 
 
-def take_int8_kv_scales(model: nn.Module) -> dict[str, torch.Tensor]:
+def extract_int8_kv_scales(model: nn.Module) -> dict[str, torch.Tensor]:
     """Scales of INT8 KV-cache quantizers, which are switched off.
 
     ModelOpt's unified export knows FP8 and NVFP4 KV caches only; its TensorRT-LLM export knows INT8. We write the INT8
@@ -108,7 +108,7 @@ def export_trtllm(
     dtype = next(model.parameters()).dtype
     config = json.loads((source / "config.json").read_text(encoding="utf8"))
     architecture = config["architectures"][0]
-    with quiet() as said, torch.inference_mode():
+    with suppress_output() as output, torch.inference_mode():
         export_tensorrt_llm_checkpoint(
             model,
             FAMILIES[architecture].trtllm.decoder,
@@ -118,9 +118,9 @@ def export_trtllm(
             inference_pipeline_parallel=pipeline_parallel,
         )
     if not (out / "rank0.safetensors").is_file():  # ModelOpt swallows its own failures and writes a bare state instead
-        words = said.getvalue().strip().splitlines()[-1:] or ["no reason given"]
+        reason = output.getvalue().strip().splitlines()[-1:] or ["no reason given"]
         raise UserError(
-            f"ModelOpt could not write a TensorRT-LLM checkpoint of {architecture} ({words[0][:160]})",
+            f"ModelOpt could not write a TensorRT-LLM checkpoint of {architecture} ({reason[0][:160]})",
             "use engine.backend=pytorch or torch",
         )
     path = out / "config.json"

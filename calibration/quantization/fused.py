@@ -24,10 +24,10 @@ def share_weight_scales(model: nn.Module) -> int:
         for group in FUSED:
             quantizers = [getattr(getattr(module, name, None), "weight_quantizer", None) for name in group]
             ranges = [_tensor_range(quantizer) for quantizer in quantizers]
-            found = [amax for amax in ranges if amax is not None]
-            if len(found) < len(group):
+            present = [amax for amax in ranges if amax is not None]
+            if len(present) < len(group):
                 continue
-            largest = torch.stack([amax.reshape(()).float() for amax in found]).max()
+            largest = torch.stack([amax.reshape(()).float() for amax in present]).max()
             for quantizer in quantizers:
                 assert quantizer is not None
                 quantizer.amax = largest.to(quantizer.amax.dtype)

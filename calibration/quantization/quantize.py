@@ -16,7 +16,7 @@ from torch import nn
 
 from calibration.config import Quantization
 from calibration.data.windows import Tokens
-from calibration.model.silence import quiet
+from calibration.model.silence import suppress_output
 from calibration.quantization.fused import share_weight_scales
 from plugins.common.errors import UserError
 from plugins.common.progress import Progress
@@ -29,7 +29,7 @@ def load_model(directory: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        with quiet():
+        with suppress_output():
             model: nn.Module = AutoModelForCausalLM.from_pretrained(
                 str(directory),
                 dtype="auto",
@@ -37,8 +37,8 @@ def load_model(directory: Path) -> nn.Module:
                 device_map="auto" if torch.cuda.is_available() else None,
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise UserError(f"'{directory}' cannot be loaded ({words}): check its files") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"'{directory}' cannot be loaded ({reason}): check its files") from None
     return model.eval()
 
 
@@ -60,7 +60,7 @@ def quantize(
             if progress:
                 progress("quantize", number, len(batches))
 
-    with quiet(), torch.inference_mode():
+    with suppress_output(), torch.inference_mode():
         model = mtq.quantize(model, modelopt_config(config, layers), calibrate)
     share_weight_scales(model)
     _check_ranges(model, layers)

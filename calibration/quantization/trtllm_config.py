@@ -43,19 +43,19 @@ def complete_config(hf_config: Mapping[str, Any], trtllm_config: Mapping[str, An
     """
     base, scaling = rotary(hf_config)
     family = family_of(trtllm_config["architecture"], "config.json of the TensorRT-LLM checkpoint")
-    found: dict[str, Any] = {"rotary_base": base, "rotary_scaling": scaling}
+    values: dict[str, Any] = {"rotary_base": base, "rotary_scaling": scaling}
     if family.trtllm.qwen_type:
-        found |= {"qwen_type": family.trtllm.qwen_type, "seq_length": QWEN_LOGN_LENGTH}
-        found["attn_bias"] = family.bias_qkv
+        values |= {"qwen_type": family.trtllm.qwen_type, "seq_length": QWEN_LOGN_LENGTH}
+        values["attn_bias"] = family.bias_qkv
     else:
-        found["attn_bias"] = bool(hf_config.get("attention_bias", False))
-    found["mlp_bias"] = bool(hf_config.get("mlp_bias", False))
+        values["attn_bias"] = bool(hf_config.get("attention_bias", False))
+    values["mlp_bias"] = bool(hf_config.get("mlp_bias", False))
     for key in ("rotary_base", "rotary_scaling"):
-        if trtllm_config.get(key) not in (None, found[key]):
+        if trtllm_config.get(key) not in (None, values[key]):
             raise UserError(
-                f"the exported config.json has {key} {trtllm_config[key]} and the model {found[key]}: export it again"
+                f"the exported config.json has {key} {trtllm_config[key]} and the model {values[key]}: export it again"
             )
-    return {**trtllm_config, **found}
+    return {**trtllm_config, **values}
 
 
 def for_transformers_4(hf_config: Mapping[str, Any]) -> dict[str, Any]:

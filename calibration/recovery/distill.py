@@ -160,8 +160,8 @@ def train(model: nn.Module, tokens_BT: Tokens, config: Recovery, steps: int, wor
     arguments = _arguments(model, tokens_BT.shape[1], config, steps, work)
     trainer = Distiller(model=model, args=arguments, train_dataset=Windows(tokens_BT), watch=watch)
     trainer.remove_callback(PrinterCallback)
-    found = last_checkpoint(work)
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    checkpoint = last_checkpoint(work)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def seconds_a_step(model: Any, tokens_BT: Tokens, config: Recovery) -> float:

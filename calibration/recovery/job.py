@@ -37,7 +37,7 @@ class Job:
     def open(self, work: Path, tokens: Tokens) -> None:
         """Writes the job and its tokens; drops what another job left in `work`."""
         key = self._key(tokens)
-        if (found := read_json(work / "job.json", None)) and found["key"] == key:
+        if (stored := read_json(work / "job.json", None)) and stored["key"] == key:
             return
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -61,12 +61,12 @@ class Job:
 
     def models(self, work: Path) -> tuple[Any, Any]:
         """The dense model, and the pruned one in float32 with its masks held (and fake quantizers, if any)."""
-        from calibration.pruning.modelopt import hand_over
+        from calibration.pruning.modelopt import apply_modelopt_masks
         from calibration.recovery import distill
 
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         dense = _load(self.dense, torch.bfloat16 if torch.cuda.is_available() else torch.float32).to(device)
-        student = hand_over(_load(self.pruned, torch.float32).to(device), self.layers())
+        student = apply_modelopt_masks(_load(self.pruned, torch.float32).to(device), self.layers())
         if self.quantization.wanted:
             text = np.load(work / "text.npy")[:CALIBRATION]
             student = distill.fake_quantize(student, self.quantization, self.quantized, text)
@@ -90,8 +90,8 @@ def _load(directory: str, dtype: torch.dtype) -> nn.Module:
             directory, dtype=dtype, use_safetensors=True, attn_implementation=attention()
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise UserError(f"'{directory}' cannot be loaded ({words}): check its files") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"'{directory}' cannot be loaded ({reason}): check its files") from None
     return model.eval()
 
 

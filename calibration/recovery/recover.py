@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from calibration.config import Quantization, Recovery
 from calibration.data.windows import Tokens
 from calibration.evaluation.evaluate import evaluate, hf_logits
-from calibration.model.silence import quiet
+from calibration.model.silence import suppress_output
 from calibration.model.weights import Weights, copy_with
 from calibration.pruning.solvers.masks import apply
 from calibration.recovery.job import Job, save_tokens
@@ -76,7 +76,7 @@ def recover(
     started = time.monotonic()
     job = Job(str(dense), str(pruned), config, quantization or Quantization(), tuple(quantized))
     job.open(work, tokens)
-    with quiet():
+    with suppress_output():
         plan = _prepare(job, work, progress, started)
         if torch.cuda.device_count() > 1:
             _launch(work, torch.cuda.device_count())
@@ -99,8 +99,8 @@ def _prepare(job: Job, work: Path, progress: Progress, started: float) -> Any:
     from calibration.recovery import distill
     from calibration.recovery.self_generated import sample
 
-    if found := read_json(work / "plan.json", None):
-        return found
+    if stored := read_json(work / "plan.json", None):
+        return stored
     text = np.load(work / "text.npy")
     dense, student = job.models(work)
     sampled = sample(dense, text, job.config.sampled_windows, job.config.seed, progress)

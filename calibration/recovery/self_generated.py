@@ -25,13 +25,13 @@ def sample(model: Any, tokens: Tokens, windows: int, seed: int, progress: Progre
     """
     rng, length = np.random.default_rng(seed), tokens.shape[1]
     begins = tokens[rng.integers(len(tokens), size=windows), :PROMPT]
-    found = []
+    sequences = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, windows, BATCH):
-            found.append(_continue(model, begins[start : start + BATCH], length))
+            sequences.append(_continue(model, begins[start : start + BATCH], length))
             progress("sample", min(start + BATCH, windows), windows)
-    return np.concatenate(found) if found else tokens[:0]
+    return np.concatenate(sequences) if sequences else tokens[:0]
 
 
 def _continue(model: Any, begins: Tokens, length: int) -> Tokens:

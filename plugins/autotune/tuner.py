@@ -270,12 +270,12 @@ def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
             f"stays dense: no sparse kernel is faster by {LEAST_GAIN - 1:.0%} on {gpu}; "
             f"the best is {ratios[best]:.2f}x at {best} tokens"
         )
-    words = [f"{b['ratio']:.2f}x at {b['tokens']}" if b["ratio"] else f"at {b['tokens']}" for b in won]
+    gains = [f"{b['ratio']:.2f}x at {b['tokens']}" if b["ratio"] else f"at {b['tokens']}" for b in won]
     lost = [str(b["tokens"]) for b in buckets if b not in won and b not in held]
     dense = f"; dense at {', '.join(lost)}" if lost else ""
     slower = [f"{b['ratio']:.2f}x at {b['tokens']}" for b in held]
     kept = f"; 2:4 all the same, so that the weight is held once: {', '.join(slower)}" if held else ""
-    return f"2:4 is faster on {gpu}: {', '.join(words)} tokens{dense}{kept}"
+    return f"2:4 is faster on {gpu}: {', '.join(gains)} tokens{dense}{kept}"
 
 
 def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str | None:
@@ -286,9 +286,9 @@ def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str
     """
     context = bindings.context(device)
     info = context.info()
-    amiss = check_device(tactics, torch.cuda.get_device_name(device), info.sm, versions(info))
-    if amiss is not None:
-        return amiss
+    problem = check_device(tactics, torch.cuda.get_device_name(device), info.sm, versions(info))
+    if problem is not None:
+        return problem
     for layer in tactics["layers"].values():
         format = out if layer["format"] in ("fp16", "bf16") else layer["format"]
         for bucket in layer["buckets"]:
@@ -314,8 +314,8 @@ def check_device(tactics: Mapping[str, Any], name: str, sm: int, here: Mapping[s
     for library_name in ("libtwofour", "cusparselt", "cublaslt"):
         timed = known.get(library_name)
         if timed != here[library_name]:
-            words = f"{library_name} {timed or 'of an unknown version'}"
-            return f"its kernels were timed with {words}, and here is {here[library_name]}: build the engine again"
+            expected = f"{library_name} {timed or 'of an unknown version'}"
+            return f"its kernels were timed with {expected}, and here is {here[library_name]}: build the engine again"
     return None
 
 

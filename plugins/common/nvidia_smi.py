@@ -42,13 +42,13 @@ def query(fields: str, device: str | None = None) -> str:
 
 def parse(text: str) -> tuple[Gpu, ...]:
     """The GPUs in nvidia-smi's output; lines of another form are skipped."""
-    found = []
+    rows = []
     for line in text.splitlines():
         fields = [field.strip() for field in line.split(",")]
         try:
             name, capability, total, free, driver = fields
             major, minor = capability.split(".")
-            found.append(Gpu(name, 10 * int(major) + int(minor), int(total) << 20, int(free) << 20, driver))
+            rows.append(Gpu(name, 10 * int(major) + int(minor), int(total) << 20, int(free) << 20, driver))
         except ValueError:  # "[N/A]", or a GPU that fell off the bus
             continue
-    return tuple(found)
+    return tuple(rows)

@@ -300,8 +300,8 @@ class Context:
         self._call("get_algorithm", byref(problem), byref(algorithm))
         return tuple(algorithm.words)
 
-    def set_algorithm(self, problem: Gemm, words: tuple[int, ...]) -> None:
-        self._call("set_algorithm", byref(problem), byref(Algorithm((c_uint64 * 8)(*words))))
+    def set_algorithm(self, problem: Gemm, values: tuple[int, ...]) -> None:
+        self._call("set_algorithm", byref(problem), byref(Algorithm((c_uint64 * 8)(*values))))
 
     def quantize(
         self,
@@ -350,6 +350,6 @@ def _point_at_wheels() -> None:
         ("TWOFOUR_CUBLASLT", "nvidia/*/lib/libcublasLt.so.1[23]"),
     ):
         if variable not in os.environ:
-            found = [file for entry in sys.path if entry for file in sorted(Path(entry).glob(pattern))]
-            if found:
-                os.environ[variable] = str(found[0])
+            files = [file for entry in sys.path if entry for file in sorted(Path(entry).glob(pattern))]
+            if files:
+                os.environ[variable] = str(files[0])

@@ -67,9 +67,9 @@ def build(
     progress(f"compiling {SOURCES} for sm_{', sm_'.join(chosen)} with {nvcc}")
     compile_ = _with_cmake if (_can_use_cmake() if use_cmake is None else use_cmake) else _with_nvcc
     with tempfile.TemporaryDirectory(prefix="twofour-build-") as work:
-        made = compile_(nvcc, chosen, includes, tensorrt_include, Path(work), progress)
+        compiled = compile_(nvcc, chosen, includes, tensorrt_include, Path(work), progress)
         out.mkdir(parents=True, exist_ok=True)
-        for file in made:
+        for file in compiled:
             shutil.copy2(file, out / (file.name + ".new"))
             os.replace(out / (file.name + ".new"), out / file.name)  # a process that has the old one open keeps it
     plugin = out / "libtwofour_tensorrt.so"
@@ -105,13 +105,13 @@ def find_nvcc() -> str:
 
 def find_includes() -> list[Path]:
     """The directories of cusparseLt.h, cusparse.h and cublasLt.h. Raises UserError naming the wheel that has it."""
-    found = []
+    directories = []
     for header, wheel in HEADERS.items():
         directory = next((d for d in _include_candidates() if (d / header).exists()), None)
         if directory is None:
             raise UserError(f"no {header} found: pip install {wheel}")
-        found.append(directory)
-    return list(dict.fromkeys(found))
+        directories.append(directory)
+    return list(dict.fromkeys(directories))
 
 
 def _include_candidates() -> list[Path]:

@@ -133,12 +133,12 @@ def share_input(layers: Sequence[Linear]) -> None:
 def remarks(layers: Iterable[Linear]) -> list[str]:
     """What a reader of measurements should know of how these layers run, in words."""
     layers = list(layers)
-    words = []
+    sentences = []
     unpacked = [layer for layer in layers if layer.sparse and SPARSE_KERNELS.isdisjoint(layer.kernel.split(" or "))]
     if any(next(layer.buffers()).device.type == "cpu" for layer in unpacked):
-        words.append("2:4 weights are unpacked when they are loaded, and gain nothing")
+        sentences.append("2:4 weights are unpacked when they are loaded, and gain nothing")
     if any(isinstance(layer, Fp8ValuesLinear) for layer in layers):
-        words.append("fp8 numbers are multiplied as floats: torch's own float8 product is far slower on a CPU")
+        sentences.append("fp8 numbers are multiplied as floats: torch's own float8 product is far slower on a CPU")
     for reason in sorted({layer.refused for layer in layers if layer.refused}):
-        words.append(f"some layers run on torch's own product: {reason}")
-    return words
+        sentences.append(f"some layers run on torch's own product: {reason}")
+    return sentences

@@ -43,9 +43,9 @@ def negative_zero(w_NK: Array) -> tuple[int, int] | None:
     bits = _bits(w_NK)
     rows = max(1, CHUNK // max(1, bits.shape[1]))
     for start in range(0, bits.shape[0], rows):
-        found = bits[start : start + rows] == sign
-        if found.any():
-            row, column = np.argwhere(found)[0]
+        matches = bits[start : start + rows] == sign
+        if matches.any():
+            row, column = np.argwhere(matches)[0]
             return start + int(row), int(column)
     return None
 

@@ -42,10 +42,10 @@ def build_rank(checkpoint: Path, engine: Path, rank: int) -> None:
 
 def settings(engine: Path, rank: int) -> dict[str, Any]:
     """build_config.json with each rank's own timing cache: two processes must not write one file."""
-    found: dict[str, Any] = json.loads((engine / "build_config.json").read_text(encoding="utf8"))
+    values: dict[str, Any] = json.loads((engine / "build_config.json").read_text(encoding="utf8"))
     for key in ("input_timing_cache", "output_timing_cache"):
-        found[key] = str(engine / f"rank{rank}-{found[key]}")
-    return found
+        values[key] = str(engine / f"rank{rank}-{values[key]}")
+    return values
 
 
 def load_hooks(path: Path) -> ModuleType:

@@ -19,11 +19,11 @@ def local_name(name: str, held: Sequence[int], blocks: int) -> str | None:
 
     Layers outside the blocks that may be 2:4 (lm_head) are in the last stage.
     """
-    found = _BLOCK.fullmatch(name)
-    if found is None:
+    match = _BLOCK.fullmatch(name)
+    if match is None:
         return name if blocks - 1 in held else None
-    number = int(found["number"])
-    return f"{found['before']}.{held.index(number)}.{found['after']}" if number in held else None
+    number = int(match["number"])
+    return f"{match['before']}.{held.index(number)}.{match['after']}" if number in held else None
 
 
 def parts(name: str) -> tuple[str, ...]:

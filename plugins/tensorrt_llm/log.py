@@ -98,23 +98,23 @@ def parse(text: str) -> SparsityLog:
     eligible = picked = None
     lines = text.splitlines()
     for number, line in enumerate(lines):
-        if found := _ELIGIBLE.search(line):
-            eligible = _layers(found, lines[number:])
-        elif found := _PICKED.search(line):
-            picked = _layers(found, lines[number:])
+        if match := _ELIGIBLE.search(line):
+            eligible = _layers(match, lines[number:])
+        elif match := _PICKED.search(line):
+            picked = _layers(match, lines[number:])
     return SparsityLog(eligible, picked)
 
 
-def _layers(found: re.Match[str], lines: Sequence[str]) -> Layers:
+def _layers(match: re.Match[str], lines: Sequence[str]) -> Layers:
     """The names after the colon of `lines[0]`, with what a terminal of its width broke off joined again."""
-    listed, width = found["names"], len(lines[0])
+    listed, width = match["names"], len(lines[0])
     for last, line in itertools.pairwise(lines):
         broken = listed.strip() and width in _TERMINALS and len(last) in (width - 1, width)
         if not broken or not line.strip() or _PREFIX.match(line) or "(Sparsity)" in line:
             break
         listed += line
     names = tuple(re.sub(r"\s*\+\s*", " + ", name.strip()) for name in _COMMA.split(listed) if name.strip())
-    return Layers(int(found["count"]) if found["count"] else len(names), names)
+    return Layers(int(match["count"]) if match["count"] else len(names), names)
 
 
 def _names(module: str, layers: Sequence[str]) -> bool:

@@ -53,8 +53,8 @@ def swap(model: Any, names: set[str]) -> None:
     modules = {name: module for name, module, _ in model.named_modules_with_parent()}
     for name in names:
         if type(modules.get(name)) not in SPARSE_LAYER:
-            found = type(modules[name]).__name__ if name in modules else "no layer"
-            raise UserError(f"'{name}' is {found} in this model: route it natively, or build from its own checkpoint")
+            actual = type(modules[name]).__name__ if name in modules else "no layer"
+            raise UserError(f"'{name}' is {actual} in this model: route it natively, or build from its own checkpoint")
     if names:
         quantization = copy.copy(model.config.quantization)
         quantization.exclude_modules = [name for name in modules if name not in names]

@@ -49,14 +49,14 @@ class Guarded:
         """The reference's result; from now on the operator runs, where it gives the same."""
         first, second = _copy(arguments), _copy(arguments)
         result = self._reference(*arguments)
-        amiss = self._compare(first, result, arguments)
-        if amiss is not None and overlap.enabled:
-            self._remark(f"kernels wait for one another's end: with overlap, {self.name} fails ({amiss})")
+        problem = self._compare(first, result, arguments)
+        if problem is not None and overlap.enabled:
+            self._remark(f"kernels wait for one another's end: with overlap, {self.name} fails ({problem})")
             overlap.enabled = False
-            amiss = self._compare(second, result, arguments)
-        if amiss is not None:
+            problem = self._compare(second, result, arguments)
+        if problem is not None:
             self._operator = self._reference
-            self._remark(f"{self.name} runs in plain torch, not as one kernel: {amiss}")
+            self._remark(f"{self.name} runs in plain torch, not as one kernel: {problem}")
         self._checked.add(kinds)
         return result
 

@@ -11,7 +11,7 @@ from test_sparsify import CONFIGS, SIZES, make_model, prune
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from calibration.model.activation_file import States
+from calibration.model.activation_file import ActivationFile
 from calibration.model.blocks import Blocks
 from calibration.pruning.block_pruner import LayerReport, Outcome
 from calibration.pruning.lm_head_refit import refit_head
@@ -29,8 +29,8 @@ def hidden(samples: int, seed: int = 0) -> Tensor:
     return torch.randn(samples, 16, D, generator=torch.Generator().manual_seed(seed))
 
 
-def states(path: Path, hidden_BTD: Tensor) -> States:
-    kept = States(path, hidden_BTD.shape)
+def states(path: Path, hidden_BTD: Tensor) -> ActivationFile:
+    kept = ActivationFile(path, hidden_BTD.shape)
     kept.write([hidden_BTD])
     return kept
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from calibration.model.activation_file import States
+from calibration.model.activation_file import ActivationFile
 from calibration.model.blocks import Blocks, Stream
-from calibration.pruning.input_statistics import gather
+from calibration.pruning.input_statistics import collect_statistics
 
 TOKENS = torch.randint(96, (6, 16), generator=torch.Generator().manual_seed(0))
 HIDDEN, INNER = 32, 42  # 42 inputs do not divide into the parts that a sum is computed in
@@ -34,7 +34,7 @@ def block(tmp_path_factory: pytest.TempPathFactory) -> tuple[Blocks, Stream, Str
     blocks = Blocks(directory)
     streams = []
     for form in ("pruned", "dense"):
-        states = States(directory / f"{form}.states", (*TOKENS.shape, HIDDEN))
+        states = ActivationFile(directory / f"{form}.states", (*TOKENS.shape, HIDDEN))
         states.write([torch.randn(*TOKENS.shape, HIDDEN)])
         streams.append(Stream(blocks.load(0), states))
     return blocks, streams[0], streams[1]
@@ -56,8 +56,8 @@ def through_attention(blocks: Blocks, stream: Stream) -> tuple[Tensor, Tensor, T
 def test_moments_of_a_layer_that_adds_to_the_residual_stream(block: tuple[Blocks, Stream, Stream], tmp_path: Path):
     blocks, pruned, dense = block
     arguments = blocks.arguments(TOKENS.shape[1])[0]
-    inputs, leaving = (States(tmp_path / name, (*TOKENS.shape, HIDDEN)) for name in ("inputs", "leaving"))
-    found = gather("self_attn.o_proj", pruned, arguments, dense, inputs, leaving)
+    inputs, leaving = (ActivationFile(tmp_path / name, (*TOKENS.shape, HIDDEN)) for name in ("inputs", "leaving"))
+    found = collect_statistics("self_attn.o_proj", pruned, arguments, dense, inputs, leaving)
 
     before, x, _ = through_attention(blocks, pruned)
     after = through_attention(blocks, dense)[2]
@@ -73,7 +73,7 @@ def test_moments_of_a_layer_that_adds_to_the_residual_stream(block: tuple[Blocks
 def test_moments_of_a_layer_inside_a_half(block: tuple[Blocks, Stream, Stream]):
     blocks, pruned, dense = block
     arguments = blocks.arguments(TOKENS.shape[1])[0]
-    found = gather("mlp.up_proj", pruned, arguments, dense)
+    found = collect_statistics("mlp.up_proj", pruned, arguments, dense)
     x, dense_x = (
         stream.block.post_attention_layernorm(stream.states.read(range(len(TOKENS)))).flatten(0, 1)
         for stream in (pruned, dense)
@@ -86,7 +86,7 @@ def test_moments_of_a_layer_inside_a_half(block: tuple[Blocks, Stream, Stream]):
 @torch.no_grad()
 def test_a_hessian_of_a_width_that_does_not_divide_into_parts_is_whole(block: tuple[Blocks, Stream, Stream]):
     blocks, pruned, _ = block
-    found = gather("mlp.down_proj", pruned, blocks.arguments(TOKENS.shape[1])[0]).hessian
+    found = collect_statistics("mlp.down_proj", pruned, blocks.arguments(TOKENS.shape[1])[0]).hessian
     assert found.shape == (INNER, INNER)
     mlp = pruned.block.mlp
     normed = pruned.block.post_attention_layernorm(pruned.states.read(range(len(TOKENS)))).flatten(0, 1)

@@ -16,7 +16,7 @@ from calibration.budget.sensitivity import measure_costs, pruning
 from calibration.config import Sparsity
 from calibration.data.windows import windows
 from calibration.evaluation.evaluate import evaluate, hf_logits, perplexity
-from calibration.model.silence import quiet
+from calibration.model.silence import suppress_output
 from calibration.pruning.solvers.masks import Pattern, apply
 from calibration.pruning.sparsify import sparsify
 from plugins.sparsity.declaration import Declaration
@@ -34,7 +34,7 @@ def quietly(*_: object) -> None:
 
 def load(directory):
     """docs-llama's first four blocks, float32."""
-    with quiet():
+    with suppress_output():
         return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, num_hidden_layers=BLOCKS).eval()
 
 

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from calibration.config import Sparsity
-from calibration.model.activation_file import States
+from calibration.model.activation_file import ActivationFile
 from calibration.model.blocks import HALVES, Blocks, Stream, forward_half
 from calibration.model.channel_order import ChannelOrder
-from calibration.pruning.block_finetune import tune
+from calibration.pruning.block_finetune import finetune_block
 from calibration.pruning.block_pruner import LayerReport
 from calibration.pruning.solvers import SOLVERS, Pattern, Statistics
 from calibration.pruning.solvers.masks import apply, dense_part, sparse_part
@@ -183,7 +183,9 @@ def test_pickled_weights_are_left_behind(llama: Path, tmp_path: Path) -> None:
 def test_tuning_brings_the_block_nearer_to_the_dense_one_and_keeps_the_mask(tmp_path: Path) -> None:
     blocks = Blocks(make_model(tmp_path / "model", dtype=torch.float32))
     arguments, block = blocks.arguments(TOKENS.shape[1])[0], blocks.load(0)
-    entering, target = (States(tmp_path / name, (*TOKENS.shape, SIZES["hidden_size"])) for name in ("in", "out"))
+    entering, target = (
+        ActivationFile(tmp_path / name, (*TOKENS.shape, SIZES["hidden_size"])) for name in ("in", "out")
+    )
     names = [name for name in LINEARS if "v_proj" not in name]
     with torch.no_grad():
         entering.write(blocks.embed(torch.from_numpy(TOKENS)))
@@ -196,7 +198,7 @@ def test_tuning_brings_the_block_nearer_to_the_dense_one_and_keeps_the_mask(tmp_
         masks = {name: block.get_submodule(name).weight != 0 for name in names}
         untouched = block.get_submodule("self_attn.v_proj").weight.clone()
         before = (block(hidden, **arguments) - wanted).square().mean()
-        tune(Stream(block, entering), names, target, arguments)
+        finetune_block(Stream(block, entering), names, target, arguments)
         after = (block(hidden, **arguments) - wanted).square().mean()
     assert after < before
     assert all((block.get_submodule(name).weight[~mask] == 0).all() for name, mask in masks.items())
@@ -341,14 +343,14 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_modelopt_keeps_our_zeros_through_training_and_folds_them(llama: Path, tmp_path: Path) -> None:
     mts = pytest.importorskip("modelopt.torch.sparsity")
-    from calibration.pruning.modelopt import hand_over
+    from calibration.pruning.modelopt import apply_modelopt_masks
 
     layers = names(0, 1)
     prune(llama, tmp_path / "out", layers)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     zeros = {name: model.get_submodule(name).weight == 0 for name in layers}
     start = model.get_submodule(layers[0]).weight.detach().clone()
-    model = hand_over(model, layers)
+    model = apply_modelopt_masks(model, layers)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     tokens = torch.from_numpy(TOKENS)
     for _ in range(2):

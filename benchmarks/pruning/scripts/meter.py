@@ -41,5 +41,5 @@ def meter(out: str, packages: list[str]) -> Iterator[None]:
     before, started = status_bytes("VmRSS"), time.perf_counter()
     yield
     seconds, peak = time.perf_counter() - started, status_bytes("VmHWM")
-    found = {"seconds": seconds, "peak_bytes": peak, "peak_above_start_bytes": peak - before}
-    Path(out).write_text(json.dumps({**found, "versions": {name: version(name) for name in packages}}))
+    measured = {"seconds": seconds, "peak_bytes": peak, "peak_above_start_bytes": peak - before}
+    Path(out).write_text(json.dumps({**measured, "versions": {name: version(name) for name in packages}}))

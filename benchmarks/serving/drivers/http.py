@@ -88,22 +88,22 @@ async def _measure(
     dialect: Dialect, endpoint: Endpoint, client: httpx.AsyncClient, request: BenchRequest, start: float
 ) -> Record:
     times: list[float] = []
-    counted, said, input_tokens, error = 0, None, len(request.input_ids), None
+    counted, reported, input_tokens, error = 0, None, len(request.input_ids), None
 
     async def receive() -> None:
-        nonlocal counted, said, input_tokens
+        nonlocal counted, reported, input_tokens
         async for event in _events(client, dialect.path(endpoint), dialect.body(endpoint, request)):
             now = time.perf_counter()
             chunk = dialect.read(event)
             if chunk.tokens != 0:
                 times.append(now)
                 counted += chunk.tokens or 1
-            said = said if chunk.output_tokens is None else chunk.output_tokens
+            reported = reported if chunk.output_tokens is None else chunk.output_tokens
             input_tokens = input_tokens if chunk.input_tokens is None else chunk.input_tokens
 
     try:
         await asyncio.wait_for(receive(), endpoint.request_s)
-        output_tokens = counted if said is None else said
+        output_tokens = counted if reported is None else reported
         if not times or output_tokens != request.max_new_tokens:
             error = f"ended after {output_tokens} of {request.max_new_tokens} tokens"
     except (asyncio.TimeoutError, TimeoutError):
@@ -112,7 +112,7 @@ async def _measure(
         error = f"silent for {endpoint.gap_s:g} s"
     except (RequestError, httpx.HTTPError) as failure:
         error = str(failure) or type(failure).__name__
-    return Record(request.id, input_tokens, counted if said is None else said, start, tuple(times), error)
+    return Record(request.id, input_tokens, counted if reported is None else reported, start, tuple(times), error)
 
 
 async def _events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -120,7 +120,7 @@ async def _events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
     async with client.stream("POST", path, json=body) as answer:
         if answer.status_code != 200:
             text = (await answer.aread()).decode("utf8", "replace")
-            raise RequestError(f"HTTP {answer.status_code}: {_said(text)}")
+            raise RequestError(f"HTTP {answer.status_code}: {_quoted(text)}")
         events = 0
         async for line in answer.aiter_lines():
             if line.startswith("data:"):
@@ -130,7 +130,7 @@ async def _events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
                 events += 1
                 yield _parse(data)
             elif line.strip() and not line.startswith((":", "event:", "id:", "retry:")):
-                raise RequestError(f"HTTP 200 with no stream: {_said(line)}")
+                raise RequestError(f"HTTP 200 with no stream: {_quoted(line)}")
         if not events:
             raise RequestError("HTTP 200 with an empty stream")
 
@@ -139,13 +139,13 @@ def _parse(data: str) -> dict[str, Any]:
     try:
         event = json.loads(data)
     except json.JSONDecodeError:
-        raise RequestError(f"not JSON in the stream: {_said(data)}") from None
+        raise RequestError(f"not JSON in the stream: {_quoted(data)}") from None
     if not isinstance(event, dict) or event.get("error") or event.get("object") == "error":
-        raise RequestError(f"HTTP 200 with an error: {_said(data)}")
+        raise RequestError(f"HTTP 200 with an error: {_quoted(data)}")
     return event
 
 
-def _said(text: str) -> str:
+def _quoted(text: str) -> str:
     """The error's message where the text is one of the usual JSON forms, else its first 200 characters, in one line."""
     try:
         content = json.loads(text)

@@ -170,37 +170,37 @@ def speedups(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 Keep = Callable[[dict[str, Any]], None]
 
 
-def run(model: str, seconds: float, keep: Keep = lambda found: None, device: str = "cuda:0") -> dict[str, Any]:
+def run(model: str, seconds: float, keep: Keep = lambda results: None, device: str = "cuda:0") -> dict[str, Any]:
     """Everything, within about `seconds`; `keep` gets what there is after each model. UserError without a GPU."""
     bindings.context(0)
     deadline = time.monotonic() + seconds
     place, config = torch.device(device), MODELS[model].config()
-    found: dict[str, Any] = {"model": model, "context": CONTEXT, "results": {}, "speedup": {}}
+    results: dict[str, Any] = {"model": model, "context": CONTEXT, "results": {}, "speedup": {}}
 
     def add(name: str, decoder: Decoder) -> None:
         def keep_part(times: dict[str, Any]) -> None:
-            found["results"][name] = times
-            found["speedup"] = speedups(found["results"])
+            results["results"][name] = times
+            results["speedup"] = speedups(results["results"])
             print(name, json.dumps(times["decode_us"]), "us a decode step", flush=True)
-            keep(found)
+            keep(results)
 
         keep_part(measure(decoder, DENSE[name], lambda: time.monotonic() > deadline, keep_part))
 
     dense = decoder_of(config, "fp8", place, PREFILL)
-    found["tactics"] = tuner.tune(shapes_of(dense), (*BATCHES, PREFILL))  # also finds the dense kernels' algorithms
-    keep(found)
+    results["tactics"] = tuner.tune(shapes_of(dense), (*BATCHES, PREFILL))  # also finds the dense kernels' algorithms
+    keep(results)
     add("fp8", dense)
-    make_sparse(dense, found["tactics"])
+    make_sparse(dense, results["tactics"])
     add("fp8-2of4", dense)
     del dense
     torch.cuda.empty_cache()
     if time.monotonic() > deadline:
-        found["results"]["bf16"] = {"stopped": "out of time before it was made"}
+        results["results"]["bf16"] = {"stopped": "out of time before it was made"}
     else:
         dense = decoder_of(config, "bf16", place, PREFILL)
         tuner.search_dense(shapes_of(dense).values(), BATCHES)
         add("bf16", dense)
-    return found
+    return results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

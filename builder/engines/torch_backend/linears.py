@@ -34,20 +34,20 @@ class Kernels:
     def __init__(self, tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device) -> None:
         self._layers: Mapping[str, Any] = (tactics or {}).get("layers", {})
         self.remarks: list[str] = []
-        self._usable, self._amiss, self._dtype = False, "", dtype
+        self._usable, self._problem, self._dtype = False, "", dtype
         self._on_cpu = device.type == "cpu"
         if device.type == "cuda":
-            self._usable, self._amiss = _open(tactics, dtype, device.index or 0)
+            self._usable, self._problem = _open(tactics, dtype, device.index or 0)
         elif self._on_cpu:
-            self._usable, self._amiss = _open_cpu()
+            self._usable, self._problem = _open_cpu()
 
     def choices(self, name: str, stored: Mapping[str, torch.Tensor]) -> Choices | None:
         """For a layer and its tensors; None: torch's own product."""
         sparse = "weight_values" in stored
-        if sparse and self._amiss:  # said once, and only of a model that it slows down
-            log.warning("%s", self._amiss)
-            self.remarks.append(self._amiss)
-            self._amiss = ""
+        if sparse and self._problem:  # said once, and only of a model that it slows down
+            log.warning("%s", self._problem)
+            self.remarks.append(self._problem)
+            self._problem = ""
         if not self._usable:
             return None
         if self._on_cpu:

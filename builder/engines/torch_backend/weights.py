@@ -121,5 +121,5 @@ def _shard_name(number: int) -> str:
 
 def number_format(tensors: Tensors) -> str:
     """ "int8" or "fp8" where a layer's weight is, else what the weights are."""
-    found = {tensors.dtype(name) for name in tensors if name.endswith("_proj.weight")}
-    return next((name for dtype, name in FORMATS.items() if dtype in found), "fp32")
+    dtypes = {tensors.dtype(name) for name in tensors if name.endswith("_proj.weight")}
+    return next((name for dtype, name in FORMATS.items() if dtype in dtypes), "fp32")

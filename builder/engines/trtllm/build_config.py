@@ -70,8 +70,8 @@ def build_command(
 ) -> list[str]:
     """trtllm-build's command line for the same build. `settings` is `build_config`'s answer, made where not given."""
     if settings is None:
-        found = trtllm_checkpoint.read(Path(checkpoint))
-        settings = build_config(found, config, routes(found) if sparse else {})
+        opened = trtllm_checkpoint.read(Path(checkpoint))
+        settings = build_config(opened, config, routes(opened) if sparse else {})
     command = ["trtllm-build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(out)]
     if sparse:
         command += ["--model_cls_file", str(out / HOOKS / "models.py"), "--model_cls_name", MODEL_CLASS]

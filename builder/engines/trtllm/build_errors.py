@@ -49,10 +49,10 @@ _ERROR = re.compile(r"\[E\]|\bERROR\b|error:|\w*(Error|Exception)\b")
 def explain(log: str) -> str:
     """The cause in one line: a known one, else the first line that looks like an error, else the last line."""
     log = _SOURCE_LINE.sub("", log)
-    matches = [(found.start(), found, words) for pattern, words in _CAUSES if (found := pattern.search(log))]
+    matches = [(hit.start(), hit, cause) for pattern, cause in _CAUSES if (hit := pattern.search(log))]
     if matches:
-        _, found, words = min(matches, key=lambda match: match[0])
-        return f"'{' '.join(found['what'].split())}': {words}"
+        _, hit, cause = min(matches, key=lambda match: match[0])
+        return f"'{' '.join(hit['what'].split())}': {cause}"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     shown = next((line for line in lines if _ERROR.search(line)), lines[-1] if lines else "it wrote nothing")
     return f"'{shown[:200]}'"

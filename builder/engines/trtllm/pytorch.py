@@ -49,59 +49,59 @@ def build(
     `tactics` is kept as tactics.json; where it was measured, it also chooses the kernels, else the skinny one takes few
     tokens and cuSPARSELt more. Raises UserError where the PyTorch backend cannot serve the checkpoint.
     """
-    found = read(checkpoint)
-    _check(found, config)
+    opened = read(checkpoint)
+    _check(opened, config)
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(checkpoint.iterdir()):
         if path.suffix == ".safetensors":
             _link(path, out / path.name)
         elif path.name in ("model.safetensors.index.json", "sparsity.json"):
             shutil.copyfile(path, out / path.name)
-    _write_configs(found, out)
+    _write_configs(opened, out)
     copy_tokenizer(checkpoint, out)
-    if found.sparse_layers:
-        sparse_package.write(out, found, tactics)
+    if opened.sparse_layers:
+        sparse_package.write(out, opened, tactics)
     if tactics is not None:
         write_json(out / "tactics.json", tactics)
-    artifact.write_llm_args(out, config, "pytorch", found.kv_cache)
-    remarks = [_UNMEASURED] if found.sparse_layers and (tactics is None or tactics["source"] != "measured") else []
+    artifact.write_llm_args(out, config, "pytorch", opened.kv_cache)
+    remarks = [_UNMEASURED] if opened.sparse_layers and (tactics is None or tactics["source"] != "measured") else []
     version = version_lock.installed("tensorrt_llm")
     if version is not None and releases.is_newer(version):
         remarks.append(releases.caution(version))
-    artifact.write_facts(out, "pytorch", found.format, found.kv_cache, checkpoint, config, remarks)
+    artifact.write_facts(out, "pytorch", opened.format, opened.kv_cache, checkpoint, config, remarks)
     here = version_lock.current("pytorch")
     version_lock.write(out, here)
-    sparse = bool(found.sparse_layers)
+    sparse = bool(opened.sparse_layers)
     launch.write(out, config, _serve(config, sparse), here.container, "pytorch", modules=sparse, preload=False)
 
 
-def _check(found: Checkpoint, config: EngineConfig) -> None:
-    if found.kind != "hf":
+def _check(checkpoint: Checkpoint, config: EngineConfig) -> None:
+    if checkpoint.kind != "hf":
         raise UserError(
-            f"'{found.directory}' is a TensorRT-LLM checkpoint: name the unified one beside it (checkpoint)"
+            f"'{checkpoint.directory}' is a TensorRT-LLM checkpoint: name the unified one beside it (checkpoint)"
         )
     device = gpus()[0] if gpus() else None
-    compatibility.check_architecture(found.architecture.name, "pytorch").require()
+    compatibility.check_architecture(checkpoint.architecture.name, "pytorch").require()
     compatibility.check(
-        found.format,
-        bool(found.sparse_layers),
+        checkpoint.format,
+        bool(checkpoint.sparse_layers),
         "pytorch",
         device.sm if device else None,
-        kv_cache=found.kv_cache,
+        kv_cache=checkpoint.kv_cache,
         parallel=config.tensor_parallel * config.pipeline_parallel,
         tensorrt_llm=version_lock.installed("tensorrt_llm"),
     ).require()
-    compatibility.check_shards(found.layers(), config.tensor_parallel).require()
-    sizes = (found.architecture.num_heads, found.architecture.num_blocks)
+    compatibility.check_shards(checkpoint.layers(), config.tensor_parallel).require()
+    sizes = (checkpoint.architecture.num_heads, checkpoint.architecture.num_blocks)
     compatibility.check_mapping(*sizes, config.tensor_parallel, config.pipeline_parallel, "pytorch").require()
 
 
-def _write_configs(found: Checkpoint, out: Path) -> None:
+def _write_configs(checkpoint: Checkpoint, out: Path) -> None:
     """config.json and hf_quant_config.json, for every release's transformers and for what 1.0 looks for."""
-    config = for_transformers_4(found.config)
-    path = found.directory / "hf_quant_config.json"
+    config = for_transformers_4(checkpoint.config)
+    path = checkpoint.directory / "hf_quant_config.json"
     declared = json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
-    if fused := excluded_fused_layers(found):
+    if fused := excluded_fused_layers(checkpoint):
         for section, key in (
             (config["quantization_config"], "ignore"),
             (declared and declared["quantization"], "exclude_modules"),
@@ -113,14 +113,14 @@ def _write_configs(found: Checkpoint, out: Path) -> None:
         write_json(out / path.name, declared)
 
 
-def excluded_fused_layers(found: Checkpoint) -> list[str]:
+def excluded_fused_layers(checkpoint: Checkpoint) -> list[str]:
     """TensorRT-LLM's names of fused layers that quantization leaves alone: 1.0 looks for no others.
 
     Raises UserError where only some parts are quantized: a fused layer has one number format.
     """
-    if found.format not in EIGHT_BIT:
+    if checkpoint.format not in EIGHT_BIT:
         return []
-    formats = {layer.name: layer.format for layer in found.layers()}
+    formats = {layer.name: layer.format for layer in checkpoint.layers()}
     fused = []
     for last, parts in FUSED.items():
         for block in sorted({name.rpartition(".")[0] for name in formats if name.endswith(f".{parts[0]}")}):
@@ -137,14 +137,14 @@ def excluded_fused_layers(found: Checkpoint) -> list[str]:
 
 
 def _serve(config: EngineConfig, sparse: bool) -> list[str]:
-    words = [
+    command = [
         *(("python3", "-m", sparse_package.NAME) if sparse else ("trtllm-serve",)),
         "$engine",
         "--backend",
         "pytorch",
     ]
-    words += ["--tp_size", str(config.tensor_parallel), "--pp_size", str(config.pipeline_parallel)]
-    return [*words, "--extra_llm_api_options", "$engine/llm_args.yaml"]
+    command += ["--tp_size", str(config.tensor_parallel), "--pp_size", str(config.pipeline_parallel)]
+    return [*command, "--extra_llm_api_options", "$engine/llm_args.yaml"]
 
 
 def _link(source: Path, target: Path) -> None:

@@ -54,15 +54,15 @@ def run_ranks(
 def _wait(
     processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], doing: str, progress: Progress | None
 ) -> None:
-    told = -1
+    reported = -1
     while True:
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
             if code:
                 raise UserError(_words(doing, rank, code, logs[rank]))
         done = sum(code == 0 for code in codes)
-        if progress and done != told:
-            told = done
+        if progress and done != reported:
+            reported = done
             progress(doing, done, len(processes))
         if done == len(processes):
             return
@@ -71,8 +71,8 @@ def _wait(
 
 def _words(doing: str, rank: int, code: int, log: Path) -> str:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    said = _end_of(log, _LOG_SHOWN).decode("utf8", "replace")
-    return f"{doing}: rank {rank} {how}, {explain(said)} (its log: '{_keep(log)}')"
+    output = _end_of(log, _LOG_SHOWN).decode("utf8", "replace")
+    return f"{doing}: rank {rank} {how}, {explain(output)} (its log: '{_keep(log)}')"
 
 
 def _keep(log: Path) -> Path:

@@ -50,11 +50,11 @@ if __name__ == "__main__":  # MPI workers import this file under another name
 '''
 
 
-def write(engine: Path, found: Checkpoint, tactics: Mapping[str, Any] | None) -> None:
+def write(engine: Path, checkpoint: Checkpoint, tactics: Mapping[str, Any] | None) -> None:
     """Writes the package into `engine`, for the checkpoint's 2:4 layers."""
     directory = engine / NAME
     directory.mkdir(parents=True, exist_ok=True)
-    architecture = found.architecture.name
+    architecture = checkpoint.architecture.name
     page = _INIT_PY.format(
         architecture=architecture,
         module=FAMILIES[architecture].trtllm.pytorch_module,
@@ -62,7 +62,7 @@ def write(engine: Path, found: Checkpoint, tactics: Mapping[str, Any] | None) ->
     )
     (directory / "__init__.py").write_text(page, encoding="utf8")
     (directory / "__main__.py").write_text(_MAIN_PY, encoding="utf8")
-    layers = {name: _choices(tactics, name) for name in found.sparse_layers}
+    layers = {name: _choices(tactics, name) for name in checkpoint.sparse_layers}
     write_json(directory / "layers.json", {"layers": layers})
 
 

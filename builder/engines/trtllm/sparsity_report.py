@@ -70,13 +70,13 @@ def write(
 ) -> dict[str, Status]:
     """Writes both files from what the ranks left there, cuts their logs, and returns what became of each 2:4 layer."""
     ranks, blocks = range(checkpoint.ranks), checkpoint.blocks
-    found = [read_rank(engine, rank, checkpoint.blocks_of(rank), blocks) for rank in ranks]
-    status = {layer: judge(layer, route, found) for layer, route in routes.items()}
+    reports = [read_rank(engine, rank, checkpoint.blocks_of(rank), blocks) for rank in ranks]
+    status = {layer: judge(layer, route, reports) for layer, route in routes.items()}
     write_json(
         engine / FILE,
         {
             "ranks": [
-                {"log": rank.log.status, "words": rank.log.words, "inspector": _listed(rank.sparse)} for rank in found
+                {"log": rank.log.status, "words": rank.log.words, "inspector": _listed(rank.sparse)} for rank in reports
             ],
             "layers": {layer: {"route": routes[layer], "status": word} for layer, word in status.items()},
         },
@@ -89,20 +89,20 @@ def write(
 
 def remarks(engine: Path) -> list[str]:
     """What the build proved of sparsity, for the report: a sentence, and one a rank where they differ."""
-    told = json.loads((engine / FILE).read_text(encoding="utf8"))
-    if not told["layers"]:
+    report = json.loads((engine / FILE).read_text(encoding="utf8"))
+    if not report["layers"]:
         return []
-    count = Counter("our plugin" if x["route"] == "plugin" else x["status"] for x in told["layers"].values())
+    count = Counter("our plugin" if x["route"] == "plugin" else x["status"] for x in report["layers"].values())
     listed = ", ".join(f"{number} {word}" for word, number in sorted(count.items()))
-    said = {rank["words"]: number for number, rank in reversed(list(enumerate(told["ranks"])))}
-    logs = [words if len(said) == 1 else f"rank {number}: {words}" for words, number in sorted(said.items())]
-    return [f"of {len(told['layers'])} 2:4 layers: {listed}", *logs]
+    rank_of = {rank["words"]: number for number, rank in reversed(list(enumerate(report["ranks"])))}
+    logs = [line if len(rank_of) == 1 else f"rank {number}: {line}" for line, number in sorted(rank_of.items())]
+    return [f"of {len(report['layers'])} 2:4 layers: {listed}", *logs]
 
 
 def judge(layer: str, route: str, ranks: Sequence[Rank]) -> Status:
     """The weakest of what the ranks that hold the layer say: picked only where every one of them picked it."""
-    said = [word for rank in ranks if (word := rank.of(layer)) is not None]
-    return "picked" if route == "plugin" else min(said, key=WEAKEST_FIRST.index)
+    statuses = [word for rank in ranks if (word := rank.of(layer)) is not None]
+    return "picked" if route == "plugin" else min(statuses, key=WEAKEST_FIRST.index)
 
 
 def aliases(layer: str) -> tuple[str, ...]:

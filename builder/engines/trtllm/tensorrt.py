@@ -88,9 +88,9 @@ def prepare(
     `tokenizer` is a directory with tokenizer files, by default the unified checkpoint beside this one. Raises UserError
     where the checkpoint cannot become this engine.
     """
-    found = trtllm_checkpoint.read(checkpoint)
-    _check(found, config)
-    return _prepare(found, out, config, routes(found, ratios), tokenizer)
+    opened = trtllm_checkpoint.read(checkpoint)
+    _check(opened, config)
+    return _prepare(opened, out, config, routes(opened, ratios), tokenizer)
 
 
 def build(
@@ -112,50 +112,50 @@ def build(
     Raises UserError, before the build for what is missing (TensorRT-LLM, a GPU, memory, the library), after it for the
     rank that failed, with the cause.
     """
-    found = trtllm_checkpoint.read(checkpoint)
-    _check(found, config)
-    _require_machine(found, config)
+    opened = trtllm_checkpoint.read(checkpoint)
+    _check(opened, config)
+    _require_machine(opened, config)
     given = ratios is not None
     plugin = plugin or _installed_plugin()
     if ratios is None:
-        out_dtype = trtllm_checkpoint.DTYPES[found.dtype]
+        out_dtype = trtllm_checkpoint.DTYPES[opened.dtype]
         ratios = measured_tactics.measure(read(checkpoint).layers(), config, out_dtype) if plugin else {}
-    chosen = routes(found, ratios if given or found.format == "int8" else None)
-    status = _build_ranks(found, out, config, chosen, tokenizer, plugin, progress)
-    better = routes(found, ratios, [layer for layer, word in status.items() if word == "picked"])
+    chosen = routes(opened, ratios if given or opened.format == "int8" else None)
+    status = _build_ranks(opened, out, config, chosen, tokenizer, plugin, progress)
+    better = routes(opened, ratios, [layer for layer, word in status.items() if word == "picked"])
     if "plugin" in better.values() and chosen != better and not given:
         chosen = better
-        _build_ranks(found, out, config, chosen, tokenizer, plugin, progress)
+        _build_ranks(opened, out, config, chosen, tokenizer, plugin, progress)
     version_lock.write(out, version_lock.current("tensorrt", plugin if "plugin" in chosen.values() else None))
-    remarks = [*sparsity_report.remarks(out), *_remarks(found, config, timed=bool(ratios))]
-    reuse = pages_context(found)
-    artifact.write_facts(out, "tensorrt", found.format, found.kv_cache, checkpoint, config, remarks, reuse)
+    remarks = [*sparsity_report.remarks(out), *_remarks(opened, config, timed=bool(ratios))]
+    reuse = pages_context(opened)
+    artifact.write_facts(out, "tensorrt", opened.format, opened.kv_cache, checkpoint, config, remarks, reuse)
 
 
-def _remarks(found: TrtllmCheckpoint, config: EngineConfig, timed: bool) -> list[str]:
-    words = []
-    if found.sparse_layers and not timed:
-        words.append(
+def _remarks(opened: TrtllmCheckpoint, config: EngineConfig, timed: bool) -> list[str]:
+    remarks = []
+    if opened.sparse_layers and not timed:
+        remarks.append(
             "our plugin's kernels were not timed against TensorRT's here: every 2:4 layer was left to TensorRT"
         )
-    if config.kv_cache_block_reuse and not pages_context(found):
-        words.append(f"KV-cache blocks are not used again: TensorRT-LLM cannot with this {found.kv_cache} KV cache")
-    return words
+    if config.kv_cache_block_reuse and not pages_context(opened):
+        remarks.append(f"KV-cache blocks are not used again: TensorRT-LLM cannot with this {opened.kv_cache} KV cache")
+    return remarks
 
 
 def _prepare(
-    found: TrtllmCheckpoint, out: Path, config: EngineConfig, chosen: Mapping[str, str], tokenizer: Path | None
+    opened: TrtllmCheckpoint, out: Path, config: EngineConfig, chosen: Mapping[str, str], tokenizer: Path | None
 ) -> list[str]:
-    settings = build_config(found, config, chosen)
+    settings = build_config(opened, config, chosen)
     (out / HOOKS).mkdir(parents=True, exist_ok=True)
     if chosen:
-        base = FAMILIES[found.architecture].trtllm.tensorrt_class
+        base = FAMILIES[opened.architecture].trtllm.tensorrt_class
         (out / HOOKS / "models.py").write_text(_MODELS_PY.format(base=base, name=MODEL_CLASS), encoding="utf8")
         write_json(out / HOOKS / "routes.json", {"layers": chosen})
-        shutil.copyfile(found.directory / "sparsity.json", out / "sparsity.json")
+        shutil.copyfile(opened.directory / "sparsity.json", out / "sparsity.json")
     write_json(out / "build_config.json", settings)
-    copy_tokenizer(tokenizer or _tokenizer(found.directory), out)
-    artifact.write_llm_args(out, config, "tensorrt", found.kv_cache, reuse=pages_context(found))
+    copy_tokenizer(tokenizer or _tokenizer(opened.directory), out)
+    artifact.write_llm_args(out, config, "tensorrt", opened.kv_cache, reuse=pages_context(opened))
     preload = "plugin" in chosen.values()
     launch.write(out, config, _serve(config), releases.CONTAINER, "tensorrt", modules=False, preload=preload)
     by_hand = build_command(PurePath("$checkpoint"), PurePath("$engine"), config, bool(chosen), settings)
@@ -163,11 +163,11 @@ def _prepare(
     page = _BUILD_SH.format(container=releases.CONTAINER, hooks=HOOKS, command=launch.shell(by_hand))
     script.write_text(page, encoding="utf8")
     script.chmod(0o755)
-    return build_command(found.directory, out, config, bool(chosen), settings)
+    return build_command(opened.directory, out, config, bool(chosen), settings)
 
 
 def _build_ranks(
-    found: TrtllmCheckpoint,
+    opened: TrtllmCheckpoint,
     out: Path,
     config: EngineConfig,
     chosen: Mapping[str, str],
@@ -176,16 +176,16 @@ def _build_ranks(
     progress: Progress | None,
 ) -> dict[str, Status]:
     """Builds all ranks and returns what became of each 2:4 layer."""
-    _prepare(found, out, config, chosen, tokenizer)
+    _prepare(opened, out, config, chosen, tokenizer)
     preload = _place_plugin(plugin, out) if "plugin" in chosen.values() else None
     rank_processes.run_ranks(
-        [_rank_command(found.directory, out, rank) for rank in range(found.ranks)],
-        [out / f"build-rank{rank}.log" for rank in range(found.ranks)],
-        [_rank_environment(out, rank, preload) for rank in range(found.ranks)],
+        [_rank_command(opened.directory, out, rank) for rank in range(opened.ranks)],
+        [out / f"build-rank{rank}.log" for rank in range(opened.ranks)],
+        [_rank_environment(out, rank, preload) for rank in range(opened.ranks)],
         "building the TensorRT engine",
         progress,
     )
-    return sparsity_report.write(out, found, read(found.directory).layers(), chosen)
+    return sparsity_report.write(out, opened, read(opened.directory).layers(), chosen)
 
 
 def _tokenizer(checkpoint: Path) -> Path:
@@ -194,34 +194,34 @@ def _tokenizer(checkpoint: Path) -> Path:
     return next((path for path in beside if path.is_dir()), checkpoint)
 
 
-def _check(found: TrtllmCheckpoint, config: EngineConfig) -> None:
+def _check(opened: TrtllmCheckpoint, config: EngineConfig) -> None:
     device = gpus()[0] if gpus() else None
     compatibility.check(
-        found.format,
-        bool(found.sparse_layers),
+        opened.format,
+        bool(opened.sparse_layers),
         "tensorrt",
         device.sm if device else None,
-        kv_cache=found.kv_cache,
-        parallel=found.ranks,
+        kv_cache=opened.kv_cache,
+        parallel=opened.ranks,
         tensorrt_llm=version_lock.installed("tensorrt_llm"),
     ).require()
-    if config.chunked_prefill and not pages_context(found):
+    if config.chunked_prefill and not pages_context(opened):
         raise UserError(
-            f"engine.chunked_prefill is not possible with quantization.kv_cache={found.kv_cache} and {found.format} "
+            f"engine.chunked_prefill is not possible with quantization.kv_cache={opened.kv_cache} and {opened.format} "
             "weights, which TensorRT-LLM does not page for prompts: set it to false, or quantization.kv_cache=none"
         )
     for key, have, want in (
-        ("tensor_parallel", found.tensor_parallel, config.tensor_parallel),
-        ("pipeline_parallel", found.pipeline_parallel, config.pipeline_parallel),
+        ("tensor_parallel", opened.tensor_parallel, config.tensor_parallel),
+        ("pipeline_parallel", opened.pipeline_parallel, config.pipeline_parallel),
     ):
         if have != want:
             raise UserError(
-                f"'{found.directory.resolve()}' was exported for {key} {have} and engine.{key} is {want}: "
+                f"'{opened.directory.resolve()}' was exported for {key} {have} and engine.{key} is {want}: "
                 f"set engine.{key}={have}, or export it again"
             )
 
 
-def _require_machine(found: TrtllmCheckpoint, config: EngineConfig) -> None:
+def _require_machine(opened: TrtllmCheckpoint, config: EngineConfig) -> None:
     if version_lock.installed("tensorrt_llm") is None:
         raise UserError(
             "engine.backend=tensorrt needs the package tensorrt_llm, which is not installed: run 'twofour engine' "
@@ -231,8 +231,8 @@ def _require_machine(found: TrtllmCheckpoint, config: EngineConfig) -> None:
         raise UserError(
             "engine.backend=tensorrt needs a GPU, and there is none: run 'twofour engine' on a machine with one"
         )
-    need = gpu_memory.estimate(found.config, artifact.weight_bytes(found.directory), found.kv_cache, config)
-    gpu_memory.require(need, gpus(), found.ranks, building=True)
+    need = gpu_memory.estimate(opened.config, artifact.weight_bytes(opened.directory), opened.kv_cache, config)
+    gpu_memory.require(need, gpus(), opened.ranks, building=True)
 
 
 def _installed_plugin() -> Path | None:
@@ -253,8 +253,16 @@ def _place_plugin(plugin: Path | None, out: Path) -> Path:
 
 
 def _rank_command(checkpoint: Path, out: Path, rank: int) -> list[str]:
-    words: Sequence[object] = (sys.executable, "-m", "plugins.tensorrt_llm.build_rank", checkpoint, out, "--rank", rank)
-    return [str(word) for word in words]
+    command: Sequence[object] = (
+        sys.executable,
+        "-m",
+        "plugins.tensorrt_llm.build_rank",
+        checkpoint,
+        out,
+        "--rank",
+        rank,
+    )
+    return [str(word) for word in command]
 
 
 def _rank_environment(out: Path, rank: int, preload: Path | None) -> dict[str, str]:
@@ -265,6 +273,6 @@ def _rank_environment(out: Path, rank: int, preload: Path | None) -> dict[str, s
 
 def _serve(config: EngineConfig) -> list[str]:
     # "trt" is the name that every release takes: 1.0 knows no other, and the later "tensorrt" has it as an alias
-    words = ["trtllm-serve", "$engine", "--backend", "trt", "--tokenizer", "$engine"]
-    words += ["--tp_size", str(config.tensor_parallel), "--pp_size", str(config.pipeline_parallel)]
-    return [*words, "--extra_llm_api_options", "$engine/llm_args.yaml"]
+    command = ["trtllm-serve", "$engine", "--backend", "trt", "--tokenizer", "$engine"]
+    command += ["--tp_size", str(config.tensor_parallel), "--pp_size", str(config.pipeline_parallel)]
+    return [*command, "--extra_llm_api_options", "$engine/llm_args.yaml"]

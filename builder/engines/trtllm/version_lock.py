@@ -121,7 +121,7 @@ def mismatches(lock: Lock, here: Lock) -> dict[str, str]:
     return different
 
 
-def refusal(engine: Path) -> str | None:
+def incompatibility(engine: Path) -> str | None:
     """Why the engine may not run on this machine, with the container to use; None where it may.
 
     Raises UserError for a lock that cannot be read.
@@ -138,8 +138,8 @@ def refusal(engine: Path) -> str | None:
 
 def require(engine: Path) -> None:
     """Raises UserError where the engine was built for other versions or another GPU; it names the container to use."""
-    if (words := refusal(engine)) is not None:
-        raise UserError(words)
+    if (reason := incompatibility(engine)) is not None:
+        raise UserError(reason)
 
 
 def plugin_of(engine: Path) -> Path | None:

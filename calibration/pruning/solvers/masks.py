@@ -26,12 +26,12 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Reads "2:4" (n:m) or "50%" (this share is pruned, anywhere). Raises UserError."""
-        if found := re.fullmatch(r"(\d+):(\d+)", text):
-            keep, group = map(int, found.groups())
+        if match := re.fullmatch(r"(\d+):(\d+)", text):
+            keep, group = map(int, match.groups())
             if 0 < keep < group:
                 return cls(keep, group)
-        elif (found := re.fullmatch(r"(\d+(?:\.\d+)?)%", text)) and 0 < float(found[1]) < 100:
-            return cls(1 - float(found[1]) / 100, 0)
+        elif (match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text)) and 0 < float(match[1]) < 100:
+            return cls(1 - float(match[1]) / 100, 0)
         raise UserError(f"'{text}' is no sparsity pattern: write 2:4, another n:m with n < m, or a share such as 50%")
 
     def __str__(self) -> str:

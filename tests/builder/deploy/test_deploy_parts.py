@@ -27,7 +27,7 @@ DOCS_LLAMA = Path(__file__).parents[3] / "examples" / "docs-llama"
 LIMITS = request_schema.Limits(vocabulary=100, end_ids=frozenset({1}), max_tokens=7, streaming=True)
 
 
-def ask(parameters: dict[str, Any] | None = None, **inputs: Any) -> request_schema.Ask:
+def ask(parameters: dict[str, Any] | None = None, **inputs: Any) -> request_schema.ParsedRequest:
     """What the server makes of a client's inputs; letters stand for tokens."""
     tensors = {name: np.array(value, ndmin=1) for name, value in inputs.items()}
     tensors = {name: np.char.encode(tensor) if tensor.dtype.kind == "U" else tensor for name, tensor in tensors.items()}
