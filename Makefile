@@ -19,7 +19,7 @@ test: $(READY) check
 	$(BIN)/pytest
 
 test-fast: $(READY)
-	$(BIN)/pytest -m "not (e2e or native or slow or gpu)"
+	$(BIN)/pytest --fast -m "not (slow or gpu)"
 
 check: $(READY)
 	$(BIN)/ruff check

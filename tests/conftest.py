@@ -52,12 +52,24 @@ if importlib.util.find_spec("twofour") is None:  # a checkout that is not instal
     sys.modules["twofour"] = importlib.import_module("builder.twofour")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out the tiers e2e, native and slow, unread")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.getoption("--fast") and tiers(collection_path) else None
+
+
+def tiers(path: Path) -> list[str]:
+    """The tiers of a test file."""
+    place = path.relative_to(ROOT / "tests")
+    return [tier for tier, paths in TIERS.items() if any(place.is_relative_to(each) for each in paths)]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        place = item.path.relative_to(ROOT / "tests")
-        for tier, paths in TIERS.items():
-            if any(place.is_relative_to(path) for path in paths):
-                item.add_marker(getattr(pytest.mark, tier))
+        for tier in tiers(item.path):
+            item.add_marker(getattr(pytest.mark, tier))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
