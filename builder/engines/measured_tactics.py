@@ -96,9 +96,9 @@ def _cpu_format(layer: Sized, dtype: str) -> str:
 def tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str, fused: bool = False) -> dict[str, Any]:
     """tactics.json of a checkpoint's layers, timed at every number of tokens that the engine may be given.
 
-    `dtype` is the model's own, as its config.json names it. `fused`: as TensorRT-LLM's PyTorch backend runs them, q, k
-    and v, and gate and up, as one product of one rank's shard. Raises UserError where this GPU or its libraries cannot
-    run 2:4 kernels: a build that went on would be dense under a sparse name.
+    `dtype` is the model's own, as its config.json names it. `fused`: as the torch engine and TensorRT-LLM's PyTorch
+    backend run them, q, k and v, and gate and up, as one product of one rank's shard. Raises UserError where this GPU
+    or its libraries cannot run 2:4 kernels: a build that went on would be dense under a sparse name.
     """
     from plugins.autotune import tuner
 

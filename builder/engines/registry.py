@@ -30,9 +30,11 @@ def build(
     missing.
     """
     if backend == "torch":
+        from builder.engines import measured_tactics
         from builder.engines.torch_backend import artifact
 
-        choices = tactics(checkpoints / "hf", config, gpu, measured=speed_matters)
+        fused = measured_tactics.can_measure()  # on a GPU, as this engine runs them there
+        choices = tactics(checkpoints / "hf", config, gpu, fused=fused, measured=speed_matters)
         artifact.build(checkpoints / "hf", out, config, choices)
     elif backend == "pytorch":
         from builder.engines.trtllm import pytorch

@@ -74,6 +74,7 @@ class KernelLinear(Linear):
         self.scale = 1.0 if scales is None or per_channel else float(scales.product)
         self.channel_scales = nn.Buffer(scales.product) if scales is not None and per_channel else None
         self._factor = None if scales is None else scales.product
+        self._one = None if scales is None else torch.ones_like(scales.product[0])
         self.operand = None if scales is None else w_NK.dtype
         self.quantizer = None if scales is None else InputQuantizer(scales.multiplier, _quantize_to(w_NK.dtype))
         self.out_features, self.in_features = w_NK.shape
@@ -107,9 +108,9 @@ class KernelLinear(Linear):
         if w_NK.dtype == torch.int8:
             y_MN = numerics.int8_linear(q_MK, w_NK, factor)
         elif factor.numel() == 1:
-            y_MN = numerics.fp8_linear(q_MK, w_NK, factor[0], self.dtype)
+            y_MN = torch._scaled_mm(q_MK, w_NK.t(), factor[0], self._one, out_dtype=self.dtype)
         else:
-            y_MN = numerics.fp8_linear(q_MK, w_NK, torch.ones_like(factor[0]), torch.float32) * factor
+            y_MN = torch._scaled_mm(q_MK, w_NK.t(), self._one, self._one, out_dtype=torch.float32) * factor
         return (y_MN if self.bias is None else y_MN + self.bias).to(self.dtype)
 
     def kernel_for(self, tokens: int) -> str:

@@ -32,12 +32,13 @@ class Kernels:
     """Which of our kernels each layer runs on, as tactics.json says."""
 
     def __init__(self, tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device) -> None:
-        self._layers: Mapping[str, Any] = (tactics or {}).get("layers", {})
+        layers: Mapping[str, Any] = (tactics or {}).get("layers", {})
+        self._layers = layers if device.type == "cpu" else {**layers, **_join_tactics(layers)}
         self.remarks: list[str] = []
         self._usable, self._problem, self._dtype = False, "", dtype
         self._on_cpu = device.type == "cpu"
         if device.type == "cuda":
-            self._usable, self._problem = _open(tactics, dtype, device.index or 0)
+            self._usable, self._problem = _open(tactics or {}, dtype, device.index or 0)
         elif self._on_cpu:
             self._usable, self._problem = _open_cpu()
 
@@ -63,6 +64,20 @@ class Kernels:
         return choices_of(self._layers.get(name), sparse)
 
 
+def _join_tactics(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers of tactics.json as the engine runs them on a GPU: q, k and v, and gate and up, were timed as one."""
+    joined: dict[str, Any] = {}
+    for name, entry in layers.items():
+        parent, dot, own = name.rpartition(".")
+        group = next((group for group, parts in GROUPS.items() if own in parts), own)
+        parts = [layers.get(f"{parent}{dot}{part}", {}) for part in GROUPS.get(group, ())]
+        if not parts or not all(part.get("sparse") for part in parts):
+            joined[name] = entry
+        elif own == GROUPS[group][0]:
+            joined[f"{parent}{dot}{group}"] = {**entry, "out_features": sum(part["out_features"] for part in parts)}
+    return joined
+
+
 def _open_cpu() -> tuple[bool, str]:
     """(whether our CPU kernels run here, why not). They share torch's number of threads."""
     from plugins.libtwofour import cpu
@@ -74,7 +89,7 @@ def _open_cpu() -> tuple[bool, str]:
         return False, f"2:4 layers run as dense ones on torch's products: {error}"
 
 
-def _open(tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: int) -> tuple[bool, str]:
+def _open(tactics: Mapping[str, Any], dtype: torch.dtype, device: int) -> tuple[bool, str]:
     """(whether our kernels run here, what a reader of speeds should know of it)."""
     from plugins.autotune import tuner
     from plugins.libtwofour import bindings, torch_ops
@@ -83,7 +98,8 @@ def _open(tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: int) ->
         return False, f"2:4 layers run as dense ones: the kernels give out fp16 or bf16, and the model is {dtype}"
     try:
         bindings.context(device)
-        return True, tuner.apply(tactics or {}, torch_ops.FORMATS[dtype], device) or ""
+        joined = {**tactics, "layers": _join_tactics(tactics.get("layers", {}))}
+        return True, tuner.apply(joined, torch_ops.FORMATS[dtype], device) or ""
     except UserError as error:
         return False, f"2:4 layers run as dense ones: {error}"
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.kernels.model_shapes import Model
 from builder.engines.torch_backend import decoder as decoder_module
+from builder.engines.torch_backend import linears
 from builder.engines.torch_backend.attention import Decode, Prefill, Slice, Whole
 from builder.engines.torch_backend.decoder import Decoder
 from builder.engines.torch_backend.kv_cache import KVCache
@@ -196,6 +197,24 @@ def test_joined_scales_become_one_a_row() -> None:
     assert layer.channel_scales is not None
     assert layer.channel_scales.unique().numel() == 3
     assert layer.channel_scales.shape == (64 + 2 * 32,)
+
+
+def test_tactics_of_joined_layers_have_their_rows() -> None:
+    """Algorithms of q, k and v's one product must not be taken for those of another layer of q's own shape."""
+    rows = {"self_attn.q_proj": 64, "self_attn.k_proj": 32, "self_attn.v_proj": 32, "self_attn.o_proj": 64}
+    rows |= {"mlp.gate_proj": 96, "mlp.up_proj": 96}
+    layers = {
+        f"model.layers.0.{name}": {"out_features": count, "sparse": name != "mlp.up_proj", "buckets": [name]}
+        for name, count in rows.items()
+    }
+    joined = linears._join_tactics(layers)
+    assert {name.removeprefix("model.layers.0."): entry["out_features"] for name, entry in joined.items()} == {
+        "self_attn.qkv_proj": 128,
+        "self_attn.o_proj": 64,
+        "mlp.gate_proj": 96,
+        "mlp.up_proj": 96,
+    }
+    assert joined["model.layers.0.self_attn.qkv_proj"]["buckets"] == ["self_attn.q_proj"]
 
 
 def test_a_joined_layer_that_does_not_fit_config_json_is_named() -> None:
