@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from builder.checkpoint.layout import ROW_PARALLEL, Expected
+from builder.checkpoint.layout import Expected
 from builder.checkpoint.reading import Checkpoint
 from builder.checkpoint.safetensors_file import HeaderError, Tensor
 from builder.checkpoint.violations import Code, Violation
+from builder.planning.sharding import is_row_parallel
 from plugins.sparsity import pattern
 
 Array = np.ndarray[Any, Any]
@@ -77,7 +78,7 @@ def check_split(checkpoint: Checkpoint, tensor_parallel: int) -> Iterator[Violat
         return  # it is split already: check_values looks at each rank
     for layer in checkpoint.sparse_layers:
         tensor = checkpoint.tensors.get(f"{layer}.weight")
-        if tensor is None or len(tensor.shape) != 2 or not layer.endswith(ROW_PARALLEL):
+        if tensor is None or len(tensor.shape) != 2 or not is_row_parallel(layer):
             continue
         K = tensor.shape[1]
         if K % (4 * tensor_parallel):

@@ -17,7 +17,6 @@ Role = Literal["weight", "scale", "other"]
 
 WEIGHT_DTYPE = {"fp8": "F8_E4M3", "int8": "I8"}
 VECTORS = tuple(FLOATS.values())  # norms and biases may be wider than the weights
-ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj", "attention.dense", "mlp.proj")
 
 
 @dataclass(frozen=True)

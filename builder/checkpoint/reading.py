@@ -17,6 +17,7 @@ from builder.checkpoint import layout
 from builder.checkpoint.safetensors_file import HeaderError, Tensor, read_header
 from builder.checkpoint.violations import Code, Unsupported, VerificationError, Violation
 from builder.planning.model_config import Architecture
+from builder.planning.sharding import is_row_parallel
 from plugins.common.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -94,7 +95,7 @@ class Checkpoint:
         saved = sum(weight.nbytes - _packed_bytes(weight) for weight in weights) if sparse else 0
         rows, columns = weights[0].shape
         cut_rows, cut_columns = len(weights), 1
-        if layer.endswith(layout.ROW_PARALLEL):
+        if is_row_parallel(layer):
             cut_rows, cut_columns = cut_columns, cut_rows
         return LayerFacts(
             name=layer,

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from builder.doctor.probes import PROBES, Finding, run
+from builder.doctor.finding import Finding
+from builder.doctor.probes import PROBES, run
 from builder.planning.compatibility import BACKENDS, TRTLLM, check, check_release
 
 # What each backend needs, in the order of installation; calibration and deployment likewise.

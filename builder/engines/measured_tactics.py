@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from builder.config import EngineConfig
-from builder.planning import compatibility
+from builder.planning import sharding
 from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.common.files import sha256
@@ -24,7 +24,7 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # of a model's config.json, an
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one product each in TensorRT-LLM
 
 
-class Sized(compatibility.Shardable, Protocol):
+class Sized(sharding.Shardable, Protocol):
     """What is read of a checkpoint's layer (builder.checkpoint.LayerFacts), of all ranks together."""
 
     @property
@@ -186,7 +186,7 @@ def shape(layer: Sized, ranks: int, dtype: str, fused: Mapping[str, Sized] | Non
     parts = next((parts for parts in FUSED if last in parts), ())
     if fused and parts and all(f"{block}.{part}" in fused for part in parts):
         rows = sum(fused[f"{block}.{part}"].out_features for part in parts)
-    if compatibility.is_row_parallel(layer.name):
+    if sharding.is_row_parallel(layer.name):
         columns //= ranks
     else:
         rows //= ranks

@@ -20,9 +20,10 @@ from builder.artifacts.manifest import MANIFEST, as_bytes, make_manifest, now
 from builder.context import BuildContext, Outputs
 from builder.hardware import machine
 from builder.pipeline.stages import UNTIL, Until, run_stages
-from builder.planning.compatibility import BACKENDS, check, check_mapping, check_shards, choose_backend
+from builder.planning.compatibility import BACKENDS, check, choose_backend
 from builder.planning.hub import find_model
 from builder.planning.plan import Plan, make_plan
+from builder.planning.sharding import check_mapping, check_shards
 from builder.progress import Console
 from builder.recipe import Recipe
 from builder.report.assemble import assemble

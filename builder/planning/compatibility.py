@@ -8,10 +8,8 @@ about GPUs: they are checked again on the machine that builds the engine.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
@@ -29,6 +27,14 @@ class Verdict:
     ok: bool
     reason: str
     instead: str = ""
+
+    @classmethod
+    def yes(cls, reason: str) -> Verdict:
+        return cls(True, reason)
+
+    @classmethod
+    def no(cls, reason: str, instead: str) -> Verdict:
+        return cls(False, reason, instead)
 
     def require(self) -> Verdict:
         """Returns itself. Raises UserError if not `ok`."""
@@ -72,14 +78,6 @@ class Combination:
     parallel: bool = False
 
 
-def _no(reason: str, instead: str) -> Verdict:
-    return Verdict(False, reason, instead)
-
-
-def _yes(reason: str) -> Verdict:
-    return Verdict(True, reason)
-
-
 TRTLLM = ("tensorrt", "pytorch")
 ANY_LATER = 999
 
@@ -87,7 +85,7 @@ ANY_LATER = 999
 TABLE: tuple[Rule, ...] = (
     # -- the GPU itself
     Rule(
-        _no(
+        Verdict.no(
             "2:4 sparsity needs the sparse tensor cores that begin with SM80 (A100)",
             "remove the recipe's 'sparsity' section, or use a newer GPU",
         ),
@@ -95,12 +93,12 @@ TABLE: tuple[Rule, ...] = (
         sm=(0, 79),
     ),
     Rule(
-        _no("TensorRT-LLM 1.x supports no GPU before SM80 (A100)", "use engine.backend=torch, or a newer GPU"),
+        Verdict.no("TensorRT-LLM 1.x supports no GPU before SM80 (A100)", "use engine.backend=torch, or a newer GPU"),
         backends=TRTLLM,
         sm=(0, 79),
     ),
     Rule(
-        _no(
+        Verdict.no(
             "FP8 needs the FP8 tensor cores that begin with SM89 (L4, L40S, RTX 4090)",
             "use quantization.format=int8 with engine.backend=tensorrt or torch",
         ),
@@ -108,13 +106,13 @@ TABLE: tuple[Rule, ...] = (
         sm=(0, 88),
     ),
     Rule(
-        _no("an FP8 KV cache needs SM89 or later", "use quantization.kv_cache=none"),
+        Verdict.no("an FP8 KV cache needs SM89 or later", "use quantization.kv_cache=none"),
         kv_caches=("fp8",),
         sm=(0, 88),
     ),
     # -- TensorRT-LLM's own limits
     Rule(
-        _no(
+        Verdict.no(
             "the PyTorch backend of TensorRT-LLM has no INT8 W8A8 linear layer ('unsupported quant mode')",
             "use quantization.format=fp8, or engine.backend=tensorrt (TensorRT-LLM 1.0 to 1.2, up to SM90), or torch",
         ),
@@ -122,7 +120,7 @@ TABLE: tuple[Rule, ...] = (
         backends=("pytorch",),
     ),
     Rule(
-        _no(
+        Verdict.no(
             "TensorRT-LLM refuses SmoothQuant INT8 on SM100 to SM119",
             "use quantization.format=fp8, or engine.backend=torch",
         ),
@@ -131,18 +129,18 @@ TABLE: tuple[Rule, ...] = (
         sm=(100, 119),
     ),
     Rule(
-        _no("the PyTorch backend of TensorRT-LLM has no INT8 KV cache", "use quantization.kv_cache=fp8 or none"),
+        Verdict.no("the PyTorch backend of TensorRT-LLM has no INT8 KV cache", "use quantization.kv_cache=fp8 or none"),
         kv_caches=("int8",),
         backends=("pytorch",),
     ),
     Rule(
-        _no("TensorRT-LLM refuses an INT8 KV cache on SM100 to SM119", "use quantization.kv_cache=fp8 or none"),
+        Verdict.no("TensorRT-LLM refuses an INT8 KV cache on SM100 to SM119", "use quantization.kv_cache=fp8 or none"),
         kv_caches=("int8",),
         backends=("tensorrt",),
         sm=(100, 119),
     ),
     Rule(
-        _no(
+        Verdict.no(
             "the torch engine runs on one device",
             "use engine.tensor_parallel=1 and engine.pipeline_parallel=1, or engine.backend=tensorrt or pytorch",
         ),
@@ -150,14 +148,14 @@ TABLE: tuple[Rule, ...] = (
         parallel=True,
     ),
     Rule(
-        _no("there is no sparse kernel for float32 weights", "start from a bfloat16 or float16 model"),
+        Verdict.no("there is no sparse kernel for float32 weights", "start from a bfloat16 or float16 model"),
         formats=("fp32",),
         sparse=True,
         backends=TRTLLM,
     ),
     # -- supported combinations, and how they run
     Rule(
-        _yes(
+        Verdict.yes(
             "our plugin: TensorRT's sparse INT8 tactics need INT8 outputs, and TensorRT-LLM's INT8 layers give 16 bit"
         ),
         formats=("int8",),
@@ -165,18 +163,22 @@ TABLE: tuple[Rule, ...] = (
         backends=("tensorrt",),
     ),
     Rule(
-        _yes("TensorRT's sparse tactics (reported on SM89: FP8 layers eligible, none picked) or our plugin"),
+        Verdict.yes("TensorRT's sparse tactics (reported on SM89: FP8 layers eligible, none picked) or our plugin"),
         formats=("fp8",),
         sparse=True,
         backends=("tensorrt",),
         sm=(89, 89),
     ),
-    Rule(_yes("TensorRT's sparse tactics (GEMM plugins off) or our plugin"), sparse=True, backends=("tensorrt",)),
-    Rule(_yes("TensorRT-LLM's own dense kernels"), sparse=False, backends=("tensorrt",)),
-    Rule(_yes("our linear method in an out-of-tree module"), sparse=True, backends=("pytorch",)),
-    Rule(_yes("TensorRT-LLM's own dense kernels"), sparse=False, backends=("pytorch",)),
-    Rule(_yes("our sparse kernels on CUDA, their reference numerics elsewhere"), sparse=True, backends=("torch",)),
-    Rule(_yes("our dense linear layers"), sparse=False, backends=("torch",)),
+    Rule(
+        Verdict.yes("TensorRT's sparse tactics (GEMM plugins off) or our plugin"), sparse=True, backends=("tensorrt",)
+    ),
+    Rule(Verdict.yes("TensorRT-LLM's own dense kernels"), sparse=False, backends=("tensorrt",)),
+    Rule(Verdict.yes("our linear method in an out-of-tree module"), sparse=True, backends=("pytorch",)),
+    Rule(Verdict.yes("TensorRT-LLM's own dense kernels"), sparse=False, backends=("pytorch",)),
+    Rule(
+        Verdict.yes("our sparse kernels on CUDA, their reference numerics elsewhere"), sparse=True, backends=("torch",)
+    ),
+    Rule(Verdict.yes("our dense linear layers"), sparse=False, backends=("torch",)),
 )
 
 
@@ -209,17 +211,17 @@ def check_release(backend: str, version: str) -> Verdict:
     """Whether a TensorRT-LLM release has the backend. TensorRT engines ended with the 1.2 line."""
     release = releases.parse(version)
     if release is None:
-        return _no(f"'{version}' is not a TensorRT-LLM version", "install tensorrt-llm>=1.0")
+        return Verdict.no(f"'{version}' is not a TensorRT-LLM version", "install tensorrt-llm>=1.0")
     if release < releases.OLDEST:
-        return _no(f"TensorRT-LLM {version} is older than 1.0", "install tensorrt-llm>=1.0")
+        return Verdict.no(f"TensorRT-LLM {version} is older than 1.0", "install tensorrt-llm>=1.0")
     if backend == "tensorrt" and release > releases.LAST_WITH_ENGINES:
-        return _no(
+        return Verdict.no(
             f"TensorRT-LLM {version} is past the 1.2 line, the last that builds TensorRT engines",
             f"use engine.backend=pytorch, or the container {releases.CONTAINER}",
         )
     if releases.is_newer(version):
-        return _yes(f"{releases.caution(version)}: it is tried")
-    return _yes(f"TensorRT-LLM {version} has the {backend} backend")
+        return Verdict.yes(f"{releases.caution(version)}: it is tried")
+    return Verdict.yes(f"TensorRT-LLM {version} has the {backend} backend")
 
 
 def choose_backend(
@@ -240,9 +242,9 @@ def choose_backend(
     passed_over: list[str] = []
     for backend in [name for name in among if name in TRTLLM]:
         if sm is None:
-            verdict = _no("there is no GPU", "")
+            verdict = Verdict.no("there is no GPU", "")
         elif tensorrt_llm is None:
-            verdict = _no("tensorrt_llm is not installed", "")
+            verdict = Verdict.no("tensorrt_llm is not installed", "")
         else:
             verdict = check(
                 format, sparse, backend, sm, kv_cache=kv_cache, parallel=parallel, tensorrt_llm=tensorrt_llm
@@ -260,90 +262,11 @@ def choose_backend(
 def check_architecture(architecture: str, backend: str) -> Verdict:
     """Whether our hooks support this architecture on the backend."""
     if architecture in FAMILIES:
-        return _yes(f"{backend} knows {architecture}")
+        return Verdict.yes(f"{backend} knows {architecture}")
     known = ", ".join(FAMILIES)
-    return _no(f"'{architecture}' is not an architecture that the {backend} backend builds here", f"use one of {known}")
-
-
-# -- tensor parallelism
-
-
-class Shardable(Protocol):
-    """The facts of a layer for `check_shards`: weight [out_features, in_features] and whether it is 2:4."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def sparse(self) -> bool: ...
-
-
-ROW_PARALLEL = (
-    "*.o_proj",
-    "*.down_proj",
-    "*.attention.dense",
-    "*.mlp.proj",
-)  # split along in_features; others along out
-
-
-def is_row_parallel(name: str) -> bool:
-    """Whether tensor parallelism splits this layer's in_features; names of either checkpoint format."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in ROW_PARALLEL)
-
-
-def check_shards(layers: Sequence[Shardable], tensor_parallel: int) -> Verdict:
-    """Whether every layer of the unsplit model divides over the ranks, with no split inside a group of 4.
-
-    The answer is about the first layer that does not. A row-parallel layer loses whole columns, and with them the 2:4
-    groups that straddle the cut; a column-parallel layer loses rows, which never breaks a group.
-    """
-    for layer in layers:
-        reason = _cut(layer, tensor_parallel)
-        if reason:
-            fits = [n for n in range(1, tensor_parallel) if not any(_cut(other, n) for other in layers)]
-            return _no(reason, f"use engine.tensor_parallel={max(fits)}")
-    return _yes(f"every layer splits over {tensor_parallel} ranks")
-
-
-def check_mapping(heads: int, blocks: int, tensor_parallel: int, pipeline_parallel: int, backend: str) -> Verdict:
-    """Whether attention heads divide over the tensor-parallel ranks, and decoder blocks over the stages.
-
-    The PyTorch backend gives the first stages one block more where they do not divide; engines want them even.
-    """
-    if heads % tensor_parallel:
-        return _no(
-            f"the model has {heads} attention heads, which tensor_parallel {tensor_parallel} does not divide",
-            f"use engine.tensor_parallel={_largest_divisor(heads, tensor_parallel)}",
-        )
-    if blocks % pipeline_parallel and (backend == "tensorrt" or blocks < pipeline_parallel):
-        return _no(
-            f"the model has {blocks} decoder blocks, which pipeline_parallel {pipeline_parallel} does not divide",
-            f"use engine.pipeline_parallel={_largest_divisor(blocks, pipeline_parallel)}",
-        )
-    return _yes(f"heads and blocks divide over {tensor_parallel} x {pipeline_parallel} ranks")
-
-
-def _largest_divisor(size: int, below: int) -> int:
-    return max(n for n in range(1, below) if size % n == 0)
-
-
-def _cut(layer: Shardable, ranks: int) -> str:
-    """Why one layer cannot be split over the ranks; empty if it can."""
-    if layer.name == "lm_head":  # TensorRT-LLM pads the vocabulary to the ranks
-        return ""
-    row = is_row_parallel(layer.name)
-    axis, size = ("in_features", layer.in_features) if row else ("out_features", layer.out_features)
-    if size % ranks:
-        return f"'{layer.name}' has {axis} {size}, which tensor_parallel {ranks} does not divide"
-    if row and layer.sparse and (size // ranks) % 4:
-        return (
-            f"'{layer.name}' has in_features {size}: tensor_parallel {ranks} gives each rank {size // ranks}, "
-            "which cuts a 2:4 group of 4"
-        )
-    return ""
+    return Verdict.no(
+        f"'{architecture}' is not an architecture that the {backend} backend builds here", f"use one of {known}"
+    )
 
 
 def _known(what: str, name: str, names: Sequence[str]) -> None:

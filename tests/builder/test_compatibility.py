@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from builder.planning import compatibility
-from builder.planning.compatibility import BACKENDS, FORMATS, Verdict, check, check_shards, choose_backend
+from builder.planning.compatibility import BACKENDS, FORMATS, Verdict, check, choose_backend
+from builder.planning.sharding import check_shards
 from plugins.common.errors import UserError
 
 

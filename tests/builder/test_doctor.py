@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from builder.doctor import checks, probes
-from builder.doctor.probes import Finding
+from builder.doctor import checks, package_probes, probes
+from builder.doctor.finding import Finding
 from plugins.common import nvidia_smi as gpus
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    for cached in (gpus.gpus, probes._version):
+    for cached in (gpus.gpus, package_probes._version):
         cached.cache_clear()
     yield
-    for cached in (gpus.gpus, probes._version):
+    for cached in (gpus.gpus, package_probes._version):
         cached.cache_clear()
 
 
@@ -74,7 +74,7 @@ def test_kernels_that_were_compiled_for_another_gpu(
     nvidia_smi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvidia_smi.write_text("#!/bin/sh\necho 'NVIDIA B200, 10.0, 183359, 183000, 580.65'\n")
-    monkeypatch.setattr(probes, "_child", lambda command, seconds: (0, ""))  # no such GPU here to load it for
+    monkeypatch.setattr(probes, "run_child", lambda command, seconds: (0, ""))  # no such GPU here to load it for
     (tmp_path / "libtwofour.so").touch()
     (tmp_path / "build.json").write_text('{"sms": ["80", "90a"], "nvcc": "13.0.88"}')
     monkeypatch.setenv("TWOFOUR_LIBRARY", str(tmp_path / "libtwofour.so"))
@@ -136,7 +136,7 @@ def install(site: Path, name: str, version: str, *files: str) -> None:
 def test_the_stub_that_pypi_serves_for_tensorrt_llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "tensorrt-llm", "1.2.1")
     monkeypatch.syspath_prepend(tmp_path)
-    found = probes.tensorrt_llm()
+    found = package_probes.tensorrt_llm()
     assert (found.state, found.version, found.words) == ("broken", "1.2.1", "a stub: the package holds no bindings")
 
 
@@ -149,7 +149,7 @@ def test_releases_of_tensorrt_llm(
 ) -> None:
     install(tmp_path, "tensorrt-llm", version, "bindings.cpython-312-x86_64-linux-gnu.so")
     monkeypatch.syspath_prepend(tmp_path)
-    found = probes.tensorrt_llm()
+    found = package_probes.tensorrt_llm()
     assert found.state == state
     assert words in found.words
 
@@ -157,14 +157,14 @@ def test_releases_of_tensorrt_llm(
 def test_a_tensorrt_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "tensorrt", "10.14.1")
     monkeypatch.syspath_prepend(tmp_path)
-    assert probes.tensorrt().state == "broken"
+    assert package_probes.tensorrt().state == "broken"
 
 
 def test_a_pyarrow_that_refuses_numpy_makes_modelopt_drop_its_plugins(tmp_path: Path) -> None:
     """As with pyarrow 22 and numpy 1.26: ModelOpt only warns, and then quantizes less than it was asked to."""
     (tmp_path / "pyarrow").mkdir()
     (tmp_path / "pyarrow" / "__init__.py").write_text("raise ImportError('pyarrow requires numpy 2')\n")
-    found = probes.modelopt({**os.environ, "PYTHONPATH": str(tmp_path)})
+    found = package_probes.modelopt({**os.environ, "PYTHONPATH": str(tmp_path)})
     assert found.state == "broken"
     assert "transformers plugins did not load" in found.words
     assert "pyarrow requires numpy 2" in found.words
@@ -173,7 +173,7 @@ def test_a_pyarrow_that_refuses_numpy_makes_modelopt_drop_its_plugins(tmp_path: 
 
 def test_a_modelopt_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: cannot open')\n")
-    found = probes.modelopt({**os.environ, "PYTHONPATH": str(tmp_path)})
+    found = package_probes.modelopt({**os.environ, "PYTHONPATH": str(tmp_path)})
     assert found.state == "broken"
     assert "libtorch.so: cannot open" in found.words
 
@@ -192,7 +192,7 @@ def test_a_probe_that_fails_is_a_finding() -> None:
 
 def test_a_child_that_hangs_is_killed_with_what_it_started() -> None:
     started = time.perf_counter()
-    assert probes._child(["sh", "-c", "sleep 60 & sleep 60"], 0.5) == (None, "")
+    assert probes.run_child(["sh", "-c", "sleep 60 & sleep 60"], 0.5) == (None, "")
     assert time.perf_counter() - started < 10
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from builder.checkpoint import Checkpoint, read
 from builder.config import EngineConfig
 from builder.engines.trtllm import artifact, launch, sparse_package, version_lock
-from builder.planning import compatibility
+from builder.planning import compatibility, sharding
 from calibration.data.tokenizer_files import copy_tokenizer
 from calibration.quantization.trtllm_config import for_transformers_4
 from plugins.common.errors import UserError
@@ -91,9 +91,9 @@ def _check(checkpoint: Checkpoint, config: EngineConfig) -> None:
         parallel=config.tensor_parallel * config.pipeline_parallel,
         tensorrt_llm=version_lock.installed("tensorrt_llm"),
     ).require()
-    compatibility.check_shards(checkpoint.layers(), config.tensor_parallel).require()
+    sharding.check_shards(checkpoint.layers(), config.tensor_parallel).require()
     sizes = (checkpoint.architecture.num_heads, checkpoint.architecture.num_blocks)
-    compatibility.check_mapping(*sizes, config.tensor_parallel, config.pipeline_parallel, "pytorch").require()
+    sharding.check_mapping(*sizes, config.tensor_parallel, config.pipeline_parallel, "pytorch").require()
 
 
 def _write_configs(checkpoint: Checkpoint, out: Path) -> None:

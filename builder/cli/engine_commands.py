@@ -1,0 +1,186 @@
+"""The commands for engines and machines: engine, bench, deploy, serve, doctor, plugins build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from builder.cli.options import example, gpu_option, json_option
+from plugins.common import defaults
+from plugins.common.errors import UserError
+
+
+@click.command(
+    short_help="Build an engine from a CHECKPOINT, without ModelOpt.",
+    epilog=example("twofour engine build/docs-llama/checkpoint --out build/engine --backend torch"),
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the engine to this directory.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "tensorrt", "pytorch", "torch"]),
+    default="auto",
+    show_default=True,
+    help="Build for this backend.",
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe's engine section."
+)
+@gpu_option
+@json_option
+def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...], gpu: str, as_json: bool) -> None:
+    """Build an engine from a CHECKPOINT without ModelOpt, for instance inside a TensorRT-LLM container."""
+    from builder.cli import tables
+    from builder.pipeline.rebuild import build_engine
+    from builder.progress import Console
+
+    with Console(quiet=as_json) as console:
+        facts = build_engine(checkpoint, out, backend, overrides, gpu, console)
+    tables.as_json(facts) if as_json else click.echo(f"{facts['backend']} engine in {out}")
+
+
+@click.command(
+    short_help="Measure speed beside the dense baseline.",
+    epilog=example("twofour bench build/docs-llama --input-tokens 128 --output-tokens 64 --concurrency 1,8"),
+)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--model", help="Compare with this dense model.  [default: the build's own]")
+@click.option("--input-tokens", default=128, show_default=True, help="Send prompts of this length.")
+@click.option("--output-tokens", default=64, show_default=True, help="Generate this many tokens per request.")
+@click.option(
+    "--concurrency", default="1,4", show_default=True, metavar="N,N,...", help="Run this many requests at a time."
+)
+@click.option("--requests", default=8, show_default=True, help="Send this many requests per round at each concurrency.")
+@click.option(
+    "--rounds", default=defaults.ROUNDS, show_default=True, help="Run this many interleaved rounds of dense and built."
+)
+@click.option("--url", help="Measure this OpenAI-compatible endpoint instead of the engine in process.")
+@click.option("--dense-url", help="Compare with the dense baseline at this endpoint, with --url.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write performance.json and records.jsonl here.")
+@json_option
+def bench(
+    artifact: Path,
+    model: str | None,
+    input_tokens: int,
+    output_tokens: int,
+    concurrency: str,
+    requests: int,
+    rounds: int,
+    url: str | None,
+    dense_url: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure a build's throughput and latency beside the dense baseline, interleaved, with intervals."""
+    from builder.cli import tables
+    from builder.pipeline import rebuild
+    from builder.progress import Console
+
+    config = rebuild.benchmark_config(input_tokens, output_tokens, concurrency, requests, rounds)
+    with Console(quiet=as_json) as console:
+        points = rebuild.bench(artifact, model, config, url, dense_url, out, console)
+    if as_json:
+        tables.as_json(points)
+    else:
+        for point in points:
+            click.echo(tables.speed(point))
+
+
+@click.command(
+    short_help="Write a Triton model repository.",
+    epilog=example("twofour deploy build/docs-llama --target triton --model-name docs"),
+)
+@click.argument("build_dir", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(["triton"]), default="triton", show_default=True, help="Serve with this.")
+@click.option("--model-name", default="llm", show_default=True, help="Name the model in URLs.")
+@click.option(
+    "--streaming/--no-streaming", default=None, help="Stream tokens.  [default: yes, unless responses are cached]"
+)
+@click.option("--response-cache", is_flag=True, help="Let Triton answer repeated requests from its cache.")
+@click.option("--dynamic-batching", is_flag=True, help="Let Triton group requests; the engine batches either way.")
+@click.option(
+    "--max-queue-delay-microseconds",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Let dynamic batching wait this long for a group.",
+)
+@click.option(
+    "--max-queue-size",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Refuse a request when this many wait; 0: no limit.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Generate this many tokens for a request without max_tokens.",
+)
+@json_option
+def deploy(build_dir: Path, target: str, as_json: bool, **options: Any) -> None:
+    """Write OUT/triton: a Triton model repository that serves the build's engine."""
+    from builder.cli import tables
+    from builder.pipeline.rebuild import deploy as write
+
+    written = write(build_dir, options)
+    tables.as_json(written) if as_json else click.echo(written["words"])
+
+
+@click.command(
+    short_help="Serve a build with Triton until Ctrl-C.",
+    epilog=example("twofour serve build/docs-llama --http-port 8000"),
+)
+@click.argument("build_dir", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
+@click.option("--http-port", default=8000, show_default=True, help="Serve HTTP here.")
+@click.option("--grpc-port", default=8001, show_default=True, help="Serve gRPC here.")
+@click.option("--metrics-port", default=8002, show_default=True, help="Serve metrics here.")
+def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_port: int) -> None:
+    """Serve OUT/triton with the Triton of the `triton` extra, until Ctrl-C."""
+    from builder.deploy.server import Ports
+    from builder.deploy.server import serve as run
+
+    repository = build_dir / "triton"
+    if not repository.is_dir():
+        raise UserError(f"'{build_dir}' holds no triton/: write it with twofour deploy {build_dir}")
+    run(repository, Ports(http_port, grpc_port, metrics_port), host, say=click.echo)
+
+
+@click.command(short_help="Show what this machine has and what it lacks.", epilog=example("twofour doctor"))
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show what this machine has, which backends can run, and the one thing that each other backend lacks."""
+    from builder.cli import tables
+    from builder.doctor.checks import examine
+
+    examination = examine()
+    tables.as_json(examination.to_dict()) if as_json else tables.health(examination)
+
+
+@click.group(short_help="Compile the CUDA library of sparse kernels.")
+def plugins() -> None:
+    """Compile the CUDA library of sparse kernels."""
+
+
+@plugins.command(
+    "build", short_help="Compile libtwofour with nvcc.", epilog=example("twofour plugins build --sm 80,90a")
+)
+@click.option("--sm", metavar="SM,SM,...", help="Compile for these GPUs.  [default: the one here, else all]")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the library here.  [default: beside the package]")
+@json_option
+def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
+    """Compile libtwofour with nvcc: cuSPARSELt GEMMs and the decode kernel. Needs no GPU."""
+    from builder.cli import tables
+    from plugins.libtwofour.compiler import OUT
+    from plugins.libtwofour.compiler import build as compile_library
+
+    built = compile_library(sm.split(",") if sm else None, out or OUT, progress=lambda line: click.echo(line, err=True))
+    tables.as_json(built) if as_json else click.echo(f"{built.library} for SM {', '.join(built.sms)}")
+
+
+COMMANDS = (engine, bench, deploy, serve, doctor, plugins)

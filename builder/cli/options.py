@@ -1,0 +1,34 @@
+"""Options that several commands share, and the example at the end of a help page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from plugins.common import defaults
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def example(text: str) -> str:
+    """The epilog of a help page: one command to try."""
+    return "\b\nExample:\n  " + "\n  ".join(text.splitlines())
+
+
+def json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")(command)
+
+
+def recipe_options(command: F) -> F:
+    """MODEL or RECIPE.yaml, --preset and --set, as `build` and `plan` take them."""
+    command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")(
+        command
+    )
+    command = click.option("--preset", metavar="NAME", help="fp8, int8, 2of4, fp8-2of4 or int8-2of4.")(command)
+    return click.argument("target", metavar="MODEL|RECIPE.yaml")(command)
+
+
+def gpu_option(command: F) -> F:
+    return click.option("--gpu", default=defaults.GPU, show_default=True, help="Predict times for this GPU.")(command)
