@@ -18,10 +18,10 @@ import yaml
 
 from plugins.common.config import Config
 from plugins.common.errors import UserError
+from plugins.common.formats import format_of
 
 Bound = Literal["memory", "math", "launch"]
 
-VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 OUTPUT_BYTES = 2  # every kernel of ours writes 16-bit activations
 
 
@@ -111,7 +111,7 @@ class Ceiling:
 def weight_bytes(out_features: int, in_features: int, format: str, sparse: bool = False) -> float:
     """Bytes of a weight. 2:4 keeps 2 of 4 values and a 2-bit index of each: 0.5625 of 16 bit, 0.625 of 8 bit."""
     values = out_features * in_features
-    dense = VALUE_BYTES[format]
+    dense = format_of(format).nbytes
     return values * (dense / 2 + 1 / 8) if sparse else float(values * dense)
 
 
@@ -130,7 +130,7 @@ def gemm_time(
     if reason := gpu.refuses(format, sparse):
         raise UserError(f"{reason}; name another --gpu")
     moved = weight_bytes(out_features, in_features, format, sparse)
-    moved += tokens * (in_features * VALUE_BYTES[format] + out_features * OUTPUT_BYTES)
+    moved += tokens * (in_features * format_of(format).nbytes + out_features * OUTPUT_BYTES)
     flops = 2.0 * tokens * out_features * in_features  # of the dense product; 2:4 skips half of them
     limits: dict[Bound, float] = {
         "memory": moved / gpu.bandwidth,

@@ -5,18 +5,15 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from builder.planning.compatibility import MODELOPT
 from builder.planning.model_config import Architecture, architecture
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
+from plugins.common.formats import FLOATS, OF_ALGORITHM, OF_KV_ALGORITHM
 
-Format = Literal["none", "int8", "fp8"]
-
-FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # the config's name -> safetensors'
-ALGORITHMS: dict[str | None, Format] = {None: "none", "NO_QUANT": "none", "FP8": "fp8", "W8A8_SQ_PER_CHANNEL": "int8"}
-KV_ALGORITHMS: dict[str | None, Format] = {None: "none", "FP8": "fp8", "INT8": "int8"}
+ALGORITHMS = {"NO_QUANT": "none", **OF_ALGORITHM}
 MAX_BLOCKS, MAX_RANKS = 10_000, 4096
 
 
@@ -32,11 +29,11 @@ class UnsupportedError(ConfigError):
 class Quantization:
     """What a config says about number formats. `exclude` are globs over module names."""
 
-    format: Format = "none"
-    kv_cache: Format = "none"
+    format: str = "none"
+    kv_cache: str = "none"
     exclude: tuple[str, ...] = ()
 
-    def format_of(self, *names: str) -> Format:
+    def format_of(self, *names: str) -> str:
         """The format of the layer that goes by any of `names`."""
         excluded = any(fnmatch.fnmatchcase(name, glob) for name in names for glob in self.exclude)
         return "none" if excluded else self.format
@@ -116,18 +113,18 @@ def _architecture(config: dict[str, Any]) -> Architecture:
     sizes = (shapes.hidden_size, shapes.intermediate_size, shapes.num_heads, shapes.num_kv_heads, shapes.head_dim)
     if not all(0 < size < 1 << 40 for size in (*sizes, shapes.vocab_size)) or not 0 < shapes.num_blocks <= MAX_BLOCKS:
         raise ConfigError("it holds a size that is not positive, or far too large")
-    _known("dtype", shapes.dtype, FLOATS, config)
+    _known("dtype", shapes.dtype, [format.dtype for format in FLOATS], config)
     return shapes
 
 
 def _quantization(algorithm: Any, kv_cache: Any, exclude: Any, written: dict[str, Any]) -> Quantization:
     """`written` is the config that says so, which may name its writer."""
     _known("quant_algo", algorithm, ALGORITHMS, written)
-    _known("kv_cache_quant_algo", kv_cache, KV_ALGORITHMS, written)
+    _known("kv_cache_quant_algo", kv_cache, OF_KV_ALGORITHM, written)
     exclude = exclude or []
     if not isinstance(exclude, list) or not all(isinstance(glob, str) for glob in exclude):
         raise ConfigError("the excluded modules are not a list of names")
-    return Quantization(ALGORITHMS[algorithm], KV_ALGORITHMS[kv_cache], tuple(exclude))
+    return Quantization(ALGORITHMS[algorithm], OF_KV_ALGORITHM[kv_cache], tuple(exclude))
 
 
 def _known(key: str, value: Any, known: Collection[str | None], config: dict[str, Any]) -> None:

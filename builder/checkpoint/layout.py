@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from builder.checkpoint.config import FLOATS, Mapping, Quantization
+from builder.checkpoint.config import Mapping, Quantization
 from builder.planning.model_config import Architecture
+from plugins.common.formats import EIGHT_BIT, FLOATS, OF_DTYPE, format_of
 
 Role = Literal["weight", "scale", "other"]
 
-WEIGHT_DTYPE = {"fp8": "F8_E4M3", "int8": "I8"}
-VECTORS = tuple(FLOATS.values())  # norms and biases may be wider than the weights
+VECTORS = tuple(format.safetensors for format in FLOATS)  # norms and biases may be wider than the weights
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Part:
 def hf_tensors(arch: Architecture, quantization: Quantization) -> dict[str, Expected]:
     """The tensors of a unified Hugging Face checkpoint, by name."""
     hidden = ((arch.hidden_size,),)
-    embedding = Expected(((arch.vocab_size, arch.hidden_size),), (FLOATS[arch.dtype],))
+    embedding = Expected(((arch.vocab_size, arch.hidden_size),), (_stored_as(arch),))
     tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": Expected(hidden, VECTORS)}
     for linear in arch.linears():
         part = Part(linear.name, linear.name, linear.out_features, linear.in_features, linear.bias)
@@ -111,7 +111,7 @@ def trtllm_tensors(
     if stage == 0:
         cut = mapping.tp if config.get("use_parallel_embedding") else 1
         rows = -(-arch.vocab_size // cut)
-        tensors["transformer.vocab_embedding.weight"] = Expected(((rows, arch.hidden_size),), (FLOATS[arch.dtype],))
+        tensors["transformer.vocab_embedding.weight"] = Expected(((rows, arch.hidden_size),), (_stored_as(arch),))
     if stage == mapping.pp - 1:
         tensors["transformer.ln_f.weight"] = Expected(hidden, VECTORS)
     return tensors
@@ -122,7 +122,7 @@ def _linear(
 ) -> dict[str, Expected]:
     """Weight, bias and scales of a layer. SmoothQuant leaves out the smoothing of a layer that it had no inputs for."""
     format = quantization.format_of(part.name, part.local)
-    dtype = WEIGHT_DTYPE.get(format, FLOATS[arch.dtype])
+    dtype = format_of(format).safetensors if format in EIGHT_BIT else _stored_as(arch)
     tensors = {f"{part.local}.weight": Expected(((part.N, part.K),), (dtype,), "weight", part.name)}
     if part.bias:
         tensors[f"{part.local}.bias"] = Expected(((part.N,),), VECTORS, layer=part.name)
@@ -134,6 +134,11 @@ def _linear(
         tensors[f"{part.local}.{weight_scale}"] = per_row
         tensors[f"{part.local}.{smoothing}"] = Expected(((part.K,),), VECTORS, "scale", part.name, required=False)
     return tensors
+
+
+def _stored_as(arch: Architecture) -> str:
+    """The dtype of unquantized weights, as safetensors calls it."""
+    return format_of(OF_DTYPE[arch.dtype]).safetensors
 
 
 def _scalar_scale() -> Expected:

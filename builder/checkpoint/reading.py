@@ -19,10 +19,10 @@ from builder.checkpoint.violations import Code, Unsupported, VerificationError, 
 from builder.planning.model_config import Architecture
 from builder.planning.sharding import is_row_parallel
 from plugins.common.errors import UserError
+from plugins.common.formats import OF_DTYPE, OF_SAFETENSORS
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-FORMAT_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8", "I8": "int8"}
 
 Report = Callable[[Violation], None]
 
@@ -68,7 +68,7 @@ class Checkpoint:
         """Of the quantized layers, or of all where none is: "int8", "fp8", "bf16", "fp16" or "fp32"."""
         if self.quantization.format != "none":
             return self.quantization.format
-        return FORMAT_NAMES[configs.FLOATS[self.architecture.dtype]]
+        return OF_DTYPE[self.architecture.dtype]
 
     @property
     def kv_cache(self) -> str:
@@ -101,7 +101,7 @@ class Checkpoint:
             name=layer,
             out_features=rows * cut_rows,
             in_features=columns * cut_columns,
-            format=FORMAT_NAMES.get(weights[0].dtype, weights[0].dtype.lower()),
+            format=OF_SAFETENSORS.get(weights[0].dtype, weights[0].dtype.lower()),
             sparse=sparse,
             bytes=total,
             packed_bytes=total - saved,

@@ -15,12 +15,13 @@ from builder.planning import sharding
 from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.common.files import sha256
+from plugins.common.formats import KERNEL_OUTPUTS
 from plugins.common.nvidia_smi import gpus
 
 if TYPE_CHECKING:
     from plugins.autotune.tuner import Shape
 
-DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # of a model's config.json, and of what our kernels put out
+DTYPES = {format.dtype: format.value for format in KERNEL_OUTPUTS}  # config.json's name -> ours
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one product each in TensorRT-LLM
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
+from plugins.common.formats import Format
 from plugins.tensorrt_llm import releases
 
 BACKENDS = ("tensorrt", "pytorch", "torch")
-FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
+FORMATS = tuple(format.value for format in Format)
 MODELOPT = "0.47"  # the version whose checkpoints are supported
 
 

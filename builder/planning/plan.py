@@ -17,9 +17,9 @@ from builder.recipe import Recipe
 from calibration.config import check_adapter_rank
 from plugins.common import defaults
 from plugins.common.errors import UserError
+from plugins.common.formats import OF_DTYPE, format_of
 
 PRODUCTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-FORMAT_NAME = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 Decision = Literal["prune", "candidate", "excluded", "not listed", "no sparsity"]
@@ -84,7 +84,7 @@ def make_plan(
     shapes = architecture(config, source)
     layers = tuple(_layer(linear, shapes, recipe) for linear in shapes.linears())
     _check_globs(recipe, [layer.name for layer in layers])
-    other = shapes.other_parameters * roofline.VALUE_BYTES[_dense_format(shapes)]
+    other = shapes.other_parameters * format_of(_dense_format(shapes)).nbytes
     head = layers[-1].dense_bytes if shapes.tied_embeddings else 0
     kv_bytes = shapes.kv_values_per_token * (1 if recipe.quantization.kv_cache != "none" else 2)
     return Plan(
@@ -130,7 +130,7 @@ def _layer(linear: Linear, shapes: Architecture, recipe: Recipe) -> LayerPlan:
 
 
 def _dense_format(shapes: Architecture) -> str:
-    return FORMAT_NAME.get(shapes.dtype, "bf16")
+    return OF_DTYPE.get(shapes.dtype, "bf16")
 
 
 def _scale_bytes(linear: Linear, recipe: Recipe) -> int:
@@ -152,7 +152,7 @@ def _decision(linear: Linear, shapes: Architecture, recipe: Recipe, number_forma
         raise UserError(
             "'lm_head' shares its weight with the embedding and cannot be pruned: add it to sparsity.exclude"
         )
-    alignment = 32 // roofline.VALUE_BYTES[number_format]
+    alignment = 32 // format_of(number_format).nbytes
     if linear.in_features % 4 or linear.in_features % alignment:
         what = "2:4 needs a multiple of 4" if linear.in_features % 4 else f"the kernels need a multiple of {alignment}"
         last = linear.name.rsplit(".", 1)[-1]

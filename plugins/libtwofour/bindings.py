@@ -14,12 +14,13 @@ from functools import cache
 from pathlib import Path
 
 from plugins.common.errors import UserError
+from plugins.common.formats import Format
 
 HOST = -1
 OLDEST_CUSPARSELT = 801  # 0.8.1; TWOFOUR_CUSPARSELT_OLDEST=800 accepts an older one for measuring, never for shipping
 MAX_ALGORITHMS = 512  # of one problem; cuSPARSELt has about 80
 KERNELS = ("skinny", "cusparselt", "cublaslt")
-FORMATS = ("fp16", "bf16", "int8", "fp8")
+FORMATS = tuple(format.value for format in Format if format.twofour_type is not None)  # in the order of twofour_type
 STATUSES = (
     "ok",
     "invalid argument",

@@ -25,16 +25,12 @@ import torch
 from plugins.common import numerics
 from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
+from plugins.common.formats import format_of
 from plugins.libtwofour import bindings
 from plugins.sparsity import skinny_layout
 from plugins.sparsity.torch_packing import from_numpy, to_numpy
 
-FORMATS = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int8: "int8",
-    torch.float8_e4m3fn: "fp8",
-}
+FORMATS = {getattr(torch, format_of(name).dtype): name for name in bindings.FORMATS}
 DTYPES = {name: dtype for dtype, name in FORMATS.items()}
 
 

@@ -18,6 +18,7 @@ import torch
 
 from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
+from plugins.common.formats import Format
 from plugins.linear.torch_linear import (
     DenseLinear,
     Fp8Linear,
@@ -29,14 +30,7 @@ from plugins.linear.torch_linear import (
 )
 from plugins.sparsity.torch_packing import unpack
 
-FORMATS = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int8: "int8",
-    torch.float8_e4m3fn: "fp8",
-}
+FORMATS = {getattr(torch, format.dtype): format.value for format in Format} | {torch.float64: "fp64"}
 CPU_KERNELS = ("cpu-2of4", "cpu-dense")
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 UNFIT = ("misaligned", "unsupported")  # statuses of libtwofour after which torch's own product takes the layer

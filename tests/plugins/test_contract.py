@@ -187,8 +187,8 @@ def test_completed_checkpoint_config_has_only_keys_that_the_model_config_reads()
 def test_quantization_keys_that_we_let_through_are_quant_configs():
     known = set(facts("QuantConfig"))
     assert known == trtllm_checkpoint.QUANTIZATION_KEYS
-    assert {name for name in trtllm_checkpoint.FORMATS if name} <= set(facts("QuantAlgo"))
-    assert {name for name in trtllm_checkpoint.KV_CACHES if name} <= set(facts("KV_CACHE_QUANT_ALGO_LIST"))
+    assert {name for name in trtllm_checkpoint.OF_ALGORITHM if name} <= set(facts("QuantAlgo"))
+    assert {name for name in trtllm_checkpoint.OF_KV_ALGORITHM if name} <= set(facts("KV_CACHE_QUANT_ALGO_LIST"))
 
 
 def test_required_keys_are_those_without_a_default():

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 
 from plugins.common import numerics
+from plugins.common.formats import EIGHT_BIT
 
-STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+STORED = {format.value: getattr(torch, format.dtype) for format in EIGHT_BIT}
 
 
 class KVCache:

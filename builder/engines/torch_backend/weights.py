@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 
 from calibration.model.weight_files import INDEX, weight_files
 from plugins.common.errors import UserError
+from plugins.common.formats import Format
 from plugins.sparsity.torch_packing import pack
 
 SHARD_BYTES = 4 << 30
-FORMATS = {"I8": "int8", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+NARROWEST_FIRST = (Format.INT8, Format.FP8, Format.BF16, Format.FP16)
 
 
 class Tensors:
@@ -122,4 +123,4 @@ def _shard_name(number: int) -> str:
 def number_format(tensors: Tensors) -> str:
     """ "int8" or "fp8" where a layer's weight is, else what the weights are."""
     dtypes = {tensors.dtype(name) for name in tensors if name.endswith("_proj.weight")}
-    return next((name for dtype, name in FORMATS.items() if dtype in dtypes), "fp32")
+    return next((format.value for format in NARROWEST_FIRST if format.safetensors in dtypes), "fp32")

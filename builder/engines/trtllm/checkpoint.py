@@ -12,10 +12,9 @@ from typing import Any
 
 from builder.planning import compatibility
 from plugins.common.errors import UserError
+from plugins.common.formats import KERNEL_OUTPUTS, OF_ALGORITHM, OF_KV_ALGORITHM
 
-FORMATS = {None: "none", "FP8": "fp8", "W8A8_SQ_PER_CHANNEL": "int8"}  # quantization.quant_algo -> our name
-KV_CACHES = {None: "none", "FP8": "fp8", "INT8": "int8"}
-DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+DTYPES = {format.dtype: format.value for format in KERNEL_OUTPUTS}  # config.json's name -> ours
 # The keys that TensorRT-LLM's QuantConfig takes: a newer release of it refuses any other.
 QUANTIZATION_KEYS = frozenset(
     [
@@ -52,7 +51,7 @@ class TrtllmCheckpoint:
     @property
     def quantization(self) -> str:
         """ "none", "int8" or "fp8"."""
-        return FORMATS[(self.config.get("quantization") or {}).get("quant_algo")]
+        return OF_ALGORITHM[(self.config.get("quantization") or {}).get("quant_algo")]
 
     @property
     def format(self) -> str:
@@ -61,7 +60,7 @@ class TrtllmCheckpoint:
 
     @property
     def kv_cache(self) -> str:
-        return KV_CACHES[(self.config.get("quantization") or {}).get("kv_cache_quant_algo")]
+        return OF_KV_ALGORITHM[(self.config.get("quantization") or {}).get("kv_cache_quant_algo")]
 
     @property
     def tensor_parallel(self) -> int:
@@ -123,7 +122,7 @@ def _check_quantization(config: dict[str, Any], where: Path) -> None:
             raise UserError(
                 f"'{where}' has the quantization key '{key}', which TensorRT-LLM 1.0 to 1.2 refuses: {again}"
             )
-    for key, known in (("quant_algo", FORMATS), ("kv_cache_quant_algo", KV_CACHES)):
+    for key, known in (("quant_algo", OF_ALGORITHM), ("kv_cache_quant_algo", OF_KV_ALGORITHM)):
         if quantization.get(key) not in known:
             names = ", ".join(str(name) for name in known if name)
             raise UserError(f"'{where}' has {key} '{quantization[key]}', which is none of {names}: {again}")
