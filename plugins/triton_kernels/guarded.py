@@ -83,7 +83,7 @@ def _copy(arguments: tuple[Any, ...]) -> list[Any]:
 
 def _difference(out: Any, expected: Any) -> str | None:
     """How a result, or an argument that was written to, differs from what it should be; None where it does not."""
-    if not isinstance(out, torch.Tensor) or torch.equal(out.view(torch.uint8), expected.view(torch.uint8)):
+    if not isinstance(out, torch.Tensor) or torch.equal(_bytes(out), _bytes(expected)):
         return None
     tolerance = TOLERANCE.get(out.element_size(), 1e-5)
     out, expected = out.float(), expected.float()
@@ -92,6 +92,10 @@ def _difference(out: Any, expected: Any) -> str | None:
         return None
     error = (out - expected).abs().max().item()
     return f"its numbers are off by up to {error:.3g} where the largest is {largest:.3g}"
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _first_line(error: Exception) -> str:

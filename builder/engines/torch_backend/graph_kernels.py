@@ -1,4 +1,4 @@
-"""What a step is once it is captured in a CUDA graph: how many kernels, and whether a replay computes the same."""
+"""What a decode step is made of: its kernels' number and times, and whether a replay of its graph computes the same."""
 
 from __future__ import annotations
 
@@ -40,6 +40,23 @@ def replays_agree(step: Callable[[], torch.Tensor], rounds: int = 10) -> float |
         graph.replay()
         shares.append((out == expected).float().mean().item())
     return round(min(shares), 4)
+
+
+def kernel_times(step: Callable[[], object], most: int = 16) -> dict[str, dict[str, float]] | str:
+    """Of one eager call, the kernels with the longest times: calls, and microseconds of all of them together."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if not torch.cuda.is_available():
+        return "not timed: there is no GPU here"
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            step()
+            torch.cuda.synchronize()
+        rows = [row for row in profiled.key_averages() if row.self_device_time_total > 0]
+    except (RuntimeError, AttributeError, OSError) as error:
+        return f"not timed: {type(error).__name__}: {error}".splitlines()[0]
+    rows.sort(key=lambda row: -row.self_device_time_total)
+    return {row.key[:120]: {"calls": row.count, "us": round(row.self_device_time_total, 1)} for row in rows[:most]}
 
 
 def _nodes(graph: int) -> dict[str, int]:
