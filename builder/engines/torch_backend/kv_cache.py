@@ -1,4 +1,4 @@
-"""The KV cache: one row a running request, allocated once, 16-bit, INT8 or FP8.
+"""The KV cache: one row a running request, 16-bit, INT8 or FP8. It is allocated when the first request runs.
 
 An 8-bit cache holds round(k / k_scale), with one static scale a layer and side. The scales never touch a cached
 element: k_scale goes into the softmax scale, v_scale onto the attention's output.
@@ -7,6 +7,9 @@ Legend: R rows (max_batch_size), H key-value heads, S positions (max_seq_len), D
 """
 
 from __future__ import annotations
+
+import math
+from functools import cached_property
 
 import torch
 
@@ -35,15 +38,24 @@ class KVCache:
         self._multipliers: list[tuple[torch.Tensor, ...]] = [
             tuple(torch.full((1,), 1 / scale, device=device) for scale in pair) for pair in scales
         ]
-        shape, stored = (rows, heads, positions, head_dim), STORED.get(kind, dtype)
+        self._shape, self._stored, self._device = (rows, heads, positions, head_dim), STORED.get(kind, dtype), device
+
+    @cached_property
+    def keys(self) -> list[torch.Tensor]:
+        return self._allocate()
+
+    @cached_property
+    def values(self) -> list[torch.Tensor]:
+        return self._allocate()
+
+    def _allocate(self) -> list[torch.Tensor]:
         # zeros, not empty: a masked position weighs 0, and 0 * NaN would be NaN
-        self.keys = [torch.zeros(shape, dtype=stored, device=device) for _ in scales]
-        self.values = [torch.zeros(shape, dtype=stored, device=device) for _ in scales]
+        return [torch.zeros(self._shape, dtype=self._stored, device=self._device) for _ in self.scales]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        """Bytes that it takes once it is allocated."""
+        return 2 * len(self.scales) * math.prod(self._shape) * self._stored.itemsize
 
     def multipliers(self, layer: int) -> tuple[torch.Tensor | None, ...]:
         """What keys and values are multiplied by before they are rounded, [1] each; None in a 16-bit cache."""
