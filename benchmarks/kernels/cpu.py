@@ -1,0 +1,164 @@
+"""What libtwofour_cpu's products reach: the share of this machine's read bandwidth, and 2:4 against dense.
+
+    python -m benchmarks.kernels.cpu --threads 1,2 --out benchmarks/results/cpu-kernels.json
+
+All linear layers of a model's blocks are multiplied one after another, each block with weights of its own, so that the
+weights come from memory as in a decode step. The read bandwidth is measured in the same run: the sum of a buffer larger
+than any cache, read by the same threads. Times are the least of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import environment
+from plugins.autotune.timing import random_2to4
+from plugins.common.errors import UserError
+from plugins.common.files import write_json
+from plugins.libtwofour import cpu
+from plugins.linear.cpu_linear import DENSE, SPARSE, CpuLinear
+from plugins.linear.torch_linear import Scales
+from plugins.sparsity.torch_packing import pack
+
+# (out_features, in_features) of a block's products: q, k and v; o; gate and up; down
+SHAPES = {
+    "smollm2-135m": (30, ((960, 576), (576, 576), (3072, 576), (576, 1536))),
+    "llama-3.2-1b": (16, ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192))),
+}
+KINDS = {  # what is measured: the weight's dtype and the kernel
+    "int8 2:4": (torch.int8, SPARSE),
+    "int8": (torch.int8, DENSE),
+    "bf16 2:4": (torch.bfloat16, SPARSE),
+    "bf16": (torch.bfloat16, DENSE),
+}
+HEADINGS = ("kernel", "isa", "threads", "tokens", "ms", "GB/s", "of read", "x int8", "x bf16")
+WIDTH = 9
+BUFFER = 512 << 20
+ROUNDS = 15
+
+
+def least_seconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that the threads in use read together."""
+    buffer = torch.ones(BUFFER, dtype=torch.uint8)
+    return BUFFER / least_seconds(lambda: cpu.load().twofour_cpu_read(buffer.data_ptr(), BUFFER), 7)
+
+
+def layers_of(model: str, kind: str) -> list[CpuLinear]:
+    """The model's linear layers, with random weights."""
+    blocks, shapes = SHAPES[model]
+    dtype, kernel = KINDS[kind]
+    layers = []
+    for rows, columns in shapes:
+        w_NK = random_2to4(rows, columns, dtype, torch.device("cpu"))
+        scales = Scales(torch.full((rows,), 0.01), torch.tensor([0.05])) if dtype == torch.int8 else None
+        kept = pack(w_NK) if kernel == SPARSE else w_NK
+        for _ in range(blocks):
+            layers.append(CpuLinear(kept, (rows, columns), scales, None, torch.bfloat16, ((1, kernel),)))
+    return layers
+
+
+def measure(layers: Sequence[CpuLinear], tokens: int) -> float:
+    """Seconds of one pass over all layers."""
+    inputs = {k: torch.randn(tokens, k).bfloat16() for k in {layer.in_features for layer in layers}}
+    return least_seconds(lambda: [layer(inputs[layer.in_features]) for layer in layers])
+
+
+def run(model: str, threads: Sequence[int], tokens: Sequence[int], isas: Sequence[str]) -> dict[str, Any]:
+    """The table, printed as it is measured."""
+    rows: list[dict[str, Any]] = []
+    best = cpu.isa()
+    usable = [name for name in isas if cpu.ISAS.index(name) <= cpu.ISAS.index(best)]
+    bandwidth = {}
+    for count in threads:
+        if cpu.set_threads(count) != count:
+            raise UserError(f"--threads {count}: this process may use {cpu.set_threads(count)} processors")
+        bandwidth[count] = read_bandwidth()
+        print(f"{count} threads read {bandwidth[count] / 1e9:.1f} GB/s")
+    print(" ".join(f"{name:>{WIDTH}}" for name in HEADINGS))
+    for kind in KINDS:
+        layers = layers_of(model, kind)
+        held = sum(weight.nbytes for layer in layers for weight in layer.weights.values())
+        for isa in usable:
+            if (isa, kind) == ("avx2", "bf16 2:4"):
+                continue  # no kernel of its own there
+            cpu.use_isa(isa)
+            for count in threads:
+                cpu.set_threads(count)
+                for m in tokens:
+                    seconds = measure(layers, m)
+                    share = held / seconds / bandwidth[count] if m == 1 else None
+                    rows.append(
+                        {
+                            "kernel": kind,
+                            "isa": isa,
+                            "threads": count,
+                            "tokens": m,
+                            "ms": round(seconds * 1e3, 3),
+                            "weight_bytes": held,
+                            "gb_per_s": round(held / seconds / 1e9, 2),
+                            "share_of_read_bandwidth": None if share is None else round(share, 3),
+                        }
+                    )
+        cpu.use_isa(best)
+    for row in rows:
+        for dense in ("int8", "bf16"):
+            other = next((r for r in rows if r["kernel"] == dense and _same(r, row)), None)
+            row[f"speedup_over_{dense}"] = None if other is None else round(other["ms"] / row["ms"], 3)
+        share = row["share_of_read_bandwidth"]
+        cells = (
+            *(row[name] for name in ("kernel", "isa", "threads", "tokens")),
+            f"{row['ms']:.2f}",
+            f"{row['gb_per_s']:.1f}",
+            "" if share is None else f"{share:.0%}",
+            *(f"{row[f'speedup_over_{dense}'] or 0:.2f}" for dense in ("int8", "bf16")),
+        )
+        print(" ".join(f"{cell:>{WIDTH}}" for cell in cells))
+    return {
+        "environment": environment.describe(),
+        "model": model,
+        "read_gb_per_s": {str(count): round(value / 1e9, 2) for count, value in bandwidth.items()},
+        "rows": rows,
+    }
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(a[key] == b[key] for key in ("isa", "threads", "tokens"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="smollm2-135m")
+    parser.add_argument("--threads", default="1,2", metavar="N,N,...")
+    parser.add_argument("--tokens", default="1,4,16,128", metavar="M,M,...")
+    parser.add_argument("--isas", default="avx512,avx2", metavar="ISA,ISA,...")
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args(arguments)
+    try:
+        numbers = [[int(text) for text in value.split(",")] for value in (chosen.threads, chosen.tokens)]
+        table = run(chosen.model, numbers[0], numbers[1], chosen.isas.split(","))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if chosen.out:
+        write_json(chosen.out, table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
