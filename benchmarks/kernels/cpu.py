@@ -87,7 +87,9 @@ def run(model: str, threads: Sequence[int], tokens: Sequence[int], isas: Sequenc
     bandwidth = {}
     for count in threads:
         if cpu.set_threads(count) != count:
-            raise UserError(f"--threads {count}: this process may use {cpu.set_threads(count)} processors")
+            raise UserError(
+                f"--threads {count} exceeds this process's processors", f"use {cpu.set_threads(count)} or fewer"
+            )
         bandwidth[count] = read_bandwidth()
         print(f"{count} threads read {bandwidth[count] / 1e9:.1f} GB/s")
     print(" ".join(f"{name:>{WIDTH}}" for name in HEADINGS))

@@ -164,23 +164,29 @@ def doctor(as_json: bool) -> None:
 
 @click.group(short_help="Compile the CUDA library of sparse kernels.")
 def plugins() -> None:
-    """Compile the CUDA library of sparse kernels."""
+    """Compile the libraries of sparse kernels."""
 
 
-@plugins.command(
-    "build", short_help="Compile libtwofour with nvcc.", epilog=example("twofour plugins build --sm 80,90a")
-)
+@plugins.command("build", short_help="Compile the kernels.", epilog=example("twofour plugins build --sm 80,90a"))
 @click.option("--sm", metavar="SM,SM,...", help="Compile for these GPUs.  [default: the one here, else all]")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the library here.  [default: beside the package]")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the libraries here.  [default: beside the package]")
 @json_option
 def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
-    """Compile libtwofour with nvcc: cuSPARSELt GEMMs and the decode kernel. Needs no GPU."""
+    """Compile the CPU kernels with g++ and, where nvcc is installed, the CUDA kernels. Needs no GPU."""
     from builder.cli import tables
-    from plugins.libtwofour.compiler import OUT
-    from plugins.libtwofour.compiler import build as compile_library
+    from plugins.libtwofour import compiler, cpu_compiler
 
-    built = compile_library(sm.split(",") if sm else None, out or OUT, progress=lambda line: click.echo(line, err=True))
-    tables.as_json(built) if as_json else click.echo(f"{built.library} for SM {', '.join(built.sms)}")
+    def show(line: str) -> None:
+        click.echo(line, err=True)
+
+    on_cpu = cpu_compiler.build(out, show)
+    if sm is None and not compiler.has_nvcc():
+        show("no nvcc here: the CUDA kernels are left out")
+        tables.as_json({"cpu_library": str(on_cpu)}) if as_json else click.echo(str(on_cpu))
+        return
+    built = compiler.build(sm.split(",") if sm else None, out or compiler.OUT, progress=show)
+    facts = {**vars(built), "cpu_library": str(on_cpu)}
+    tables.as_json(facts) if as_json else click.echo(f"{on_cpu}\n{built.library} for SM {', '.join(built.sms)}")
 
 
 COMMANDS = (engine, bench, deploy, serve, doctor, plugins)

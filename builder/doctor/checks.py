@@ -87,6 +87,9 @@ def _note(name: str, by_name: Mapping[str, Finding]) -> str:
     lacking = next((by_name[need] for need in KERNELS if not by_name[need].ok), None)
     if lacking is None:
         return "sparse layers run on our CUDA kernels"
+    compiler = by_name.get("C++ compiler")
+    if by_name["GPU"].state == "missing" and compiler is not None and compiler.ok:
+        return "sparse layers run on our CPU kernels, compiled at first use"
     return f"sparse layers run the reference numerics, without speed-up: {lacking.name}: {lacking.words}"
 
 

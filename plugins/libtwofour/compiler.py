@@ -103,6 +103,15 @@ def find_nvcc() -> str:
     raise UserError("no nvcc found", "install the CUDA toolkit 12.8 or newer, or set CUDA_HOME")
 
 
+def has_nvcc() -> bool:
+    """Whether there is a compiler for CUDA."""
+    try:
+        find_nvcc()
+    except UserError:
+        return False
+    return True
+
+
 def find_includes() -> list[Path]:
     """The directories of cusparseLt.h, cusparse.h and cublasLt.h. Raises UserError naming the wheel that has it."""
     directories = []

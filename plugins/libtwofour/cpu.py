@@ -82,7 +82,7 @@ def load() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(file))
     except OSError as error:
-        raise UserError(f"cannot load '{file}' ({error}): run `twofour plugins build`") from error
+        raise UserError(f"cannot load '{file}' ({error})", "run `twofour plugins build`") from error
     library.twofour_cpu_last_error.restype = c_char_p
     linear, size = POINTER(Linear), (c_int, c_int64, c_int64)
     signatures: dict[str, tuple[object, tuple[object, ...]]] = {

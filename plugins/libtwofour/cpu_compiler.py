@@ -62,7 +62,7 @@ def find_compiler() -> str:
     name = os.environ.get("CXX", "g++")
     path = shutil.which(name)
     if path is None:
-        raise UserError(f"no C++ compiler '{name}': install g++ (apt-get install g++), or set CXX")
+        raise UserError(f"no C++ compiler '{name}'", "install g++ (apt-get install g++), or set CXX")
     return path
 
 
@@ -94,4 +94,4 @@ def _run(command: list[str], progress: Callable[[str], None]) -> None:
     if done.returncode != 0:
         wrong = [line for line in done.stdout.splitlines() if "error" in line] or done.stdout.splitlines()[-1:]
         reason = wrong[0].strip() if wrong else f"exit status {done.returncode}"
-        raise UserError(f"compiling libtwofour_cpu failed: {reason}; {' '.join(command)}")
+        raise UserError(f"compiling libtwofour_cpu failed: {reason}", f"run {' '.join(command)}")

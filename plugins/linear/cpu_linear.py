@@ -135,9 +135,10 @@ def build(
         kept: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = (values, tensors["weight_indices"])
         rows, columns = values.shape[0], 2 * values.shape[1]
         if tensors["weight_indices"].shape != (rows, -(-columns // 8)):
+            indices = list(tensors["weight_indices"].shape)
             raise UserError(
-                f"values {list(values.shape)} and indices {list(tensors['weight_indices'].shape)} do not belong "
-                "together: build the engine again"
+                f"values {list(values.shape)} and indices {indices} do not belong together",
+                "build the engine again",
             )
     else:
         kept = tensors["weight"]

@@ -55,7 +55,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes that it takes once it is allocated."""
-        return 2 * len(self.scales) * math.prod(self._shape) * self._stored.itemsize
+        return 2 * len(self.scales) * math.prod(self._shape) * int(self._stored.itemsize)
 
     def multipliers(self, layer: int) -> tuple[torch.Tensor | None, ...]:
         """What keys and values are multiplied by before they are rounded, [1] each; None in a 16-bit cache."""
