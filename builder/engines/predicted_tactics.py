@@ -76,10 +76,10 @@ def reason(card: roofline.Gpu, sparse: bool, buckets: list[dict[str, Any]]) -> s
         limits = "(roofline limits, not measured)"
         return f"2:4 pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {card.name} {limits}"
     least = card.least_kernel_seconds * 1e6
-    if all(bucket["dense_us"] <= round(least, 3) for bucket in buckets):
-        return (
-            f"stays dense: on {card.name} a kernel takes at least {least:.2f} us, and the dense product takes no more"
-        )
+    bound = [bucket["tokens"] for bucket in buckets if bucket["dense_us"] <= round(least, 3)]
+    if bound:
+        shortest = f"a kernel takes at least {least:.2f} us on {card.name}"
+        return f"stays dense: {shortest}, and the dense product takes no more up to {max(bound)} tokens"
     return f"stays dense: no sparse kernel is predicted to gain on {card.name}"
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.roofline import roofline
 from builder.config import EngineConfig
-from builder.engines.predicted_tactics import predict_tactics
+from builder.engines import predicted_tactics
+from builder.engines.predicted_tactics import BUCKETS, predict_bucket, predict_tactics
 from builder.engines.torch_backend import artifact
 from plugins.autotune import tuner
 from plugins.autotune.tuner import Shape, Timing
@@ -96,3 +99,15 @@ def test_an_engine_without_tactics_is_refused_in_a_line(built: Path, tmp_path: P
     (tmp_path / "engine" / "tactics.json").write_text('{"layers": {}}')
     ended = twofour("explain", tmp_path / "engine")
     assert "tactics.json' is no tactics file: device: Field required" in ended.stderr
+
+
+def test_a_small_layer_is_not_predicted_to_gain() -> None:
+    """A weight of 256 x 256 in 2:4: no kernel takes less than a launch and one wave of blocks."""
+    card = roofline.gpu("H100")
+    layer = SimpleNamespace(out_features=256, in_features=256, format="fp8", sparse=True)
+    buckets = [predict_bucket(card, tokens, layer) for tokens in BUCKETS]
+    assert {bucket["kernel"] for bucket in buckets} == {"dense-cublaslt"}
+    assert max(bucket["ratio"] for bucket in buckets) < 1.02
+    why = predicted_tactics.reason(card, True, buckets)
+    assert why.startswith("stays dense: a kernel takes at least 1.72 us on H100 SXM 80GB")
+    assert why.endswith("up to 512 tokens")
