@@ -141,7 +141,8 @@ def _describe_errors(error: ValidationError) -> str:
         return f"unknown recipe key '{where}'{hint}"
     if first["type"] == "missing":
         return f"the recipe lacks '{where}': add it"
-    return f"recipe key '{where}' is {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"recipe key '{where}' is {first['input']!r}: {message[0].lower() + message[1:]}"
 
 
 def _keys_at(loc: tuple[int | str, ...]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from plugins.common.config import Config, Percent
 from plugins.common.errors import UserError
@@ -29,10 +30,22 @@ class CalibrationData(Config):
 
 
 class Budget(Config):
-    """Prune only the layers that fit under this loss of accuracy."""
+    """Prune as many channels as fit under a loss of accuracy: give one of the three limits."""
 
-    perplexity_increase: Percent
+    perplexity_increase: Percent | None = None
     """Largest increase of the perplexity on `accuracy.data`, as `3%` or 0.03."""
+    kl: float | None = Field(default=None, gt=0)
+    """Largest mean KL divergence from the dense model on `accuracy.data`, nats a token."""
+    top1_agreement: Percent | None = Field(default=None, lt=1)
+    """Smallest share of tokens of `accuracy.data` where both models put the same token first."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Start no second build that would end later than this after the start of the first. null: no limit."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if len(limits := [self.perplexity_increase, self.kl, self.top1_agreement]) - limits.count(None) != 1:
+            raise ValueError("give one of perplexity_increase, kl and top1_agreement")
+        return self
 
 
 class Sparsity(Config):
@@ -46,8 +59,11 @@ class Sparsity(Config):
     """Layers to prune: globs over module names, or over their last part."""
     exclude: tuple[str, ...] = ("lm_head",)
     """Layers to leave dense, by the same globs."""
+    fraction: Percent | None = Field(default=None, gt=0, le=1)
+    """Share of the weights of `layers` that goes 2:4, as `50%`: the channels that cost least; the others stay dense.
+    null: all of them."""
     budget: Budget | None = None
-    """Choose among `layers` those that fit under a loss of accuracy."""
+    """Choose the share by a loss of accuracy, in place of `fraction`."""
     adapter_rank: int | None = Field(default=None, ge=1)
     """Rank of a LoRA adapter that recovers part of the pruning error, written beside the checkpoint for servers that
     load adapters; the engine does not apply it. null: no adapter."""
@@ -56,6 +72,14 @@ class Sparsity(Config):
     def needs_text(self) -> bool:
         """Whether the method looks at the layers' inputs."""
         return self.method not in ("magnitude", "modelopt-magnitude")
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.budget and self.fraction is not None:
+            raise ValueError("fraction and budget exclude each other: the budget finds the fraction")
+        if self.method.startswith("modelopt-") and (self.budget or self.fraction is not None):
+            raise ValueError(f"method {self.method} prunes whole layers only: use reconstruct or sparsegpt")
+        return self
 
 
 def check_adapter_rank(rank: int, name: str, out_features: int, in_features: int) -> None:

@@ -57,7 +57,7 @@ class Gpu(Config):
         """FLOP a second, of the dense product that a 2:4 kernel stands for."""
         return self.dense_tflops[format] * 1e12 * (self.sparse_multiplier if sparse else 1)
 
-    def refuses(self, format: str, sparse: bool = False) -> str | None:
+    def refuses(self, format: str, sparse: float = 0.0) -> str | None:
         """Why the card's tensor cores cannot run the format; None where they can."""
         if format not in self.dense_tflops:
             need = {"fp8": "SM89 (Ada) or later", "bf16": "SM80 (Ampere) or later"}.get(format)
@@ -74,7 +74,7 @@ class Layer:
     out_features: int
     in_features: int
     format: str = "bf16"
-    sparse: bool = False
+    sparse: float = 0.0  # the share of the weight that is 2:4
     count: int = 1
     last_token: bool = False
 
@@ -108,11 +108,13 @@ class Ceiling:
     fits_l2: bool = False
 
 
-def weight_bytes(out_features: int, in_features: int, format: str, sparse: bool = False) -> float:
-    """Bytes of a weight. 2:4 keeps 2 of 4 values and a 2-bit index of each: 0.5625 of 16 bit, 0.625 of 8 bit."""
-    values = out_features * in_features
-    dense = format_of(format).nbytes
-    return values * (dense / 2 + 1 / 8) if sparse else float(values * dense)
+def weight_bytes(out_features: int, in_features: int, format: str, sparse: float = 0.0) -> float:
+    """Bytes of a weight of which the share `sparse` is 2:4.
+
+    2:4 keeps 2 of 4 values and a 2-bit index of each: 0.5625 of 16 bit, 0.625 of 8 bit.
+    """
+    values, dense = out_features * in_features, format_of(format).nbytes
+    return values * ((1 - sparse) * dense + sparse * (dense / 2 + 1 / 8))
 
 
 def tensor_core_format(format: str) -> str:
@@ -120,11 +122,10 @@ def tensor_core_format(format: str) -> str:
     return "bf16" if format == "fp32" else format
 
 
-def gemm_time(
-    gpu: Gpu, tokens: int, out_features: int, in_features: int, format: str, sparse: bool = False
-) -> GemmTime:
+def gemm_time(gpu: Gpu, tokens: int, out_features: int, in_features: int, format: str, sparse: float = 0.0) -> GemmTime:
     """The roofline of Y[M, N] = X[M, K] W[N, K]^T: weight, inputs and 16-bit outputs each moved once, in one kernel.
 
+    The share `sparse` of the weight is 2:4 and multiplies at the sparse peak, the rest at the dense one.
     Raises UserError where the card cannot run the format.
     """
     if reason := gpu.refuses(format, sparse):
@@ -134,7 +135,7 @@ def gemm_time(
     flops = 2.0 * tokens * out_features * in_features  # of the dense product; 2:4 skips half of them
     limits: dict[Bound, float] = {
         "memory": moved / gpu.bandwidth,
-        "math": flops / gpu.peak(format, sparse),
+        "math": flops * ((1 - sparse) / gpu.peak(format) + (sparse / gpu.peak(format, True) if sparse else 0.0)),
         "launch": gpu.wave_us * 1e-6,
     }
     bound = max(limits, key=lambda name: limits[name])

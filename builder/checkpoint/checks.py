@@ -12,7 +12,9 @@ from builder.checkpoint.reading import Checkpoint
 from builder.checkpoint.safetensors_file import HeaderError, Tensor
 from builder.checkpoint.violations import Code, Violation
 from builder.planning.sharding import is_row_parallel
+from plugins.common.errors import UserError
 from plugins.sparsity import pattern
+from plugins.sparsity.segments import Segment, Segments
 
 Array = np.ndarray[Any, Any]
 
@@ -73,38 +75,43 @@ def check_types(checkpoint: Checkpoint) -> Iterator[Violation]:
 
 
 def check_split(checkpoint: Checkpoint, tensor_parallel: int) -> Iterator[Violation]:
-    """Whether a later split into `tensor_parallel` ranks would cut a group of 4 of a declared layer."""
+    """Whether a split into `tensor_parallel` ranks would cut a group of 4, or give ranks unequal shares of 2:4."""
     if checkpoint.kind == "trtllm":
         return  # it is split already: check_values looks at each rank
     for layer in checkpoint.sparse_layers:
-        tensor = checkpoint.tensors.get(f"{layer}.weight")
-        if tensor is None or len(tensor.shape) != 2 or not is_row_parallel(layer):
+        tensor, segments = checkpoint.tensors.get(f"{layer}.weight"), checkpoint.declaration.hybrid.get(layer)
+        if tensor is None or len(tensor.shape) != 2:
             continue
-        K = tensor.shape[1]
-        if K % (4 * tensor_parallel):
+        K, detail = tensor.shape[1], ""
+        if is_row_parallel(layer) and K % (4 * tensor_parallel):
             detail = f"in_features {K} over {tensor_parallel} ranks is {K / tensor_parallel:g} each, no multiple of 4"
+        elif segments:
+            try:
+                segments.rank(0, tensor_parallel)
+            except UserError as error:
+                detail = str(error)
+        if detail:
             yield Violation(Code.TENSOR_PARALLEL, detail, tensor.file.name, tensor.name)
 
 
-def check_values(tensor: Tensor, expected: Expected | None, sparse: bool) -> list[Violation]:
+def check_values(tensor: Tensor, expected: Expected | None, segments: Segments | None) -> list[Violation]:
     """The first violation of each kind in one tensor: values not finite, scales not positive, groups not 2:4, -0.0."""
     violations: dict[Code, Violation] = {}
-    if sparse and (len(tensor.shape) != 2 or tensor.shape[1] % 4):
+    if segments and (len(tensor.shape) != 2 or tensor.shape[1] % 4):
         detail = f"its shape {list(tensor.shape)} has no whole groups of 4, and the layer is declared 2:4"
         violations[Code.TENSOR_PARALLEL] = Violation(Code.TENSOR_PARALLEL, detail, tensor.file.name, tensor.name)
-        sparse = False
+        segments = None
     try:
         for start, rows in tensor.chunks():
-            for violation in _check_rows(
-                tensor, start, rows, expected is not None and expected.role == "scale", sparse
-            ):
+            scale = expected is not None and expected.role == "scale"
+            for violation in _check_rows(tensor, start, rows, scale, segments):
                 violations.setdefault(violation.code, violation)
     except (OSError, HeaderError) as error:
         violations[Code.FILE] = Violation(Code.FILE, str(error), tensor.file.name, tensor.name)
     return list(violations.values())
 
 
-def _check_rows(tensor: Tensor, start: int, rows: Array, scale: bool, sparse: bool) -> Iterator[Violation]:
+def _check_rows(tensor: Tensor, start: int, rows: Array, scale: bool, segments: Segments | None) -> Iterator[Violation]:
     where = (tensor.file.name, tensor.name)
     if scale:
         yield from _check_scale(tensor, start, rows.reshape(-1))
@@ -112,16 +119,28 @@ def _check_rows(tensor: Tensor, start: int, rows: Array, scale: bool, sparse: bo
         row, column = bad
         detail = f"column {column} is {float(rows[row, column])}"
         yield Violation(Code.NOT_FINITE, detail, *where, start + row if len(tensor.shape) > 1 else None)
-    if not sparse:
+    if segments:
+        for segment in segments.sparse:
+            yield from _check_segment(tensor, start, rows, segments.axis == "inputs", segment)
+
+
+def _check_segment(tensor: Tensor, start: int, rows: Array, by_input: bool, segment: Segment) -> Iterator[Violation]:
+    """Of the rows from `start` on, what lies in a 2:4 segment of rows, or of inputs."""
+    where = (tensor.file.name, tensor.name)
+    top = 0 if by_input else max(0, segment.start - start)
+    left = segment.start if by_input else 0
+    part = rows[:, segment.slice] if by_input else rows[top : max(top, segment.end - start)]
+    if not part.size:
         return
-    if (at := pattern.first_violation(rows)) is not None:
+    if (at := pattern.first_violation(part)) is not None:
         row, group = at
-        count = int(np.count_nonzero(rows[row, 4 * group : 4 * group + 4]))
-        yield Violation(Code.SPARSITY, f"{count} of 4 values are nonzero, 2:4 allows 2", *where, start + row, group)
-    if (at := pattern.negative_zero(rows)) is not None:
+        count = int(np.count_nonzero(part[row, 4 * group : 4 * group + 4]))
+        detail = f"{count} of 4 values are nonzero, 2:4 allows 2"
+        yield Violation(Code.SPARSITY, detail, *where, start + top + row, left // 4 + group)
+    if (at := pattern.negative_zero(part)) is not None:
         row, column = at
-        detail = f"column {column} is -0.0, which sparse kernels count as a value: write +0.0"
-        yield Violation(Code.NEGATIVE_ZERO, detail, *where, start + row, column // 4)
+        detail = f"column {left + column} is -0.0, which sparse kernels count as a value: write +0.0"
+        yield Violation(Code.NEGATIVE_ZERO, detail, *where, start + top + row, (left + column) // 4)
 
 
 def _check_scale(tensor: Tensor, start: int, values: Array) -> Iterator[Violation]:

@@ -20,6 +20,9 @@ from builder.planning.model_config import Architecture
 from builder.planning.sharding import is_row_parallel
 from plugins.common.errors import UserError
 from plugins.common.formats import OF_DTYPE, OF_SAFETENSORS
+from plugins.sparsity import declaration as declarations
+from plugins.sparsity.declaration import Declaration
+from plugins.sparsity.segments import Segments
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -36,10 +39,16 @@ class LayerFacts:
     out_features: int
     in_features: int
     format: str
-    sparse: bool
+    sparse: bool  # declared 2:4, as a whole or in part
     bytes: int
     packed_bytes: int
     weights: tuple[Tensor, ...] = field(repr=False)
+    segments: Segments | None = None  # of a layer that is 2:4 in part
+
+    @property
+    def fraction(self) -> float:
+        """The share of the weight that is declared 2:4."""
+        return self.segments.fraction if self.segments else float(self.sparse)
 
     @cached_property
     def zeros(self) -> float:
@@ -61,7 +70,25 @@ class Checkpoint:
     mapping: configs.Mapping
     tensors: Mapping[str, Tensor]
     expected: Mapping[str, layout.Expected]
-    sparse_layers: tuple[str, ...]
+    declaration: Declaration
+
+    @property
+    def sparse_layers(self) -> tuple[str, ...]:
+        """Those declared 2:4 as a whole or in part."""
+        return self.declaration.pruned
+
+    @property
+    def whole_sparse_layers(self) -> tuple[str, ...]:
+        """Those declared 2:4 as a whole."""
+        return self.declaration.layers
+
+    def segments(self, key: str) -> Segments | None:
+        """Of the tensor `key` where it is a weight declared 2:4, as a whole or in part."""
+        tensor, expected = self.tensors[key], self.expected.get(key)
+        if expected is None or expected.role != "weight" or expected.layer not in self.sparse_layers:
+            return None
+        whole = Segments.split("rows", tensor.shape[0], tensor.shape[0])
+        return self.declaration.hybrid.get(expected.layer, whole)
 
     @property
     def format(self) -> str:
@@ -91,8 +118,9 @@ class Checkpoint:
         if not weights or any(len(weight.shape) != 2 for weight in weights):
             return None
         total = sum(self.tensors[name].nbytes for name in names)
-        sparse = layer in self.sparse_layers
-        saved = sum(weight.nbytes - _packed_bytes(weight) for weight in weights) if sparse else 0
+        segments, sparse = self.declaration.hybrid.get(layer), layer in self.sparse_layers
+        share = segments.fraction if segments else float(sparse)
+        saved = sum(round(share * (weight.nbytes - _packed_bytes(weight))) for weight in weights)
         rows, columns = weights[0].shape
         cut_rows, cut_columns = len(weights), 1
         if is_row_parallel(layer):
@@ -106,6 +134,7 @@ class Checkpoint:
             bytes=total,
             packed_bytes=total - saved,
             weights=weights,
+            segments=segments,
         )
 
 
@@ -163,9 +192,9 @@ def open_checkpoint(directory: Path, report: Report) -> Checkpoint | None:
             for name, tensor in layout.trtllm_tensors(arch, quantization, mapping, rank, config).items()
         }
         tensors = _trtllm_tensors(directory, mapping.ranks, report)
-    layers = {tensor.layer for tensor in expected.values() if tensor.layer}
-    sparse = _read_sparsity(directory, layers, report)
-    return Checkpoint(directory, kind, config, arch, quantization, mapping, tensors, expected, sparse)
+    weights = [tensor for tensor in expected.values() if tensor.role == "weight"]
+    declared = _read_declaration(directory, {str(x.layer): x.shapes[0] for x in weights}, report)
+    return Checkpoint(directory, kind, config, arch, quantization, mapping, tensors, expected, declared)
 
 
 def _read_config(directory: Path, report: Report) -> dict[str, Any] | None:
@@ -254,16 +283,27 @@ def _header(path: Path, report: Report) -> dict[str, Tensor]:
     return {}
 
 
-def _read_sparsity(directory: Path, layers: set[str], report: Report) -> tuple[str, ...]:
-    """The layers that `sparsity.json` declares 2:4; none where there is no such file."""
-    content = _read_json(directory / "sparsity.json", report)
+def _read_declaration(directory: Path, shapes: Mapping[str, tuple[int, ...]], report: Report) -> Declaration:
+    """What `sparsity.json` declares of layers that are in the model; nothing where there is no such file.
+
+    `shapes` are the model's layers with their rows and inputs.
+    """
+    content = _read_json(directory / declarations.FILE, report)
     if content is None:
-        return ()
-    declared = content.get("layers")
-    if content.get("pattern") != "2:4" or not isinstance(declared, list):
-        report(Violation(Code.CONFIG, 'it does not say {"pattern": "2:4", "layers": [...]}', "sparsity.json"))
-        return ()
-    for layer in declared:
-        if not isinstance(layer, str) or layer not in layers:
-            report(Violation(Code.CONFIG, f"it declares {layer!r}, and the model has no such layer", "sparsity.json"))
-    return tuple(layer for layer in declared if isinstance(layer, str) and layer in layers)
+        return Declaration()
+    try:
+        declared = Declaration.parse(content)
+    except UserError as error:
+        report(Violation(Code.CONFIG, str(error), declarations.FILE))
+        return Declaration()
+    hybrid = dict(declared.hybrid)
+    for layer in declared.pruned:
+        if layer not in shapes:
+            report(Violation(Code.CONFIG, f"it declares {layer!r}, and the model has no such layer", declarations.FILE))
+            hybrid.pop(layer, None)
+        elif layer in hybrid and (size := shapes[layer][hybrid[layer].axis == "inputs"]) != hybrid[layer].size:
+            words = f"the segments of {layer!r} cover {hybrid[layer].size} of its {size} {hybrid[layer].axis}"
+            report(Violation(Code.CONFIG, words, declarations.FILE))
+            del hybrid[layer]
+    layers = tuple(layer for layer in declared.layers if layer in shapes)
+    return Declaration(layers, hybrid, declared.order, declared.method)

@@ -78,12 +78,9 @@ def _check_all_values(
     progress: Progress | None,
 ) -> None:
     """Every tensor, several at once: numpy lets go of the interpreter lock."""
-    sparse = set(checkpoint.sparse_layers)
 
     def check(key: str) -> list[Violation]:
-        expected = checkpoint.expected.get(key)
-        is_sparse = expected is not None and expected.role == "weight" and expected.layer in sparse
-        return check_values(checkpoint.tensors[key], expected, is_sparse)
+        return check_values(checkpoint.tensors[key], checkpoint.expected.get(key), checkpoint.segments(key))
 
     keys = list(checkpoint.tensors)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:

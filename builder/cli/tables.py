@@ -52,7 +52,7 @@ def plan(resolved: Plan) -> None:
         first, count = kind[0], len(kind)
         dense, built = sum(x.dense_bytes for x in kind), sum(x.built_bytes for x in kind)
         shape = f"{first.out_features} x {first.in_features}"
-        rows.append((_kind_name(first.name), count, shape, first.format, "2:4" if first.sparse else "dense",
+        rows.append((_kind_name(first.name), count, shape, first.format, _pattern(first.fraction),
                      size(dense), size(built)))  # fmt: skip
     head = ("layer", "count", "out x in", "format", "pattern", "bytes before", "after")
     table(
@@ -98,6 +98,13 @@ def plan(resolved: Plan) -> None:
         click.echo(f"note          {note}")
 
 
+def _pattern(fraction: float, axis: str | None = None) -> str:
+    """The share of a weight that is 2:4."""
+    if not 0 < fraction < 1:
+        return "2:4" if fraction else "dense"
+    return f"2:4 in {fraction:.0%}" + (f" of its {axis}" if axis else "")
+
+
 def _kinds(layers: Sequence[Any]) -> list[list[Any]]:
     kinds: dict[tuple[Any, ...], list[Any]] = {}
     for layer in layers:
@@ -118,12 +125,21 @@ def explanation(answer: dict[str, Any]) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in answer["layers"]:
         groups.setdefault(
-            json.dumps([_kind_name(row["name"]), row["reason"], row["buckets"], row["sparse"], row.get("valid_2to4")]),
+            json.dumps(
+                [
+                    _kind_name(row["name"]),
+                    row["reason"],
+                    row["buckets"],
+                    row["sparse"],
+                    row.get("fraction"),
+                    row.get("valid_2to4"),
+                ]
+            ),
             [],
         ).append(row)
     for rows in groups.values():
         first = rows[0]
-        pattern = "2:4" if first["sparse"] else "dense"
+        pattern = _pattern(first.get("fraction", float(first["sparse"])), first.get("axis"))
         if "zeros" in first:
             zeros = sum(row["zeros"] for row in rows) / len(rows)
             pattern += f", {zeros:.1%} zeros" + (", valid" if first["sparse"] and first["valid_2to4"] else "")

@@ -19,8 +19,10 @@ from plugins.common.formats import KERNEL_OUTPUTS
 from plugins.common.nvidia_smi import gpus
 
 if TYPE_CHECKING:
+    from builder.checkpoint.reading import LayerFacts
     from plugins.autotune.tuner import Shape
 
+IN_PART = "2:4 in part: each part runs on a kernel of its kind, not timed"
 DTYPES = {format.dtype: format.value for format in KERNEL_OUTPUTS}  # config.json's name -> ours
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one product each in TensorRT-LLM
 
@@ -78,12 +80,13 @@ def _cpu_fingerprint() -> dict[str, Any]:
     return {"kernels": {**cpu_bench.device_facts(), **cpu_bench.versions()}}
 
 
-def cpu_tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str) -> dict[str, Any]:
+def cpu_tactics(layers: Sequence[LayerFacts], config: EngineConfig, dtype: str) -> dict[str, Any]:
     """tactics.json of a checkpoint's layers for the torch engine on this machine's CPU."""
     from plugins.autotune import cpu_bench, tuner
 
     formats = cpu_bench.DTYPES if dtype == "bfloat16" else {}
-    sparse = [layer for layer in layers if layer.sparse and _cpu_format(layer, dtype) in formats]
+    whole = [layer for layer in layers if layer.sparse and layer.segments is None]
+    sparse = [layer for layer in whole if _cpu_format(layer, dtype) in formats]
     most = max(config.max_num_tokens, config.max_batch_size)
     buckets = [tokens for tokens in cpu_bench.BUCKETS if tokens <= most]
     timed = tuner.tune_cpu({layer.name: shape(layer, 1, dtype) for layer in sparse}, buckets)
@@ -94,7 +97,7 @@ def _cpu_format(layer: Sized, dtype: str) -> str:
     return layer.format if layer.format in ("int8", "fp8") else DTYPES.get(dtype, dtype)
 
 
-def tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str, fused: bool = False) -> dict[str, Any]:
+def tactics(layers: Sequence[LayerFacts], config: EngineConfig, dtype: str, fused: bool = False) -> dict[str, Any]:
     """tactics.json of a checkpoint's layers, timed at every number of tokens that the engine may be given.
 
     `dtype` is the model's own, as its config.json names it. `fused`: as the torch engine and TensorRT-LLM's PyTorch
@@ -103,7 +106,8 @@ def tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str, fused: bo
     """
     from plugins.autotune import tuner
 
-    sparse = {layer.name: layer for layer in layers if layer.sparse} if dtype in DTYPES else {}
+    whole = [layer for layer in layers if layer.sparse and layer.segments is None]
+    sparse = {layer.name: layer for layer in whole} if dtype in DTYPES else {}
     shapes = {
         name: shape(layer, config.tensor_parallel if fused else 1, dtype, sparse if fused else {})
         for name, layer in sparse.items()
@@ -114,7 +118,7 @@ def tactics(layers: Sequence[Sized], config: EngineConfig, dtype: str, fused: bo
     return _with_all_layers(table, layers, untimed)
 
 
-def _with_all_layers(table: dict[str, Any], layers: Sequence[Sized], untimed: str) -> dict[str, Any]:
+def _with_all_layers(table: dict[str, Any], layers: Sequence[LayerFacts], untimed: str) -> dict[str, Any]:
     """Measured tactics with the layers that were not timed, in the checkpoint's order."""
     from plugins.autotune.tactics import Tactics
 
@@ -127,7 +131,8 @@ def _with_all_layers(table: dict[str, Any], layers: Sequence[Sized], untimed: st
             "in_features": layer.in_features,
             "format": layer.format,
             "sparse": layer.sparse,
-            "reason": timed["reason"] if timed else why,
+            "fraction": layer.fraction,
+            "reason": timed["reason"] if timed else IN_PART if layer.segments else why,
             "buckets": timed["buckets"] if timed else [],
         }
     checked: dict[str, Any] = Tactics.model_validate({**table, "layers": entries}).model_dump(mode="json")

@@ -25,6 +25,7 @@ def predict_tactics(checkpoint: Path, gpu: str) -> dict[str, Any]:
             "in_features": layer.in_features,
             "format": layer.format,
             "sparse": layer.sparse,
+            "fraction": layer.fraction,
             "reason": reason(card, layer.sparse, buckets),
             "buckets": buckets,
         }
@@ -51,7 +52,7 @@ def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any
             "measured": False,
         }
     dense = roofline.gemm_time(*shape, sparse=False).seconds * 1e6
-    sparse = roofline.gemm_time(*shape, sparse=True).seconds * 1e6
+    sparse = roofline.gemm_time(*shape, sparse=layer.fraction or 1.0).seconds * 1e6
     ratio = dense / sparse
     pays = layer.sparse and ratio >= LEAST_GAIN
     kernel = ("skinny" if tokens <= MAX_SKINNY_TOKENS else "cusparselt") if pays else "dense-cublaslt"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from builder.artifacts.cache import CachedOutput
+from builder.artifacts.cache import CachedOutput, digest_of
 from builder.context import BuildContext, Outputs, data_digest
 from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
 from plugins.common.errors import UserError
@@ -19,8 +19,8 @@ def needs_text(context: BuildContext) -> bool:
     """Whether any wanted stage reads calibration tokens."""
     recipe = context.recipe
     sparsity = recipe.sparsity
-    pruning = sparsity is not None and bool(sparsity.needs_text or sparsity.budget or sparsity.adapter_rank)
-    return pruning or recipe.quantization.wanted
+    pruning = sparsity is not None and bool(sparsity.needs_text or sparsity.adapter_rank)
+    return pruning or _selects(context) or recipe.quantization.wanted
 
 
 def tokens_of(outputs: Outputs) -> Any:
@@ -96,15 +96,44 @@ TEXT_CHECK = Stage(
 )
 
 
+def _selects(context: BuildContext) -> bool:
+    """Whether the recipe asks for a share of the weights, or for a budget to find one."""
+    sparsity = context.recipe.sparsity
+    return sparsity is not None and (sparsity.budget is not None or sparsity.fraction is not None)
+
+
+def _run_prices(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
+    """prices.json: what each channel costs where it alone goes 2:4."""
+    from builder.pipeline.layer_selection import price
+
+    write_json(out / "prices.json", price(context, tokens_of(outputs), work))
+
+
+PRICES = Stage(
+    name="prices",
+    until="checkpoint",
+    wanted=_selects,
+    inputs=lambda context, outputs: {"model": context.model_digest, "tokens": outputs["calibration"].digest},
+    config=lambda context, outputs: context.plan.sparse_layers,
+    run=_run_prices,
+    code=("builder.pipeline.layer_selection",),
+    tools=CALIBRATION_TOOLS,
+)
+
+
 def _selection_inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:
-    data = context.recipe.accuracy.data
-    if data is None:
-        raise UserError("a budget needs text to measure the loss on: set accuracy.data")
-    return {
+    inputs = {
         "model": context.model_digest,
         "tokens": outputs["calibration"].digest,
-        "held_out": data_digest(data),
+        "prices": outputs["prices"].digest,
     }
+    assert context.recipe.sparsity is not None
+    if context.recipe.sparsity.budget:
+        data = context.recipe.accuracy.data
+        if data is None:
+            raise UserError("a budget needs text to measure the loss on: set accuracy.data")
+        inputs["held_out"] = data_digest(data)
+    return inputs
 
 
 def _selection_config(context: BuildContext, outputs: Outputs) -> Any:
@@ -112,41 +141,52 @@ def _selection_config(context: BuildContext, outputs: Outputs) -> Any:
 
     recipe = context.recipe
     assert recipe.sparsity is not None
-    return {
-        "sparsity": recipe.sparsity.model_dump(mode="json", exclude={"adapter_rank"}),  # it changes no choice
-        "accuracy": recipe.accuracy.model_dump(mode="json"),
-        "quantization": recipe.quantization.model_dump(mode="json"),
-        "gpu": context.plan.predicted["gpu"],
-        "layers": context.plan.sparse_layers,
-        **measured_tactics.fingerprint(),
-    }
+    config: dict[str, Any] = {"fraction": recipe.sparsity.fraction, "ranks": recipe.engine.tensor_parallel}
+    if recipe.sparsity.budget:
+        config |= {
+            "sparsity": recipe.sparsity.model_dump(mode="json", exclude={"adapter_rank"}),  # it changes no choice
+            "accuracy": recipe.accuracy.model_dump(mode="json"),
+            "quantization": recipe.quantization.model_dump(mode="json"),
+            "gpu": context.plan.predicted["gpu"],
+            **measured_tactics.fingerprint(),
+        }
+    return config
 
 
 def _run_selection(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
-    """selection.json: the layers that fit under the budget, and the Pareto front they were chosen from."""
+    """selection.json: the channels that go 2:4, and, under a budget, the front that they were chosen from."""
     from builder.pipeline.layer_selection import select
 
-    write_json(out / "selection.json", select(context, tokens_of(outputs), work))
+    prices = json.loads((outputs["prices"].path / "prices.json").read_text())
+    write_json(out / "selection.json", select(context, tokens_of(outputs), prices, work))
+
+
+def _report_selection(context: BuildContext, output: CachedOutput) -> None:
+    chosen = json.loads((output.path / "selection.json").read_text())
+    if chosen["fraction"]:
+        context.console.say(f"  {chosen['fraction']:.1%} of the candidates' weights go 2:4")
+    else:
+        context.console.warn("sparsity.fraction is less than one step of any layer: all layers stay dense")
 
 
 SELECTION = Stage(
     name="selection",
     until="checkpoint",
-    wanted=lambda context: context.recipe.sparsity is not None and context.recipe.sparsity.budget is not None,
+    wanted=_selects,
     inputs=_selection_inputs,
     config=_selection_config,
     run=_run_selection,
     code=("builder.pipeline.layer_selection",),
     tools=CALIBRATION_TOOLS,
+    after=_report_selection,
 )
 
 
-def layers_to_prune(context: BuildContext, outputs: Outputs) -> list[str]:
-    """Those that the selection chose under the budget; without a budget those of the plan."""
+def pruning_target(context: BuildContext, outputs: Outputs) -> Declaration:
+    """What becomes 2:4: as the selection chose; without one all the plan's candidates, whole."""
     if "selection" not in outputs:
-        return context.plan.sparse_layers
-    chosen: list[str] = json.loads((outputs["selection"].path / "selection.json").read_text())["layers"]
-    return chosen
+        return Declaration(tuple(context.plan.sparse_layers))
+    return Declaration.parse(json.loads((outputs["selection"].path / "selection.json").read_text())["declaration"])
 
 
 def _sparsify_inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:
@@ -166,7 +206,7 @@ def _run_sparsify(context: BuildContext, outputs: Outputs, out: Path, work: Path
     sparsity = context.recipe.sparsity
     assert sparsity is not None
     tokens = tokens_of(outputs) if sparsity.needs_text else None
-    target, progress = Declaration(tuple(layers_to_prune(context, outputs))), context.console.progress
+    target, progress = pruning_target(context, outputs), context.console.progress
     reports = sparsify(context.model, tokens, sparsity, target, out / "model", work, progress)
     write_json(out / "layers.json", [vars(report) for report in reports])
 
@@ -179,7 +219,7 @@ SPARSIFY = Stage(
     config=lambda context, outputs: {
         "method": context.recipe.sparsity and context.recipe.sparsity.method,
         "pattern": context.recipe.sparsity and context.recipe.sparsity.pattern,
-        "layers": layers_to_prune(context, outputs),
+        "target": digest_of(pruning_target(context, outputs).to_json()),
     },
     run=_run_sparsify,
     code=("calibration.pruning.sparsify",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from calibration.config import Quantization
 from calibration.quantization import export
 from calibration.quantization.quantize import load_model, quantize
 from plugins.common.progress import Progress
+from plugins.sparsity.declaration import Declaration
 
 
 def write_checkpoints(
@@ -29,25 +29,19 @@ def write_checkpoints(
     `layers` are the modules to quantize; `tokens` [samples, length] may be None where nothing is.
     Raises GateError where a written file is not what it should be.
     """
-    sparse = _declared(source)
+    declared = Declaration.read(source)
     if not config.wanted and trtllm is None:
-        export.copy_checkpoint(source, out / "hf", sparse)
+        export.copy_checkpoint(source, out / "hf", declared)
     else:
         model = load_model(source)
         if config.wanted:
             model = quantize(model, config, layers, tokens, progress)
         if trtllm is not None:
-            export.export_trtllm(model, source, out / "trtllm", sparse, *trtllm)
+            export.export_trtllm(model, source, out / "trtllm", declared, *trtllm)
         if config.wanted:
-            export.export_hf(model, source, out / "hf", sparse)
+            export.export_hf(model, source, out / "hf", declared)
         else:
-            export.copy_checkpoint(source, out / "hf", sparse)
+            export.copy_checkpoint(source, out / "hf", declared)
     for written in sorted(out.iterdir()):
         checkpoint.normalize_zeros(written)  # rounding to FP8 leaves -0.0 where a kept weight was tiny
         verify(written, progress=progress).require()
-
-
-def _declared(source: Path) -> dict[str, Any] | None:
-    path = source / "sparsity.json"
-    declared: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return declared

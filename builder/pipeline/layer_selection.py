@@ -1,13 +1,14 @@
-"""Selects, under the recipe's budget, the layers whose pruning saves the most time.
+"""Chooses the channels that go 2:4: those that reach the recipe's fraction, or what fits under its budget.
 
-Every layer is pruned once, and its own cost is measured on held-out text. An integer program proposes sets of layers;
-each set is pruned, quantized and evaluated, until one meets the budget.
+Every layer is pruned once, alone, and every channel priced by it; the cheapest for what they gain go first. Under a
+budget at most two such choices are pruned, quantized as the recipe says and measured in earnest.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,36 +16,63 @@ from benchmarks.roofline import roofline
 from builder.engines import measured_tactics
 from builder.planning.model_config import architecture, read_config
 from builder.planning.plan import LayerPlan
-from calibration.pruning.sparsify import sparsify
 from plugins.sparsity.declaration import Declaration
-
-COST_WINDOWS = 64  # of held-out text that a layer's own cost is measured on: KL needs few
 
 if TYPE_CHECKING:
     from builder.context import BuildContext
+    from calibration.budget.allocation import Allocation, Allocator
+    from calibration.budget.channel_prices import Prices
     from calibration.data.windows import Tokens
+    from calibration.evaluation.evaluate import Accuracy
+
+PRUNED_ON, PRICED_ON = 64, 32  # calibration samples: the first, and the last
 
 
-def select(context: BuildContext, tokens: Tokens, work: Path) -> dict[str, Any]:
-    """selection.json: {layers, measured_increase, proven, pareto}. `work` keeps what a killed run had measured.
+def price(context: BuildContext, tokens: Tokens, work: Path) -> Prices:
+    """prices.json: what each channel of the candidates costs, in nats a token, by layer and by half of a block."""
+    from calibration.budget.channel_prices import channel_prices, prune_each_alone
+    from calibration.model.blocks import Blocks
+    from calibration.model.device import device
+    from calibration.quantization.quantize import load_model
 
-    Raises GateError, which names the smallest increase reached, where nothing fits under the budget.
+    progress, blocks = context.console.progress, Blocks(context.model, device())
+    pruned = prune_each_alone(blocks, tokens[:PRUNED_ON], context.plan.sparse_layers, work, progress)
+    return channel_prices(load_model(context.model), pruned, tokens[-PRICED_ON:], progress)
+
+
+def select(context: BuildContext, tokens: Tokens, prices: Prices, work: Path) -> dict[str, Any]:
+    """selection.json: {declaration, fraction, cost, gain, ...}. `work` keeps what a killed run had measured.
+
+    Raises GateError, which names the smallest loss reached, where nothing fits under the budget.
     """
-    from calibration.budget.search import select_layers
+    from calibration.budget.search import search
 
-    search = _Search(context, tokens, work)
-    candidates = [layer for layer in context.plan.layers if layer.sparse]
     sparsity = context.recipe.sparsity
     assert sparsity is not None
-    assert sparsity.budget is not None
-    chosen = select_layers(
-        search.costs(),
-        _seconds_saved(context, candidates),
-        sparsity.budget.perplexity_increase,
-        search.increase,
-        {layer.name: layer.bytes_saved_by_pruning for layer in candidates},
-    )
-    return chosen.to_dict() | {"layers": sorted(chosen.layers, key=search.names.index)}
+    allocator = _allocator(context, prices, by_weights=sparsity.budget is None)
+    if sparsity.budget is None:
+        assert sparsity.fraction is not None
+        allocation = allocator.of_fraction(sparsity.fraction)
+        found: dict[str, Any] = {"pareto": []}
+    else:
+        builds = _Builds(context, tokens, allocator, work)
+        selection = search(allocator, sparsity.budget, sparsity.method, builds.measure)
+        allocation = selection.allocation
+        found = {"measured_loss": selection.measured_loss, "pareto": selection.pareto}
+    declaration = allocator.declare(allocation, sparsity.method)
+    return {"declaration": declaration.to_json(), **asdict(allocation), **found}
+
+
+def _allocator(context: BuildContext, prices: Prices, by_weights: bool) -> Allocator:
+    from transformers import AutoConfig
+
+    from calibration.budget.allocation import allocator
+
+    candidates = [layer for layer in context.plan.layers if layer.sparse]
+    weights = {layer.name: layer.out_features * layer.in_features for layer in candidates}
+    gains = weights if by_weights else _seconds_saved(context, candidates)
+    config, ranks = AutoConfig.from_pretrained(str(context.model)), context.recipe.engine.tensor_parallel
+    return allocator(config, prices, list(weights), weights, gains, ranks)
 
 
 def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> dict[str, float]:
@@ -70,66 +98,53 @@ def _predicted_gain(card: roofline.Gpu, tokens: int, layer: LayerPlan) -> float:
     return roofline.gemm_time(*shape, sparse=False).seconds - roofline.gemm_time(*shape, sparse=True).seconds
 
 
-class _Search:
-    """Measures costs and selections for one recipe, remembering both in `work`."""
+class _Builds:
+    """Prunes and measures allocations, remembering in `work` what was measured."""
 
-    def __init__(self, context: BuildContext, tokens: Tokens, work: Path) -> None:
+    def __init__(self, context: BuildContext, tokens: Tokens, allocator: Allocator, work: Path) -> None:
         from calibration.data.windows import windows
-        from calibration.evaluation.evaluate import hf_logits, perplexity
-        from calibration.quantization.quantize import load_model
 
         accuracy = context.recipe.accuracy
         assert accuracy.data is not None
-        self.context, self.tokens, self.work = context, tokens, work
-        self.names = context.plan.sparse_layers
-        self.held_out = windows(accuracy.data, context.model, accuracy.sequence_length, accuracy.samples).tokens
-        self.dense = load_model(context.model)
-        self.dense_perplexity = perplexity(hf_logits(self.dense), self.held_out)
+        self.context, self.tokens, self.allocator, self.work = context, tokens, allocator, work
+        self.held_out = windows(accuracy.data, context.model, accuracy.sequence_length, accuracy.samples)
         self.record = work / "measured.json"
-        self.measured: dict[str, float] = json.loads(self.record.read_text()) if self.record.is_file() else {}
+        self.measured: dict[str, Any] = json.loads(self.record.read_text()) if self.record.is_file() else {}
 
-    def costs(self) -> dict[str, float]:
-        """Nats a token that each layer's pruning costs alone."""
-        import torch
-        from safetensors.torch import load_file
+    def measure(self, allocation: Allocation) -> Accuracy:
+        """The built model against the dense one, everything quantized as the recipe says."""
+        from calibration.evaluation.evaluate import Accuracy
 
-        from calibration.budget.sensitivity import measure_costs, pruning
-
-        pruned = self._prune(self.names, "all")
-        tensors: dict[str, torch.Tensor] = {}
-        for file in sorted(pruned.glob("*.safetensors")):
-            tensors |= load_file(file)
-        changes = pruning(self.dense, {name: tensors[f"{name}.weight"] for name in self.names})
-        own = {name: name for name in self.names}
-        costs = measure_costs(self.dense, changes, own, self.held_out[:COST_WINDOWS], self.context.console.progress)
-        return {name: cost.kl for name, cost in costs.items()}
-
-    def increase(self, layers: Sequence[str]) -> float:
-        """The perplexity increase with `layers` pruned, and everything quantized as the recipe says."""
-        key = " ".join(layers)
+        key = " ".join(map(str, allocation.counts))
         if key not in self.measured:
-            self.measured[key] = self._measure(layers)
+            self.measured[key] = self._measure(allocation).to_dict()
             self.record.write_text(json.dumps(self.measured))
-            self.context.console.say(f"  {len(layers)} layers pruned: perplexity {self.measured[key]:+.2%}")
-        return self.measured[key]
+        found = Accuracy.from_dict(self.measured[key])
+        self.context.console.say(
+            f"  {allocation.fraction:.1%} of the weights 2:4: perplexity {found.perplexity_increase:+.2%}, "
+            f"KL {found.kl:.4f}, top-1 agreement {found.top1_agreement:.1%}"
+        )
+        return found
 
-    def _measure(self, layers: Sequence[str]) -> float:
-        from calibration.evaluation.evaluate import hf_logits, perplexity
+    def _measure(self, allocation: Allocation) -> Accuracy:
+        from calibration.evaluation.evaluate import evaluate, hf_logits
         from calibration.quantization.quantize import load_model, quantize
 
-        model = load_model(self._prune(layers, "try"))
-        config = self.context.recipe.quantization
+        progress, config = self.context.console.progress, self.context.recipe.quantization
+        model = load_model(self._prune(self.allocator.declare(allocation, "")))
         if config.wanted:
             model = quantize(model, config, self.context.plan.quantized_layers, self.tokens)
-        return perplexity(hf_logits(model), self.held_out) / self.dense_perplexity - 1
+        dense = load_model(self.context.model)
+        return evaluate(hf_logits(dense), hf_logits(model), self.held_out.tokens, self.held_out.documents, progress)
 
-    def _prune(self, layers: Sequence[str], name: str) -> Path:
+    def _prune(self, target: Declaration) -> Path:
         from builder.artifacts.filesystem import remove
+        from calibration.pruning.sparsify import sparsify
 
         sparsity = self.context.recipe.sparsity
         assert sparsity is not None
-        out = self.work / name
+        out = self.work / "try"
         remove(out)
-        target, work = Declaration(tuple(layers)), self.work / f"{name}.work"
-        sparsify(self.context.model, self.tokens, sparsity, target, out, work, lambda *_: None)
+        work = self.work / "try.work"
+        sparsify(self.context.model, self.tokens, sparsity, target, out, work, self.context.console.progress)
         return out

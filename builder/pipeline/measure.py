@@ -72,10 +72,10 @@ def _costs(model: Path, engine: Path) -> dict[str, ModelCost]:
     if tactics is None:
         return {}
     built = [
-        Layer(x["out_features"], x["in_features"], x["format"], x["sparse"], last_token=name == "lm_head")
+        Layer(x["out_features"], x["in_features"], x["format"], x["fraction"], last_token=name == "lm_head")
         for name, x in tactics["layers"].items()
     ]
-    dense = [dataclasses.replace(layer, format="bf16", sparse=False) for layer in built]
+    dense = [dataclasses.replace(layer, format="bf16", sparse=0.0) for layer in built]
     kv_bytes = 1 if registry.engine_facts(engine).get("kv_cache", "none") != "none" else 2
     return {
         "dense": ModelCost(dense, 2.0 * shapes.kv_values_per_token),

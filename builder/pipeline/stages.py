@@ -6,7 +6,7 @@ from typing import Literal
 
 from builder.artifacts.cache import CachedOutput
 from builder.context import BuildContext
-from builder.pipeline.calibration_stages import ADAPTER, CALIBRATION, RECOVER, SELECTION, SPARSIFY, TEXT_CHECK
+from builder.pipeline.calibration_stages import ADAPTER, CALIBRATION, PRICES, RECOVER, SELECTION, SPARSIFY, TEXT_CHECK
 from builder.pipeline.engine_stages import BENCHMARK, CHECKPOINT, ENGINE, EVALUATE, REFERENCE
 from builder.pipeline.stage import run_stage
 
@@ -16,6 +16,7 @@ UNTIL: tuple[Until, ...] = ("checkpoint", "engine", "evaluate", "benchmark", "de
 STAGES = (
     CALIBRATION,
     TEXT_CHECK,
+    PRICES,
     SELECTION,
     SPARSIFY,
     RECOVER,

@@ -33,7 +33,8 @@ class LayerPlan:
     out_features: int
     in_features: int
     format: str
-    sparse: bool
+    sparse: bool  # a candidate for 2:4
+    fraction: float  # of the weight that is expected to become 2:4
     dense_bytes: int
     built_bytes: int
     decision: Decision
@@ -41,7 +42,7 @@ class LayerPlan:
 
     @property
     def bytes_saved_by_pruning(self) -> int:
-        """Bytes that 2:4 saves in the layer's number format; 0 for a dense layer."""
+        """Bytes that 2:4 in all of the layer saves in its number format; 0 for a dense layer."""
         shape = (self.out_features, self.in_features, self.format)
         return round(roofline.weight_bytes(*shape) - roofline.weight_bytes(*shape, self.sparse))
 
@@ -115,13 +116,15 @@ def _layer(linear: Linear, shapes: Architecture, recipe: Recipe) -> LayerPlan:
     number_format = recipe.quantization.format if quantized else dense_format
     decision, reason = _decision(linear, shapes, recipe, number_format)
     sparse = decision in ("prune", "candidate")
-    built = roofline.weight_bytes(*shape, number_format, sparse)
+    fraction = (recipe.sparsity.fraction or 1.0) if recipe.sparsity and sparse else 0.0
+    built = roofline.weight_bytes(*shape, number_format, fraction)
     return LayerPlan(
         name=linear.name,
         out_features=linear.out_features,
         in_features=linear.in_features,
         format=number_format,
         sparse=sparse,
+        fraction=fraction,
         dense_bytes=round(roofline.weight_bytes(*shape, dense_format)),
         built_bytes=round(built) + (_scale_bytes(linear, recipe) if quantized else 0),
         decision=decision,
@@ -164,6 +167,8 @@ def _decision(linear: Linear, shapes: Architecture, recipe: Recipe, number_forma
         check_adapter_rank(recipe.sparsity.adapter_rank, linear.name, linear.out_features, linear.in_features)
     if recipe.sparsity.budget:
         return "candidate", "a candidate: selected under the budget during the build"
+    if recipe.sparsity.fraction:
+        return "candidate", f"a candidate: {recipe.sparsity.fraction:.0%} of all candidates' weights become 2:4"
     return "prune", "pruned to 2:4"
 
 
@@ -233,7 +238,7 @@ def _products(layers: Sequence[LayerPlan], dense_format: str | None = None) -> l
     products: dict[tuple[object, ...], roofline.Layer] = {}
     for layer in layers:
         block, _, name = layer.name.rpartition(".")
-        number_format, sparse = (dense_format, False) if dense_format else (layer.format, layer.sparse)
+        number_format, sparse = (dense_format, 0.0) if dense_format else (layer.format, layer.fraction)
         key = (block, PRODUCTS.get(name, name), layer.in_features, number_format, sparse)
         before = products[key].out_features if key in products else 0
         products[key] = roofline.Layer(

@@ -79,13 +79,15 @@ def gates(
         text = "every check of the written checkpoint holds"
         rows.append({"name": "verification", "passed": True, "words": text})
     if "accuracy" in report:
+        from calibration.budget.search import Goal
         from calibration.evaluation import evaluate
 
         rows += evaluate.gates(evaluate.Accuracy.from_dict(report["accuracy"]), context.recipe.accuracy)
         budget = context.recipe.sparsity and context.recipe.sparsity.budget
         if budget:
-            value, limit = report["accuracy"]["perplexity_increase"], budget.perplexity_increase
-            text = f"perplexity {value:+.2%} under a budget of {limit:.2%}"
+            goal = Goal(budget)
+            value, limit = goal.loss(evaluate.Accuracy.from_dict(report["accuracy"])), goal.limit
+            text = f"{goal.describe(value)} under a budget of {goal.describe(limit)}"
             rows.append({"name": "budget", "limit": limit, "value": value, "passed": value <= limit, "words": text})
     benchmark = context.recipe.benchmark
     if benchmark and benchmark.min_speedup and benchmark_reached and "benchmark" not in outputs:
@@ -111,14 +113,15 @@ def weight_bytes(directory: Path) -> int:
 
 def _pareto(context: BuildContext, outputs: Outputs, report: dict[str, Any]) -> list[dict[str, Any]]:
     """The measured selections as points of size and perplexity; predicted ones stay in selection.json."""
-    if "accuracy" not in report:
+    budget = context.recipe.sparsity and context.recipe.sparsity.budget
+    if "accuracy" not in report or not budget or budget.perplexity_increase is None:
         return []
     dense = report["accuracy"]["dense"]["perplexity"]
-    most = context.plan.built_bytes + sum(layer.bytes_saved_by_pruning for layer in context.plan.layers)
+    saved = sum(layer.bytes_saved_by_pruning for layer in context.plan.layers)
     return [
         {
-            "label": f"{len(point['layers'])} layers 2:4",
-            "bytes": most - point["bytes"],
+            "label": f"{point['fraction']:.0%} 2:4",
+            "bytes": round(context.plan.built_bytes + saved * (1 - point["fraction"])),
             "perplexity": dense * (1 + point["increase"]),
             "chosen": point["chosen"],
         }

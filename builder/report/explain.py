@@ -9,11 +9,13 @@ from typing import Any
 
 from builder import checkpoint
 from builder.checkpoint import LayerFacts
+from builder.checkpoint.checks import check_values
+from builder.checkpoint.violations import Code
 from builder.engines.predicted_tactics import predict_tactics, read_tactics
 from plugins.common import defaults
 from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
-from plugins.sparsity import pattern
+from plugins.sparsity.segments import Segments
 
 
 def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[str, Any]:
@@ -80,7 +82,8 @@ def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None, why_dense:
         "buckets": tactic["buckets"],
     }
     if facts is not None:
-        row |= {"zeros": facts.zeros, "valid_2to4": _valid(facts)}
+        row |= {"zeros": facts.zeros, "valid_2to4": _valid(facts), "fraction": facts.fraction}
+        row |= {"axis": facts.segments.axis} if facts.segments else {}
     return row
 
 
@@ -91,6 +94,12 @@ def _runs_sparse(tactic: dict[str, Any]) -> bool:
 
 
 def _valid(facts: LayerFacts) -> bool:
-    """Whether the stored weight has at most 2 nonzeros in every group of 4, whatever the checkpoint declares."""
-    chunks = (rows for weight in facts.weights for _, rows in weight.chunks())
-    return facts.in_features % 4 == 0 and all(pattern.first_violation(rows) is None for rows in chunks)
+    """Whether the stored weight has at most 2 nonzeros in every group of 4 of its 2:4 segments.
+
+    A layer without segments is looked at as a whole, whatever the checkpoint declares.
+    """
+    if facts.in_features % 4:
+        return False
+    segments = facts.segments or Segments.split("rows", facts.out_features, facts.out_features)
+    violations = (found for weight in facts.weights for found in check_values(weight, None, segments))
+    return not any(found.code == Code.SPARSITY for found in violations)

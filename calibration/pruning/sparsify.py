@@ -50,7 +50,9 @@ def sparsify(
     not fit the config, a target that does not fit the model, and inputs that are not finite.
     """
     tokens_BT = torch.from_numpy(np.empty((0, 1), np.int64) if tokens is None else tokens)
-    if config.method in SOLVERS:
+    if not target.pruned:
+        reports, changed = list[LayerReport](), Changed()
+    elif config.method in SOLVERS:
         reports, changed = _walk(source, tokens_BT, config, target, work, progress)
     else:
         reports, changed = _modelopt(source, tokens_BT, config, target, progress)

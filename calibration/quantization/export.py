@@ -16,9 +16,10 @@ from calibration.model.silence import suppress_output
 from calibration.quantization.trtllm_config import complete_config, for_transformers_4, trtllm_name
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
+from plugins.sparsity.declaration import Declaration
 
 
-def export_hf(model: nn.Module, source: Path, out: Path, sparse: dict[str, Any] | None) -> None:
+def export_hf(model: nn.Module, source: Path, out: Path, declared: Declaration) -> None:
     """A unified Hugging Face checkpoint. ModelOpt packs the model in place: it cannot run afterwards."""
     from modelopt.torch.export import export_hf_checkpoint
 
@@ -30,7 +31,7 @@ def export_hf(model: nn.Module, source: Path, out: Path, sparse: dict[str, Any] 
         _declare_int8_kv(out)
     _write_for_transformers_4(out / "config.json")
     copy_tokenizer(source, out)
-    write_sparsity(out, sparse)
+    declared.write(out)
 
 
 def snap_to_quantized_grid(model: nn.Module) -> None:
@@ -83,7 +84,7 @@ def _write_for_transformers_4(path: Path) -> None:
     path.write_text(json.dumps(for_transformers_4(config), indent=2) + "\n", encoding="utf8")
 
 
-def copy_checkpoint(source: Path, out: Path, sparse: dict[str, Any] | None) -> None:
+def copy_checkpoint(source: Path, out: Path, declared: Declaration) -> None:
     """A checkpoint that quantization leaves alone: the same files, 16 bit."""
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
@@ -91,14 +92,14 @@ def copy_checkpoint(source: Path, out: Path, sparse: dict[str, Any] | None) -> N
             shutil.copyfile(path, out / path.name)
     _write_for_transformers_4(out / "config.json")
     copy_tokenizer(source, out)
-    write_sparsity(out, sparse)
+    declared.write(out)
 
 
 def export_trtllm(
     model: nn.Module,
     source: Path,
     out: Path,
-    sparse: dict[str, Any] | None,
+    declared: Declaration,
     tensor_parallel: int,
     pipeline_parallel: int,
 ) -> None:
@@ -125,7 +126,7 @@ def export_trtllm(
         )
     path = out / "config.json"
     path.write_text(json.dumps(complete_config(config, json.loads(path.read_text())), indent=4) + "\n", encoding="utf8")
-    write_sparsity(out, sparse and {**sparse, "layers": trtllm_layers(sparse["layers"])})
+    Declaration(tuple(trtllm_layers(declared.layers)), method=declared.method).write(out)  # no kernel runs a hybrid
 
 
 def trtllm_layers(layers: Sequence[str]) -> list[str]:
@@ -135,9 +136,3 @@ def trtllm_layers(layers: Sequence[str]) -> list[str]:
         name = trtllm_name(layer)
         parts[name] = parts.get(name, 0) + 1
     return [name for name, count in parts.items() if count == (3 if name.endswith(".qkv") else 1)]
-
-
-def write_sparsity(out: Path, sparse: dict[str, Any] | None) -> None:
-    """`sparsity.json`: which modules are declared 2:4. No file where none is."""
-    if sparse and sparse["layers"]:
-        (out / "sparsity.json").write_text(json.dumps(sparse, indent=1) + "\n", encoding="utf8")

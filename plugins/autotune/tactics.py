@@ -38,6 +38,7 @@ class Layer(Config):
     in_features: int = Field(ge=1)
     format: str
     sparse: bool
+    fraction: float = 0.0  # of the weight that is 2:4
     reason: str
     buckets: tuple[Bucket, ...]
     runs_sparse: bool | None = None  # where it is known without buckets, as from TensorRT's build log

@@ -12,6 +12,7 @@ Legend: M tokens, N out_features, K in_features.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -128,7 +129,8 @@ def remarks(layers: Iterable[Linear]) -> list[str]:
     """What a reader of measurements should know of how these layers run, in words."""
     layers = list(layers)
     sentences = []
-    unpacked = [layer for layer in layers if layer.sparse and SPARSE_KERNELS.isdisjoint(layer.kernel.split(" or "))]
+    kernels = {layer: re.split(" or | and ", layer.kernel) for layer in layers if layer.sparse}
+    unpacked = [layer for layer, names in kernels.items() if SPARSE_KERNELS.isdisjoint(names)]
     if any(next(layer.buffers()).device.type == "cpu" for layer in unpacked):
         sentences.append("2:4 weights are unpacked when they are loaded, and gain nothing")
     if any(isinstance(layer, Fp8ValuesLinear) for layer in layers):

@@ -264,8 +264,8 @@ def test_a_budget_that_nothing_meets(docs_llama: Path, tmp_path: Path) -> None:
     assert ended.status == 1
     assert ended.stdout == ""
     found = re.fullmatch(
-        r"failed: no layer fits under sparsity.budget perplexity_increase 0.000%: the smallest increase reached is "
-        r"(\d+\.\d+)%, with .+ pruned; raise the budget, or leave sparsity out\n",
+        r"failed: nothing fits under sparsity.budget \(perplexity \+0.00%\): the smallest loss reached is "
+        r"perplexity \+(\d+\.\d+)% with \d+% of the weights 2:4; raise the budget, or leave sparsity out\n",
         ended.stderr,
     )
     assert found

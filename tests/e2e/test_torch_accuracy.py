@@ -18,6 +18,7 @@ from builder.engines.torch_backend.artifact import Limits, TorchEngine
 from builder.planning.model_config import architecture, read_config
 from calibration.config import Quantization
 from calibration.quantization import export, quantize
+from plugins.sparsity.declaration import Declaration
 
 LENGTH = 128
 WINDOWS = 16  # 2048 evaluation tokens
@@ -88,7 +89,7 @@ def build(docs_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         with torch.inference_mode():
             logits = copy.deepcopy(model).float()(evaluation).logits
             itself = agreement(copy.deepcopy(model).double()(evaluation).logits, logits)
-        declared = {"pattern": "2:4", "method": "magnitude", "layers": layers} if sparse else None
+        declared = Declaration(tuple(layers) if sparse else ())
         export.export_hf(model, docs_llama, out / "checkpoint", declared)
         artifact.build(out / "checkpoint", out / "engine", Limits(max_batch_size=4))
         known[case] = Built(logits, itself, out / "engine")

@@ -72,9 +72,10 @@ def exports(tmp_path_factory):
     from calibration.config import Quantization
     from calibration.quantization import export
     from calibration.quantization.quantize import load_model, quantize
+    from plugins.sparsity.declaration import Declaration
 
     layers = [f"model.layers.{i}.{'self_attn' if n in LINEARS[:4] else 'mlp'}.{n}" for i in range(6) for n in LINEARS]
-    sparse = {"pattern": "2:4", "method": "magnitude", "layers": layers}
+    declared = Declaration(tuple(layers), method="magnitude")
     root, found = tmp_path_factory.mktemp("exports"), {}
     for number_format in FORMATS:
         model = load_model(MODEL)
@@ -85,13 +86,13 @@ def exports(tmp_path_factory):
         out = root / number_format
         if number_format != "none":
             model = quantize(model, Quantization(format=number_format), layers, token_ids().numpy())
-        export.export_trtllm(model, MODEL, out / "trtllm", sparse, RANKS, 1)
+        export.export_trtllm(model, MODEL, out / "trtllm", declared, RANKS, 1)
         if number_format == "none":
             model.save_pretrained(out / "hf")
             export.copy_tokenizer(MODEL, out / "hf")
-            export.write_sparsity(out / "hf", sparse)
+            declared.write(out / "hf")
         else:
-            export.export_hf(model, MODEL, out / "hf", sparse)
+            export.export_hf(model, MODEL, out / "hf", declared)
         found[number_format] = out
     return found
 

@@ -28,13 +28,14 @@ from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
 from plugins.common.files import write_json
+from plugins.sparsity.declaration import Declaration
 
 if TYPE_CHECKING:
     from builder.config import EngineConfig
 
 __all__ = ["LAYOUT", "Limits", "TorchEngine", "build", "load", "load_hf"]
 
-LAYOUT = 1  # of the engine directory; an engine of another layout is refused
+LAYOUT = 2  # of the engine directory; an engine of another layout is refused
 
 
 def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: Mapping[str, Any] | None = None) -> None:
@@ -45,10 +46,10 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
     """
     model_config = _read_json(checkpoint / "config.json", "a unified Hugging Face checkpoint")
     _check_architecture(checkpoint, model_config)
-    sparse_layers = _sparse_layers(checkpoint / "sparsity.json")
+    declaration = Declaration.read(checkpoint)
     tensors = weights.Tensors(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    weights.write(weights.packed(tensors, sparse_layers), out)
+    weights.write(weights.packed(tensors, declaration), out)
     write_json(out / "config.json", {k: v for k, v in model_config.items() if k != "quantization_config"})
     copy_tokenizer(checkpoint, out)
     if tactics is not None:
@@ -58,7 +59,7 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
         "layout": LAYOUT,
         "format": weights.number_format(tensors),
         "kv_cache": _kv_cache(model_config, tensors),
-        "sparse_layers": len(sparse_layers),
+        "sparse_layers": len(declaration.pruned),
         "checkpoint_sha256": checkpoint_digest(checkpoint),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "max_batch_size": config.max_batch_size,
@@ -140,14 +141,6 @@ def _check_architecture(directory: Path, config: Mapping[str, Any]) -> None:
     name = (config.get("architectures") or ["none"])[0]
     if name not in FAMILIES:
         raise UserError(f"'{directory}' has the architecture '{name}', not supported: use one of {', '.join(FAMILIES)}")
-
-
-def _sparse_layers(path: Path) -> list[str]:
-    """The declared 2:4 layers; none where there is no such file."""
-    layers = _read_json(path, "a checkpoint").get("layers") if path.is_file() else []
-    if not isinstance(layers, list):
-        raise UserError(f"'{path}' holds no list of 'layers': export the checkpoint again")
-    return layers
 
 
 def _max_seq_len(asked: int, config: Mapping[str, Any]) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from plugins.common.errors import UserError
 from plugins.linear.factory import build_linear, share_input
+from plugins.linear.hybrid_linear import build_hybrid
 from plugins.linear.joined import GROUPS, SideBySide, join
 from plugins.linear.torch_linear import Linear
 
@@ -164,7 +165,11 @@ class _Loader:
 
     def _layer(self, name: str, parts: Sequence[str], stored: Mapping[str, torch.Tensor]) -> Linear:
         """Raises UserError where the tensors do not fit config.json."""
-        layer = build_linear(stored, self._dtype, self._device, self._kernels.choices(name, stored))
+
+        def build(tensors: Mapping[str, torch.Tensor]) -> Linear:
+            return build_linear(tensors, self._dtype, self._device, self._kernels.choices(name, tensors))
+
+        layer = build_hybrid(stored, build) if "weight_segments" in stored else build(stored)
         modules = [self._model.get_submodule(part) for part in parts]
         rows, columns = sum(module.out_features for module in modules), modules[0].in_features
         if (layer.out_features, layer.in_features) != (rows, columns):

@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 from calibration.model.weight_files import INDEX, weight_files
 from plugins.common.errors import UserError
 from plugins.common.formats import Format
+from plugins.linear.hybrid_linear import split
+from plugins.sparsity.declaration import Declaration
+from plugins.sparsity.segments import Segments
 from plugins.sparsity.torch_packing import pack
 
 SHARD_BYTES = 4 << 30
@@ -65,10 +68,12 @@ def _weight_files(directory: Path) -> list[Path]:
     return weight_files(directory)
 
 
-def packed(tensors: Tensors, sparse_layers: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors by name, the weights of 2:4 layers as `weight_values` and `weight_indices`. Raises UserError for a
-    declared layer that is not 2:4, or is not there."""
-    sparse = {f"{layer}.weight" for layer in sparse_layers}
+def packed(tensors: Tensors, declaration: Declaration) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors by name, the weights of 2:4 layers packed, as a whole or in part.
+
+    Raises UserError for a declared layer that is not 2:4 where it should be, or is not there.
+    """
+    sparse = {f"{layer}.weight": declaration.hybrid.get(layer) for layer in declaration.pruned}
     for name in sparse:
         if name not in tensors:
             raise UserError(
@@ -78,13 +83,23 @@ def packed(tensors: Tensors, sparse_layers: Iterable[str]) -> Iterator[tuple[str
     for name in tensors:
         if name in sparse:
             try:
-                values, indices = pack(tensors[name])
+                yield from _packed(name, tensors[name], sparse[name])
             except UserError as error:
                 raise UserError(f"'{name}' is declared 2:4, but {error}") from None
-            yield f"{name}_values", values
-            yield f"{name}_indices", indices
         else:
             yield name, tensors[name]
+
+
+def _packed(name: str, weight_NK: torch.Tensor, segments: Segments | None) -> Iterator[tuple[str, torch.Tensor]]:
+    if segments is None:
+        values, indices = pack(weight_NK)
+        yield f"{name}_values", values
+        yield f"{name}_indices", indices
+    elif segments.size != weight_NK.shape[segments.axis == "inputs"]:
+        raise UserError(f"its segments cover {segments.size} {segments.axis} of a weight {list(weight_NK.shape)}")
+    else:
+        module = name.removesuffix("weight")
+        yield from ((f"{module}{key}", tensor) for key, tensor in split(weight_NK, segments).items())
 
 
 def write(tensors: Iterable[tuple[str, torch.Tensor]], directory: Path) -> None:

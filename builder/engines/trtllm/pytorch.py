@@ -59,19 +59,22 @@ def build(
             shutil.copyfile(path, out / path.name)
     _write_configs(opened, out)
     copy_tokenizer(checkpoint, out)
-    if opened.sparse_layers:
+    if opened.whole_sparse_layers:
         sparse_package.write(out, opened, tactics)
     if tactics is not None:
         write_json(out / "tactics.json", tactics)
     artifact.write_llm_args(out, config, "pytorch", opened.kv_cache)
-    remarks = [_UNMEASURED] if opened.sparse_layers and (tactics is None or tactics["source"] != "measured") else []
+    measured = tactics is not None and tactics["source"] == "measured"
+    remarks = [_UNMEASURED] if opened.whole_sparse_layers and not measured else []
+    if hybrid := opened.declaration.hybrid:
+        remarks.append(f"{len(hybrid)} layers are 2:4 in part and run dense: this backend's kernels take whole layers")
     version = version_lock.installed("tensorrt_llm")
     if version is not None and releases.is_newer(version):
         remarks.append(releases.caution(version))
     artifact.write_facts(out, "pytorch", opened.format, opened.kv_cache, checkpoint, config, remarks)
     here = version_lock.current("pytorch")
     version_lock.write(out, here)
-    sparse = bool(opened.sparse_layers)
+    sparse = bool(opened.whole_sparse_layers)
     launch.write(out, config, _serve(config, sparse), here.container, "pytorch", modules=sparse, preload=False)
 
 
@@ -84,7 +87,7 @@ def _check(checkpoint: Checkpoint, config: EngineConfig) -> None:
     compatibility.check_architecture(checkpoint.architecture.name, "pytorch").require()
     compatibility.check(
         checkpoint.format,
-        bool(checkpoint.sparse_layers),
+        bool(checkpoint.whole_sparse_layers),
         "pytorch",
         device.sm if device else None,
         kv_cache=checkpoint.kv_cache,

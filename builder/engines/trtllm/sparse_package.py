@@ -62,7 +62,7 @@ def write(engine: Path, checkpoint: Checkpoint, tactics: Mapping[str, Any] | Non
     )
     (directory / "__init__.py").write_text(page, encoding="utf8")
     (directory / "__main__.py").write_text(_MAIN_PY, encoding="utf8")
-    layers = {name: _choices(tactics, name) for name in checkpoint.sparse_layers}
+    layers = {name: _choices(tactics, name) for name in checkpoint.whole_sparse_layers}
     write_json(directory / "layers.json", {"layers": layers})
 
 

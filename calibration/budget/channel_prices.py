@@ -1,0 +1,143 @@
+"""What each channel costs where it alone goes 2:4, as KL from the dense model: all of them in a few passes.
+
+To second order KL(dense || pruned) is half the mean square of how the output's change, along the gradient, moves the
+log likelihood of tokens that the model itself draws (Fisher information; Martens, 2020, arXiv:1412.1193; for pruning:
+Singh and Alistarh, 2020, arXiv:2004.14340). A channel is rows or inputs of its layers, so that its part is a sum of
+products that a backward pass holds already.
+
+Squares are summed token by token, which is the less noisy, and scaled so that the channels of a layer, or of a half of
+a block, sum to the KL of all of it, for which the tokens of a window are summed before they are squared.
+
+Suffixes: B windows, T tokens of a window, P predictions, V vocabulary, N out_features, K in_features, F features of a
+layer along its channels, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibration.data.windows import Tokens
+from calibration.model.block_store import BlockStore
+from calibration.model.block_walk import BlockWalk
+from calibration.model.blocks import HALVES, Blocks, Stream, forward_half
+from calibration.model.channel_order import INPUTS, Channels
+from calibration.pruning.block_pruner import by_block
+from calibration.pruning.input_statistics import collect_statistics, shared_inputs
+from calibration.pruning.solvers import SOLVERS, Pattern
+from plugins.sparsity.segments import Segments
+
+BATCH = 4  # windows
+Progress = Callable[[str, int, int], None]
+Prices = dict[str, list[float]]
+
+
+@torch.no_grad()
+def prune_each_alone(
+    blocks: Blocks, tokens: Tokens, layers: Sequence[str], work: Path, progress: Progress
+) -> dict[str, Tensor]:
+    """Each layer's weight [N, K] pruned to 2:4 by SparseGPT on the dense model's inputs, on `tokens` [windows, T]."""
+    walk = BlockWalk(blocks, torch.from_numpy(tokens), BlockStore(work, "alone"))
+    solver, pattern = SOLVERS["sparsegpt"](), Pattern.parse("2:4")
+    pruned: dict[str, Tensor] = {}
+    for number, names in enumerate(by_block(layers, blocks)):
+        progress("pruning each layer alone", number, blocks.count)
+        block, arguments = blocks.load(number), walk.arguments[number]
+        entering = walk.entering(number, "dense")
+        middle, leaving = walk.states(number, "middle"), walk.states(number + 1, "dense")
+        for half, states, left in zip(HALVES, (entering, middle), (middle, leaving), strict=True):
+            stream, inside = Stream(block, states), [name for name in names if name.startswith(half)]
+            for group in shared_inputs(stream, half, inside, arguments) if inside else []:
+                with walk.products:
+                    statistics = collect_statistics(group[0], stream, arguments)
+                for name in group:
+                    weight_NK, full = block.get_submodule(name).weight, f"model.layers.{number}.{name}"
+                    whole = Segments.split("rows", len(weight_NK), len(weight_NK))
+                    kept_NK = solver.prune(full, weight_NK, statistics, pattern, whole)
+                    pruned[full] = kept_NK.to(blocks.weights.dtype(f"{full}.weight"))
+            walk.send(states, partial(forward_half, block, half, arguments=arguments), left)
+        for states in (entering, middle):
+            states.path.unlink()
+    return pruned
+
+
+def channel_prices(
+    model: Any, pruned: Mapping[str, Tensor], tokens: Tokens, progress: Progress, seed: int = 0
+) -> Prices:
+    """Nats a token of each channel where the layers `pruned` [N, K] are: by layer, and by half of a block.
+
+    One forward and one backward pass on each batch of `tokens` [windows, T], and two products a layer.
+    """
+    model.requires_grad_(False)
+    sums = _Sums(model.config)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    batches = torch.from_numpy(tokens).to(model.device).split(BATCH)
+    for done, ids_BT in enumerate(batches, start=1):
+        progress("pricing channels", done - 1, len(batches))
+        with ExitStack() as hooks:
+            for name, weight_NK in pruned.items():
+                hooks.enter_context(_along_gradient(model.get_submodule(name), weight_NK, name, sums))
+            embedded = model.get_input_embeddings()(ids_BT).requires_grad_()
+            log_PV = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+            drawn_P = log_PV.detach().exp().multinomial(1, generator=generator)
+            log_PV.collect_statistics(1, drawn_P).sum().backward()
+            sums.square()
+    return sums.prices(2 * tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+class _Sums:
+    """What channels move the log likelihood by, token by token, and the sums of squares; by layer and by half."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.moved: dict[str, Tensor] = {}  # of the backward pass at work: [B, T, C]
+        self.by_token: dict[str, Any] = {}  # [C]
+        self.whole: dict[str, float] = {}
+
+    def add(self, name: str, moved_BTF: Tensor) -> None:
+        """Of the rows or inputs F of the layer `name`."""
+        half, _, layer = name.rpartition(".")
+        width = Channels.of(self.config, half.rsplit(".", 1)[-1]).width[layer]
+        moved_BTC = moved_BTF.float().unflatten(-1, (-1, width)).sum(-1)
+        for key in (half, name):
+            self.moved[key] = self.moved[key] + moved_BTC if key in self.moved else moved_BTC
+
+    def square(self) -> None:
+        """Ends a backward pass."""
+        for key, moved_BTC in self.moved.items():
+            self.by_token[key] = self.by_token.get(key, 0.0) + moved_BTC.square().sum((0, 1), dtype=torch.float64)
+            self.whole[key] = self.whole.get(key, 0.0) + float(moved_BTC.sum((1, 2)).square().sum())
+        self.moved = {}
+
+    def prices(self, count: int) -> Prices:
+        """Over `count`."""
+        scales = {key: self.whole[key] / max(float(sums_C.sum()), 1e-30) for key, sums_C in self.by_token.items()}
+        return {key: (sums_C * scales[key] / count).tolist() for key, sums_C in self.by_token.items()}
+
+
+@contextmanager
+def _along_gradient(layer: Any, pruned_NK: Tensor, name: str, sums: _Sums) -> Iterator[None]:
+    """Adds to `sums`, in each backward pass, what the layer's rows or inputs move the log likelihood by."""
+    change_NK = pruned_NK.to(layer.weight.device, layer.weight.dtype) - layer.weight
+    by_input = name.endswith(tuple(INPUTS.values()))
+
+    def forward(_: nn.Module, inputs: tuple[Tensor, ...], output_BTN: Tensor) -> None:
+        x_BTK = inputs[0].detach()
+
+        def backward(gradient_BTN: Tensor) -> None:
+            moved_BTF = (gradient_BTN @ change_NK) * x_BTK if by_input else gradient_BTN * (x_BTK @ change_NK.T)
+            sums.add(name, moved_BTF)
+
+        output_BTN.register_hook(backward)
+
+    handle = layer.register_forward_hook(forward)
+    try:
+        yield
+    finally:
+        handle.remove()

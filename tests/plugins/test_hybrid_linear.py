@@ -1,0 +1,83 @@
+"""The layer that is 2:4 in part: its stored form, and its numbers against the dense layer of the same weight."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from plugins.common.errors import UserError
+from plugins.linear.factory import build_linear
+from plugins.linear.hybrid_linear import HybridLinear, build_hybrid, decode, encode, join, split
+from plugins.sparsity.segments import Segments
+
+CPU = torch.device("cpu")
+N = K = 128
+SPLITS = {
+    "rows": Segments.split("rows", N, 32),
+    "inputs": Segments.split("inputs", K, 96),
+    "rows on 2 ranks": Segments.split("rows", N, 64, ranks=2),
+    "inputs on 2 ranks": Segments.split("inputs", K, 64, ranks=2),
+    "dense first": Segments.of("inputs", [("dense", 32), ("2:4", 96)]),
+}
+FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+
+
+def weight_of(segments: Segments, dtype: torch.dtype) -> torch.Tensor:
+    """A weight [N, K] with 2:4 zeros where the segments have them."""
+    values = torch.randint(1, 100, (N, K), generator=torch.Generator().manual_seed(0)).float() - 50.5
+    weight = values.round().to(torch.int8) if dtype == torch.int8 else (values / 50).to(dtype)
+    for part in segments.sparse:
+        block = weight[part.slice] if segments.axis == "rows" else weight[:, part.slice]
+        block.view(torch.uint8 if dtype.itemsize == 1 else dtype).unflatten(1, (-1, 4))[..., 1:3] = 0
+    return weight
+
+
+def layer_tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    tensors = {"bias": torch.arange(N) / 16}
+    if weight.element_size() == 1:
+        rows = torch.linspace(0.01, 0.02, N) if weight.dtype == torch.int8 else torch.tensor(0.5)
+        tensors |= {"weight_scale": rows, "input_scale": torch.tensor(0.05)}
+    if weight.dtype == torch.int8:
+        tensors["pre_quant_scale"] = torch.linspace(0.5, 2, K)
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("name", SPLITS)
+def test_what_is_split_joins_to_the_same_weight(name: str, dtype: torch.dtype) -> None:
+    weight = weight_of(SPLITS[name], dtype)
+    stored = split(weight, SPLITS[name])
+    assert decode(stored["weight_segments"]) == SPLITS[name]
+    assert torch.equal(join(stored).view(torch.uint8), weight.view(torch.uint8))
+    packed = sum(tensor.nbytes for key, tensor in stored.items() if key != "weight_segments")
+    share = {4: 9 / 16 - 1 / 32, 2: 9 / 16, 1: 5 / 8}[dtype.itemsize]
+    assert packed == round(weight.nbytes * (1 - SPLITS[name].fraction * (1 - share)))
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_hybrid_layer_computes_what_the_dense_one_does(name: str, dtype: torch.dtype) -> None:
+    weight = weight_of(SPLITS[name], dtype)
+    build = partial(build_linear, dtype=torch.float32, device=CPU)
+    common = layer_tensors(weight)
+    layer = build_hybrid(split(weight, SPLITS[name]) | common, build)
+    dense = build({"weight": weight, **common})
+    x = torch.randn(3, 5, K, generator=torch.Generator().manual_seed(1))
+    assert (layer.out_features, layer.in_features, layer.sparse, layer.format) == (N, K, True, dense.format)
+    assert isinstance(layer, HybridLinear) == (name in ("rows", "inputs"))
+    torch.testing.assert_close(layer(x), dense(x), atol=1e-4, rtol=1e-5)
+
+
+def test_a_segment_that_is_not_2of4_is_refused() -> None:
+    weight = torch.ones(N, K)
+    with pytest.raises(UserError, match="row 0, group 0"):
+        split(weight, SPLITS["rows"])
+
+
+@pytest.mark.parametrize("damage", [[2, 1, 32], [0, 5, 32], [0, 1]])
+def test_damaged_segments_are_refused(damage: list[int]) -> None:
+    with pytest.raises(UserError, match="damaged: build the engine again"):
+        decode(torch.tensor(damage, dtype=torch.int32))
+    assert decode(encode(SPLITS["rows"])) == SPLITS["rows"]
