@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-import warnings
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from plugins.common.errors import TwofourWarning
-
+PACKAGES = ("builder", "calibration", "benchmarks", "plugins")
 QUIET_SECONDS = 10.0  # between plain lines of one stage
 
 
@@ -26,18 +24,20 @@ class Console:
         self.quiet = quiet
         self.stream = sys.stderr
         self.terminal = Terminal(file=self.stream, highlight=False, soft_wrap=True)
-        self._show_other: Any = None
+        self._handler = _Warnings(self)
         self._bar: Progress | None = None
         self._last = 0.0
 
     def __enter__(self) -> Console:
-        self._show_other, warnings.showwarning = warnings.showwarning, self._show_warning
+        for package in PACKAGES:
+            logging.getLogger(package).addHandler(self._handler)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        warnings.showwarning = self._show_other
+        for package in PACKAGES:
+            logging.getLogger(package).removeHandler(self._handler)
         self.close()
 
     def warn(self, message: object) -> None:
@@ -69,13 +69,6 @@ class Console:
             self._bar.stop()
             self._bar = None
 
-    def _show_warning(self, message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-        """Ours in one line, others' as they would be shown."""
-        if issubclass(category, TwofourWarning):
-            self.warn(message)
-        else:
-            self._show_other(message, category, *where, **more)
-
     def _show(self, what: str, done: int, total: int) -> None:
         if self._bar is None:
             columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -83,3 +76,14 @@ class Console:
             self._bar.add_task(what, total=total)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total)
+
+
+class _Warnings(logging.Handler):
+    """Prints the warnings that our packages log on the console, one line each."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.warn(record.getMessage())

@@ -7,11 +7,13 @@ TensorRT-LLM and others follow the file, and so does this module.
 
 from __future__ import annotations
 
-import warnings
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plugins.common.errors import TwofourWarning, UserError
+from plugins.common.errors import UserError
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,15 +41,12 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         tokenizer = _load(PreTrainedTokenizerFast, model)
         if find_difference(tokenizer, model):
             raise UserError(f"'{model}': transformers does not read tokenizer.json as it is ({difference}): replace it")
-        warnings.warn(
-            TwofourWarning(
-                f"'{model}': transformers reads tokenizer.json as {name}, {difference}: the tokens of tokenizer.json "
-                "are used; set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast"
-            ),
-            stacklevel=2,
+        log.warning(
+            f"'{model}': transformers reads tokenizer.json as {name}, {difference}: the tokens of tokenizer.json "
+            "are used; set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast"
         )
     if (text := tokenizer.decode(_ids(tokenizer, PLAIN))).strip() != PLAIN:
-        warnings.warn(TwofourWarning(f"'{model}': its tokenizer turns '{PLAIN}' into '{text}': check it"), stacklevel=2)
+        log.warning(f"'{model}': its tokenizer turns '{PLAIN}' into '{text}': check it")
     return tokenizer
 
 

@@ -7,11 +7,11 @@ CPU or a GPU; where several GPUs are seen the training starts itself under `acce
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +28,11 @@ from calibration.model.silence import suppress_output
 from calibration.model.weights import Weights, copy_with
 from calibration.pruning.solvers.masks import apply
 from calibration.recovery.job import Job, save_tokens
-from plugins.common.errors import GateError, TwofourWarning, UserError
+from plugins.common.errors import GateError, UserError
 from plugins.common.files import read_json, write_json
 from plugins.common.progress import Progress
+
+log = logging.getLogger(__name__)
 
 PLANNED = 1.1  # of the steps that fit: the time ends the training, and a step timed alone may be slower than the others
 SHARE = 0.98  # of the minutes that is planned with
@@ -85,11 +87,9 @@ def recover(
         report = _finish(job, work, plan, out, started)
     if not report.kept:
         after = "not finite" if report.kl_after is None else f"{report.kl_after:.4g}"
-        warnings.warn(
+        log.warning(
             f"recovery did not help (held-out KL {report.kl_before:.4g} before, {after} after): the pruned weights "
-            "stay; try a lower recovery.learning_rate or more text",
-            TwofourWarning,
-            stacklevel=2,
+            "stay; try a lower recovery.learning_rate or more text"
         )
     return report
 

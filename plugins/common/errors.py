@@ -1,4 +1,4 @@
-"""The two errors that a command reports in one line, and the warning that it prints and continues after."""
+"""The two errors that a command reports in one line. Warnings go to the standard library's logging."""
 
 
 class UserError(ValueError):
@@ -11,7 +11,3 @@ class UserError(ValueError):
 
 class GateError(Exception):
     """A gate failed: accuracy, speed or verification. The message is one line. Exit status 1."""
-
-
-class TwofourWarning(UserWarning):
-    """A warning to the user, of one line. The command continues."""

@@ -154,19 +154,18 @@ def test_trains_under_fake_quantizers(models, tokens, tmp_path, number_format):
         assert 0.8 < ratio < 1.25  # SmoothQuant's scales are not in it
 
 
-def test_useless_training_leaves_the_pruned_weights(models, tokens, tmp_path):
-    with pytest.warns(UserWarning, match="did not help"):
-        report = recover(
-            *models, tokens, Recovery(steps=3, learning_rate=10.0), tmp_path / "out", tmp_path / "work", quietly
-        )
+def test_useless_training_leaves_the_pruned_weights(models, tokens, tmp_path, caplog):
+    config = Recovery(steps=3, learning_rate=10.0)
+    report = recover(*models, tokens, config, tmp_path / "out", tmp_path / "work", quietly)
+    assert "did not help" in caplog.text
     assert not report.kept
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (models[1] / "model.safetensors").read_bytes()
 
 
-def test_a_training_that_diverged_leaves_the_pruned_weights(models, tokens, tmp_path):
+def test_a_training_that_diverged_leaves_the_pruned_weights(models, tokens, tmp_path, caplog):
     config = Recovery(steps=4, learning_rate=1e30)
-    with pytest.warns(UserWarning, match="not finite after"):
-        report = recover(*models, tokens, config, tmp_path / "out", tmp_path / "work", quietly)
+    report = recover(*models, tokens, config, tmp_path / "out", tmp_path / "work", quietly)
+    assert "not finite after" in caplog.text
     assert report.kl_after is None
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (models[1] / "model.safetensors").read_bytes()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 SNAPSHOT = Path(__file__).parent / "messages.txt"
 PACKAGES = ("builder", "calibration", "benchmarks", "plugins")
-ROOTS = {"UserError", "GateError", "TwofourWarning"}
+ROOTS = {"UserError", "GateError", "warning"}  # and log.warning
 
 
 def collect() -> list[str]:

@@ -5,12 +5,14 @@ Suffix: K in_features.
 
 from __future__ import annotations
 
-import warnings
+import logging
 
 import torch
 from torch import Tensor
 
-from plugins.common.errors import TwofourWarning, UserError
+from plugins.common.errors import UserError
+
+log = logging.getLogger(__name__)
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as SparseGPT and GPTQ have it
 STEP = 10.0  # by which the damping grows while the Hessian cannot be factored
@@ -48,11 +50,7 @@ def inverse_factor(name: str, hessian_KK: Tensor, damping: float = DAMPING) -> t
             break
         damping *= STEP
     if damping != first:
-        warnings.warn(
-            f"the Hessian of '{name}' is singular: its damping was raised from {first:g} to {damping:g}",
-            TwofourWarning,
-            stacklevel=2,
-        )
+        log.warning(f"the Hessian of '{name}' is singular: its damping was raised from {first:g} to {damping:g}")
     upper_KK = factor.flip(0, 1)
     del factor  # at 8192 inputs each of these is 268 MB
     inverse_KK = torch.eye(len(upper_KK), dtype=upper_KK.dtype, device=upper_KK.device).T  # columns side by side
