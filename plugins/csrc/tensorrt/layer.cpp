@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <set>
+#include <tuple>
 
 namespace twofour_tensorrt {
 
@@ -59,6 +61,30 @@ void validate(const Description& d) {
   require(d.channel_scales.empty() || d.channel_scales.size() == n, "channel_scales must hold out_features numbers");
   require(d.bias.empty() || d.bias.size() == 2 * n, "bias must hold out_features numbers of out_type");
 }
+
+// The SM and the version of the kernel's library that an algorithm is for.
+Choice place_of(twofour_context* context, int kernel, int64_t tokens) {
+  twofour_info info{};
+  check(twofour_get_info(context, &info));
+  Choice choice{kernel, info.sm, 0, 0, tokens, {}};
+  check(twofour_library_version(static_cast<twofour_kernel>(kernel), &choice.version));
+  return choice;
+}
+
+bool same_place(const Choice& a, const Choice& b) {
+  return std::tie(a.kernel, a.sm, a.version, a.tokens) == std::tie(b.kernel, b.sm, b.version, b.tokens);
+}
+
+// Device memory that goes with its scope.
+struct Scratch {
+  Scratch(int device, size_t bytes) : device_(device), bytes(bytes), memory(allocate(device, bytes)) {}
+  ~Scratch() { release(device_, memory); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  int device_;
+  size_t bytes;
+  void* memory;
+};
 
 // Packing and its checks need no GPU.
 Context host_context() {
@@ -207,6 +233,10 @@ size_t Layer::workspace_bytes(int64_t tokens) const {
 
 void Layer::prepare(twofour_context* context, int tactic, int64_t tokens) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  prepare_locked(context, tactic, tokens);
+}
+
+void Layer::prepare_locked(twofour_context* context, int tactic, int64_t tokens) {
   const int device = current_device();
   Forms& forms = this->forms(device);
   const twofour_kernel chosen = kernel(tactic, tokens);
@@ -218,6 +248,65 @@ void Layer::prepare(twofour_context* context, int tactic, int64_t tokens) {
   require(needed <= workspace_bytes(tokens), "a kernel wants " + std::to_string(needed) + " bytes of workspace for " +
                                                  std::to_string(tokens) + " tokens, and the engine has " +
                                                  std::to_string(workspace_bytes(tokens)) + ": set another tactic");
+}
+
+void Layer::search(twofour_context* context, int64_t tokens) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const int device = current_device();
+  if (device == TWOFOUR_HOST) return;
+  Forms& forms = this->forms(device);
+  std::set<int> kernels;
+  for (int32_t tactic : tactics(context)) kernels.insert(kernel(tactic, tokens));
+  for (int kernel : kernels) search_kernel(context, device, forms, kernel, tokens);
+}
+
+// Layers of one shape share what was found, also when they belong to several engines of one process.
+void Layer::search_kernel(twofour_context* context, int device, Forms& forms, int kernel, int64_t tokens) {
+  const Description& d = description_;
+  Choice choice = place_of(context, kernel, tokens);
+  for (const Choice& known : d.choices)
+    if (same_place(known, choice)) return;
+  using Key = std::tuple<int, int, int, int, int, bool, bool, int, int64_t>;
+  static std::map<Key, twofour_algorithm> searched;
+  static std::mutex searched_mutex;
+  const std::lock_guard<std::mutex> lock(searched_mutex);
+  const auto [place, fresh] = searched.try_emplace(Key{device, d.type, d.out_type, d.out_features, d.in_features,
+                                                       d.channel_scales.empty(), d.bias.empty(), kernel, tokens});
+  try {
+    make_weight(context, device, forms, kernel);
+    const twofour_gemm problem = gemm(kernel, tokens, &forms);
+    if (fresh) {
+      twofour_info info{};
+      check(twofour_get_info(context, &info));
+      const auto rows = static_cast<size_t>(tokens);
+      const Scratch x(device, rows * static_cast<size_t>(d.in_features) * element_bytes(d.type));
+      const Scratch y(device, rows * static_cast<size_t>(d.out_features) * element_bytes(d.out_type));
+      const Scratch workspace(device, workspace_bytes(tokens)), flush(device, 2 * static_cast<size_t>(info.l2_bytes));
+      check_cuda(cudaMemset(x.memory, 0x2A, x.bytes), "cudaMemset");  // some number other than 0 in every type
+      twofour_search_result result{};
+      check(twofour_search(context, &problem, x.memory, forms.weights[kernel], y.memory, workspace.memory,
+                           workspace.bytes, flush.memory, flush.bytes, nullptr, &result));
+      check(twofour_get_algorithm(context, &problem, &place->second));
+    }
+  } catch (...) {
+    searched.erase(place);
+    throw;
+  }
+  choice.algorithm = place->second;
+  description_.choices.push_back(choice);
+}
+
+void Layer::warm_up(twofour_context* context, int tactic) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const Choice& choice : description_.choices) {
+    try {
+      if (!same_place(choice, place_of(context, choice.kernel, choice.tokens))) continue;
+      const twofour_gemm problem = gemm(choice.kernel, choice.tokens, nullptr);
+      check(twofour_set_algorithm(context, &problem, &choice.algorithm));
+      if (tactic != 0 && kernel(tactic, choice.tokens) == choice.kernel) prepare_locked(context, tactic, choice.tokens);
+    } catch (const Error&) {
+    }
+  }
 }
 
 void Layer::enqueue(twofour_context* context, int tactic, int64_t tokens, const void* x, void* y, void* workspace,

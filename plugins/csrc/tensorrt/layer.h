@@ -28,6 +28,13 @@ constexpr Tactic kTactics[] = {{64, TWOFOUR_CUSPARSELT}, {16, TWOFOUR_CUSPARSELT
                                {64, TWOFOUR_CUBLASLT},   {16, TWOFOUR_CUBLASLT},   {0, TWOFOUR_CUBLASLT}};
 constexpr int kTacticCount = sizeof kTactics / sizeof kTactics[0];
 
+// What a search found for a kernel at a number of tokens, and where: it holds for that GPU and library alone.
+struct Choice {
+  int32_t kernel = 0, sm = 0, version = 0, reserved = 0;
+  int64_t tokens = 0;
+  twofour_algorithm algorithm{};
+};
+
 struct Description {
   int32_t type = 0, out_type = 0, out_features = 0, in_features = 0;
   float scale = 1;
@@ -36,6 +43,7 @@ struct Description {
   std::vector<uint8_t> bias;  // of out_type
   std::vector<uint8_t> packed;
   twofour_stamp stamp{};
+  std::vector<Choice> choices;  // found while the engine was built
 };
 
 using Context = std::shared_ptr<twofour_context>;
@@ -63,6 +71,12 @@ class Layer {
   size_t workspace_bytes(int64_t tokens) const;
   // Everything that enqueue needs for these tokens, so that it neither allocates nor plans.
   void prepare(twofour_context* context, int tactic, int64_t tokens);
+  // While an engine is built: the fastest algorithm of each kernel that a tactic may run at these tokens. Allocates, and
+  // takes a while; on the host there is nothing to time.
+  void search(twofour_context* context, int64_t tokens);
+  // While an execution context is made: gives it the choices found, and makes the weights and plans that `tactic` needs
+  // at the tokens that were searched. What does not work says so when it is used.
+  void warm_up(twofour_context* context, int tactic);
   void enqueue(twofour_context* context, int tactic, int64_t tokens, const void* x, void* y, void* workspace,
                void* stream);
 
@@ -77,6 +91,8 @@ class Layer {
   twofour_gemm gemm(int kernel, int64_t tokens, const Forms* forms) const;
   Forms& forms(int device);
   void make_weight(twofour_context* context, int device, Forms& forms, int kernel);
+  void prepare_locked(twofour_context* context, int tactic, int64_t tokens);
+  void search_kernel(twofour_context* context, int device, Forms& forms, int kernel, int64_t tokens);
 
   Description description_;
   std::mutex mutex_;

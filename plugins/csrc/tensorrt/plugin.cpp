@@ -66,7 +66,10 @@ std::shared_ptr<Layer> make_layer(const PluginFieldCollection& fields) {
     if (f.data == nullptr || f.length < 1) continue;
     if (name == "weight") dense = f.data, dense_bytes = length;
     else if (name == "packed") d.packed.assign(bytes, bytes + length);
-    else if (name == "stamp" && length == sizeof d.stamp) std::memcpy(&d.stamp, f.data, length);
+    else if (name == "choices" && length % sizeof(Choice) == 0) {
+      d.choices.resize(length / sizeof(Choice));
+      std::memcpy(d.choices.data(), f.data, length);
+    } else if (name == "stamp" && length == sizeof d.stamp) std::memcpy(&d.stamp, f.data, length);
     else if (name == "weight_type") d.type = int32(f);
     else if (name == "out_type") d.out_type = int32(f);
     else if (name == "out_features") d.out_features = int32(f);
@@ -118,6 +121,7 @@ IPluginV3* Plugin::clone() noexcept {
     auto copy = std::make_unique<Plugin>(layer_);  // the weight is shared
     copy->context_ = context_;
     copy->tactic_ = tactic_;
+    copy->tokens_ = tokens_;
     return copy.release();
   });
 }
@@ -182,23 +186,48 @@ int32_t Plugin::getValidTactics(int32_t* tactics, int32_t count) noexcept {
   });
 }
 
+// Times hold for one shape, one set of tactics and one version of each library.
 const char* Plugin::getTimingCacheID() noexcept {
-  const Description& d = layer_->description();
-  id_ = "type" + std::to_string(d.type) + "_n" + std::to_string(d.out_features) + "_k" + std::to_string(d.in_features) +
-        "_scales" + std::to_string(d.channel_scales.empty() ? 0 : 1) + "_bias" + std::to_string(d.bias.empty() ? 0 : 1) +
-        "_v" + std::to_string(twofour_version());
+  std::call_once(id_once_, [&] {
+    const Description& d = layer_->description();
+    id_ = "type" + std::to_string(d.type) + "_out" + std::to_string(d.out_type) + "_n" + std::to_string(d.out_features) +
+          "_k" + std::to_string(d.in_features) + "_scales" + std::to_string(d.channel_scales.empty() ? 0 : 1) + "_bias" +
+          std::to_string(d.bias.empty() ? 0 : 1) + "_tactic" + std::to_string(d.tactic) + "_twofour" +
+          std::to_string(twofour_version());
+    for (const auto& [name, kernel] : {std::pair("_layout", TWOFOUR_SKINNY), std::pair("_cusparselt", TWOFOUR_CUSPARSELT),
+                                       std::pair("_cublaslt", TWOFOUR_CUBLASLT)}) {
+      int32_t version = 0;  // where the library is missing
+      if (twofour_library_version(kernel, &version) != TWOFOUR_OK) version = 0;
+      id_ += name + std::to_string(version);
+    }
+  });
   return id_.c_str();
 }
 
+// TensorRT may set a tactic before or after it gives the shape: whatever comes second prepares.
 int32_t Plugin::setTactic(int32_t tactic) noexcept {
   if (tactic < 0 || tactic > kTacticCount) return 1;
-  tactic_ = tactic;
-  return 0;
+  return guard(1, [&] {
+    tactic_ = tactic;
+    if (tokens_ > 0) layer_->prepare(context(), tactic_, tokens_);
+    return 0;
+  });
 }
 
+// Unattached, the builder is about to time the tactics on this shape: each is made ready, with the fastest algorithm.
 int32_t Plugin::onShapeChange(const PluginTensorDesc* in, int32_t, const PluginTensorDesc*, int32_t) noexcept {
   return guard(1, [&] {
-    layer_->prepare(context(), tactic_, tokens_of(in[0].dims));
+    tokens_ = tokens_of(in[0].dims);
+    if (tokens_ == 0) return 0;
+    if (context_ == nullptr) {
+      try {
+        layer_->search(context(), tokens_);
+      } catch (const Error& error) {
+        log_error(error.message + "; it runs with its default algorithm");
+      }
+      for (int32_t tactic : layer_->tactics(context())) layer_->prepare(context(), tactic, tokens_);
+    }
+    layer_->prepare(context(), tactic_, tokens_);
     return 0;
   });
 }
@@ -218,6 +247,7 @@ IPluginV3* Plugin::attachToContext(IPluginResourceContext* resources) noexcept {
     auto copy = std::make_unique<Plugin>(layer_);
     copy->tactic_ = tactic_;
     copy->context_ = shared_context(resources);
+    layer_->warm_up(copy->context(), tactic_);
     return copy.release();
   });
 }
@@ -232,6 +262,8 @@ const PluginFieldCollection* Plugin::getFieldsToSerialize() noexcept {
              field("tactic", &d.tactic, PluginFieldType::kINT32, 1),
              field("packed", d.packed.data(), PluginFieldType::kUNKNOWN, d.packed.size()),
              field("stamp", &d.stamp, PluginFieldType::kUNKNOWN, sizeof d.stamp)};
+  if (!d.choices.empty())
+    fields_.push_back(field("choices", d.choices.data(), PluginFieldType::kUNKNOWN, d.choices.size() * sizeof(Choice)));
   if (!d.channel_scales.empty())
     fields_.push_back(field("channel_scales", d.channel_scales.data(), PluginFieldType::kFLOAT32, d.channel_scales.size()));
   if (!d.bias.empty()) fields_.push_back(field("bias", d.bias.data(), PluginFieldType::kUNKNOWN, d.bias.size()));

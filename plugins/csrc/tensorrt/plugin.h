@@ -3,6 +3,8 @@
 
 #include <NvInfer.h>
 
+#include <mutex>
+
 #include "layer.h"
 
 namespace twofour_tensorrt {
@@ -60,7 +62,9 @@ class Plugin final : public nvinfer1::IPluginV3,
   std::shared_ptr<Layer> layer_;
   Context context_;
   int32_t tactic_ = 0;
+  int64_t tokens_ = 0;  // of the last shape; 0: none yet
   std::string id_;
+  std::once_flag id_once_;
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection collection_{};
 };

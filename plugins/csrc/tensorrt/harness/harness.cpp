@@ -127,8 +127,13 @@ PluginTensorDesc tensor(std::vector<int64_t> dims, DataType type) {
   return desc;
 }
 
-// Runs x[2, tokens / 2, K] (or [tokens, K]) through the plugin; returns enqueue's status.
-int32_t run(Handle& handle, const Problem& problem, int64_t tokens, std::vector<uint16_t>& y) {
+bool on_host() {
+  const char* device = std::getenv("TWOFOUR_PLUGIN_DEVICE");
+  return device != nullptr && !std::strcmp(device, "host");
+}
+
+// Runs x[2, tokens / 2, K] (or [tokens, K]) through the plugin; returns enqueue's status. `shaped`: it knows the shape.
+int32_t run(Handle& handle, const Problem& problem, int64_t tokens, std::vector<uint16_t>& y, bool shaped = false) {
   const auto shape = [&](int64_t last) {
     return tokens % 2 == 0 ? std::vector<int64_t>{2, tokens / 2, last} : std::vector<int64_t>{tokens, last};
   };
@@ -145,7 +150,7 @@ int32_t run(Handle& handle, const Problem& problem, int64_t tokens, std::vector<
   std::memcpy(x.get(), problem.x.data(), problem.x.size());
   const void* inputs[] = {x.get()};
   void* outputs[] = {result.get()};
-  if (handle.runtime->onShapeChange(&in, 1, &out, 1) != 0) return -1;
+  if (!shaped && handle.runtime->onShapeChange(&in, 1, &out, 1) != 0) return -1;
   auto* const behind = static_cast<uint8_t*>(workspace.get()) + bytes;  // what lies there is not the plugin's
   *behind = 0x5A;
   const int32_t status = handle.runtime->enqueue(&in, &out, inputs, outputs, workspace.get(), nullptr);
@@ -154,9 +159,9 @@ int32_t run(Handle& handle, const Problem& problem, int64_t tokens, std::vector<
   return status;
 }
 
-void check_values(Handle& handle, const Problem& problem, int64_t tokens) {
+void check_values(Handle& handle, const Problem& problem, int64_t tokens, bool shaped = false) {
   std::vector<uint16_t> y;
-  REQUIRE(run(handle, problem, tokens, y) == 0);
+  REQUIRE(run(handle, problem, tokens, y, shaped) == 0);
   for (int token = 0; token < tokens; ++token)
     for (int feature = 0; feature < kN; ++feature) {
       const float got = half_to_float(y[static_cast<size_t>(token * kN + feature)]), wanted = problem.expected(token, feature);
@@ -211,18 +216,16 @@ void check_build(IPluginCreatorV3One& creator) {
   tensors[0].desc = tensor({-1, kK + 4}, DataType::kINT8);
   REQUIRE(handle.build->configurePlugin(&tensors[0], 1, &tensors[1], 1) != 0);
   REQUIRE(logged.find("last dimension is 324, the weight's in_features 320") != std::string::npos);
-  REQUIRE(std::string(handle.build->getTimingCacheID()).find("n96_k320") != std::string::npos);
+  const std::string id = handle.build->getTimingCacheID();
+  for (const char* part : {"n96_k320", "_tactic0", "_layout1", "_cusparselt", "_cublaslt"})
+    REQUIRE(id.find(part) != std::string::npos);
+  REQUIRE(on_host() || id.find("_cusparselt0") == std::string::npos);
 
   REQUIRE(handle.runtime->setTactic(99) != 0 && handle.runtime->setTactic(0) == 0);
   problem.tactic = 4;
   Handle pinned = create(creator, problem.fields());
   int32_t tactic = 0;
   REQUIRE(pinned.build->getNbTactics() == 1 && pinned.build->getValidTactics(&tactic, 1) == 0 && tactic == 4);
-}
-
-bool on_host() {
-  const char* device = std::getenv("TWOFOUR_PLUGIN_DEVICE");
-  return device != nullptr && !std::strcmp(device, "host");
 }
 
 // Every tactic on every side of its limits, from one stored weight: packed, compressed and dense.
@@ -234,6 +237,58 @@ void check_tactics(IPluginCreatorV3One& creator, const Problem& problem) {
     REQUIRE(handle.runtime->setTactic(tactic) == 0);
     for (int64_t tokens : {1, 16, 17, 64, 65, 100, 129}) check_values(handle, problem, tokens);
   }
+}
+
+// Serializes as TensorRT does: by value. `break_stamp` changes the version in the stamp.
+Handle deserialize(IPluginCreatorV3One& creator, Handle& source, bool break_stamp = false) {
+  std::vector<std::vector<char>> memory;
+  std::vector<std::string> names;
+  std::vector<PluginField> fields;
+  const PluginFieldCollection* collection = source.runtime->getFieldsToSerialize();
+  for (int i = 0; i < collection->nbFields; ++i) {
+    const PluginField& f = collection->fields[i];
+    const bool four = f.type == PluginFieldType::kINT32 || f.type == PluginFieldType::kFLOAT32;
+    const auto* bytes = static_cast<const char*>(f.data);
+    memory.emplace_back(bytes, bytes + static_cast<size_t>(f.length) * (four ? 4 : 1));
+    names.emplace_back(f.name);
+    if (break_stamp && names.back() == "stamp") memory.back().back() ^= 0x40;  // the version's highest byte
+  }
+  for (int i = 0; i < collection->nbFields; ++i)
+    fields.emplace_back(names[static_cast<size_t>(i)].c_str(), memory[static_cast<size_t>(i)].data(), collection->fields[i].type,
+                        collection->fields[i].length);
+  return create(creator, fields, TensorRTPhase::kRUNTIME);
+}
+
+bool serializes(Handle& handle, const char* name) {
+  const PluginFieldCollection* fields = handle.runtime->getFieldsToSerialize();
+  bool there = false;
+  for (int i = 0; i < fields->nbFields; ++i) there = there || !std::strcmp(fields->fields[i].name, name);
+  return there;
+}
+
+// The builder gives the shape once and then times each tactic; a context may set its tactic late too. What the search
+// found goes into the engine.
+void check_tactic_after_shape(IPluginCreatorV3One& creator, const Problem& problem) {
+  Handle builder = create(creator, problem.fields());
+  REQUIRE(!serializes(builder, "choices"));
+  Resources resources;
+  for (int64_t tokens : {16, 129}) {
+    check_values(builder, problem, tokens);
+    Handle context(builder.runtime->attachToContext(&resources));
+    check_values(context, problem, tokens);
+    for (int32_t tactic : {4, 1, 6, 3, 2, 5}) {
+      REQUIRE(builder.runtime->setTactic(tactic) == 0 && context.runtime->setTactic(tactic) == 0);
+      check_values(builder, problem, tokens, true);
+      check_values(context, problem, tokens, true);
+    }
+  }
+  REQUIRE(serializes(builder, "choices"));
+  Handle loaded = deserialize(creator, builder);
+  REQUIRE(serializes(loaded, "choices"));
+  REQUIRE(loaded.runtime->setTactic(2) == 0);
+  Handle running(loaded.runtime->attachToContext(&resources));
+  check_values(running, problem, 16);
+  check_values(running, problem, 129);
 }
 
 void check_run(IPluginCreatorV3One& creator) {
@@ -255,6 +310,7 @@ void check_run(IPluginCreatorV3One& creator) {
     REQUIRE(run(one, longer, 65, y) != 0 && logged.find("cusparselt runs on a GPU only") != std::string::npos);
   } else {
     check_tactics(creator, longer);
+    check_tactic_after_shape(creator, longer);
   }
 
   Handle fresh = create(creator, problem.fields());
@@ -263,26 +319,6 @@ void check_run(IPluginCreatorV3One& creator) {
   void* outputs[] = {nullptr};
   REQUIRE(fresh.runtime->enqueue(&in, &out, inputs, outputs, nullptr, nullptr) != 0);
   REQUIRE(logged.find("enqueue before onShapeChange") != std::string::npos);
-}
-
-// Serializes as TensorRT does: by value. `break_stamp` changes the version in the stamp.
-Handle deserialize(IPluginCreatorV3One& creator, Handle& source, bool break_stamp = false) {
-  std::vector<std::vector<char>> memory;
-  std::vector<std::string> names;
-  std::vector<PluginField> fields;
-  const PluginFieldCollection* collection = source.runtime->getFieldsToSerialize();
-  for (int i = 0; i < collection->nbFields; ++i) {
-    const PluginField& f = collection->fields[i];
-    const bool four = f.type == PluginFieldType::kINT32 || f.type == PluginFieldType::kFLOAT32;
-    const auto* bytes = static_cast<const char*>(f.data);
-    memory.emplace_back(bytes, bytes + static_cast<size_t>(f.length) * (four ? 4 : 1));
-    names.emplace_back(f.name);
-    if (break_stamp && names.back() == "stamp") memory.back().back() ^= 0x40;  // the version's highest byte
-  }
-  for (int i = 0; i < collection->nbFields; ++i)
-    fields.emplace_back(names[static_cast<size_t>(i)].c_str(), memory[static_cast<size_t>(i)].data(), collection->fields[i].type,
-                        collection->fields[i].length);
-  return create(creator, fields, TensorRTPhase::kRUNTIME);
 }
 
 void check_serialization(IPluginCreatorV3One& creator) {
