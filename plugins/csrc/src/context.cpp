@@ -206,15 +206,13 @@ std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g
   for (int s : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32})
     if (s <= geometry.max_splits) all.push_back({{static_cast<uint64_t>(s), 0, 0, 0, 0, 0, 0, 0}});
   if (!can_stream()) return all;
-  std::set<std::tuple<int, int, int, int>> launches;
-  for (int splits : {1, 2, 3, 4})
-    for (int prefetch : {0, 6, 16})
-      for (const auto& [share, blocks] : {std::pair(1, 1), std::pair(2, 1), std::pair(1, 2)}) {
-        const StreamedChoices choices{splits, share, blocks, prefetch};
-        const auto plan = streamed_plan(g.type, g.tokens, g.out_features, g.in_features, multiprocessors_, choices);
-        if (plan && launches.insert({plan->splits, plan->blocks, plan->depth, plan->prefetch}).second)
-          all.push_back(words_of(*plan));
-      }
+  std::set<std::tuple<int, int, int>> launches;
+  for (int splits : {1, 2, 4})
+    for (const auto& [share, blocks] : {std::pair(1, 1), std::pair(2, 1), std::pair(1, 2)}) {
+      const auto plan = streamed_plan(g.type, g.tokens, g.out_features, g.in_features, multiprocessors_,
+                                      {splits, share, blocks, 0});
+      if (plan && launches.insert({plan->splits, plan->blocks, plan->depth}).second) all.push_back(words_of(*plan));
+    }
   return all;
 }
 

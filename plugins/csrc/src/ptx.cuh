@@ -40,9 +40,13 @@ TWOFOUR_DEVICE void wait() {
 
 TWOFOUR_DEVICE void warp_sync() { __syncwarp(); }
 
-// SM90 and newer from here on. A barrier in shared memory, completed by one arrival and the bytes that it announces.
-TWOFOUR_DEVICE void init_barrier(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+// SM90 and newer from here on. A barrier in shared memory: its phase is done after `arrivals` and the bytes they announce.
+TWOFOUR_DEVICE void init_barrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Arrives once this thread's copies so far have landed.
+TWOFOUR_DEVICE void arrive_when_copied(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 TWOFOUR_DEVICE void publish_barriers() {  // to the copy engine
   asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");

@@ -54,11 +54,14 @@ struct BulkCopy {
   const uint8_t* source;
   size_t bytes;
 };
-struct CopyBarrier {  // mbarrier of one arrival
+struct CopyBarrier {  // mbarrier
+  int arrivals = 0;     // that end a phase
+  bool published = false;
   unsigned parity = 0;
-  bool published = false, arrived = false;
+  int arrived = 0;
   size_t expected = 0, issued = 0;
-  std::vector<BulkCopy> copies;
+  std::vector<BulkCopy> bulk;
+  std::vector<Copy> copies;
 };
 
 // One thread block under way.
@@ -138,14 +141,17 @@ inline void copy_or_zero(void* shared, const void* global, bool copy) {
   open_copies().back().push_back({static_cast<uint8_t*>(shared), source, copy});
 }
 inline void copy_weight(void* shared, const void* global) { copy_or_zero(shared, global, true); }
+inline void land(const std::vector<Copy>& copies) {
+  for (const Copy& c : copies) {
+    if (c.copy) std::memcpy(c.target, c.source, 16);
+    else std::memset(c.target, 0, 16);
+  }
+}
 inline void commit() { open_copies().emplace_back(); }
 template <int kPending>
 inline void wait() {
   while (open_copies().size() > kPending + 1) {  // + 1: the group still being filled
-    for (const Copy& c : open_copies().front()) {
-      if (c.copy) std::memcpy(c.target, c.source, 16);
-      else std::memset(c.target, 0, 16);
-    }
+    land(open_copies().front());
     open_copies().erase(open_copies().begin());
   }
 }
@@ -154,18 +160,25 @@ inline CopyBarrier& copy_barrier(const void* barrier) {
   if (running()->copy_barriers.count(barrier) == 0) report("a barrier without init");
   return running()->copy_barriers[barrier];
 }
-inline void init_barrier(uint64_t* barrier) {
+inline void init_barrier(uint64_t* barrier, int arrivals) {
   if (reinterpret_cast<uintptr_t>(barrier) % 8) report("misaligned barrier");
   running()->copy_barriers[barrier] = {};
+  running()->copy_barriers[barrier].arrivals = arrivals;
 }
 inline void publish_barriers() {
   for (auto& [address, barrier] : running()->copy_barriers) barrier.published = true;
 }
-inline void expect_bytes(uint64_t* barrier, int bytes) {
+inline CopyBarrier& arrive(uint64_t* barrier) {
   CopyBarrier& b = copy_barrier(barrier);
-  if (b.arrived) report("a barrier is armed twice in one phase");
-  b.arrived = true;
-  b.expected = static_cast<size_t>(bytes);
+  if (++b.arrived > b.arrivals) report("more arrivals at a barrier than end its phase");
+  return b;
+}
+inline void expect_bytes(uint64_t* barrier, int bytes) { arrive(barrier).expected += static_cast<size_t>(bytes); }
+inline void arrive_when_copied(uint64_t* barrier) {
+  CopyBarrier& b = arrive(barrier);
+  std::vector<Copy>& own = open_copies().back();
+  b.copies.insert(b.copies.end(), own.begin(), own.end());
+  own.clear();
 }
 inline void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier) {
   CopyBarrier& b = copy_barrier(barrier);
@@ -176,7 +189,7 @@ inline void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar
   require_source(source, static_cast<size_t>(bytes));
   if (!running()->error.empty()) return;
   std::memset(shared, 0xCD, static_cast<size_t>(bytes));
-  b.copies.push_back({static_cast<uint8_t*>(shared), source, static_cast<size_t>(bytes)});
+  b.bulk.push_back({static_cast<uint8_t*>(shared), source, static_cast<size_t>(bytes)});
   b.issued += static_cast<size_t>(bytes);
 }
 inline void prefetch_to_l2(const void* global, int bytes) {
@@ -186,9 +199,10 @@ inline void prefetch_to_l2(const void* global, int bytes) {
 inline void wait_phase(uint64_t* barrier, unsigned parity) {
   CopyBarrier& b = copy_barrier(barrier);
   while (b.parity == parity) {
-    if (b.arrived && b.issued == b.expected) {
-      for (const BulkCopy& c : b.copies) std::memcpy(c.target, c.source, c.bytes);
-      b = {parity ^ 1u, true, false, 0, 0, {}};
+    if (b.arrived == b.arrivals && b.issued == b.expected) {
+      for (const BulkCopy& c : b.bulk) std::memcpy(c.target, c.source, c.bytes);
+      land(b.copies);
+      b = {b.arrivals, true, parity ^ 1u, 0, 0, 0, {}, {}};
       ++running()->progress;
     } else {
       yield();
@@ -326,7 +340,8 @@ inline void fiber_main() {
 // Runs `body` as every thread of one block, switching only at barriers, in an order that `seed` picks.
 inline void run_block(Block& block, unsigned seed) {
   const size_t n = static_cast<size_t>(block.threads), stack_bytes = 128 * 1024;
-  std::vector<uint8_t> stacks(n * stack_bytes);
+  static thread_local std::vector<uint8_t> stacks;  // kept: they are large, and blocks many
+  if (stacks.size() < n * stack_bytes) stacks.resize(n * stack_bytes);
   block.warps.resize(n / 32);
   block.copies.assign(n, {{}});
   block.fibers.resize(n);

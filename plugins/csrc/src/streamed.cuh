@@ -4,9 +4,9 @@
 // blocks of the weight, in nearly equal shares. Each of its eight warps takes every eighth block of a group of tiles and
 // streams them through a ring of its own: one bulk copy a packed block, counted by the slot's barrier in shared memory.
 // Weights depend on no earlier kernel, so the rings are filled, and what follows is asked into the L2, before the launch
-// waits for the kernel before it; x comes once, for the whole range of inputs. A warp keeps the x of a block in registers
-// for all tiles of a group, waits for its next slot alone, multiplies and refills it: there is no barrier of the thread
-// block until a group ends, where the sums of the warps are added in order. Where the inputs are split over thread blocks,
+// waits for the kernel before it. Then each warp loads the x of its blocks, once, and begins when the first is there. It keeps
+// the x of a block in registers for all tiles of a group, waits for its next slot alone, multiplies and refills it: there is
+// no barrier of the thread block until a group ends, where the sums of the warps are added in order. Where the inputs are split over thread blocks,
 // partial sums go to the workspace, and the last thread block to arrive adds those of its rows, in order too: the result
 // depends neither on the order of arrival nor on the number of multiprocessors. No thread block waits for another one.
 #pragma once
@@ -26,10 +26,13 @@ struct StreamedConfig {
   static constexpr int group_sums = tiles * tile_sums;
   static constexpr int sums_bytes = warps * group_sums * 4;
 
-  // Shared memory: a ring of `depth` slots for each warp | sums | barriers | x.
+  // Shared memory: a ring of `depth` slots for each warp | sums | barriers of slots | barriers of x | x.
   TWOFOUR_HD static constexpr int sums_offset(int depth) { return depth * warps * slot_bytes; }
   TWOFOUR_HD static constexpr int barriers_offset(int depth) { return sums_offset(depth) + sums_bytes; }
-  TWOFOUR_HD static constexpr int x_offset(int depth) { return barriers_offset(depth) + depth * warps * 8; }
+  TWOFOUR_HD static constexpr int x_barriers_offset(int depth) { return barriers_offset(depth) + depth * warps * 8; }
+  TWOFOUR_HD static constexpr int64_t x_offset(int depth, int64_t blocks) {
+    return x_barriers_offset(depth) + (blocks + 1) / 2 * 16;
+  }
   // 16 bytes more than the inputs: 8 rows of ldmatrix hit 8 different banks.
   TWOFOUR_HD static constexpr int64_t x_pitch(int64_t blocks) { return blocks * x_bytes + kChunkBytes; }
   // Rows of x kept: the tokens', and one of zeros for all that are missing.
@@ -94,19 +97,23 @@ class Stream {
   int tiles_, blocks_, warp_, block_, tile_, begin_, end_;  // of the thread block; of the group: begin_ and end_
 };
 
-// x of this thread block's tokens and inputs, with zeros beyond either.
+// x of this thread block's tokens and a warp's inputs, with zeros beyond either. No other warp reads them.
 template <class C>
-TWOFOUR_DEVICE void load_x(const SkinnyProblem& p, const Range& range, int tokens_here, uint8_t* x, int64_t pitch) {
+TWOFOUR_DEVICE void load_x(const SkinnyProblem& p, const Range& range, int tokens_here, int warp, int lane, uint8_t* x,
+                           int64_t pitch, uint64_t* barriers) {
+  constexpr int kChunks = C::x_bytes / kChunkBytes;  // of a token and a block
   const int64_t row_bytes = p.in_features * element_bytes(C::type);
-  const int64_t first_byte = range.block * C::x_bytes, bytes = static_cast<int64_t>(range.blocks) * C::x_bytes;
-  const uint8_t* source = p.x + gpu::block_y() * C::tokens * row_bytes + first_byte;
-  for (int row = 0; row < C::x_rows(tokens_here); ++row)
-    for (int64_t at = gpu::thread() * kChunkBytes; at < bytes; at += C::threads * kChunkBytes) {
+  const uint8_t* source = p.x + gpu::block_y() * C::tokens * row_bytes;
+  for (int block = warp; block < range.blocks; block += C::warps) {
+    const int64_t first_byte = (range.block + block) * C::x_bytes;
+    for (int i = lane; i < C::x_rows(tokens_here) * kChunks; i += kLanes) {
+      const int row = i / kChunks, at = i % kChunks * kChunkBytes;
       const bool inside = row < tokens_here && first_byte + at < row_bytes;
-      gpu::copy_or_zero(x + row * pitch + at, inside ? source + row * row_bytes + at : p.x, inside);
+      gpu::copy_or_zero(x + row * pitch + block * C::x_bytes + at, inside ? source + row * row_bytes + first_byte + at : p.x,
+                        inside);
     }
-  gpu::commit();
-  gpu::wait<0>();
+    gpu::arrive_when_copied(barriers + block);
+  }
 }
 
 // y from sum `at` (0 to C::tile_sums) of a tile.
@@ -176,7 +183,8 @@ TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
   uint8_t* const ring = shared + warp * p.depth * C::slot_bytes;
   Accumulator* const sums = reinterpret_cast<Accumulator*>(shared + C::sums_offset(p.depth));
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + C::barriers_offset(p.depth)) + warp * p.depth;
-  uint8_t* const x = shared + C::x_offset(p.depth);
+  uint64_t* const x_barriers = reinterpret_cast<uint64_t*>(shared + C::x_barriers_offset(p.depth));
+  uint8_t* const x = shared + C::x_offset(p.depth, range.blocks);
 
   Stream<C> ahead(p, range, warp);  // what is copied next
   const auto fill = [&](int slot) {
@@ -188,9 +196,11 @@ TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
     ahead.advance();
   };
   if (lane == 0) {
-    for (int slot = 0; slot < p.depth; ++slot) gpu::init_barrier(barriers + slot);
+    for (int slot = 0; slot < p.depth; ++slot) gpu::init_barrier(barriers + slot, 1);
+    for (int block = warp; block < range.blocks; block += C::warps) gpu::init_barrier(x_barriers + block, kLanes);
     gpu::publish_barriers();
   }
+  gpu::warp_sync();
   for (int slot = 0; slot < p.depth; ++slot) fill(slot);
   Stream<C> further = ahead;
   for (int i = 0; i < p.prefetch && !further.ended(); ++i, further.advance())
@@ -200,8 +210,7 @@ TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
 
   const int tokens_left = p.tokens - gpu::block_y() * C::tokens, tokens_here = tokens_left < C::tokens ? tokens_left : C::tokens;
   const int64_t pitch = C::x_pitch(range.blocks);
-  load_x<C>(p, range, tokens_here, x, pitch);
-  gpu::block_sync();
+  load_x<C>(p, range, tokens_here, warp, lane, x, pitch, x_barriers);
   const uint8_t* x_tokens[C::token_tiles];
   TWOFOUR_UNROLL
   for (int n = 0; n < C::token_tiles; ++n) {
@@ -215,6 +224,7 @@ TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
     const int active = range.tiles - tile < C::tiles ? range.tiles - tile : C::tiles;
     Accumulator own[C::tiles][C::token_tiles][4] = {};
     for (int block = warp; block < range.blocks; block += C::warps) {
+      gpu::wait_phase(x_barriers + block, 0);
       gpu::Fragment b[kSteps<C::type>][C::token_tiles];
       TWOFOUR_UNROLL
       for (int i = 0; i < kSteps<C::type>; ++i) {

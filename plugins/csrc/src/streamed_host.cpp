@@ -23,10 +23,10 @@ std::optional<StreamedPlan> fit(int64_t tokens, int64_t out_features, int64_t in
   const int64_t x = C::x_rows(static_cast<int>(std::min<int64_t>(tokens, C::tokens))) * C::x_pitch(inputs);
   const auto budget = static_cast<int64_t>(
       std::min(gpu.block_shared_bytes, gpu.shared_bytes / static_cast<size_t>(share * per_multiprocessor) - kReservedShared));
-  const int64_t slots_of_warps = C::x_offset(1) - C::x_offset(0);
+  const int64_t slots_of_warps = C::x_offset(1, inputs) - C::x_offset(0, inputs), rest = C::x_offset(0, inputs) + x;
   const int64_t used = row_tiles(out_features) * ceil_div(inputs, C::warps);  // a warp has no more packed blocks than that
-  const int64_t depth = std::min((budget - C::x_offset(0) - x) / slots_of_warps, used);
-  if (budget < C::x_offset(0) + x || depth < std::min<int64_t>(2, used)) return std::nullopt;
+  const int64_t depth = std::min((budget - rest) / slots_of_warps, used);
+  if (budget < rest || depth < std::min<int64_t>(2, used)) return std::nullopt;
   StreamedPlan plan{};
   plan.splits = splits, plan.share = share, plan.per_multiprocessor = per_multiprocessor;
   const int64_t groups = std::clamp<int64_t>(gpu.count * per_multiprocessor / splits, 1, row_tiles(out_features));
@@ -34,7 +34,7 @@ std::optional<StreamedPlan> fit(int64_t tokens, int64_t out_features, int64_t in
   plan.token_blocks = static_cast<int>(ceil_div(tokens, C::tokens));
   plan.depth = static_cast<int>(depth);
   plan.prefetch = static_cast<int>(std::clamp<int64_t>(used - depth, 0, std::clamp(prefetch, 0, kMaxPrefetch)));
-  plan.shared_bytes = static_cast<size_t>(C::x_offset(plan.depth) + x);
+  plan.shared_bytes = static_cast<size_t>(C::x_offset(plan.depth, inputs) + x);
   if (splits > 1)
     plan.workspace_bytes = static_cast<size_t>(splits * plan.token_blocks * row_tiles(out_features) * C::tile_sums) * sizeof(uint32_t);
   return plan;
