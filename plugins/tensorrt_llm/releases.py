@@ -52,7 +52,7 @@ def require_supported(version: str | None) -> None:
         problem = (
             f"TensorRT-LLM {version} is older than {dotted(OLDEST)}" if version else "TensorRT-LLM is not installed"
         )
-        raise UserError(f"{problem}: use the container {CONTAINER}")
+        raise UserError(problem, f"use the container {CONTAINER}")
 
 
 @contextmanager
@@ -67,7 +67,9 @@ def naming_the_release() -> Iterator[None]:
         version = installed()
         if version is None or not is_newer(version):
             raise
-        raise UserError(f"{caution(version)}, and it fails there ({error}): use the container {CONTAINER}") from error
+        raise UserError(
+            f"{caution(version)}, and it fails there ({error})", f"use the container {CONTAINER}"
+        ) from error
 
 
 def dotted(release: Release) -> str:

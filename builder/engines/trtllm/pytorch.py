@@ -11,7 +11,6 @@ A dense checkpoint has no twofour_sparse/: TensorRT-LLM serves it alone.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,17 +19,14 @@ from typing import Any
 
 from builder.checkpoint import Checkpoint, read
 from builder.config import EngineConfig
-from builder.engines.trtllm import artifact, launch, sparse_package, version_lock
+from builder.engines.trtllm import artifact, hf_config, launch, sparse_package, version_lock
 from builder.planning import compatibility, sharding
 from calibration.data.tokenizer_files import copy_tokenizer
-from calibration.quantization.trtllm_config import for_transformers_4
 from plugins.common.errors import UserError
 from plugins.common.files import write_json
 from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import releases
-from plugins.tensorrt_llm.layer_names import FUSED
 
-EIGHT_BIT = ("fp8", "int8")
 _UNMEASURED = (
     "the sparse kernels were not timed: the skinny one takes few tokens, cuSPARSELt more; TensorRT-LLM's log says how "
     "many layers run on them when it loads the engine"
@@ -57,7 +53,7 @@ def build(
             _link(path, out / path.name)
         elif path.name in ("model.safetensors.index.json", "sparsity.json"):
             shutil.copyfile(path, out / path.name)
-    _write_configs(opened, out)
+    hf_config.write(out, opened)
     copy_tokenizer(checkpoint, out)
     if opened.whole_sparse_layers:
         sparse_package.write(out, opened, tactics)
@@ -99,55 +95,10 @@ def _check(checkpoint: Checkpoint, config: EngineConfig) -> None:
     sharding.check_mapping(*sizes, config.tensor_parallel, config.pipeline_parallel, "pytorch").require()
 
 
-def _write_configs(checkpoint: Checkpoint, out: Path) -> None:
-    """config.json and hf_quant_config.json, for every release's transformers and for what 1.0 looks for."""
-    config = for_transformers_4(checkpoint.config)
-    path = checkpoint.directory / "hf_quant_config.json"
-    declared = json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
-    if fused := excluded_fused_layers(checkpoint):
-        for section, key in (
-            (config["quantization_config"], "ignore"),
-            (declared and declared["quantization"], "exclude_modules"),
-        ):
-            if section:
-                section[key] = [*(section.get(key) or []), *fused]
-    write_json(out / "config.json", config)
-    if declared is not None:
-        write_json(out / path.name, declared)
-
-
-def excluded_fused_layers(checkpoint: Checkpoint) -> list[str]:
-    """TensorRT-LLM's names of fused layers that quantization leaves alone: 1.0 looks for no others.
-
-    Raises UserError where only some parts are quantized: a fused layer has one number format.
-    """
-    if checkpoint.format not in EIGHT_BIT:
-        return []
-    formats = {layer.name: layer.format for layer in checkpoint.layers()}
-    fused = []
-    for last, parts in FUSED.items():
-        for block in sorted({name.rpartition(".")[0] for name in formats if name.endswith(f".{parts[0]}")}):
-            kinds = {part: formats.get(f"{block}.{part}") for part in parts}
-            if len(set(kinds.values())) > 1:
-                listing = ", ".join(f"{part} {kind}" for part, kind in kinds.items())
-                raise UserError(
-                    f"'{block}' has {listing}, and TensorRT-LLM fuses them into one {last}: "
-                    "exclude all of them from quantization, or none"
-                )
-            if not set(kinds.values()) & set(EIGHT_BIT):
-                fused.append(f"{block}.{last}")
-    return fused
-
-
 def _serve(config: EngineConfig, sparse: bool) -> list[str]:
-    command = [
-        *(("python3", "-m", sparse_package.NAME) if sparse else ("trtllm-serve",)),
-        "$engine",
-        "--backend",
-        "pytorch",
-    ]
-    command += ["--tp_size", str(config.tensor_parallel), "--pp_size", str(config.pipeline_parallel)]
-    return [*command, "--extra_llm_api_options", "$engine/llm_args.yaml"]
+    program = ["python3", "-m", sparse_package.NAME] if sparse else ["trtllm-serve"]
+    ranks = ["--tp_size", str(config.tensor_parallel), "--pp_size", str(config.pipeline_parallel)]
+    return [*program, "$engine", "--backend", "pytorch", *ranks, "--extra_llm_api_options", "$engine/llm_args.yaml"]
 
 
 def _link(source: Path, target: Path) -> None:
