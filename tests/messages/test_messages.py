@@ -8,6 +8,7 @@ from tests.messages.collect import SNAPSHOT, collect
 
 MESSAGES = collect()
 PARTS = {  # whose messages a caller completes with a file and the next step
+    "builder/engines/torch_backend/weights.py",
     "calibration/model/channel_order.py",
     "plugins/autotune/search.py",
     "plugins/sparsity/declaration.py",
