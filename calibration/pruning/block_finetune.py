@@ -1,7 +1,8 @@
-"""Tunes a block's kept weights together, so that the block gives out what the dense model's does. Masks stay.
+"""Tunes the kept weights of a block's 2:4 parts together, so that the block gives out what the dense model's does.
 
 Guo et al., EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs, 2024, arXiv:2402.12419. Each layer has been
-fitted by itself before; here the layers make up for each other. Gradients reach over one block and no further.
+fitted by itself before; here the layers make up for each other. Masks stay, and dense segments do too: free, they fit
+the calibration text and lose on other text. Gradients reach over one block and no further.
 
 Suffixes: B samples, T tokens of a sample, D hidden size, N out_features, K in_features.
 """
@@ -9,7 +10,7 @@ Suffixes: B samples, T tokens of a sample, D hidden size, N out_features, K in_f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from calibration.model.activation_file import ActivationFile, samples_at_once
 from calibration.model.blocks import Stream
 from calibration.model.device import has_bfloat16
+from calibration.pruning.solvers.masks import dense_part
+from plugins.sparsity.segments import Segments
 
 PASSES = 2  # over the calibration samples
 SAMPLES_A_STEP = 4
@@ -26,14 +29,18 @@ WARM_UP = 0.1  # share of the steps over which the rate rises; it then falls to 
 BETAS = (0.8, 0.95)  # shorter than Adam's own, as there are only some dozens of steps
 
 
-def finetune_block(pruned: Stream, names: Sequence[str], target: ActivationFile, arguments: dict[str, Any]) -> None:
+def finetune_block(
+    pruned: Stream, segments: Mapping[str, Segments], target: ActivationFile, arguments: dict[str, Any]
+) -> None:
     """Lowers the squared distance of the block's output from `target` by Adam, in place.
 
-    Only the nonzero weights of the linear layers `names` change. Samples come in an order that a fixed seed draws, so
-    that the same call gives the same bytes. Products are in bfloat16 where that is faster; the weights stay float32.
+    Only the nonzero weights in 2:4 segments change; `segments` are those of the linear layers, by name. Samples come in
+    an order that a fixed seed draws, so that the same call gives the same bytes. Products are in bfloat16 where that is
+    faster; the weights stay float32.
     """
-    weights = [pruned.block.get_submodule(name).weight.requires_grad_(True) for name in names]
-    masks = [weight != 0 for weight in weights]
+    weights = [pruned.block.get_submodule(name).weight.requires_grad_(True) for name in segments]
+    sparse = [~dense_part(weight, segments[name]) for name, weight in zip(segments, weights, strict=True)]
+    masks = [(weight != 0) & part for weight, part in zip(weights, sparse, strict=True)]
     groups = [{"params": [weight], "lr": LEARNING_RATE * _rms(weight)} for weight in weights]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12, fused=True)
     batches = _batches(len(target))

@@ -114,7 +114,8 @@ class SequentialPruner(BlockWalk):
         final = {name: states for name, states in leaving.items() if name == "dense" or not tunes}
         reports |= self._prune_half("mlp", number, forms, middle, final)
 
-        tuned = [name for name in names if tunes and reports[name].outcome == Outcome.PRUNED]
+        pruned = [name for name in names if tunes and reports[name].outcome == Outcome.PRUNED]
+        tuned = {name: self.segments[_full(number, name)] for name in pruned}
         if tuned:
             del forms["dense"]  # what it gives out is in a file: its memory is free for the gradients
             return_freed_memory()

@@ -198,7 +198,8 @@ def test_tuning_brings_the_block_nearer_to_the_dense_one_and_keeps_the_mask(tmp_
         masks = {name: block.get_submodule(name).weight != 0 for name in names}
         untouched = block.get_submodule("self_attn.v_proj").weight.clone()
         before = (block(hidden, **arguments) - wanted).square().mean()
-        finetune_block(Stream(block, entering), names, target, arguments)
+        whole = {name: Segments.split("rows", len(masks[name]), len(masks[name])) for name in names}
+        finetune_block(Stream(block, entering), whole, target, arguments)
         after = (block(hidden, **arguments) - wanted).square().mean()
     assert after < before
     assert all((block.get_submodule(name).weight[~mask] == 0).all() for name, mask in masks.items())
