@@ -11,6 +11,8 @@ from typing import Any
 
 from builder.artifacts.filesystem import checkpoint_digest
 from builder.artifacts.manifest import is_build, verify_manifest
+from builder.checkpoint.channel_order import check_order
+from builder.checkpoint.reading import read
 from builder.checkpoint.verification import Verified, verify_checkpoint
 from builder.checkpoint.violations import Code, VerificationError, Violation
 from builder.engines.trtllm import version_lock
@@ -51,11 +53,14 @@ class Verification:
         }
 
 
-def verify(directory: Path, *, tensor_parallel: int = 1, progress: Progress | None = None) -> Verification:
+def verify(
+    directory: Path, *, tensor_parallel: int = 1, dense: Path | None = None, progress: Progress | None = None
+) -> Verification:
     """Checks the checkpoint at `directory`, or all of a build's and its manifest. Raises UserError where there is none.
 
-    With `tensor_parallel` N, also that a later split of K over N ranks keeps every group of 4 whole. `progress` is
-    called with (directory, tensors done, tensors in all).
+    With `tensor_parallel` N, also that a later split over N ranks keeps every group of 4 whole and gives each rank its
+    share of 2:4 segments. With the `dense` model's directory, also that channels lie in the declared order. `progress`
+    is called with (directory, tensors done, tensors in all).
     """
     started = time.perf_counter()
     build = directory if is_build(directory) else directory.parent if is_build(directory.parent) else None
@@ -66,6 +71,8 @@ def verify(directory: Path, *, tensor_parallel: int = 1, progress: Progress | No
         parts = []  # a build's engine
     violations: list[Violation] = []
     checked = [verify_checkpoint(part, tensor_parallel, violations.append, progress) for part in parts]
+    if dense is not None:
+        violations += [wrong for part in parts[:1] for wrong in check_order(read(part), dense)]
     if build is not None:
         within = "" if build == directory else f"{directory.name}/"
         violations += [Violation(Code.DIGEST, problem) for problem in verify_manifest(build, within)]

@@ -103,9 +103,10 @@ def plan(
     short_help="Check a build or a checkpoint from its files alone.", epilog=example("twofour verify build/docs-llama")
 )
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--tensor-parallel", default=1, show_default=True, help="Also check 2:4 after this split of in_features.")
+@click.option("--tensor-parallel", default=1, show_default=True, help="Also check 2:4 after this split over ranks.")
+@click.option("--dense", type=click.Path(path_type=Path), help="Also check the order of channels against this model.")
 @json_option
-def verify(directory: Path, tensor_parallel: int, as_json: bool) -> None:
+def verify(directory: Path, tensor_parallel: int, dense: Path | None, as_json: bool) -> None:
     """Check a build, its engine or a checkpoint from the files alone: dtypes, shapes, scales, 2:4, stray masks, hashes.
 
     An engine of TensorRT-LLM must also match the versions and the GPU of this machine.
@@ -115,7 +116,7 @@ def verify(directory: Path, tensor_parallel: int, as_json: bool) -> None:
     from builder.verify import verify as check
 
     with Console(quiet=as_json) as console:
-        verification = check(directory, tensor_parallel=tensor_parallel, progress=console.progress)
+        verification = check(directory, tensor_parallel=tensor_parallel, dense=dense, progress=console.progress)
     tables.as_json(verification.to_dict()) if as_json else tables.verification(verification)
     verification.require()
 

@@ -5,8 +5,8 @@ log likelihood of tokens that the model itself draws (Fisher information; Marten
 Singh and Alistarh, 2020, arXiv:2004.14340). A channel is rows or inputs of its layers, so that its part is a sum of
 products that a backward pass holds already.
 
-Squares are summed token by token. Summed over a window before they are squared, as KL has it, they come to the same but
-for the noise of few windows: within a quarter, a half of a block, on SmolLM2-135M and 48 windows.
+Squares are summed token by token. KL has the tokens of a window summed before they are squared: that is the less biased
+and the more noisy, so that the channels of a layer, or of a half of a block, are scaled half way to it.
 
 Suffixes: B windows, T tokens of a window, P predictions, V vocabulary, N out_features, K in_features, F features of a
 layer along its channels, C channels.
@@ -34,6 +34,7 @@ from calibration.pruning.solvers import SOLVERS, Pattern
 from plugins.sparsity.segments import Segments
 
 BATCH = 4  # windows
+TOWARDS_WINDOWS = 0.5  # how far prices are scaled, in the logarithm
 Progress = Callable[[str, int, int], None]
 Prices = dict[str, list[float]]
 
@@ -86,7 +87,7 @@ def channel_prices(
             embedded = model.get_input_embeddings()(ids_BT).requires_grad_()
             log_PV = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
             drawn_P = log_PV.detach().exp().multinomial(1, generator=generator)
-            log_PV.collect_statistics(1, drawn_P).sum().backward()
+            log_PV.gather(1, drawn_P).sum().backward()
             sums.square()
     return sums.prices(2 * tokens.shape[0] * (tokens.shape[1] - 1))
 
@@ -98,6 +99,7 @@ class _Sums:
         self.config = config
         self.moved: dict[str, Tensor] = {}  # of the backward pass at work: [B, T, C]
         self.squares: dict[str, Tensor] = {}  # [C], float64
+        self.by_window: dict[str, float] = {}
 
     def add(self, name: str, moved_BTF: Tensor) -> None:
         """Of the rows or inputs F of the layer `name`."""
@@ -112,11 +114,14 @@ class _Sums:
         for key, moved_BTC in self.moved.items():
             squares_C = moved_BTC.square().sum((0, 1), dtype=torch.float64)
             self.squares[key] = self.squares[key] + squares_C if key in self.squares else squares_C
+            self.by_window[key] = self.by_window.get(key, 0.0) + float(moved_BTC.sum((1, 2)).square().sum())
         self.moved = {}
 
     def prices(self, count: int) -> Prices:
         """Over `count`."""
-        return {key: (squares_C / count).tolist() for key, squares_C in self.squares.items()}
+        totals = {key: max(float(squares_C.sum()), 1e-30) for key, squares_C in self.squares.items()}
+        scales = {key: (self.by_window[key] / total) ** TOWARDS_WINDOWS for key, total in totals.items()}
+        return {key: (squares_C * scales[key] / count).tolist() for key, squares_C in self.squares.items()}
 
 
 @contextmanager

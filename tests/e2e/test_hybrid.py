@@ -16,6 +16,7 @@ from builder.engines.torch_backend import artifact
 from builder.verify import verify
 from plugins.sparsity.declaration import Declaration
 from tests.support.command import done, refused, twofour
+from tests.support.models import random_model
 
 FEW = ("calibration.samples=8", "calibration.sequence_length=64", "sparsity.method=sparsegpt", "sparsity.fraction=50%")
 
@@ -131,6 +132,29 @@ def test_verify_finds_what_is_amiss(built: Path, tmp_path: Path, attack: Any, wo
     attack(tmp_path / "checkpoint")
     found = verify(tmp_path / "checkpoint").violations
     assert any(words in str(violation) for violation in found), [str(violation) for violation in found]
+
+
+def swap_the_order(directory: Path) -> None:
+    def edit(content: dict[str, Any], layer: str) -> None:
+        half = layer.rpartition(".")[0]
+        first, second, *others = content["order"][half].split()
+        content["order"][half] = " ".join([second, first, *others])
+
+    change(directory, edit)
+
+
+def test_the_order_is_that_of_the_dense_model(built: Path, docs_llama: Path, tmp_path: Path) -> None:
+    done("verify", built / "checkpoint", "--dense", docs_llama)
+    shutil.copytree(built / "checkpoint", tmp_path / "checkpoint")
+    swap_the_order(tmp_path / "checkpoint")
+    violations = verify(tmp_path / "checkpoint", dense=docs_llama).violations
+    assert violations
+    assert all("is not the dense model's row" in str(each) or "input" in str(each) for each in violations)
+
+
+def test_another_model_proves_no_order(built: Path, tmp_path: Path) -> None:
+    other = random_model(tmp_path / "other", "Llama")
+    assert "is another model than" in refused("verify", built / "checkpoint", "--dense", other, "--json")
 
 
 def test_ranks_without_their_share_are_found(built: Path) -> None:
