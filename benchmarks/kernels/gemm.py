@@ -32,11 +32,11 @@ from benchmarks import environment
 from benchmarks.kernels.gpu_machine import read_rate
 from benchmarks.kernels.model_shapes import MODELS
 from benchmarks.kernels.torch_sparse import PEERS
-from plugins.autotune import timing, tuner
+from plugins.autotune import choice, reuse, timing, tuner
 from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
 from plugins.common.files import write_json
-from plugins.libtwofour import bindings, torch_ops
+from plugins.libtwofour import bindings, structures, torch_ops
 
 RESULTS = Path(__file__).parents[1] / "results"
 TOKENS = (1, 8, 16, 64, 512, 4096)
@@ -59,7 +59,7 @@ def measure_ceilings(formats: Iterable[str], device: int = 0) -> Ceilings:
     bandwidth = read_rate(where)
     flops = {}
     for format in formats:
-        bench = tuner.Bench(tuner.Shape(8192, 8192, format), where, 8192, l2)
+        bench = tuner.Bench(choice.Shape(8192, 8192, format), where, 8192, l2)
         times = []
         for kernel in ("cublaslt", "torch"):
             with contextlib.suppress(UserError, RuntimeError):  # a kernel that refuses this product sets no limit
@@ -81,7 +81,7 @@ def row(bench: tuner.Bench, tokens: int, ceilings: Ceilings, peers: bool, timer:
             times[kernel] = tuner.time_padded(bench, kernel, tokens, timer)
         except (UserError, RuntimeError) as error:
             left_out[kernel] = next(iter(str(error).splitlines()), type(error).__name__)
-    bucket = tuner.choose(tokens, times.values())
+    bucket = choice.choose(tokens, times.values())
     best = {side: _fastest(times, side == "dense") for side in ("dense", "sparse")}
     cell: dict[str, Any] = {
         "kernels_us": {kernel: round(t.us, 3) for kernel, t in times.items()},
@@ -98,7 +98,7 @@ def row(bench: tuner.Bench, tokens: int, ceilings: Ceilings, peers: bool, timer:
     return cell
 
 
-def speeds(shape: tuner.Shape, tokens: int, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+def speeds(shape: choice.Shape, tokens: int, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
     """TFLOP/s, GB/s and share of the nearer ceiling of a 2:4 product that took `seconds`."""
     n, k = shape.out_features, shape.in_features
     width = 2 if shape.format in ("fp16", "bf16") else 1
@@ -155,7 +155,7 @@ def table(
     report(HEADER)
     for format in formats:
         for layer, (n, k) in sorted(MODELS[model].layers().items(), key=lambda item: -item[1][0] * item[1][1]):
-            shape = tuner.Shape(n, k, format, per_channel=format == "int8")
+            shape = choice.Shape(n, k, format, per_channel=format == "int8")
             bench = tuner.Bench(shape, torch.device("cuda", device), max(*tokens, *tuner.PADDED), l2)
             for count in tokens:
                 if expired():
@@ -207,7 +207,7 @@ def save(kind: str, content: dict[str, Any], device: int = 0) -> Path:
     file = RESULTS / f"{kind}-{gpu}-{now:%Y-%m-%d-%H%M}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        versions = tuner.versions(bindings.context(device).info())
+        versions = reuse.versions(bindings.context(device).info())
     except UserError as error:
         versions = {"libtwofour": str(error), "torch": torch.__version__, "cuda": torch.version.cuda}
     whole = {"kind": kind, "device": facts, "versions": versions, "environment": environment.describe(), **content}
@@ -215,8 +215,8 @@ def save(kind: str, content: dict[str, Any], device: int = 0) -> Path:
     return file
 
 
-def _fastest(times: dict[str, tuner.Timing], dense: bool) -> str | None:
-    side = [kernel for kernel in times if (kernel in tuner.NAMES) == dense]
+def _fastest(times: dict[str, choice.Timing], dense: bool) -> str | None:
+    side = [kernel for kernel in times if (kernel in choice.NAMES) == dense]
     return min(side, key=lambda kernel: times[kernel].us, default=None)
 
 
@@ -239,8 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     formats = chosen.dtype.split(",")
     try:
         for format in formats:
-            if format not in bindings.FORMATS:
-                raise UserError(f"'{format}' is no number format here: {', '.join(bindings.FORMATS)}")
+            if format not in structures.FORMATS:
+                raise UserError(f"'{format}' is no number format here: {', '.join(structures.FORMATS)}")
         tokens = [int(count) for count in chosen.tokens.split(",")]
         deadline = time.monotonic() + chosen.seconds
         rows = table(

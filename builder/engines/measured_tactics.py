@@ -20,7 +20,7 @@ from plugins.common.nvidia_smi import gpus
 
 if TYPE_CHECKING:
     from builder.checkpoint.reading import LayerFacts
-    from plugins.autotune.tuner import Shape
+    from plugins.autotune.choice import Shape
 
 IN_PART = "2:4 in part: each part runs on a kernel of its kind, not timed"
 DTYPES = {format.dtype: format.value for format in KERNEL_OUTPUTS}  # config.json's name -> ours
@@ -63,12 +63,12 @@ def fingerprint(on_cpu: bool = False) -> dict[str, Any]:
     """
     if not can_measure():
         return _cpu_fingerprint() if on_cpu and can_measure_cpu() else {}
-    from plugins.autotune import tuner
+    from plugins.autotune import reuse
     from plugins.libtwofour import bindings
 
     gpu = gpus()[0]
     try:
-        versions = tuner.versions(bindings.context(0).info()) | {"library": sha256(bindings.path())}
+        versions = reuse.versions(bindings.context(0).info()) | {"library": sha256(bindings.path())}
     except UserError as error:
         versions = {"none": str(error)}
     return {"kernels": {"gpu": gpu.name, "sm": gpu.sm, "driver": gpu.driver, **versions}}
@@ -185,7 +185,7 @@ def ratios(tactics: Mapping[str, Any], tokens: int) -> dict[str, float]:
 
 def shape(layer: Sized, ranks: int, dtype: str, fused: Mapping[str, Sized] | None = None) -> Shape:
     """What one rank multiplies. With `fused`, the sparse layers by name: all that TensorRT-LLM makes one product of."""
-    from plugins.autotune.tuner import Shape
+    from plugins.autotune.choice import Shape
 
     rows, columns = layer.out_features, layer.in_features
     block, _, last = layer.name.rpartition(".")

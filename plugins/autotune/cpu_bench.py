@@ -23,7 +23,7 @@ from plugins.linear.torch_linear import DenseLinear, Int8Linear, Scales
 from plugins.sparsity.torch_packing import pack
 
 if TYPE_CHECKING:
-    from plugins.autotune.tuner import Shape
+    from plugins.autotune.choice import Shape
 
 BUCKETS = (1, 4, 16, 64, 256)  # more tokens change no choice: a product is then bounded by its arithmetic
 SECONDS = 0.04  # of rounds for one kernel at one number of tokens

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from plugins.autotune import timing
 from plugins.common.errors import UserError
-from plugins.libtwofour import bindings
+from plugins.libtwofour import bindings, structures
 
 FINALISTS = 3  # algorithms that are timed again, with all rounds
 SCREENING_ROUNDS = 2
@@ -25,7 +25,7 @@ class Result:
 
 
 def search(
-    context: bindings.Context, problem: bindings.Gemm, call: Callable[[int], None], copies: int, workspace_bytes: int
+    context: bindings.Context, problem: structures.Gemm, call: Callable[[int], None], copies: int, workspace_bytes: int
 ) -> Result:
     """Times the algorithms of `problem` by `call(i)`, a product with copy i of the weight, and keeps the fastest.
 

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from plugins.autotune import search, timing
+from plugins.autotune.choice import Shape, Timing, choose, entry, hold_once
+from plugins.autotune.reuse import versions
 from plugins.common import numerics
-from plugins.common.defaults import LEAST_GAIN, MAX_SKINNY_TOKENS, SPARSE_KERNELS
+from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
 from plugins.common.progress import Progress
 from plugins.libtwofour import bindings, torch_ops
@@ -25,36 +27,8 @@ from plugins.libtwofour import bindings, torch_ops
 log = logging.getLogger(__name__)
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-HELD_ONCE = 0.15  # of time: what a second, dense copy of a weight must save on a CPU
 PADDED = (16, 32)  # tokens that a dense FP8 product is also timed with
 WORKSPACE = 128 << 20
-# of dense kernels in tactics.json; sparse kernels go by their own
-NAMES = {"cublaslt": "dense-cublaslt", "torch": "dense-torch", "cpu-dense": "dense-cpu"}
-OURS = ("cublaslt", "cpu-dense")  # what a layer can run dense
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A layer as far as its speed depends on it."""
-
-    out_features: int
-    in_features: int
-    format: str  # fp16, bf16, int8, fp8
-    per_channel: bool = False  # one weight scale a row
-    out: str = "bf16"
-
-    def __str__(self) -> str:
-        return f"{self.format} [{self.out_features}, {self.in_features}]"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """A kernel's time for one call in microseconds, the algorithm it ran, and what a reader should know of it."""
-
-    kernel: str
-    us: float
-    algorithm: tuple[int, ...] | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -163,7 +137,7 @@ def tune_cpu(
         progress(str(shape), done, len(unique))
         bench = cpu_bench.CpuBench(shape, buckets[-1])
         kernels = bench.kernels()
-        measured[shape] = _held_once([bucket_of(bench, tokens, _time_on_cpu, kernels) for tokens in buckets])
+        measured[shape] = hold_once([bucket_of(bench, tokens, _time_on_cpu, kernels) for tokens in buckets])
     progress("done", len(unique), len(unique))
     name = facts["name"]
     return {
@@ -173,17 +147,6 @@ def tune_cpu(
         "versions": made_for,
         "layers": {layer: entry(shape, measured[shape], name) for layer, shape in layers.items()},
     }
-
-
-def _held_once(buckets: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keeps the 2:4 kernel where dense is barely faster, if the layer has it anyway: its weight is then held once."""
-    if not any(bucket["kernel"] in SPARSE_KERNELS for bucket in buckets):
-        return buckets
-    for bucket in buckets:
-        if bucket["kernel"] == "dense-cpu" and bucket["ratio"] is not None and bucket["ratio"] > 1 - HELD_ONCE:
-            note = f"dense takes {bucket['ratio']:.2f} of the 2:4 time: not enough to hold the weight twice"
-            bucket |= {"kernel": "cpu-2of4", "notes": [*bucket["notes"], note]}
-    return buckets
 
 
 def _time_on_cpu(bench: Any, kernel: str, tokens: int) -> Timing:
@@ -221,113 +184,6 @@ def time_padded(bench: Any, kernel: str, tokens: int, timer: Timer) -> Timing:
                     note = f"fastest with its tokens padded to {padded}"
                     best = replace(best, us=other.us, notes=(*best.notes, note))
     return best
-
-
-def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
-    """The bucket: the fastest sparse kernel where it beats the fastest dense one by LEAST_GAIN, else the dense one."""
-    by_time = sorted(timings, key=lambda t: t.us)
-    dense = next((t for t in by_time if t.kernel in NAMES), None)
-    sparse = next((t for t in by_time if t.kernel not in NAMES), None)
-    ours = next((t for t in by_time if t.kernel in OURS), None)
-    if dense is None and sparse is None:
-        raise UserError(f"no kernel ran at {tokens} tokens: see the log; `twofour doctor` says what is missing")
-    pays = sparse is not None and (dense is None or sparse.us * LEAST_GAIN <= dense.us)
-    winner = sparse if pays else ours
-    return {
-        "tokens": tokens,
-        "kernel": "reference" if winner is None else NAMES.get(winner.kernel, winner.kernel),
-        "dense_us": None if dense is None else round(dense.us, 3),
-        "sparse_us": None if sparse is None else round(sparse.us, 3),
-        "ratio": None if dense is None or sparse is None else round(dense.us / sparse.us, 4),
-        "measured": True,
-        "algorithm": None if winner is None or winner.algorithm is None else list(winner.algorithm),
-        "notes": [f"{NAMES.get(t.kernel, t.kernel)}: {note}" for t in by_time for note in t.notes],
-    }
-
-
-def entry(shape: Shape, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str, Any]:
-    """A layer's entry in tactics.json."""
-    return {
-        "out_features": shape.out_features,
-        "in_features": shape.in_features,
-        "format": shape.format,
-        "sparse": True,
-        "reason": reason(buckets, gpu),
-        "buckets": list(buckets),
-    }
-
-
-def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
-    """Why the layer runs as it does, in words."""
-    ratios = {b["tokens"]: b["ratio"] for b in buckets if b["ratio"] is not None}
-    won = [b for b in buckets if b["kernel"] in SPARSE_KERNELS and (b["ratio"] is None or b["ratio"] >= 1)]
-    held = [b for b in buckets if b["kernel"] in SPARSE_KERNELS and b not in won]
-    if not won:
-        if not ratios:
-            return f"stays dense: no sparse kernel runs this shape on {gpu}"
-        best = max(ratios, key=lambda tokens: ratios[tokens])
-        return (
-            f"stays dense: no sparse kernel is faster by {LEAST_GAIN - 1:.0%} on {gpu}; "
-            f"the best is {ratios[best]:.2f}x at {best} tokens"
-        )
-    gains = [f"{b['ratio']:.2f}x at {b['tokens']}" if b["ratio"] else f"at {b['tokens']}" for b in won]
-    lost = [str(b["tokens"]) for b in buckets if b not in won and b not in held]
-    dense = f"; dense at {', '.join(lost)}" if lost else ""
-    slower = [f"{b['ratio']:.2f}x at {b['tokens']}" for b in held]
-    kept = f"; 2:4 all the same, so that the weight is held once: {', '.join(slower)}" if held else ""
-    return f"2:4 is faster on {gpu}: {', '.join(gains)} tokens{dense}{kept}"
-
-
-def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str | None:
-    """Gives libtwofour the algorithms that were found when `tactics` were measured, so that nothing is searched again.
-
-    `out` is what the layers put out, "bf16" or "fp16". Only where they were measured on this kind of GPU with these
-    libraries; else the libraries' own defaults run, and the answer says in words what is amiss.
-    """
-    context = bindings.context(device)
-    info = context.info()
-    problem = check_device(tactics, torch.cuda.get_device_name(device), info.sm, versions(info))
-    if problem is not None:
-        return problem
-    for layer in tactics["layers"].values():
-        format = out if layer["format"] in ("fp16", "bf16") else layer["format"]
-        for bucket in layer["buckets"]:
-            kernel = bucket["kernel"].removeprefix("dense-")
-            if bucket.get("algorithm") is None or kernel not in bindings.KERNELS:
-                continue
-            sizes = (layer["out_features"], layer["in_features"], bucket["tokens"])
-            try:
-                context.set_algorithm(bindings.gemm(kernel, format, out, *sizes), tuple(bucket["algorithm"]))
-            except bindings.LibraryError as error:
-                log.info("%s keeps its default algorithm at %d tokens: %s", kernel, bucket["tokens"], error)
-    return None
-
-
-def check_device(tactics: Mapping[str, Any], name: str, sm: int, here: Mapping[str, Any]) -> str | None:
-    """Why `tactics` cannot be reused on this GPU with these library versions, or None."""
-    device, known = tactics.get("device"), tactics.get("versions", {})
-    if tactics.get("source") != "measured" or device is None:
-        return "its kernels were chosen by prediction, not measured: build the engine again on this GPU"
-    there = f"{device['name']} (SM {device['sm']})" if device["sm"] else device["name"]
-    if (device["name"], device["sm"]) != (name, sm):
-        return f"its kernels were timed on {there}, and this is {name} (SM {sm}): build the engine again here"
-    for library_name in ("libtwofour", "cusparselt", "cublaslt"):
-        timed = known.get(library_name)
-        if timed != here[library_name]:
-            expected = f"{library_name} {timed or 'of an unknown version'}"
-            return f"its kernels were timed with {expected}, and here is {here[library_name]}: build the engine again"
-    return None
-
-
-def versions(info: bindings.Info) -> dict[str, Any]:
-    """What the times depend on besides the GPU."""
-    return {
-        "libtwofour": bindings.load().twofour_version(),
-        "cusparselt": info.cusparselt_version,
-        "cublaslt": info.cublaslt_version,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
 
 
 def time_kernel(bench: Bench, kernel: str, tokens: int) -> Timing:

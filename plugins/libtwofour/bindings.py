@@ -8,19 +8,26 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
-from dataclasses import dataclass
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
 from plugins.common.errors import UserError
-from plugins.common.formats import Format
+from plugins.libtwofour.structures import (
+    FORMATS,
+    KERNELS,
+    Algorithm,
+    DeviceInfo,
+    Gemm,
+    Info,
+    Search,
+    SearchResult,
+    Stamp,
+)
 
 HOST = -1
 OLDEST_CUSPARSELT = 801  # 0.8.1; TWOFOUR_CUSPARSELT_OLDEST=800 accepts an older one for measuring, never for shipping
 MAX_ALGORITHMS = 512  # of one problem; cuSPARSELt has about 80
-KERNELS = ("skinny", "cusparselt", "cublaslt")
-FORMATS = tuple(format.value for format in Format if format.twofour_type is not None)  # in the order of twofour_type
 STATUSES = (
     "ok",
     "invalid argument",
@@ -47,96 +54,6 @@ class LibraryError(UserError):
     def __init__(self, status: int, message: str) -> None:
         self.status = STATUSES[status] if status < len(STATUSES) else str(status)
         super().__init__(message or self.status)
-
-
-class Gemm(Structure):
-    """twofour_gemm: one problem for one kernel."""
-
-    _fields_ = (
-        ("kernel", c_int32),
-        ("type", c_int32),
-        ("out_type", c_int32),
-        ("reserved", c_int32),
-        ("tokens", c_int64),
-        ("out_features", c_int64),
-        ("in_features", c_int64),
-        ("scale", c_float),
-        ("channel_scales", c_void_p),
-        ("bias", c_void_p),
-    )
-
-
-class Stamp(Structure):
-    """twofour_stamp: what a prepared weight was made for."""
-
-    _fields_ = (
-        ("kernel", c_int32),
-        ("type", c_int32),
-        ("out_features", c_int64),
-        ("in_features", c_int64),
-        ("sm", c_int32),
-        ("version", c_int32),
-    )
-
-
-class Algorithm(Structure):
-    """twofour_algorithm."""
-
-    _fields_ = (("words", c_uint64 * 8),)
-
-
-class _Search(Structure):
-    _fields_ = (("best_us", c_float), ("tried", c_int32), ("over_workspace", c_int32))
-
-
-class _Info(Structure):
-    _fields_ = (
-        ("device", c_int32),
-        ("sm", c_int32),
-        ("multiprocessors", c_int32),
-        ("cusparselt_version", c_int32),
-        ("cublaslt_version", c_int32),
-        ("l2_bytes", c_int64),
-    )
-
-
-@dataclass(frozen=True)
-class Info:
-    """The GPU and the libraries on it; versions are 0 where a library cannot be loaded, 801 is cuSPARSELt 0.8.1."""
-
-    device: int
-    sm: int
-    multiprocessors: int
-    cusparselt_version: int
-    cublaslt_version: int
-    l2_bytes: int
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search: time of the chosen algorithm in microseconds; how many were timed, how many left out for memory."""
-
-    best_us: float
-    tried: int
-    over_workspace: int
-
-
-def gemm(
-    kernel: str,
-    format: str,
-    out: str,
-    out_features: int,
-    in_features: int,
-    tokens: int = 1,
-    scale: float = 1.0,
-    channel_scales: int = 0,
-    bias: int = 0,
-) -> Gemm:
-    """A problem from names; `channel_scales` and `bias` are addresses or 0."""
-    sizes = (tokens, out_features, in_features)
-    return Gemm(
-        KERNELS.index(kernel), FORMATS.index(format), FORMATS.index(out), 0, *sizes, scale, channel_scales, bias
-    )
 
 
 def path() -> Path:
@@ -189,7 +106,7 @@ def _declare(library: ctypes.CDLL) -> None:
     signatures: dict[str, tuple[object, ...]] = {
         "library_version": (c_int, POINTER(c_int32)),
         "create": (c_int, POINTER(c_void_p)),
-        "get_info": (pointer, POINTER(_Info)),
+        "get_info": (pointer, POINTER(DeviceInfo)),
         "check": (pointer, c_int, number, number, pointer, pointer, POINTER(number), POINTER(number)),
         "weight_bytes": (pointer, problem, POINTER(c_size_t)),
         "prepare_weight": (pointer, problem, pointer, pointer, pointer),
@@ -198,7 +115,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "check_stamp": (pointer, problem, POINTER(Stamp)),
         "plan": (pointer, problem),
         "workspace_bytes": (pointer, problem, POINTER(c_size_t)),
-        "search": (pointer, problem, *[pointer] * 4, c_size_t, pointer, c_size_t, pointer, POINTER(_Search)),
+        "search": (pointer, problem, *[pointer] * 4, c_size_t, pointer, c_size_t, pointer, POINTER(SearchResult)),
         "list_algorithms": (pointer, problem, pointer, c_int32, POINTER(c_int32)),
         "get_algorithm": (pointer, problem, POINTER(Algorithm)),
         "set_algorithm": (pointer, problem, POINTER(Algorithm)),
@@ -233,9 +150,9 @@ class Context:
         self._handle = c_void_p()
 
     def info(self) -> Info:
-        info = _Info()
+        info = DeviceInfo()
         self._call("get_info", byref(info))
-        return Info(*(getattr(info, name) for name, _ in _Info._fields_))
+        return Info(*(getattr(info, name) for name, _ in DeviceInfo._fields_))
 
     def first_violation(
         self, format: str, out_features: int, in_features: int, weight: int, stream: int = 0
@@ -286,7 +203,7 @@ class Context:
         stream: int = 0,
     ) -> Search:
         """`workspace` and `flush` are (address, bytes)."""
-        result = _Search()
+        result = SearchResult()
         self._call("search", byref(problem), x, prepared, y, *workspace, *flush, stream, byref(result))
         return Search(result.best_us, result.tried, result.over_workspace)
 

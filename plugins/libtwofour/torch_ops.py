@@ -26,11 +26,11 @@ from plugins.common import numerics
 from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
 from plugins.common.formats import format_of
-from plugins.libtwofour import bindings
+from plugins.libtwofour import bindings, structures
 from plugins.sparsity import skinny_layout
 from plugins.sparsity.torch_packing import from_numpy, to_numpy
 
-FORMATS = {getattr(torch, format_of(name).dtype): name for name in bindings.FORMATS}
+FORMATS = {getattr(torch, format_of(name).dtype): name for name in structures.FORMATS}
 DTYPES = {name: dtype for dtype, name in FORMATS.items()}
 
 
@@ -166,14 +166,14 @@ def describe(
     scale: float = 1.0,
     channel_scales: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-) -> bindings.Gemm:
+) -> structures.Gemm:
     """The problem of one call as libtwofour describes it. The tensors must outlive it."""
     if x_MK.dtype not in FORMATS or out_dtype not in (torch.float16, torch.bfloat16):
         raise UserError(f"no kernel takes {x_MK.dtype} to {out_dtype}: {', '.join(FORMATS.values())} to fp16 or bf16")
     for name, tensor, dtype in (("channel_scales", channel_scales, torch.float32), ("bias", bias, out_dtype)):
         if tensor is not None and (tensor.dtype != dtype or tensor.shape != (out_features,)):
             raise UserError(f"{name} is {tensor.dtype} {list(tensor.shape)}: it must be {dtype} [{out_features}]")
-    return bindings.gemm(
+    return structures.gemm(
         kernel,
         FORMATS[x_MK.dtype],
         FORMATS[out_dtype],
@@ -204,7 +204,7 @@ def prepare(w_NK: torch.Tensor, kernel: str) -> torch.Tensor:
 def prepare_on_device(w_NK: torch.Tensor, kernel: str) -> torch.Tensor:
     """`prepare` by libtwofour."""
     out = "fp16" if w_NK.dtype == torch.float16 else "bf16"
-    problem = bindings.gemm(kernel, FORMATS[w_NK.dtype], out, *w_NK.shape)
+    problem = structures.gemm(kernel, FORMATS[w_NK.dtype], out, *w_NK.shape)
     context = bindings.context(w_NK.device.index)
     prepared = torch.empty(context.weight_bytes(problem), dtype=torch.uint8, device=w_NK.device)
     context.prepare_weight(problem, w_NK.data_ptr(), prepared.data_ptr(), _stream(w_NK))

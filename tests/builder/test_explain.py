@@ -13,8 +13,8 @@ from builder.config import EngineConfig
 from builder.engines import predicted_tactics
 from builder.engines.predicted_tactics import BUCKETS, predict_bucket, predict_tactics
 from builder.engines.torch_backend import artifact
-from plugins.autotune import tuner
-from plugins.autotune.tuner import Shape, Timing
+from plugins.autotune import choice
+from plugins.autotune.choice import Shape, Timing
 from tests.support.command import twofour
 from tests.support.models import random_model
 
@@ -25,10 +25,10 @@ MLP = "model.layers.0.mlp"
 def entry(notes: tuple[str, ...] = (), **times: tuple[float, float]) -> dict:
     """A layer's entry: by number of tokens (t8=...), the dense and the skinny kernel's microseconds."""
     made = [
-        tuner.choose(int(name[1:]), [Timing("cublaslt", dense, notes=notes), Timing("skinny", sparse)])
+        choice.choose(int(name[1:]), [Timing("cublaslt", dense, notes=notes), Timing("skinny", sparse)])
         for name, (dense, sparse) in times.items()
     ]
-    return tuner.entry(Shape(128, 64, "bf16"), made, "H100")
+    return choice.entry(Shape(128, 64, "bf16"), made, "H100")
 
 
 @pytest.fixture(scope="module")

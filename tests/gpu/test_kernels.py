@@ -11,10 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from plugins.autotune import timing, tuner
+from plugins.autotune import choice, reuse, timing, tuner
 from plugins.common import numerics
 from plugins.common.errors import UserError
-from plugins.libtwofour import bindings, torch_ops
+from plugins.libtwofour import bindings, structures, torch_ops
 from plugins.sparsity import skinny_layout
 from plugins.sparsity.torch_packing import to_numpy
 
@@ -126,7 +126,7 @@ def test_packing_on_the_device_is_numpys(dtype: torch.dtype) -> None:
     expected = skinny_layout.pack(to_numpy(w), torch_ops.FORMATS[dtype])
     assert torch.equal(packed.cpu(), torch.from_numpy(expected))
     unpacked = torch.empty_like(w)
-    problem = bindings.gemm("skinny", torch_ops.FORMATS[dtype], "bf16", 70, 528)
+    problem = structures.gemm("skinny", torch_ops.FORMATS[dtype], "bf16", 70, 528)
     bindings.context(0).unpack_weight(problem, packed.data_ptr(), unpacked.data_ptr())
     torch.cuda.synchronize()
     assert torch.equal(unpacked.view(torch.uint8), w.view(torch.uint8))
@@ -154,7 +154,7 @@ def test_shapes_that_cusparselt_cannot_take_say_what_works() -> None:
 
 
 def test_stamp_of_another_gpu_is_refused() -> None:
-    context, problem = bindings.context(0), bindings.gemm("cusparselt", "bf16", "bf16", 128, 128)
+    context, problem = bindings.context(0), structures.gemm("cusparselt", "bf16", "bf16", 128, 128)
     stamp = context.stamp(problem)
     context.check_stamp(problem, stamp)
     assert stamp.version >= int(os.environ.get("TWOFOUR_CUSPARSELT_OLDEST", "801"))
@@ -225,13 +225,13 @@ def test_search_keeps_an_algorithm_and_counts_what_memory_left_out() -> None:
 
 
 def test_tuner_measures_and_its_tactics_are_taken_back() -> None:
-    found = tuner.tune({"layer": tuner.Shape(512, 1024, "bf16")}, buckets=(1, 64))
+    found = tuner.tune({"layer": choice.Shape(512, 1024, "bf16")}, buckets=(1, 64))
     for bucket in found["layers"]["layer"]["buckets"]:
         assert bucket["measured"]
         assert bucket["dense_us"] > 0
         assert bucket["sparse_us"] > 0
-    assert tuner.apply(found, "bf16") is None
-    assert "build the engine again" in str(tuner.apply({**found, "source": "predicted"}, "bf16"))
+    assert reuse.apply(found, "bf16") is None
+    assert "build the engine again" in str(reuse.apply({**found, "source": "predicted"}, "bf16"))
 
 
 def test_layer_compiles_into_one_graph() -> None:

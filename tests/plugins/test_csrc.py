@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plugins.common.errors import UserError
-from plugins.libtwofour import bindings, compiler
+from plugins.libtwofour import bindings, compiler, structures
 from plugins.sparsity import skinny_layout
 from tests.support import native
 
@@ -55,7 +55,7 @@ def poison(w_NK: np.ndarray, format: str, rng: np.random.Generator) -> np.ndarra
 
 
 def pack(host: bindings.Context, w_NK: np.ndarray, format: str) -> np.ndarray:
-    problem = bindings.gemm("skinny", format, "fp16", *w_NK.shape)
+    problem = structures.gemm("skinny", format, "fp16", *w_NK.shape)
     packed = native.aligned(np.zeros(host.weight_bytes(problem), np.uint8))
     weight = native.aligned(w_NK)
     host.prepare_weight(problem, weight.ctypes.data, packed.ctypes.data)
@@ -77,7 +77,7 @@ def matmul(
     x = native.aligned(x_MK)
     y = native.aligned(np.full((x_MK.shape[0], out_features), np.nan, OUT[out]))
     addresses = [0 if a is None else a.ctypes.data for a in (channel_scales, bias)]
-    problem = bindings.gemm("skinny", format, out, out_features, x_MK.shape[1], x_MK.shape[0], scale, *addresses)
+    problem = structures.gemm("skinny", format, out, out_features, x_MK.shape[1], x_MK.shape[0], scale, *addresses)
     if words is not None:
         host.set_algorithm(problem, words + (0,) * (8 - len(words)))
     workspace = native.aligned(np.full(host.workspace_bytes(problem), 0xCD, np.uint8))
@@ -110,7 +110,7 @@ def test_packing_agrees_with_numpy_and_inverts(format: str, n: int, chunks: int,
     bits = w_NK.view(f"u{w_NK.itemsize}")
     sign = 0 if format == "int8" else 1 << (8 * w_NK.itemsize - 1)
     canonical = np.where(bits == sign, 0, bits)  # -0.0 comes back as 0
-    problem = bindings.gemm("skinny", format, "fp16", *w_NK.shape)
+    problem = structures.gemm("skinny", format, "fp16", *w_NK.shape)
     unpacked = native.aligned(np.full_like(w_NK, 1))
     host.unpack_weight(problem, packed.ctypes.data, unpacked.ctypes.data)
     np.testing.assert_array_equal(unpacked.view(bits.dtype), canonical)
@@ -210,7 +210,7 @@ def test_rings_of_the_streamed_kernel_turn_many_times(
     w_NK = native.prune(rng.integers(-3, 4, (n, k)).astype(DTYPES[format]), rng)
     x_MK = rng.integers(-2, 3, (tokens, k)).astype(DTYPES[format])
     words = (splits, 1, share, blocks, 3, 0, 0, 0)
-    problem = bindings.gemm("skinny", format, "fp16", n, k, tokens)
+    problem = structures.gemm("skinny", format, "fp16", n, k, tokens)
     y_MN = matmul(host, x_MK, native.aligned(skinny_layout.pack(w_NK, format)), format, "fp16", n, 0.25, words=words)
     ran = host.algorithm(problem)
     assert ran[1] == 1
@@ -241,9 +241,9 @@ def test_negative_zero_is_a_zero_but_int8_minus_128_is_not(host: bindings.Contex
     assert violation(host, np.full((1, 16), -128, np.int8), "int8") == (0, 0)
 
 
-def gemm(**changes: object) -> bindings.Gemm:
+def gemm(**changes: object) -> structures.Gemm:
     values: dict[str, object] = {"kernel": "skinny", "format": "int8", "out": "fp16", "out_features": 16}
-    return bindings.gemm(**{**values, "in_features": 256, **changes})  # type: ignore[arg-type]
+    return structures.gemm(**{**values, "in_features": 256, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def gemm(**changes: object) -> bindings.Gemm:
         (gemm(kernel="cublaslt"), "no GPU", "cublaslt runs on a GPU only"),
     ],
 )
-def test_problem_that_cannot_run(host: bindings.Context, problem: bindings.Gemm, status: str, words: str) -> None:
+def test_problem_that_cannot_run(host: bindings.Context, problem: structures.Gemm, status: str, words: str) -> None:
     with pytest.raises(bindings.LibraryError, match=words) as caught:
         host.workspace_bytes(problem)
     assert caught.value.status == status
@@ -296,7 +296,7 @@ def test_stamp_of_another_shape_gpu_or_version_is_refused(host: bindings.Context
         ("sm", 89, "prepared for SM 89 and version 1, here are SM 0 and version 1; prepare it again"),
         ("version", 7, "version 7"),
     ):
-        wrong = bindings.Stamp.from_buffer_copy(stamp)
+        wrong = structures.Stamp.from_buffer_copy(stamp)
         setattr(wrong, field, value)
         with pytest.raises(bindings.LibraryError, match=words) as caught:
             host.check_stamp(problem, wrong)

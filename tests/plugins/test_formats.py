@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from plugins.common.formats import Format, format_of
-from plugins.libtwofour import bindings
+from plugins.libtwofour import bindings, structures
 
 HEADER = Path(bindings.__file__).parents[1] / "csrc" / "include" / "twofour.h"
 
@@ -24,5 +24,5 @@ def test_a_format_is_torchs(format: Format) -> None:
 def test_the_types_are_numbered_as_in_the_c_header() -> None:
     enumerated = re.findall(r"TWOFOUR_(FP16|BF16|INT8|FP8)\s*=\s*(\d)", HEADER.read_text())
     assert {name.lower(): int(number) for name, number in enumerated} == {
-        name: number for number, name in enumerate(bindings.FORMATS)
+        name: number for number, name in enumerate(structures.FORMATS)
     }

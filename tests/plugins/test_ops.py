@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plugins.common import numerics
 from plugins.common.errors import UserError
-from plugins.libtwofour import bindings, torch_ops
+from plugins.libtwofour import bindings, structures, torch_ops
 from plugins.sparsity import skinny_layout
 from plugins.sparsity.torch_packing import to_numpy
 from tests.support import native
@@ -110,7 +110,7 @@ def test_libtwofours_simulated_kernel_agrees(dtype: torch.dtype) -> None:
     host = bindings.context(bindings.HOST)
     x_host, packed_host = native.aligned(to_numpy(x)), native.aligned(packed.numpy())
     y = native.aligned(np.zeros((6, 70), np.uint16))
-    problem = bindings.gemm("skinny", torch_ops.FORMATS[dtype], "bf16", 70, 272, 6, 0.25)
+    problem = structures.gemm("skinny", torch_ops.FORMATS[dtype], "bf16", 70, 272, 6, 0.25)
     workspace = native.aligned(np.zeros(host.workspace_bytes(problem) + 16, np.uint8))
     host.matmul(
         problem,

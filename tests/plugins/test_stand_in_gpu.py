@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks.kernels import gemm
-from plugins.autotune import tactics, timing, tuner
+from plugins.autotune import choice, tactics, timing, tuner
 from plugins.common.errors import UserError
-from plugins.libtwofour import bindings, torch_ops
+from plugins.libtwofour import bindings, structures, torch_ops
 from tests.support import native
 from tests.support.stand_in_gpu import CPU, open_gpu, set_environment, use_times, use_torch
 
@@ -44,10 +44,10 @@ class Layer:
             return rng.integers(-128, 128, shape).astype(np.int8)
         return rng.standard_normal(shape).astype(DTYPES[self.format])
 
-    def problem(self, kernel: str, scale: float = 1.0, scaled: bool = False, biased: bool = False) -> bindings.Gemm:
+    def problem(self, kernel: str, scale: float = 1.0, scaled: bool = False, biased: bool = False) -> structures.Gemm:
         sizes = (self.n, self.k, self.tokens)
         addresses = (self.scales.ctypes.data if scaled else 0, self.bias.ctypes.data if biased else 0)
-        return bindings.gemm(kernel, self.format, self.out, *sizes, scale, *addresses)
+        return structures.gemm(kernel, self.format, self.out, *sizes, scale, *addresses)
 
     def prepare(self, gpu: bindings.Context, kernel: str) -> np.ndarray:
         problem = self.problem(kernel)
@@ -55,7 +55,7 @@ class Layer:
         gpu.prepare_weight(problem, self.w.ctypes.data, prepared.ctypes.data)
         return prepared
 
-    def run(self, gpu: bindings.Context, kernel: str, problem: bindings.Gemm, stream: int = 0) -> np.ndarray:
+    def run(self, gpu: bindings.Context, kernel: str, problem: structures.Gemm, stream: int = 0) -> np.ndarray:
         prepared = self.prepare(gpu, kernel)
         y = native.aligned(np.full((self.tokens + 1, self.n), 99, DTYPES[self.out]))  # the last row must stay
         workspace = native.aligned(np.full(gpu.workspace_bytes(problem) + 16, 0xCD, np.uint8))
@@ -74,7 +74,7 @@ class Layer:
 
 @pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "channels"])
-@pytest.mark.parametrize("kernel", bindings.KERNELS)
+@pytest.mark.parametrize("kernel", structures.KERNELS)
 @pytest.mark.parametrize(("format", "out"), [("bf16", "bf16"), ("fp16", "fp16"), ("int8", "fp16"), ("fp8", "bf16")])
 def test_every_kernel_and_epilogue(
     gpu: bindings.Context, kernel: str, format: str, out: str, scaled: bool, biased: bool
@@ -124,7 +124,7 @@ def test_layers_of_one_shape_share_plans_but_not_scales(gpu: bindings.Context) -
         np.testing.assert_allclose(y, layer.expected(scale, False, False), rtol=2**-7, atol=2e-2)
 
 
-def search(gpu: bindings.Context, layer: Layer, kernel: str, bytes_: int) -> bindings.Search:
+def search(gpu: bindings.Context, layer: Layer, kernel: str, bytes_: int) -> structures.Search:
     prepared = layer.prepare(gpu, kernel)
     y = native.aligned(np.zeros((layer.tokens, layer.n), DTYPES[layer.out]))
     workspace = native.aligned(np.zeros(bytes_, np.uint8))
@@ -191,7 +191,7 @@ def test_algorithm_serves_its_whole_bucket_of_tokens(gpu: bindings.Context) -> N
 
 
 def test_capture_needs_a_plan_and_then_neither_allocates_nor_waits(gpu: bindings.Context) -> None:
-    for kernel in bindings.KERNELS:
+    for kernel in structures.KERNELS:
         layer = Layer("bf16", 64, 64, 16)
         problem = layer.problem(kernel)
         prepared = layer.prepare(gpu, kernel)
@@ -209,7 +209,7 @@ def test_token_counts_padded_to_the_same_share_a_plan(gpu: bindings.Context) -> 
     for format, planned, shared, other in (("bf16", 17, 24, 25), ("int8", 17, 32, 33)):
         layer = Layer(format, 64, 64, shared)
         prepared = layer.prepare(gpu, "cusparselt")
-        gpu.plan(bindings.gemm("cusparselt", format, "bf16", 64, 64, planned, 0.01))
+        gpu.plan(structures.gemm("cusparselt", format, "bf16", 64, 64, planned, 0.01))
         y, workspace = (native.aligned(np.zeros(1 << 20, np.uint8)) for _ in range(2))
         addresses = (
             layer.x.ctypes.data,
@@ -217,9 +217,9 @@ def test_token_counts_padded_to_the_same_share_a_plan(gpu: bindings.Context) -> 
             y.ctypes.data,
             (workspace.ctypes.data, workspace.nbytes),
         )
-        gpu.matmul(bindings.gemm("cusparselt", format, "bf16", 64, 64, shared, 0.01), *addresses, CAPTURING)
+        gpu.matmul(structures.gemm("cusparselt", format, "bf16", 64, 64, shared, 0.01), *addresses, CAPTURING)
         with pytest.raises(bindings.LibraryError, match=f"no plan for {other} tokens"):
-            gpu.matmul(bindings.gemm("cusparselt", format, "bf16", 64, 64, other, 0.01), *addresses, CAPTURING)
+            gpu.matmul(structures.gemm("cusparselt", format, "bf16", 64, 64, other, 0.01), *addresses, CAPTURING)
         made = y[: shared * 64 * 2].view(DTYPES["bf16"]).reshape(shared, 64).astype(np.float32)
         np.testing.assert_allclose(made, layer.expected(0.01, False, False), rtol=2**-7, atol=2e-2)
 
@@ -231,10 +231,10 @@ def test_shapes_that_a_library_cannot_take_say_what_works(gpu: bindings.Context)
         ("cublaslt", "fp8", r"multiples of 16: \[100, 200\] would fit as \[112, 208\]"),
     ):
         with pytest.raises(bindings.LibraryError, match=words) as caught:
-            gpu.weight_bytes(bindings.gemm(kernel, format, "bf16", 100, 200))
+            gpu.weight_bytes(structures.gemm(kernel, format, "bf16", 100, 200))
         assert caught.value.status == "misaligned"
     with pytest.raises(bindings.LibraryError, match="cuSPARSELt writes bf16 for bf16 weights, not fp16"):
-        gpu.plan(bindings.gemm("cusparselt", "bf16", "fp16", 64, 64, 8))
+        gpu.plan(structures.gemm("cusparselt", "bf16", "fp16", 64, 64, 8))
 
 
 def test_gpu_without_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,18 +247,18 @@ def test_gpu_without_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_fp8_before_ada(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = open_gpu(monkeypatch, sm=80)
-    for kernel in bindings.KERNELS:
+    for kernel in structures.KERNELS:
         with pytest.raises(bindings.LibraryError, match=r"fp8 needs compute capability 8\.9 .* has 8\.0; use int8"):
-            gpu.weight_bytes(bindings.gemm(kernel, "fp8", "bf16", 64, 64))
+            gpu.weight_bytes(structures.gemm(kernel, "fp8", "bf16", 64, 64))
 
 
 def test_compressed_weight_of_another_gpu_or_version(gpu: bindings.Context) -> None:
-    problem = bindings.gemm("cusparselt", "bf16", "bf16", 64, 64)
+    problem = structures.gemm("cusparselt", "bf16", "bf16", 64, 64)
     stamp = gpu.stamp(problem)
     assert (stamp.sm, stamp.version) == (90, 801)
     gpu.check_stamp(problem, stamp)
     for field, value in (("sm", 89), ("version", 800)):
-        wrong = bindings.Stamp.from_buffer_copy(stamp)
+        wrong = structures.Stamp.from_buffer_copy(stamp)
         setattr(wrong, field, value)
         with pytest.raises(bindings.LibraryError, match="prepare it again from the dense weight"):
             gpu.check_stamp(problem, wrong)
@@ -295,7 +295,7 @@ def torch_on_stand_in(gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("dtype", list(torch_ops.FORMATS))
-@pytest.mark.parametrize("kernel", bindings.KERNELS)
+@pytest.mark.parametrize("kernel", structures.KERNELS)
 def test_operators_hand_over_what_libtwofour_needs(
     torch_on_stand_in: bindings.Context, kernel: str, dtype: torch.dtype
 ) -> None:
@@ -332,7 +332,7 @@ def test_memory_that_runs_out_for_a_calls_workspace_is_said(
 def test_tuner_times_every_kernel(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """From shapes to tactics.json; every kernel takes as long as every other, so dense stays."""
     use_times(monkeypatch, lambda bench, kernel, tokens: 5.0)
-    layers = {"a": tuner.Shape(64, 96, "bf16"), "b": tuner.Shape(64, 96, "bf16"), "c": tuner.Shape(100, 96, "int8")}
+    layers = {"a": choice.Shape(64, 96, "bf16"), "b": choice.Shape(64, 96, "bf16"), "c": choice.Shape(100, 96, "int8")}
     found = tactics.Tactics.model_validate(tuner.tune(layers, buckets=(8, 96)))
     assert found.layers["a"] == found.layers["b"]
     assert {b.kernel for b in found.layers["a"].buckets} == {"dense-cublaslt"}
@@ -351,7 +351,7 @@ def test_row_of_the_table_measures_errors(torch_on_stand_in: bindings.Context, m
     for name in ("skinny", "cusparselt"):
         operator = partial(torch_ops.launch, name)
         monkeypatch.setattr(torch_ops, f"{name}_linear", operator)
-    bench = tuner.Bench(tuner.Shape(64, 96, "bf16"), CPU, 16, 1 << 20)
+    bench = tuner.Bench(choice.Shape(64, 96, "bf16"), CPU, 16, 1 << 20)
     row = gemm.row(bench, 16, gemm.Ceilings(1e9, {"bf16": 1e12}), peers=False, timer=tuner.time_kernel)
     assert set(row["kernels_us"]) == {"cublaslt", "torch", "cusparselt", "skinny"}
     assert 0 < row["error"]["sparse"] < 1.05 * row["error"]["dense"]

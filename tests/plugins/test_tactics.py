@@ -11,16 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from plugins.autotune import tactics, timing, tuner
-from plugins.autotune.tuner import Shape, Timing
+from plugins.autotune import choice, reuse, tactics, timing, tuner
+from plugins.autotune.choice import Shape, Timing
 from plugins.common.errors import UserError
-from plugins.libtwofour import bindings
+from plugins.libtwofour import bindings, structures
 
 SHAPE = Shape(4096, 14336, "fp8")
 
 
 def bucket(tokens: int, **us: float) -> dict:
-    return tuner.choose(tokens, [Timing(kernel, time, (1, 2, 3)) for kernel, time in us.items()])
+    return choice.choose(tokens, [Timing(kernel, time, (1, 2, 3)) for kernel, time in us.items()])
 
 
 def test_fastest_sparse_kernel_is_kept_with_its_algorithm() -> None:
@@ -82,12 +82,12 @@ def test_torchs_own_refusal_leaves_out_torch_alone() -> None:
 
 def test_reasons_in_words() -> None:
     wins = [bucket(8, cublaslt=20.0, skinny=13.0), bucket(512, cublaslt=100.0, cusparselt=99.0)]
-    assert tuner.reason(wins, "H100") == "2:4 is faster on H100: 1.54x at 8 tokens; dense at 512"
+    assert choice.reason(wins, "H100") == "2:4 is faster on H100: 1.54x at 8 tokens; dense at 512"
     loses = [bucket(8, cublaslt=10.0, skinny=12.5), bucket(512, cublaslt=100.0, cusparselt=101.0)]
-    assert tuner.reason(loses, "L4") == (
+    assert choice.reason(loses, "L4") == (
         "stays dense: no sparse kernel is faster by 2% on L4; the best is 0.99x at 512 tokens"
     )
-    assert tuner.reason([bucket(8, cublaslt=10.0)], "L4") == "stays dense: no sparse kernel runs this shape on L4"
+    assert choice.reason([bucket(8, cublaslt=10.0)], "L4") == "stays dense: no sparse kernel runs this shape on L4"
 
 
 def measured() -> dict:
@@ -98,7 +98,7 @@ def measured() -> dict:
         "source": "measured",
         "gpu": "H100",
         "versions": {"cusparselt": 801},
-        "layers": {"model.layers.0.mlp.down_proj": tuner.entry(SHAPE, buckets, "H100")},
+        "layers": {"model.layers.0.mlp.down_proj": choice.entry(SHAPE, buckets, "H100")},
     }
 
 
@@ -109,7 +109,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
     assert read == tactics.read(tmp_path / "tactics.json")
     layer = read.layers["model.layers.0.mlp.down_proj"]
     assert (layer.out_features, layer.buckets[0].kernel, layer.buckets[0].algorithm) == (4096, "skinny", (1, 2, 3))
-    assert json.loads((tmp_path / "tactics.json").read_text())["layers"] == measured()["layers"]
+    assert read == tactics.Tactics.model_validate(measured())
 
 
 @pytest.mark.parametrize(
@@ -134,22 +134,22 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_tactics_of_another_gpu_or_library_are_not_trusted() -> None:
     here = {"libtwofour": 100, "cusparselt": 801, "cublaslt": 130100}
     ours = {**measured(), "versions": here}
-    assert tuner.check_device(ours, "H100", 90, here) is None
-    said = tuner.check_device(ours, "L4", 89, here)
+    assert reuse.check_device(ours, "H100", 90, here) is None
+    said = reuse.check_device(ours, "L4", 89, here)
     assert said == "its kernels were timed on H100 (SM 90), and this is L4 (SM 89): build the engine again here"
-    newer = str(tuner.check_device(ours, "H100", 90, {**here, "cusparselt": 900}))
+    newer = str(reuse.check_device(ours, "H100", 90, {**here, "cusparselt": 900}))
     assert newer == "its kernels were timed with cusparselt 801, and here is 900: build the engine again"
-    unknown = str(tuner.check_device({**ours, "versions": {}}, "H100", 90, here))
+    unknown = str(reuse.check_device({**ours, "versions": {}}, "H100", 90, here))
     assert unknown.startswith("its kernels were timed with libtwofour of an unknown version, and here is 100")
     for change in ({"device": None}, {"source": "predicted"}):
-        assert "chosen by prediction, not measured" in str(tuner.check_device({**ours, **change}, "H100", 90, here))
+        assert "chosen by prediction, not measured" in str(reuse.check_device({**ours, **change}, "H100", 90, here))
 
 
 def test_algorithms_are_given_back_only_to_the_same_gpu_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[int, str, str, tuple[int, ...]]] = []
 
-    def take(problem: bindings.Gemm, words: tuple[int, ...]) -> None:
-        given.append((problem.tokens, bindings.FORMATS[problem.type], bindings.FORMATS[problem.out_type], words))
+    def take(problem: structures.Gemm, words: tuple[int, ...]) -> None:
+        given.append((problem.tokens, structures.FORMATS[problem.type], structures.FORMATS[problem.out_type], words))
 
     fake = SimpleNamespace(
         info=lambda: SimpleNamespace(sm=90, cusparselt_version=801, cublaslt_version=130100),
@@ -159,11 +159,11 @@ def test_algorithms_are_given_back_only_to_the_same_gpu_and_libraries(monkeypatc
     monkeypatch.setattr(bindings, "load", lambda: SimpleNamespace(twofour_version=lambda: 100))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
     file = {**measured(), "versions": {"libtwofour": 100, "cusparselt": 801, "cublaslt": 130100}}
-    assert tuner.apply(file, "fp16") is None
+    assert reuse.apply(file, "fp16") is None
     assert given == [(8, "fp8", "fp16", (1, 2, 3))]  # of the problem that the engine will ask for
-    assert tuner.apply({**file, "versions": {**file["versions"], "cusparselt": 802}})
-    assert tuner.apply({**file, "device": {**file["device"], "sm": 89}})
-    assert tuner.apply({**file, "device": None})
+    assert reuse.apply({**file, "versions": {**file["versions"], "cusparselt": 802}})
+    assert reuse.apply({**file, "device": {**file["device"], "sm": 89}})
+    assert reuse.apply({**file, "device": None})
     assert len(given) == 1
 
 
@@ -196,16 +196,16 @@ def test_clocks_are_those_of_the_device_that_was_timed(monkeypatch: pytest.Monke
     """nvidia-smi numbers GPUs as the driver does, whatever CUDA_VISIBLE_DEVICES leaves."""
     asked = []
 
-    def run(command: list[str], **_: object) -> SimpleNamespace:
-        asked.append(command[1])
-        return SimpleNamespace(stdout="580.1, 1980, [N/A]\n")
+    def query(fields: str, device: str) -> str:
+        asked.append(device)
+        return "580.1, 1980, [N/A]\n"
 
     facts = {"name": "H100", "major": 9, "minor": 0}
-    monkeypatch.setattr(timing.subprocess, "run", run)
+    monkeypatch.setattr(timing, "query", query)
     for properties in (SimpleNamespace(**facts, uuid="b7a2-7"), SimpleNamespace(**facts)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
         assert timing.device_facts(1) == {"name": "H100", "sm": 90, "driver": "580.1", "clocks": {"sm": 1980.0}}
-    assert asked == ["--id=GPU-b7a2-7", "--id=1"]
+    assert asked == ["GPU-b7a2-7", "1"]
 
 
 def test_copies_defeat_the_cache() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from builder.engines import measured_tactics
-from plugins.autotune import timing, tuner
+from plugins.autotune import choice, timing, tuner
 from plugins.common.nvidia_smi import Gpu
 from plugins.libtwofour import bindings, compiler, torch_ops
 from tests.support import native
@@ -90,7 +90,7 @@ def use_times(monkeypatch: pytest.MonkeyPatch, us: Callable[[tuner.Bench, str, i
         time = us(*asked[-1])
         return timing.Time(time, time, time)
 
-    def time_kernel(bench: tuner.Bench, kernel: str, tokens: int) -> tuner.Timing:
+    def time_kernel(bench: tuner.Bench, kernel: str, tokens: int) -> choice.Timing:
         asked.append((bench, kernel, tokens))
         return real(bench, kernel, tokens)
 

@@ -92,7 +92,7 @@ def _open_cpu() -> tuple[bool, str]:
 
 def _open(tactics: Mapping[str, Any], dtype: torch.dtype, device: int) -> tuple[bool, str]:
     """(whether our kernels run here, what a reader of speeds should know of it)."""
-    from plugins.autotune import tuner
+    from plugins.autotune import reuse
     from plugins.libtwofour import bindings, torch_ops
 
     if dtype not in (torch.float16, torch.bfloat16):
@@ -100,7 +100,7 @@ def _open(tactics: Mapping[str, Any], dtype: torch.dtype, device: int) -> tuple[
     try:
         bindings.context(device)
         joined = {**tactics, "layers": _join_tactics(tactics.get("layers", {}))}
-        return True, tuner.apply(joined, torch_ops.FORMATS[dtype], device) or ""
+        return True, reuse.apply(joined, torch_ops.FORMATS[dtype], device) or ""
     except UserError as error:
         return False, f"2:4 layers run as dense ones: {error}"
 

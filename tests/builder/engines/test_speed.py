@@ -14,8 +14,8 @@ from benchmarks.kernels import gemm
 from benchmarks.kernels.model_shapes import MODELS, Model
 from builder.engines.torch_backend import benchmark
 from builder.engines.torch_backend import decoder as torch_model
+from plugins.autotune.choice import Shape, Timing
 from plugins.autotune.timing import Time
-from plugins.autotune.tuner import Shape, Timing
 from plugins.common.errors import UserError
 from plugins.libtwofour import bindings
 from plugins.linear.kernel_linear import DENSE

@@ -18,10 +18,10 @@ from builder.engines import measured_tactics, registry
 from builder.engines.torch_backend.linears import Kernels
 from builder.pipeline import layer_selection
 from builder.planning.plan import LayerPlan
-from plugins.autotune import tactics, tuner
+from plugins.autotune import choice, tactics, tuner
 from plugins.common.errors import UserError
 from plugins.common.processor import processor
-from plugins.libtwofour import bindings
+from plugins.libtwofour import bindings, structures
 from tests.support.models import random_model
 from tests.support.stand_in_gpu import by_kernel, open_gpu, use_machine, use_times, use_torch
 
@@ -84,7 +84,7 @@ def test_torch_engine_is_tuned_on_a_gpu_and_obeys(
     assert kernels.choices(UP, STORED) == [(1, "skinny"), (8, "skinny"), (16, "skinny")]
     assert kernels.choices(DOWN, STORED) == [(1, "cublaslt"), (8, "cublaslt"), (16, "cublaslt")]
     assert kernels.remarks == []
-    problem = bindings.gemm("cublaslt", "bf16", "bf16", 64, 96, 8)
+    problem = structures.gemm("cublaslt", "bf16", "bf16", 64, 96, 8)
     assert gpu.algorithm(problem) == read.layers[DOWN].buckets[1].algorithm
 
 
@@ -223,12 +223,12 @@ def test_shapes_are_those_that_a_rank_multiplies() -> None:
     layers = {f"{block}.{name}": plan_layer(f"{block}.{name}", n, 64) for name, n in (("q_proj", 64), ("k_proj", 32))}
     layers |= {f"{block}.v_proj": plan_layer(f"{block}.v_proj", 32, 64, "int8")}
     q = layers[f"{block}.q_proj"]
-    assert measured_tactics.shape(q, 1, "bfloat16") == tuner.Shape(64, 64, "fp8", False, "bf16")
-    assert measured_tactics.shape(q, 2, "bfloat16", layers) == tuner.Shape(
+    assert measured_tactics.shape(q, 1, "bfloat16") == choice.Shape(64, 64, "fp8", False, "bf16")
+    assert measured_tactics.shape(q, 2, "bfloat16", layers) == choice.Shape(
         (64 + 32 + 32) // 2, 64, "fp8", False, "bf16"
     )
-    assert measured_tactics.shape(layers[f"{block}.v_proj"], 1, "float16") == tuner.Shape(32, 64, "int8", True, "fp16")
-    assert measured_tactics.shape(plan_layer(DOWN, 64, 96, "bf16"), 2, "float16", layers) == tuner.Shape(
+    assert measured_tactics.shape(layers[f"{block}.v_proj"], 1, "float16") == choice.Shape(32, 64, "int8", True, "fp16")
+    assert measured_tactics.shape(plan_layer(DOWN, 64, 96, "bf16"), 2, "float16", layers) == choice.Shape(
         64, 48, "fp16", False, "fp16"
     )
     del layers[f"{block}.k_proj"]  # one part dense: TensorRT-LLM's product is dense, and each part stands for itself
@@ -249,10 +249,10 @@ def test_selection_weighs_measured_times_where_there_are_any(docs_llama: Path, m
 
     asked = []
 
-    def tune(shapes: dict[str, tuner.Shape], buckets: tuple[int, ...]) -> dict[str, Any]:
+    def tune(shapes: dict[str, choice.Shape], buckets: tuple[int, ...]) -> dict[str, Any]:
         asked.append((list(shapes), buckets))
         times = {UP: {"cublaslt": 20.0, "skinny": 13.0}, DOWN: {"cublaslt": 10.0, "skinny": 11.0}}
-        made = {name: tuner.choose(16, [tuner.Timing(k, us) for k, us in times[name].items()]) for name in shapes}
+        made = {name: choice.choose(16, [choice.Timing(k, us) for k, us in times[name].items()]) for name in shapes}
         return {"layers": {name: {"buckets": [bucket]} for name, bucket in made.items()}}
 
     use_machine(monkeypatch)

@@ -1,0 +1,108 @@
+"""From the times of a layer's kernels to its entry in tactics.json: the kernel by number of tokens, and the reason.
+
+A sparse kernel is kept where it is faster than dense by at least LEAST_GAIN. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plugins.common.defaults import LEAST_GAIN, SPARSE_KERNELS
+from plugins.common.errors import UserError
+
+HELD_ONCE = 0.15  # of time: what a second, dense copy of a weight must save on a CPU
+# of dense kernels in tactics.json; sparse kernels go by their own
+NAMES = {"cublaslt": "dense-cublaslt", "torch": "dense-torch", "cpu-dense": "dense-cpu"}
+OURS = ("cublaslt", "cpu-dense")  # what a layer can run dense
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer as far as its speed depends on it."""
+
+    out_features: int
+    in_features: int
+    format: str  # fp16, bf16, int8, fp8
+    per_channel: bool = False  # one weight scale a row
+    out: str = "bf16"
+
+    def __str__(self) -> str:
+        return f"{self.format} [{self.out_features}, {self.in_features}]"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A kernel's time for one call in microseconds, the algorithm it ran, and what a reader should know of it."""
+
+    kernel: str
+    us: float
+    algorithm: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
+    """The bucket: the fastest sparse kernel where it beats the fastest dense one by LEAST_GAIN, else the dense one."""
+    by_time = sorted(timings, key=lambda t: t.us)
+    dense = next((t for t in by_time if t.kernel in NAMES), None)
+    sparse = next((t for t in by_time if t.kernel not in NAMES), None)
+    ours = next((t for t in by_time if t.kernel in OURS), None)
+    if dense is None and sparse is None:
+        raise UserError(f"no kernel ran at {tokens} tokens: see the log; `twofour doctor` says what is missing")
+    pays = sparse is not None and (dense is None or sparse.us * LEAST_GAIN <= dense.us)
+    winner = sparse if pays else ours
+    return {
+        "tokens": tokens,
+        "kernel": "reference" if winner is None else NAMES.get(winner.kernel, winner.kernel),
+        "dense_us": None if dense is None else round(dense.us, 3),
+        "sparse_us": None if sparse is None else round(sparse.us, 3),
+        "ratio": None if dense is None or sparse is None else round(dense.us / sparse.us, 4),
+        "measured": True,
+        "algorithm": None if winner is None or winner.algorithm is None else list(winner.algorithm),
+        "notes": [f"{NAMES.get(t.kernel, t.kernel)}: {note}" for t in by_time for note in t.notes],
+    }
+
+
+def entry(shape: Shape, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str, Any]:
+    """A layer's entry in tactics.json."""
+    return {
+        "out_features": shape.out_features,
+        "in_features": shape.in_features,
+        "format": shape.format,
+        "sparse": True,
+        "reason": reason(buckets, gpu),
+        "buckets": list(buckets),
+    }
+
+
+def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
+    """Why the layer runs as it does, in words."""
+    ratios = {b["tokens"]: b["ratio"] for b in buckets if b["ratio"] is not None}
+    won = [b for b in buckets if b["kernel"] in SPARSE_KERNELS and (b["ratio"] is None or b["ratio"] >= 1)]
+    held = [b for b in buckets if b["kernel"] in SPARSE_KERNELS and b not in won]
+    if not won:
+        if not ratios:
+            return f"stays dense: no sparse kernel runs this shape on {gpu}"
+        best = max(ratios, key=lambda tokens: ratios[tokens])
+        return (
+            f"stays dense: no sparse kernel is faster by {LEAST_GAIN - 1:.0%} on {gpu}; "
+            f"the best is {ratios[best]:.2f}x at {best} tokens"
+        )
+    gains = [f"{b['ratio']:.2f}x at {b['tokens']}" if b["ratio"] else f"at {b['tokens']}" for b in won]
+    lost = [str(b["tokens"]) for b in buckets if b not in won and b not in held]
+    dense = f"; dense at {', '.join(lost)}" if lost else ""
+    slower = [f"{b['ratio']:.2f}x at {b['tokens']}" for b in held]
+    kept = f"; 2:4 all the same, so that the weight is held once: {', '.join(slower)}" if held else ""
+    return f"2:4 is faster on {gpu}: {', '.join(gains)} tokens{dense}{kept}"
+
+
+def hold_once(buckets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keeps the 2:4 kernel where dense is barely faster, if the layer has it anyway: its weight is then held once."""
+    if not any(bucket["kernel"] in SPARSE_KERNELS for bucket in buckets):
+        return buckets
+    for bucket in buckets:
+        if bucket["kernel"] == "dense-cpu" and bucket["ratio"] is not None and bucket["ratio"] > 1 - HELD_ONCE:
+            note = f"dense takes {bucket['ratio']:.2f} of the 2:4 time: not enough to hold the weight twice"
+            bucket |= {"kernel": "cpu-2of4", "notes": [*bucket["notes"], note]}
+    return buckets
