@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import TIERS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,4 +35,9 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
 def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#: ]+)(?:#[^)]*)?\)", page.read_text(encoding="utf8"))
     missing = [link for link in links if not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_tiers_of_tests_name_files_that_exist() -> None:
+    missing = [path for paths in TIERS.values() for path in paths if not (ROOT / "tests" / path).exists()]
     assert missing == []
