@@ -1,4 +1,4 @@
-"""Attention of one new token over the cache, in two Triton kernels: a split of the context a program, then their sum.
+"""Attention of one new token over the cache, in Triton: a split of the context a program, then a kernel for their sum.
 
 Flash-Decoding (Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). All queries that share a
 key-value head are rows of one product, so that keys and values are read once.
@@ -33,7 +33,10 @@ def _attend(
     table_ptr,
     partial_ptr,
     weight_ptr,
+    multiplier_ptr,
+    out_ptr,
     scale,
+    v_scale,
     kv_heads,
     page_stride,
     head_stride,
@@ -42,6 +45,9 @@ def _attend(
     window,
     split_length,
     splits,
+    WHOLE: tl.constexpr,
+    SCALED: tl.constexpr,
+    MULTIPLIERS: tl.constexpr,
     PAGED: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -50,11 +56,11 @@ def _attend(
     BLOCK_S: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin_kernel(OVERLAP)
     row = (tl.program_id(0) // kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % kv_heads
     split = tl.program_id(1)
     seen = tl.load(positions_ptr + row).to(tl.int32) + 1  # positions 0 to seen - 1
+    begin_kernel(OVERLAP)
     oldest = tl.maximum(seen - window, 0)
     begin = split * split_length
     end = tl.minimum(begin + split_length, seen)
@@ -91,16 +97,29 @@ def _attend(
         sum_GD = sum_GD * shrink[:, None] + tl.dot(p_GS.to(q_GD.dtype), v_SD, input_precision="ieee")
         highest = peak
 
-    # An empty split weighs nothing: its logarithm stays at LOWEST.
-    divisor = tl.where(total > 0.0, total, 1.0)
-    logarithm = tl.where(total > 0.0, highest + tl.log2(divisor), LOWEST)
-    out = query * splits + split
-    tl.store(weight_ptr + out, logarithm, mask=group < GROUP)
-    tl.store(
-        partial_ptr + out[:, None] * HEAD_DIM + dim[None, :],
-        sum_GD / divisor[:, None],
-        mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
-    )
+    divisor = tl.where(total > 0.0, total, 1.0)[:, None]
+    inside = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    if WHOLE:
+        channel = (kv_head * GROUP + group)[:, None] * HEAD_DIM + dim[None, :]
+        multiplier = load_multiplier(multiplier_ptr, channel, inside, MULTIPLIERS)
+        y_GD = _scale((sum_GD / divisor).to(q_GD.dtype), v_scale, SCALED)
+        rounded = round_to(y_GD, multiplier, out_ptr.dtype.element_ty, MULTIPLIERS)
+        tl.store(out_ptr + query[:, None] * HEAD_DIM + dim[None, :], rounded, mask=inside)
+    else:
+        # An empty split weighs nothing: its logarithm stays at LOWEST.
+        logarithm = tl.where(total > 0.0, highest + tl.log2(tl.where(total > 0.0, total, 1.0)), LOWEST)
+        part = query * splits + split
+        tl.store(weight_ptr + part, logarithm, mask=group < GROUP)
+        tl.store(partial_ptr + part[:, None] * HEAD_DIM + dim[None, :], sum_GD / divisor, mask=inside)
+
+
+@triton.jit
+def _scale(y, scale, SCALED: tl.constexpr):
+    """y * scale, rounded to y's dtype."""
+    if SCALED:
+        return (y.to(tl.float32) * scale).to(y.dtype)
+    else:
+        return y
 
 
 @triton.jit
@@ -120,11 +139,12 @@ def _combine(
     SPLIT_BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin_kernel(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLIT_BLOCK)
     dim = tl.arange(0, DIM_BLOCK)
     inside = dim < HEAD_DIM
+    multiplier = load_multiplier(multiplier_ptr, (head % heads) * HEAD_DIM + dim, inside, MULTIPLIERS)
+    begin_kernel(OVERLAP)
     logarithm = tl.load(weight_ptr + head * splits + split, mask=split < splits, other=LOWEST)
     weight = tl.where(split < splits, tl.exp2(logarithm - tl.max(logarithm, axis=0)), 0.0)
     partial = tl.load(
@@ -132,10 +152,7 @@ def _combine(
         mask=(split < splits)[:, None] & inside[None, :],
         other=0.0,
     )
-    y = (tl.sum(partial * weight[:, None], axis=0) / tl.sum(weight, axis=0)).to(DTYPE)
-    if SCALED:
-        y = (y.to(tl.float32) * v_scale).to(DTYPE)
-    multiplier = load_multiplier(multiplier_ptr, (head % heads) * HEAD_DIM + dim, inside, MULTIPLIERS)
+    y = _scale((tl.sum(partial * weight[:, None], axis=0) / tl.sum(weight, axis=0)).to(DTYPE), v_scale, SCALED)
     rounded = round_to(y, multiplier, out_ptr.dtype.element_ty, MULTIPLIERS)
     tl.store(out_ptr + head * HEAD_DIM + dim, rounded, mask=inside)
 
@@ -160,8 +177,10 @@ def decode_attention(
     split_length = split_of(requests * kv_heads, length)
     splits = triton.cdiv(length, split_length)
     dim_block = max(16, triton.next_power_of_2(head_dim))
+    out_BN = torch.empty(requests, heads * head_dim, dtype=dtype, device=q_BHD.device)
     partial = torch.empty(requests * heads, splits, head_dim, dtype=torch.float32, device=q_BHD.device)
     weight = torch.empty(requests * heads, splits, dtype=torch.float32, device=q_BHD.device)
+    rounding = {"SCALED": v_scale != 1.0, "MULTIPLIERS": 0 if multiplier is None else min(multiplier.numel(), 2)}
     _attend[(requests * kv_heads, splits)](
         q_BHD,
         keys_PHSD,
@@ -170,7 +189,10 @@ def decode_attention(
         positions_B if table is None else table,
         partial,
         weight,
+        partial if multiplier is None else multiplier,
+        out_BN,
         scale * LOG2_E,
+        v_scale,
         kv_heads,
         keys_PHSD.stride(0),
         keys_PHSD.stride(1),
@@ -179,6 +201,7 @@ def decode_attention(
         EVERYTHING if window is None else window,
         split_length,
         splits,
+        WHOLE=splits == 1,
         PAGED=table is not None,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -187,9 +210,11 @@ def decode_attention(
         BLOCK_S=BLOCK_S,
         num_warps=4,
         num_stages=2,
+        **rounding,
         **overlap.options(q_BHD),
     )
-    out_BN = torch.empty(requests, heads * head_dim, dtype=dtype, device=q_BHD.device)
+    if splits == 1:
+        return out_BN
     _combine[(requests * heads,)](
         partial,
         weight,
@@ -199,12 +224,11 @@ def decode_attention(
         heads,
         splits,
         DTYPE=tl.float16 if q_BHD.dtype == torch.float16 else tl.bfloat16,
-        SCALED=v_scale != 1.0,
-        MULTIPLIERS=0 if multiplier is None else min(multiplier.numel(), 2),
         HEAD_DIM=head_dim,
         DIM_BLOCK=dim_block,
         SPLIT_BLOCK=triton.next_power_of_2(splits),
         num_warps=1,
+        **rounding,
         **overlap.options(q_BHD),
     )
     return out_BN

@@ -1,4 +1,4 @@
-"""What every kernel does first (overlap.py)."""
+"""What every kernel does before it reads what another wrote (overlap.py)."""
 
 from __future__ import annotations
 

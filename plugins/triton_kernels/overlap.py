@@ -1,7 +1,8 @@
 """Programmatic dependent launch, on SM 90 and newer: a kernel's blocks start while the last ones before it end.
 
-Each kernel waits, at its start, for all that the one before it wrote, and lets the next one start: a 2:4 product that
-follows reads its weight meanwhile (plugins/csrc/src/streamed.cuh). TWOFOUR_PDL=0 turns it off, as it does there.
+Each kernel waits for all that the one before it wrote, and then lets the next one start: a 2:4 product that follows
+reads its weight meanwhile (plugins/csrc/src/streamed.cuh). Before it waits, a kernel reads only what no kernel of the
+step writes: weights, multipliers, rotary tables and positions. TWOFOUR_PDL=0 turns it off, as it does there.
 """
 
 from __future__ import annotations

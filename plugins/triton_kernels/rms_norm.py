@@ -28,9 +28,11 @@ def _rms_norm(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin_kernel(OVERLAP)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    multiplier = load_multiplier(multiplier_ptr, columns, inside, MULTIPLIERS)
+    begin_kernel(OVERLAP)
     places = tl.program_id(0).to(tl.int64) * width + columns
     residual = tl.load(residual_ptr + places, mask=inside, other=0.0)
     dtype = residual.dtype
@@ -41,9 +43,7 @@ def _rms_norm(
     wide = residual.to(tl.float32)
     variance = tl.sum(wide * wide, axis=0) / width
     normed = (wide * tl.rsqrt(variance + eps)).to(dtype)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     y = (weight.to(tl.float32) * normed.to(tl.float32)).to(dtype)
-    multiplier = load_multiplier(multiplier_ptr, columns, inside, MULTIPLIERS)
     tl.store(out_ptr + places, round_to(y, multiplier, out_ptr.dtype.element_ty, MULTIPLIERS), mask=inside)
 
 

@@ -63,26 +63,26 @@ def _rope_and_cache(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin_kernel(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     half = tl.arange(0, BLOCK)
     inside = half < HEAD_DIM // 2
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    angle = position * HEAD_DIM + half
+    cos_first = tl.load(cos_ptr + angle, mask=inside, other=0.0)
+    cos_second = tl.load(cos_ptr + angle + HEAD_DIM // 2, mask=inside, other=0.0)
+    sin_first = tl.load(sin_ptr + angle, mask=inside, other=0.0)
+    sin_second = tl.load(sin_ptr + angle + HEAD_DIM // 2, mask=inside, other=0.0)
+    begin_kernel(OVERLAP)
     source_ptr = qkv_ptr + (token * (heads + 2 * kv_heads) + head) * HEAD_DIM
     first = tl.load(source_ptr + half, mask=inside, other=0.0)
     second = tl.load(source_ptr + HEAD_DIM // 2 + half, mask=inside, other=0.0)
-    position = tl.load(positions_ptr + token).to(tl.int64)
     if head < heads + kv_heads:  # a query or a key
         if NORM:
             if head < heads:
                 first, second = _normalize(first, second, q_norm_ptr, half, inside, eps, HEAD_DIM)
             else:
                 first, second = _normalize(first, second, k_norm_ptr, half, inside, eps, HEAD_DIM)
-        angle = position * HEAD_DIM + half
-        cos_first = tl.load(cos_ptr + angle, mask=inside, other=0.0)
-        cos_second = tl.load(cos_ptr + angle + HEAD_DIM // 2, mask=inside, other=0.0)
-        sin_first = tl.load(sin_ptr + angle, mask=inside, other=0.0)
-        sin_second = tl.load(sin_ptr + angle + HEAD_DIM // 2, mask=inside, other=0.0)
         rotated_first = (_product(first, cos_first) - _product(second, sin_first)).to(first.dtype)
         rotated_second = (_product(second, cos_second) + _product(first, sin_second)).to(first.dtype)
         first, second = rotated_first, rotated_second

@@ -26,16 +26,16 @@ def _silu_mul(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin_kernel(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
+    multiplier = load_multiplier(multiplier_ptr, columns, inside, MULTIPLIERS)
+    begin_kernel(OVERLAP)
     gate = tl.load(gate_up_ptr + row * 2 * width + columns, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + row * 2 * width + width + columns, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
     activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
     y = (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
-    multiplier = load_multiplier(multiplier_ptr, columns, inside, MULTIPLIERS)
     rounded = round_to(y, multiplier, out_ptr.dtype.element_ty, MULTIPLIERS)
     tl.store(out_ptr + row * width + columns, rounded, mask=inside)
 

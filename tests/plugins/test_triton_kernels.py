@@ -50,7 +50,7 @@ def test_kernels_compile(sm: int) -> None:
     names = Counter(kernel["kernel"] for kernel in compiled)
     assert set(names) == {"_rms_norm", "_silu_mul", "_rope_and_cache", "_attend", "_combine"}
     assert {kernel["target"].removesuffix("a") for kernel in compiled} == {f"sm_{sm}"}
-    assert all(kernel["waits_before_it_reads"] for kernel in compiled), "what the kernel before wrote"
+    assert all(kernel["waits"] and kernel["reads"][1] for kernel in compiled), "for what the kernel before wrote"
 
 
 def test_operators_pass_the_checks_of_torch_library() -> None:

@@ -151,7 +151,7 @@ def test_engines_measurement_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, tm
         lambda shapes, asked: {"layers": {key: {"buckets": buckets} for key in shapes}, "asked": asked},
     )
     monkeypatch.setattr(
-        benchmark.timing, "measure", lambda call, copies, rounds: call(0) is None or Time(4.0, 4.0, 4.0)
+        benchmark.timing, "measure", lambda call, copies, rounds, **_: call(0) is None or Time(4.0, 4.0, 4.0)
     )
     monkeypatch.setattr(benchmark, "eager_us", lambda call: call() is None or 8.0)
     kept: list[list[str]] = []
