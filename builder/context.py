@@ -11,11 +11,12 @@ from builder.artifacts.cache import Cache, CachedOutput, digest_of
 from builder.planning.plan import Plan
 from builder.progress import Console
 from builder.recipe import Recipe
+from calibration.model.weight_files import weight_files
 from plugins.common.files import sha256, sha256_once
 
 Outputs = Mapping[str, CachedOutput]  # of the finished stages, by stage name
 
-MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # weights, config, tokenizer
+MODEL_FILES = (".json", ".model", ".txt", ".jinja")  # config and tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class BuildContext:
     @cached_property
     def model_digest(self) -> str:
         """The sha256 of the files that make the dense model; not of the texts that may lie beside them."""
-        paths = [path for path in sorted(self.model.iterdir()) if path.suffix in MODEL_FILES and path.is_file()]
-        return digest_of({path.name: sha256_once(path) for path in paths})
+        weights = weight_files(self.model)
+        paths = [path for path in sorted(self.model.iterdir()) if path in weights or path.suffix in MODEL_FILES]
+        return digest_of({path.name: sha256_once(path) for path in paths if path.is_file()})
 
 
 def data_digest(data: str) -> str:

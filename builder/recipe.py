@@ -78,17 +78,32 @@ def _preset(name: str) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf8"))
+        values = _parse_yaml(path.read_text(encoding="utf8"))
     except FileNotFoundError:
         raise UserError(f"no recipe at '{path}': check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' cannot be read as a recipe ({error}): check the file") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"'{path}' is not YAML ({reason}): fix that line") from None
     if not isinstance(values, dict):
         raise UserError(f"'{path}' is not a recipe: it must hold keys such as 'model:' and 'quantization:'")
     return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that stands twice instead of dropping the first value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"'{twice[0]}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises YAMLError, and what PyYAML lets through: ValueError, RecursionError."""
+    return yaml.load(text, _UniqueKeys)
 
 
 def _override(text: str) -> dict[str, Any]:
@@ -96,9 +111,9 @@ def _override(text: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise UserError(f"--set '{text}' is not KEY=VALUE: write for example --set sparsity.method=wanda")
     try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set '{text}': the value is not YAML; quote it") from None
+        nested: Any = _parse_yaml(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UserError(f"--set '{text[:80]}': the value is not YAML; quote it") from None
     for part in reversed(key.strip().split(".")):
         nested = {part: nested}
     return dict(nested)
@@ -115,13 +130,20 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _with_neighbours(values: dict[str, Any]) -> dict[str, Any]:
     """Uses `calibration.jsonl` and `evaluation.jsonl` beside a local model's weights if no text is named."""
     model = values.get("model")
-    if not isinstance(model, str):
+    if not isinstance(model, str) or not _is_directory(model):
         return values
     for section, file in (("calibration", "calibration.jsonl"), ("accuracy", "evaluation.jsonl")):
         beside = Path(model) / file
         if beside.is_file() and isinstance(values.get(section, {}), Mapping):
             values = _merge({section: {"data": str(beside)}}, values)
     return values
+
+
+def _is_directory(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _validated(values: dict[str, Any]) -> Recipe:
@@ -142,7 +164,9 @@ def _describe_errors(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"the recipe lacks '{where}': add it"
     message = first["msg"].removeprefix("Value error, ")
-    return f"recipe key '{where}' is {first['input']!r}: {message[0].lower() + message[1:]}"
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 120 else f"{shown[:120]}..."
+    return f"recipe key '{where}' is {shown}: {message[0].lower() + message[1:]}"
 
 
 def _keys_at(loc: tuple[int | str, ...]) -> list[str]:

@@ -15,9 +15,11 @@ class CalibrationData(Config):
     """The text that pruning and quantization are calibrated on."""
 
     data: str | None = None
-    """A file (.jsonl or .jsonl.gz with `text` or `messages`, .txt, .npy or .safetensors with `input_ids`) or a Hugging
-    Face dataset: `id`, `id:config`, `id:config:split`. A local model with a `calibration.jsonl` beside its weights
-    needs no key."""
+    """A file or a Hugging Face dataset (`id`, `id:config`, `id:config:split`). A file is recognized by its content:
+    JSON in any arrangement, CSV, Parquet or plain text, also compressed (gz, bz2, xz), or tokens (.npy, or .safetensors
+    with `input_ids`). A row holds `text` or a conversation: `messages`, ShareGPT's `conversations`, `prompt` and
+    `completion`, `instruction` and `output`, `question` and `answer`. A local model with a `calibration.jsonl` beside
+    its weights needs no key."""
     samples: int = Field(default=128, ge=1)
     """Sequences; fewer in the data is an error."""
     sequence_length: int = Field(default=256, ge=2)

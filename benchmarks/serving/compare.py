@@ -54,7 +54,7 @@ def compare(
     """Runs every workload at every concurrency on both sides.
 
     `dense` and `built` are whatever `drive` takes: engines for the in-process driver, endpoints for the HTTP drivers.
-    Raises ValueError where no pair of requests of a point succeeded on both sides.
+    Raises UserError where no pair of requests of a point succeeded on both sides.
     """
     levels = list(_levels({"dense": dense, "built": built}, config, vocabulary, progress, drive))
     points = [summarise(runs, workload, concurrency, config.goodput) for workload, concurrency, runs in levels]

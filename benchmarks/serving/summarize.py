@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.config import Goodput, Workload
 from benchmarks.serving import metrics, stats
 from benchmarks.serving.records import Record
+from plugins.common.errors import UserError
 
 Side = Literal["dense", "built"]
 SIDES: tuple[Side, Side] = ("dense", "built")
@@ -41,7 +42,7 @@ def summarise(
         if good:
             paired.append((a, b, good))
     if not paired:
-        raise ValueError(_nothing(runs, concurrency))
+        raise UserError(_nothing(runs, concurrency))
     clusters = len(paired)
     dense = _statistics([a for a, _, _ in paired], [[x for x, _ in good] for _, _, good in paired], levels)
     built = _statistics([b for _, b, _ in paired], [[y for _, y in good] for _, _, good in paired], levels)
@@ -68,8 +69,11 @@ def _failures(runs: Sequence[Run]) -> int:
 
 
 def _nothing(runs: Sequence[Run], concurrency: int) -> str:
-    first = next(record.error for run in runs for record in run.records if record.error)
-    return f"no request succeeded at concurrency {concurrency}: {first}"
+    side, first = next((run.side, record.error) for run in runs for record in run.records if record.error)
+    return (
+        f"no request succeeded at concurrency {concurrency} (the {side} side: {first}): "
+        "check what serves it, and that it honours ignore_eos"
+    )
 
 
 @dataclass(frozen=True)

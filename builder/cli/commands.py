@@ -80,6 +80,7 @@ def build(
 @gpu_option
 @click.option("--batch", default=defaults.BATCH, show_default=True, help="Predict for this many sequences at a time.")
 @click.option("--context", default=defaults.CONTEXT, show_default=True, help="Predict for this many tokens of context.")
+@click.option("--check", is_flag=True, help="Also check the model's files: weights, tokenizer, token ids.")
 @json_option
 def plan(
     target: str,
@@ -88,14 +89,21 @@ def plan(
     gpu: str,
     batch: int,
     context: int,
+    check: bool,
     as_json: bool,
 ) -> None:
-    """Show what a build would do with MODEL, from its config.json alone: layers, bytes, memory, ceilings."""
+    """Show what a build would do with MODEL, from its config.json alone: layers, bytes, memory, ceilings.
+
+    With --check, its files are also held to its config, as `build` does first.
+    """
     from builder import recipe
     from builder.cli import tables
-    from builder.pipeline.build import resolve
+    from builder.pipeline.build import check_files, resolve
 
-    resolved = resolve(recipe.load(target, preset, overrides), gpu, batch, context)
+    loaded = recipe.load(target, preset, overrides)
+    resolved = resolve(loaded, gpu, batch, context)
+    if check:
+        resolved, _ = check_files(loaded, resolved)
     tables.as_json(resolved) if as_json else tables.plan(resolved)
 
 

@@ -94,7 +94,7 @@ def plan(resolved: Plan) -> None:
             f"note          on {p['gpu']} 2:4 gains no time in {launch['products']} of {launch['of']} products of a "
             f"decode step: each takes no longer than a kernel's least time, {launch['kernel_us']:.2f} us"
         )
-    for note in resolved.notes:
+    for note in (*resolved.notes, *resolved.source_notes):
         click.echo(f"note          {note}")
 
 
@@ -202,8 +202,13 @@ def speed(point: dict[str, Any]) -> str:
         f"dense {dense['mean']:.0f} {interval(dense['interval'], '.0f')}, "
         f"built {built['mean']:.0f} {interval(built['interval'], '.0f')} tokens/s: "
         f"{ratio['ratio']:.2f}x {interval(ratio['interval'], '.2f')} "
-        f"({load['input_tokens']}+{load['output_tokens']} tokens, concurrency {point['concurrency']})"
+        f"({load['input_tokens']}+{load['output_tokens']} tokens, concurrency {point['concurrency']}{_errors(point)})"
     )
+
+
+def _errors(point: dict[str, Any]) -> str:
+    failed = {side: count for side, count in point.get("errors", {}).items() if count}
+    return "".join(f", {count} {side} requests failed" for side, count in failed.items())
 
 
 def interval(bounds: Sequence[float] | None, form: str) -> str:

@@ -40,6 +40,7 @@ def _sampling(name: str, data_type: str, **options: Any) -> Field:
 INPUTS = (
     Field("text_input", "TYPE_STRING"),
     Field("input_ids", "TYPE_INT32", dims=-1),
+    Field("add_special_tokens", "TYPE_BOOL", aliases=("sampling_param_add_special_tokens",)),
     _sampling("max_tokens", "TYPE_INT32"),
     Field("stream", "TYPE_BOOL", aliases=("streaming",)),
     _sampling("temperature", "TYPE_FP32"),
@@ -126,9 +127,10 @@ def read(tensors: Mapping[str, np.ndarray[Any, Any]], parameters: Mapping[str, A
 
 
 def _value(field: Field, name: str, tensor: np.ndarray[Any, Any]) -> Any:
-    items = [
-        item.decode("utf8", "replace") if isinstance(item, bytes) else item for item in tensor.reshape(-1).tolist()
-    ]
+    try:
+        items = [item.decode("utf8") if isinstance(item, bytes) else item for item in tensor.reshape(-1).tolist()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{name}' is not UTF-8 (byte {error.object[error.start]:#04x}): send UTF-8 text") from None
     if field.only and (wrong := [item for item in items if item not in field.only]):
         raise UserError(
             f"'{name}' is {wrong[0]!r}: this engine takes only {' or '.join(map(repr, field.only))}; leave it out"
@@ -144,14 +146,18 @@ def understand(
     values: Mapping[str, Any],
     request_id: str,
     limits: Limits,
-    encode: Callable[[str], Sequence[int]],
+    encode: Callable[[str, bool], Sequence[int]],
     decode: Callable[[Sequence[int]], str],
 ) -> ParsedRequest:
-    """Converts `read`'s values to the engine's request. Raises UserError that quotes a wrong value."""
+    """Converts `read`'s values to the engine's request. Raises UserError that quotes a wrong value.
+
+    `encode` takes the text and whether special tokens such as BOS are added to it: a client that applied the chat
+    template sends `add_special_tokens` false, or leaves it to `encode`, which gives a text with BOS no second one.
+    """
     text = values.get("text_input")
     if (text is None) == ("input_ids" not in values):
         raise UserError("send one of 'text_input' and 'input_ids'")
-    input_ids = tuple(values["input_ids"] if text is None else encode(text))
+    input_ids = tuple(values["input_ids"] if text is None else encode(text, values.get("add_special_tokens", True)))
     if not input_ids:
         raise UserError("the prompt is empty: send at least one token")
     if outside := [token for token in input_ids if not 0 <= token < limits.vocabulary]:

@@ -43,9 +43,9 @@ class EngineModel:
         engine_dir = (Path(args["model_repository"]) / parameters["engine_dir"]).resolve()
         if not (engine_dir / "config.json").is_file():
             raise pb_utils.TritonModelException(f"no engine at '{engine_dir}': move it there or deploy the build again")
-        from transformers import AutoTokenizer
+        from calibration.data.tokenizer import load_tokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(engine_dir)
+        self._tokenizer = load_tokenizer(engine_dir)
         self._limits = _limits(engine_dir, parameters, config)
         self._capacity = _capacity(engine_dir, parameters)
         self._counters = _Counters(args["model_name"])
@@ -77,10 +77,15 @@ class EngineModel:
             raise FullError(f"{len(self._open)} requests are waiting or running: try again later")
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         values = request_schema.read(tensors, json.loads(request.parameters()))
-        ask = request_schema.understand(values, request_id, self._limits, self._tokenizer.encode, self._decode)
+        ask = request_schema.understand(values, request_id, self._limits, self._encode, self._decode)
         reply = Reply(ask, sender, TextStream(self._decode, ask.request.input_ids), self._limits.end_ids, arrival)
         self._open[request_id] = reply
         self._loop.submit(ask.request, lambda event: self._outbox.put((reply, event)))
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        from calibration.data.encoding import encode_text
+
+        return encode_text(self._tokenizer, text, add_special_tokens)
 
     def _decode(self, ids: Any) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from builder.config import EngineConfig
 from builder.engines.base import Engine
 from builder.engines.trtllm import version_lock
+from builder.planning.hub import find_config
+from builder.planning.model_config import architecture
+from builder.source_check import check_weights
 from plugins.common.errors import UserError
+from plugins.common.json_files import read_json_object
 from plugins.common.progress import Progress
 
 
@@ -87,6 +90,8 @@ def load_dense(model: Path, engine: Path) -> Engine:
     """The dense baseline: the unpruned 16-bit model on the same backend and limits as `engine`."""
     from builder.engines.torch_backend import artifact
 
+    config, source = find_config(str(model))
+    check_weights(model, architecture(config, source), config)
     facts = engine_facts(engine)
     same = ("max_batch_size", "max_seq_len", "max_num_tokens", "chunked_prefill")
     return artifact.load_hf(model, **{limit: facts[limit] for limit in same if limit in facts})
@@ -95,7 +100,6 @@ def load_dense(model: Path, engine: Path) -> Engine:
 def engine_facts(engine: Path) -> dict[str, Any]:
     """engine.json. Raises UserError where there is none."""
     try:
-        facts: dict[str, Any] = json.loads((engine / "engine.json").read_text(encoding="utf8"))
-    except (OSError, ValueError):
+        return read_json_object(engine / "engine.json", "build the engine again")
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"'{engine}' is not an engine directory (no engine.json): name OUT/engine of a build") from None
-    return facts

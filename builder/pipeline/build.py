@@ -21,12 +21,15 @@ from builder.context import BuildContext, Outputs
 from builder.hardware import machine
 from builder.pipeline.stages import UNTIL, Until, run_stages
 from builder.planning.compatibility import BACKENDS, check, choose_backend
-from builder.planning.hub import find_model
+from builder.planning.hub import find_config, find_model
+from builder.planning.lengths import check_lengths
+from builder.planning.model_config import architecture
 from builder.planning.plan import Plan, make_plan
 from builder.planning.sharding import check_mapping, check_shards
 from builder.progress import Console
 from builder.recipe import Recipe
 from builder.report.assemble import assemble
+from builder.source_check import check_settings, check_source
 from calibration.data.documents import find_file
 from plugins.common import defaults
 from plugins.common.errors import GateError
@@ -52,11 +55,14 @@ def build(
     Raises UserError for wrong input and GateError for a checkpoint that does not verify, with `out` untouched.
     """
     started = now()
-    plan = resolve(recipe, gpu)
-    model = find_model(recipe.model, recipe.revision)
-    for data in (recipe.calibration.data, recipe.accuracy.data):
+    plan = resolve(recipe, gpu, until=until)
+    recovery = recipe.recovery.data if recipe.recovery else None
+    for data in (recipe.calibration.data, recipe.accuracy.data, recovery):
         if data is not None:
-            find_file(data)  # a wrong path is told now, not after the stages before it
+            find_file(data)  # a wrong path is an error now, not after the stages before it
+    plan, model = check_files(recipe, plan)
+    for note in plan.source_notes:
+        console.warn(note)
     with claimed(out) as place:
         context = BuildContext(recipe, plan, model, Cache(store or default_store(), console.say), console, wait)
         outputs = run_stages(context, until)
@@ -71,7 +77,15 @@ def require_gates(report: dict[str, Any], out: Path) -> None:
         raise GateError(f"{'; '.join(failed)}: see {out / 'report' / 'report.html'}")
 
 
-def resolve(recipe: Recipe, gpu: str, batch: int = defaults.BATCH, context: int = defaults.CONTEXT) -> Plan:
+def check_files(recipe: Recipe, plan: Plan) -> tuple[Plan, Path]:
+    """The plan with what its model's files gave cause to note, and their directory. Raises UserError."""
+    model = find_model(recipe.model, recipe.revision)
+    return dataclasses.replace(plan, source_notes=tuple(check_source(model))), model
+
+
+def resolve(
+    recipe: Recipe, gpu: str, batch: int = defaults.BATCH, context: int = defaults.CONTEXT, until: Until = "deploy"
+) -> Plan:
     """The plan with its backend chosen. Raises UserError where no backend can run what the recipe asks for."""
     plan = make_plan(recipe, gpu, batch, context)
     engine = recipe.engine
@@ -84,7 +98,11 @@ def resolve(recipe: Recipe, gpu: str, batch: int = defaults.BATCH, context: int 
         engine.tensor_parallel * engine.pipeline_parallel,
     )
     check_mapping(plan.heads, plan.blocks, engine.tensor_parallel, engine.pipeline_parallel, backend).require()
-    notes = [*plan.notes, *([f"backend {reason}"] if engine.backend == "auto" else [])]
+    config, source = find_config(recipe.model, recipe.revision)
+    shapes, evaluated = architecture(config, source), recipe.accuracy.data is not None
+    check_lengths(recipe, shapes.max_position_embeddings, backend, until)
+    settings = check_settings(config, shapes, source, backend, evaluated, engine.max_seq_len)
+    notes = [*plan.notes, *settings, *([f"backend {reason}"] if engine.backend == "auto" else [])]
     card = roofline.gpu(gpu)
     if machine.sm() is None:  # it will run elsewhere: such as on the card that times are predicted for
         there = check(
@@ -197,5 +215,6 @@ def _manifest(
 
 
 def _engine_format(plan: Plan) -> str:
+    """Of the quantized layers, or of all where none is."""
     formats = {layer.format for layer in plan.layers} & {"int8", "fp8"}
-    return formats.pop() if formats else ("fp16" if plan.layers[0].format == "fp16" else "bf16")
+    return formats.pop() if formats else plan.layers[0].format

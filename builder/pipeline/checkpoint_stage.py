@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from builder import checkpoint
+from builder.checkpoint import config as configs
+from builder.checkpoint import layout
+from builder.planning.hub import find_config
+from builder.planning.model_config import architecture
 from builder.verify import verify
 from calibration.config import Quantization
 from calibration.quantization import export
@@ -29,9 +33,9 @@ def write_checkpoints(
     `layers` are the modules to quantize; `tokens` [samples, length] may be None where nothing is.
     Raises GateError where a written file is not what it should be.
     """
-    declared = Declaration.read(source)
+    declared, names = Declaration.read(source), _tensors(source)
     if not config.wanted and trtllm is None:
-        export.copy_checkpoint(source, out / "hf", declared)
+        export.copy_checkpoint(source, out / "hf", declared, names)
     else:
         model = load_model(source)
         if config.wanted:
@@ -41,7 +45,13 @@ def write_checkpoints(
         if config.wanted:
             export.export_hf(model, source, out / "hf", declared)
         else:
-            export.copy_checkpoint(source, out / "hf", declared)
+            export.copy_checkpoint(source, out / "hf", declared, names)
     for written in sorted(out.iterdir()):
         checkpoint.normalize_zeros(written)  # rounding to FP8 leaves -0.0 where a kept weight was tiny
         verify(written, progress=progress).require()
+
+
+def _tensors(source: Path) -> Collection[str]:
+    """The names of the tensors that the model's config calls for or allows."""
+    config, where = find_config(str(source))
+    return layout.hf_tensors(architecture(config, where), configs.Quantization()).keys()

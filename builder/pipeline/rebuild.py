@@ -6,8 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.config import Benchmark, Workload
 from builder import recipe
 from builder.artifacts.filesystem import remove, sha256_tree
@@ -177,7 +175,7 @@ def _engine(artifact: Path) -> Path:
 def _recipe(artifact: Path) -> recipe.Recipe | None:
     """The recipe that a build keeps; None for an engine on its own."""
     path = artifact / "recipe.yaml"
-    return recipe.Recipe.model_validate(yaml.safe_load(path.read_text())) if path.is_file() else None
+    return recipe.load(str(path)) if path.is_file() else None
 
 
 def _dense(built: recipe.Recipe | None, model: str | None) -> Path:

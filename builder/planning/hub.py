@@ -44,10 +44,15 @@ def find_model(model: str, revision: str | None = None) -> Path:
 def is_local(model: str) -> bool:
     """Whether `model` is a directory. Raises UserError if it is neither a directory nor a possible Hugging Face id."""
     path = Path(model)
-    if path.is_dir():
-        return True
-    if path.is_file():
-        raise UserError(f"'{model}' is a file: name the directory that holds config.json, or a recipe ending in .yaml")
+    try:
+        if path.is_dir():
+            return True
+        if path.is_file():
+            raise UserError(
+                f"'{model}' is a file: name the directory that holds config.json, or a recipe ending in .yaml"
+            )
+    except OSError as error:
+        raise UserError(f"'{model[:80]}' cannot be looked up ({error.strerror}): check the path") from None
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(f"no model at '{model}': check the path, or name a Hugging Face id such as Qwen/Qwen3-0.6B")
     return False

@@ -6,7 +6,6 @@ and never imported, so that a config cannot name code to run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,14 @@ from typing import Any
 
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES, Family, family_of
+from plugins.common.json_files import read_json_object
+
+ROPE_TYPES = {  # that the torch engine runs: their frequencies do not change with the length -> the keys that they need
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
 
 
 @dataclass(frozen=True)
@@ -83,19 +90,10 @@ class Architecture:
 
 def read_config(model: Path) -> dict[str, Any]:
     """The model's `config.json`. Raises UserError if there is none or it is not JSON."""
-    path = model / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
+        return read_json_object(model / "config.json", "fetch the model again")
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"'{model}' holds no config.json: name a Hugging Face model directory or id") from None
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({error.strerror}): check the file") from None
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"'{path}' is not JSON ({reason}): fetch the model again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"'{path}' is not a JSON object: fetch the model again")
-    return config
 
 
 def architecture(config: dict[str, Any], source: str = "config.json") -> Architecture:

@@ -64,6 +64,7 @@ class Plan:
     calibration_bytes: dict[str, int]
     predicted: dict[str, Any]
     notes: tuple[str, ...] = field(default=())
+    source_notes: tuple[str, ...] = field(default=())  # from the model's files, where they were checked
 
     @property
     def sparse_layers(self) -> list[str]:

@@ -160,6 +160,7 @@ def _notes(context: BuildContext, outputs: Outputs) -> list[str]:
     notes = []
     if context.plan.backend != "torch" and "engine" in outputs:
         notes.append(ELSEWHERE.format(backend=context.plan.backend))
+    notes += [f"The model: {note}." for note in context.plan.source_notes]
     notes += [f"The engine: {remark}." for remark in _remarks(context, outputs)]
     if machine.device()["type"] == "cpu":
         notes += [ON_CPU] if context.recipe.sparsity else []

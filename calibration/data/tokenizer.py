@@ -29,25 +29,54 @@ PLAIN = PROBES[0]  # of characters that every tokenizer keeps
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, which gives the tokens of its tokenizer.json.
 
-    Warns where transformers would read the file as something else, or where decoding loses text. Raises UserError where
-    the directory holds no tokenizer that loads.
+    Warns as `read_tokenizer` notes. Raises UserError where the directory holds no tokenizer that loads.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    tokenizer, notes = read_tokenizer(model)
+    for note in notes:
+        log.warning(note)
+    return tokenizer
 
-    tokenizer = _load(AutoTokenizer, model)
-    difference = find_difference(tokenizer, model)
+
+def read_tokenizer(model: Path) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The tokenizer, and notes: where transformers would read the file as something else, where decoding loses text."""
+    from transformers import PreTrainedTokenizerFast
+
+    notes = []
+    tokenizer, difference = _as_transformers_reads_it(model)
     if difference:
-        name = type(tokenizer).__name__
         tokenizer = _load(PreTrainedTokenizerFast, model)
         if find_difference(tokenizer, model):
-            raise UserError(f"'{model}': transformers does not read tokenizer.json as it is ({difference}): replace it")
-        log.warning(
-            f"'{model}': transformers reads tokenizer.json as {name}, {difference}: the tokens of tokenizer.json "
-            "are used; set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast"
+            raise UserError(
+                f"'{model}': transformers does not give the tokens of its tokenizer.json: fetch its tokenizer again"
+            )
+        notes.append(
+            f"'{model}': transformers reads tokenizer.json as {difference}: the tokens of tokenizer.json are used; "
+            "set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast"
         )
     if (text := tokenizer.decode(_ids(tokenizer, PLAIN))).strip() != PLAIN:
-        log.warning(f"'{model}': its tokenizer turns '{PLAIN}' into '{text}': check it")
-    return tokenizer
+        notes.append(f"'{model}': its tokenizer turns '{PLAIN}' into '{text}': check it")
+    return tokenizer, notes
+
+
+def _as_transformers_reads_it(model: Path) -> tuple[Any, str]:
+    """The tokenizer of the class that tokenizer_config.json names, and how it differs from tokenizer.json.
+
+    A class that this transformers does not know differs altogether.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = _load(AutoTokenizer, model)
+    except UserError:
+        if not (model / "tokenizer.json").is_file():
+            raise
+        return None, "a class that it cannot load"
+    name = type(tokenizer).__name__
+    try:
+        difference = find_difference(tokenizer, model)
+    except Exception as error:  # of a tokenizer that loads and cannot encode
+        return None, f"{name}, which fails on text ({' '.join(str(error).split())[:80]})"
+    return tokenizer, f"{name}, {difference}" if difference else ""
 
 
 def find_difference(tokenizer: PreTrainedTokenizerBase, model: Path) -> str:
@@ -58,8 +87,10 @@ def find_difference(tokenizer: PreTrainedTokenizerBase, model: Path) -> str:
     own = _own(path)
     for text in PROBES:
         expected, ids = own.encode(text, add_special_tokens=False).ids, _ids(tokenizer, text)
+        if ids != expected and (decoded := tokenizer.decode(ids)) != text:
+            return f"which turns {text!r} into {decoded!r}"
         if ids != expected:
-            return f"which turns {text!r} into {tokenizer.decode(ids)!r}"
+            return f"which splits {text!r} otherwise"
         if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != own.decode(ids):
             return f"which decodes {ids[:8]} to {tokenizer.decode(ids)!r}, not {own.decode(ids)!r}"
     return ""

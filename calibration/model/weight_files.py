@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from plugins.common.errors import UserError
+from plugins.common.json_files import read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes
-WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 DTYPES = {
     "F64": "float32",
     "F32": "float32",
@@ -60,16 +60,14 @@ def model_dtype(directory: Path) -> str:
 
     Raises UserError for another dtype.
     """
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"'{directory / 'config.json'}' is not JSON ({error}): fetch the model again") from None
-    named = config.get("dtype") or config.get("torch_dtype") if isinstance(config, dict) else None
+    path = directory / "config.json"
+    config = read_json_object(path, "fetch the model again")
+    named = config.get("dtype") or config.get("torch_dtype")
     if named is None:
         return stored_dtype(directory)
     if named not in DTYPES.values():
         known = ", ".join(sorted(set(DTYPES.values())))
-        raise UserError(f"'{directory / 'config.json'}' names the dtype '{str(named)[:40]}': use one of {known}")
+        raise UserError(f"'{path}' names the dtype '{str(named)[:40]}': use one of {known}")
     return str(named)
 
 

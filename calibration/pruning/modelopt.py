@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from calibration.model.loading import load_causal_lm
 from calibration.model.silence import suppress_output
 from plugins.common.progress import Progress
 
@@ -24,7 +25,6 @@ def prune(source: Path, tokens_BT: Tensor, method: str, layers: Sequence[str], p
     ModelOpt's SparseGPT uses its update to choose the mask and then discards it: kept weights stay as they were.
     """
     import modelopt.torch.sparsity as mts
-    from transformers import AutoModelForCausalLM
 
     batches = tokens_BT.split(SAMPLES_AT_ONCE)
 
@@ -34,7 +34,7 @@ def prune(source: Path, tokens_BT: Tensor, method: str, layers: Sequence[str], p
             progress("sparsify", number, len(batches))
 
     with suppress_output(), torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype="auto", use_safetensors=True).eval()
+        model = load_causal_lm(source)
         search = {"forward_loop": forward, "device": "cpu"} if method == "modelopt-sparsegpt" else {}
         model = mts.export(mts.sparsify(model, [(MODES[method], {"nn.Linear": _only(layers)})], search))
     return {name: model.get_submodule(name).weight + 0.0 for name in layers}

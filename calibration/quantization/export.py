@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 
 from calibration.data.tokenizer_files import copy_tokenizer
 from calibration.model.silence import suppress_output
+from calibration.model.weight_copy import copy_weights
+from calibration.model.weight_files import model_dtype
 from calibration.quantization.trtllm_config import complete_config, for_transformers_4, trtllm_name
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
@@ -25,13 +27,34 @@ def export_hf(model: nn.Module, source: Path, out: Path, declared: Declaration) 
 
     int8_kv_scales = extract_int8_kv_scales(model)
     snap_to_quantized_grid(model)
-    with suppress_output(), torch.inference_mode():
-        export_hf_checkpoint(model, export_dir=out, extra_state_dict=int8_kv_scales or None)
+    _make_generation_config_writable(model)
+    try:
+        with suppress_output(), torch.inference_mode():
+            export_hf_checkpoint(model, export_dir=out, extra_state_dict=int8_kv_scales or None)
+    except Exception as error:  # of ModelOpt's and transformers' writers
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"ModelOpt could not write the checkpoint ({reason}): check the files of '{source}'") from error
     if int8_kv_scales:
         _declare_int8_kv(out)
     _write_for_transformers_4(out / "config.json")
     copy_tokenizer(source, out)
     declared.write(out)
+
+
+def _make_generation_config_writable(model: nn.Module) -> None:
+    """Replaces a generation config that transformers reads and refuses to write, such as greedy with a temperature.
+
+    The checkpoint gets the source's own file, where there is one.
+    """
+    from transformers import GenerationConfig
+
+    settings: Any = model.generation_config
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig(
+            bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id
+        )
 
 
 def snap_to_quantized_grid(model: nn.Module) -> None:
@@ -84,12 +107,16 @@ def _write_for_transformers_4(path: Path) -> None:
     path.write_text(json.dumps(for_transformers_4(config), indent=2) + "\n", encoding="utf8")
 
 
-def copy_checkpoint(source: Path, out: Path, declared: Declaration) -> None:
-    """A checkpoint that quantization leaves alone: the same files, 16 bit."""
+def copy_checkpoint(source: Path, out: Path, declared: Declaration, names: Collection[str]) -> None:
+    """A checkpoint that quantization leaves alone: the tensors `names`, in the model's own dtype."""
     out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.suffix == ".safetensors" or path.name in ("config.json", "model.safetensors.index.json"):
-            shutil.copyfile(path, out / path.name)
+    copy_weights(source, out, names)
+    config = json.loads((source / "config.json").read_text(encoding="utf8"))
+    if config.get("dtype") or config.get("torch_dtype"):
+        shutil.copyfile(source / "config.json", out / "config.json")
+    else:
+        config = json.dumps(config | {"dtype": model_dtype(source)}, indent=2) + "\n"
+        (out / "config.json").write_text(config, encoding="utf8")
     _write_for_transformers_4(out / "config.json")
     copy_tokenizer(source, out)
     declared.write(out)

@@ -6,40 +6,30 @@ SmoothQuant: Xiao et al., 2023 (arXiv 2211.10438). FP8 e4m3 with one static scal
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from calibration.config import Quantization
 from calibration.data.windows import Tokens
+from calibration.model.loading import load_causal_lm
 from calibration.model.silence import suppress_output
 from calibration.quantization.fused import share_weight_scales
 from plugins.common.errors import UserError
 from plugins.common.progress import Progress
+
+log = logging.getLogger(__name__)
 
 BATCH = 8  # windows a forward pass
 
 
 def load_model(directory: Path) -> nn.Module:
     """The model in its own 16-bit or 32-bit dtype, on the GPU where there is one. Raises UserError."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with suppress_output():
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(
-                str(directory),
-                dtype="auto",
-                use_safetensors=True,
-                device_map="auto" if torch.cuda.is_available() else None,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"'{directory}' cannot be loaded ({reason}): check its files") from None
-    return model.eval()
+    return load_causal_lm(directory, device_map="auto" if torch.cuda.is_available() else None)
 
 
 def quantize(
@@ -63,6 +53,7 @@ def quantize(
     with suppress_output(), torch.inference_mode():
         model = mtq.quantize(model, modelopt_config(config, layers), calibrate)
     share_weight_scales(model)
+    _note_zeros(give_zeros_a_range(model))
     _check_ranges(model, layers)
     return model
 
@@ -85,6 +76,34 @@ def modelopt_config(config: Quantization, layers: Sequence[str]) -> dict[str, An
         kv_bits: Any = 8 if config.kv_cache == "int8" else (4, 3)
         entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": kv_bits, "axis": None}})
     return {"quant_cfg": entries, "algorithm": algorithm}
+
+
+def give_zeros_a_range(model: nn.Module) -> list[str]:
+    """Gives quantizers that saw only zeros the range of their format, so that their scale is 1; returns their names.
+
+    Blocks added by block expansion (LLaMA Pro, arXiv 2401.02415) have output projections of zeros. A scale of 0 would
+    divide 0 by 0. Call it after `share_weight_scales`: a layer of zeros takes the range of those that it is fused with.
+    """
+    zeros = []
+    for name, module in model.named_modules():
+        amax = getattr(module, "amax", None)
+        if amax is not None and amax.numel() and bool((amax == 0).any()):
+            module.amax = torch.where(amax == 0, torch.full_like(amax, _largest(module)), amax)
+            if bool((amax == 0).all()):
+                zeros.append(name)
+    return zeros
+
+
+def _largest(quantizer: Any) -> float:
+    """The largest number of the quantizer's format."""
+    return 448.0 if quantizer.num_bits == (4, 3) else float(2 ** (quantizer.num_bits - 1) - 1)
+
+
+def _note_zeros(quantizers: Sequence[str]) -> None:
+    if quantizers:
+        layer = quantizers[0].rpartition(".")[0]
+        more = f" (and {len(quantizers) - 1} more)" if len(quantizers) > 1 else ""
+        log.warning(f"'{layer}'{more} has only zeros in its weight or its inputs: quantized with scale 1")
 
 
 def _check_ranges(model: nn.Module, layers: Sequence[str]) -> None:

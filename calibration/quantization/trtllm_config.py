@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from plugins.common.errors import UserError
-from plugins.common.families import family_of
+from plugins.common.families import FAMILIES, family_of
 
 DEFAULT_BASE = 10000.0
 QWEN_LOGN_LENGTH = 8192  # TensorRT-LLM's default of seq_length: read, though only log-n attention uses it
@@ -43,13 +43,14 @@ def complete_config(hf_config: Mapping[str, Any], trtllm_config: Mapping[str, An
     """
     base, scaling = rotary(hf_config)
     family = family_of(trtllm_config["architecture"], "config.json of the TensorRT-LLM checkpoint")
+    source = FAMILIES.get((hf_config.get("architectures") or [""])[0], family)  # Mistral is exported as Llama
     values: dict[str, Any] = {"rotary_base": base, "rotary_scaling": scaling}
     if family.trtllm.qwen_type:
         values |= {"qwen_type": family.trtllm.qwen_type, "seq_length": QWEN_LOGN_LENGTH}
         values["attn_bias"] = family.bias_qkv
     else:
-        values["attn_bias"] = bool(hf_config.get("attention_bias", False))
-    values["mlp_bias"] = bool(hf_config.get("mlp_bias", False))
+        values["attn_bias"] = source.attention_bias and bool(hf_config.get("attention_bias", False))
+    values["mlp_bias"] = source.mlp_bias and bool(hf_config.get("mlp_bias", False))
     for key in ("rotary_base", "rotary_scaling"):
         if trtllm_config.get(key) not in (None, values[key]):
             raise UserError(

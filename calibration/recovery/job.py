@@ -15,8 +15,8 @@ from torch import nn
 
 from calibration.config import Quantization, Recovery
 from calibration.data.windows import Tokens
+from calibration.model.loading import load_causal_lm
 from calibration.model.weights import Weights
-from plugins.common.errors import UserError
 from plugins.common.files import read_json, replacing, write_json
 from plugins.sparsity.declaration import Declaration
 
@@ -81,18 +81,9 @@ class Job:
 
 
 def _load(directory: str, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     from calibration.model.sdpa_float32 import attention
 
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, attn_implementation=attention()
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"'{directory}' cannot be loaded ({reason}): check its files") from None
-    return model.eval()
+    return load_causal_lm(Path(directory), dtype, attn_implementation=attention())
 
 
 def save_tokens(path: Path, tokens: Tokens) -> None:

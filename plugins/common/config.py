@@ -11,7 +11,7 @@ class Config(BaseModel):
     The string below a key is its description in docs/recipe.md and in the JSON schema.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _fraction(value: Any) -> Any:

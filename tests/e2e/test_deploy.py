@@ -138,6 +138,17 @@ def test_generate_gives_the_engines_tokens_and_text(server: Server, engine: Engi
     )
 
 
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(server: Server, tokenizer: Any) -> None:
+    length = len(tokenizer.encode(PROMPT))
+    counts = {
+        text: generate(server, text_input=text, max_tokens=1)["num_input_tokens"]
+        for text in (PROMPT, tokenizer.bos_token + PROMPT)
+    }
+    assert set(counts.values()) == {length}
+    bare = generate(server, text_input=PROMPT, max_tokens=1, add_special_tokens=False)
+    assert bare["num_input_tokens"] == length - 1
+
+
 def test_a_stream_brings_tokens_as_they_come(server: Server, engine: Engine, tokenizer: Any) -> None:
     chunks = generate_stream(server, text_input=PROMPT, max_tokens=12)
     expected = tokens_of(engine, tokenizer.encode(PROMPT))

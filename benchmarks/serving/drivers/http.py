@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import httpx
 
+from benchmarks.serving.drivers.token_times import Arrival, Chunk, token_times
 from benchmarks.serving.records import Record
 from benchmarks.serving.workload import BenchRequest
 
@@ -30,15 +31,6 @@ class Endpoint:
     request_s: float = 600.0
     gap_s: float = 120.0
     headers: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one event says: tokens in it (None: a token event of unknown size, 0: no token), and the server's counts."""
-
-    tokens: int | None = 0
-    output_tokens: int | None = None
-    input_tokens: int | None = None
 
 
 class Dialect(Protocol):
@@ -87,32 +79,26 @@ async def _run(
 async def _measure(
     dialect: Dialect, endpoint: Endpoint, client: httpx.AsyncClient, request: BenchRequest, start: float
 ) -> Record:
-    times: list[float] = []
-    counted, reported, input_tokens, error = 0, None, len(request.input_ids), None
+    arrivals: list[Arrival] = []
+    error = None
 
     async def receive() -> None:
-        nonlocal counted, reported, input_tokens
         async for event in _events(client, dialect.path(endpoint), dialect.body(endpoint, request)):
-            now = time.perf_counter()
-            chunk = dialect.read(event)
-            if chunk.tokens != 0:
-                times.append(now)
-                counted += chunk.tokens or 1
-            reported = reported if chunk.output_tokens is None else chunk.output_tokens
-            input_tokens = input_tokens if chunk.input_tokens is None else chunk.input_tokens
+            arrivals.append(Arrival(time.perf_counter(), dialect.read(event)))
 
     try:
         await asyncio.wait_for(receive(), endpoint.request_s)
-        output_tokens = counted if reported is None else reported
-        if not times or output_tokens != request.max_new_tokens:
-            error = f"ended after {output_tokens} of {request.max_new_tokens} tokens"
     except (asyncio.TimeoutError, TimeoutError):
         error = f"not done after {endpoint.request_s:g} s"
     except httpx.TimeoutException:
         error = f"silent for {endpoint.gap_s:g} s"
-    except (RequestError, httpx.HTTPError) as failure:
-        error = str(failure) or type(failure).__name__
-    return Record(request.id, input_tokens, counted if reported is None else reported, start, tuple(times), error)
+    except (RequestError, httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as failure:
+        error = _short(str(failure)) or type(failure).__name__
+    times, output_tokens = token_times(arrivals, start, request.max_new_tokens)
+    if error is None and (not times or output_tokens != request.max_new_tokens):
+        error = f"ended after {output_tokens} of {request.max_new_tokens} tokens"
+    counts = [arrival.chunk.input_tokens for arrival in arrivals if arrival.chunk.input_tokens is not None]
+    return Record(request.id, counts[-1] if counts else len(request.input_ids), output_tokens, start, times, error)
 
 
 async def _events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -138,11 +124,19 @@ async def _events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
 def _parse(data: str) -> dict[str, Any]:
     try:
         event = json.loads(data)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise RequestError(f"not JSON in the stream: {_quoted(data)}") from None
     if not isinstance(event, dict) or event.get("error") or event.get("object") == "error":
         raise RequestError(f"HTTP 200 with an error: {_quoted(data)}")
     return event
+
+
+def count_of(event: Mapping[str, Any], key: str) -> int | None:
+    """A number of tokens in an event; None where it has none. Raises RequestError for what is no number."""
+    value = event.get(key)
+    if value is not None and (type(value) is not int or value < 0):
+        raise RequestError(f"'{key}' in the stream is {_short(repr(value))}, not a number of tokens")
+    return value
 
 
 def _quoted(text: str) -> str:
@@ -151,6 +145,10 @@ def _quoted(text: str) -> str:
         content = json.loads(text)
         error = content.get("error", content)
         text = error if isinstance(error, str) else error.get("message", text)
-    except (json.JSONDecodeError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
-    return " ".join(str(text).split())[:200]
+    return _short(str(text))
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:200]

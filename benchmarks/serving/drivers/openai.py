@@ -6,13 +6,15 @@ Prompts are sent as token ids and `ignore_eos` asks for exact lengths; servers t
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import httpx
 
 from benchmarks.serving.drivers import http
-from benchmarks.serving.drivers.http import Chunk, Endpoint
+from benchmarks.serving.drivers.http import Endpoint, RequestError, count_of
+from benchmarks.serving.drivers.token_times import Chunk
 from benchmarks.serving.records import Record
 from benchmarks.serving.workload import BenchRequest
 from plugins.common.errors import UserError
@@ -34,8 +36,8 @@ def _with_model(endpoint: Endpoint) -> Endpoint:
         return endpoint
     try:
         answer = httpx.get(f"{endpoint.url}/v1/models", headers=endpoint.headers, timeout=30.0, trust_env=False)
-        names = [model["id"] for model in answer.raise_for_status().json()["data"]]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        names = [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"'{endpoint.url}' does not list its models ({error}): is an OpenAI server there?") from None
     if len(names) != 1:
         raise UserError(f"'{endpoint.url}' serves {len(names)} models ({', '.join(names)}): name one")
@@ -61,8 +63,17 @@ class _Completions:
         return body
 
     def read(self, event: dict[str, Any]) -> Chunk:
-        usage = event.get("usage") or {}
-        choices = event.get("choices") or []
-        # a last chunk that only says why it ended carries no token
-        empty = not choices or (not choices[0].get("text") and choices[0].get("finish_reason"))
-        return Chunk(0 if empty else None, usage.get("completion_tokens"), usage.get("prompt_tokens"))
+        usage, choices = event.get("usage") or {}, event.get("choices") or []
+        if (
+            not isinstance(usage, dict)
+            or not isinstance(choices, list)
+            or not all(isinstance(c, dict) for c in choices)
+        ):
+            raise RequestError(f"not a completion in the stream: {json.dumps(event)[:120]}")
+        return Chunk(
+            tokens=None if choices else 0,
+            text=bool(choices and choices[0].get("text")),
+            end=bool(choices and choices[0].get("finish_reason")),
+            output_tokens=count_of(usage, "completion_tokens"),
+            input_tokens=count_of(usage, "prompt_tokens"),
+        )

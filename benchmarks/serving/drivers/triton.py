@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.serving.drivers import http
-from benchmarks.serving.drivers.http import Chunk, Endpoint
+from benchmarks.serving.drivers.http import Endpoint, count_of
+from benchmarks.serving.drivers.token_times import Chunk
 from benchmarks.serving.records import Record
 from benchmarks.serving.workload import BenchRequest
 
@@ -37,4 +38,8 @@ class _GenerateStream:
     def read(self, event: dict[str, Any]) -> Chunk:
         ids = event.get("output_ids", [])
         count = len(ids) if isinstance(ids, list) else 1  # Triton writes a single value without brackets
-        return Chunk(count, event.get("num_output_tokens"), event.get("num_input_tokens"))
+        return Chunk(
+            count,
+            output_tokens=count_of(event, "num_output_tokens"),
+            input_tokens=count_of(event, "num_input_tokens"),
+        )

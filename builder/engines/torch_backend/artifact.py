@@ -10,7 +10,6 @@ The dense baseline is the same engine, loaded from a 16-bit Hugging Face directo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +27,7 @@ from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
 from plugins.common.files import write_json
+from plugins.common.json_files import read_json_object
 from plugins.sparsity.declaration import Declaration
 
 if TYPE_CHECKING:
@@ -164,9 +164,6 @@ def _eos(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        return read_json_object(path, "write it again")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"'{path.parent}' is not {what}: it holds no {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not JSON ({error}): write it again") from None
-    return value

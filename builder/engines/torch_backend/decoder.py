@@ -20,12 +20,11 @@ from builder.engines.torch_backend.attention import Batch, Decode
 from builder.engines.torch_backend.cpu_step import CpuStep
 from builder.engines.torch_backend.fused_step import FusedBlocks, can_fuse
 from builder.engines.torch_backend.linears import Kernels, Source, is_tied, replace_linears
+from builder.planning.model_config import ROPE_TYPES
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
 from plugins.linear.cpu_linear import CpuLinear, PackedEmbedding
 from plugins.linear.factory import remarks
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with the sequence's length
 
 
 class Decoder:

@@ -33,12 +33,26 @@ def ask(parameters: dict[str, Any] | None = None, **inputs: Any) -> request_sche
     tensors = {name: np.char.encode(tensor) if tensor.dtype.kind == "U" else tensor for name, tensor in tensors.items()}
     values = request_schema.read(tensors, parameters or {})
     return request_schema.understand(
-        values, "1", LIMITS, lambda text: [ord(letter) - 32 for letter in text], lambda ids: f"<{len(ids)}>"
+        values,
+        "1",
+        LIMITS,
+        lambda text, special: [0] * bool(special and text) + [ord(letter) - 32 for letter in text],
+        lambda ids: f"<{len(ids)}>",
     )
 
 
 def test_a_bare_prompt_is_greedy_and_bounded() -> None:
-    assert ask(text_input="AB").request == Request("1", (33, 34), max_new_tokens=7)
+    assert ask(text_input="AB").request == Request("1", (0, 33, 34), max_new_tokens=7)
+
+
+def test_special_tokens_are_left_out_where_the_client_says_so() -> None:
+    assert ask(text_input="AB", add_special_tokens=False).request.input_ids == (33, 34)
+    assert ask(text_input="AB", sampling_param_add_special_tokens=True).request.input_ids == (0, 33, 34)
+
+
+def test_text_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(UserError, match="'text_input' is not UTF-8"):
+        request_schema.read({"text_input": np.array([b"caf\xe9"], dtype=object)}, {})
 
 
 def test_llm_api_names_mean_the_same_as_ensemble_names() -> None:

@@ -299,6 +299,7 @@ def truncate(directory: Path) -> None:
 
 
 def lose_shard(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "model-00001.safetensors")
     (directory / weights.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00002.safetensors"}}))
 
 
