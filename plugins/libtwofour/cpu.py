@@ -95,6 +95,9 @@ def load() -> ctypes.CDLL:
         "apply": (c_int, (linear, c_int64, c_int, c_void_p, c_void_p)),
         "rows": (c_int, (linear, c_int64, c_void_p, c_void_p)),
         "decode": (c_int, (POINTER(Step), POINTER(Block), c_int, c_void_p)),
+        "before_attention": (c_int, (POINTER(Step), POINTER(Block), *[c_void_p] * 5)),
+        "after_attention": (c_int, (POINTER(Step), POINTER(Block), *[c_void_p] * 3)),
+        "final_norm": (c_int, (POINTER(Step), *[c_void_p] * 3)),
         "read": (c_uint64, (c_void_p, c_size_t)),
     }
     for name, (result, arguments) in signatures.items():

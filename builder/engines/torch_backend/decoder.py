@@ -16,8 +16,8 @@ import transformers
 from torch import nn
 
 from builder.engines.torch_backend import attention
-from builder.engines.torch_backend.attention import Batch, Decode
-from builder.engines.torch_backend.cpu_step import CpuStep
+from builder.engines.torch_backend.attention import Batch
+from builder.engines.torch_backend.cpu_blocks import CpuBlocks
 from builder.engines.torch_backend.fused_step import FusedBlocks, can_fuse
 from builder.engines.torch_backend.linears import Kernels, Source, is_tied, replace_linears
 from builder.planning.model_config import ROPE_TYPES
@@ -58,7 +58,7 @@ class Decoder:
         self._head = model.lm_head
         self._cos_SD, self._sin_SD = _rotary_table(model, positions, dtype, device)
         on_cpu = device.type == "cpu" and not fused
-        self._cpu_step = CpuStep.of(body, self._cos_SD, self._sin_SD) if on_cpu else None
+        self._cpu_blocks = CpuBlocks.of(body, self._cos_SD, self._sin_SD) if on_cpu else None
         self.kv_scales = [_kv_scale(tensors, f"model.layers.{i}.self_attn") for i in range(len(self.blocks))]
         self._fused: FusedBlocks | None = None
         if fused:
@@ -85,8 +85,8 @@ class Decoder:
         x = self._embed(input_ids)
         if self._fused is not None:
             return self._fused(x, positions, batch)
-        if self._cpu_step is not None and isinstance(batch, Decode) and self._cpu_step.takes(batch):
-            return self._cpu_step(x, batch)
+        if self._cpu_blocks is not None:
+            return self._cpu_blocks(x, positions, batch)
         rotary = (self._cos_SD[positions], self._sin_SD[positions])
         for layer in self.blocks:
             x = layer(x, position_embeddings=rotary, batch=batch)

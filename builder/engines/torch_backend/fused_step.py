@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from builder.engines.torch_backend.attention import Batch, Decode
+from builder.engines.torch_backend.attention import Batch, Decode, window_of
 from plugins.linear.torch_linear import Linear
 from plugins.triton_kernels import reference
 from plugins.triton_kernels.guarded import BlockOps
@@ -58,7 +58,7 @@ class _Block:
         self._ops, self._cos_SD, self._sin_SD = ops, cos_SD, sin_SD
         self._index, self._scaling, self._head_dim = attention.layer_idx, attention.scaling, attention.head_dim
         self._kv_heads = config.num_key_value_heads
-        self._window = _window(attention, config)
+        self._window = window_of(attention, config)
         self._first_norm, self._second_norm = layer.input_layernorm, layer.post_attention_layernorm
         norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         self._q_norm, self._k_norm = (None if norm is None else norm.weight for norm in norms)
@@ -149,11 +149,3 @@ class _Product:
     def __call__(self, x_MK: torch.Tensor) -> torch.Tensor:
         y_MN: torch.Tensor = self._call(x_MK)
         return y_MN
-
-
-def _window(attention: nn.Module, config: Any) -> int | None:
-    """The layer's sliding window; Mistral keeps it in the config, Qwen in the layer, Llama has none."""
-    if hasattr(attention, "sliding_window"):
-        window: int | None = attention.sliding_window
-        return window
-    return getattr(config, "sliding_window", None) if config.model_type == "mistral" else None

@@ -58,6 +58,19 @@ int check(const twofour_cpu_linear* linear, int64_t tokens, int type, bool quant
   return TWOFOUR_CPU_OK;
 }
 
+int check_step(const twofour_cpu_step& step, const twofour_cpu_block* blocks, int count) {
+  if (step.hidden % 16 || step.intermediate % 16 || step.head_dim % 32 || step.head_dim > 256 ||
+      step.heads % step.kv_heads)
+    return fail(TWOFOUR_CPU_UNSUPPORTED, "no decoder for hidden size %lld, intermediate size %lld, head size %lld",
+                static_cast<long long>(step.hidden), static_cast<long long>(step.intermediate),
+                static_cast<long long>(step.head_dim));
+  for (int i = 0; i < count; ++i)
+    for (const twofour_cpu_linear* linear : {blocks[i].q, blocks[i].k, blocks[i].v, blocks[i].o, blocks[i].gate,
+                                             blocks[i].up, blocks[i].down})
+      if (const int status = check(linear, step.tokens, step.type)) return status;
+  return TWOFOUR_CPU_OK;
+}
+
 }  // namespace
 
 int twofour_cpu_version(void) { return TWOFOUR_CPU_VERSION; }
@@ -137,16 +150,28 @@ int twofour_cpu_rows(const twofour_cpu_linear* linear, int64_t count, const int6
 }
 
 int twofour_cpu_decode(const twofour_cpu_step* step, const twofour_cpu_block* blocks, int count, void* x) {
-  if (step->hidden % 16 || step->intermediate % 16 || step->head_dim % 32 || step->head_dim > 256 || count < 1 ||
-      step->heads % step->kv_heads)
-    return fail(TWOFOUR_CPU_UNSUPPORTED, "no decode step for hidden size %lld, intermediate size %lld, head size %lld",
-                static_cast<long long>(step->hidden), static_cast<long long>(step->intermediate),
-                static_cast<long long>(step->head_dim));
-  for (int i = 0; i < count; ++i)
-    for (const twofour_cpu_linear* linear : {blocks[i].q, blocks[i].k, blocks[i].v, blocks[i].o, blocks[i].gate,
-                                             blocks[i].up, blocks[i].down})
-      if (const int status = check(linear, step->tokens, step->type)) return status;
+  if (const int status = check_step(*step, blocks, count)) return status;
   if (step->tokens) decode(*step, blocks, count, x);
+  return TWOFOUR_CPU_OK;
+}
+
+int twofour_cpu_before_attention(const twofour_cpu_step* step, const twofour_cpu_block* block, void* x, void* add,
+                                 void* q, void* k, void* v) {
+  if (const int status = check_step(*step, block, 1)) return status;
+  if (step->tokens) before_attention(*step, *block, x, add, q, k, v);
+  return TWOFOUR_CPU_OK;
+}
+
+int twofour_cpu_after_attention(const twofour_cpu_step* step, const twofour_cpu_block* block, void* x, void* attended,
+                                void* out) {
+  if (const int status = check_step(*step, block, 1)) return status;
+  if (step->tokens) after_attention(*step, *block, x, attended, out);
+  return TWOFOUR_CPU_OK;
+}
+
+int twofour_cpu_final_norm(const twofour_cpu_step* step, void* x, void* add, void* out) {
+  if (const int status = check_step(*step, nullptr, 0)) return status;
+  if (step->tokens) final_norm(*step, x, add, out);
   return TWOFOUR_CPU_OK;
 }
 

@@ -154,22 +154,31 @@ ALWAYS_INLINE void norm_token(const Token<T>& t, void* x, bool add, const void* 
   rms_norm(target, more, static_cast<const T*>(weight), t.step.eps, hidden, t.row(t.buffers.normed, hidden));
 }
 
+template <class T>
+ALWAYS_INLINE void rotate_heads(const Token<T>& t) {
+  const twofour_cpu_step& step = t.step;
+  const int64_t dim = step.head_dim, position = step.positions[t.token];
+  const T* const cos = static_cast<const T*>(step.cos) + position * dim;
+  const T* const sin = static_cast<const T*>(step.sin) + position * dim;
+  const auto each = [&](T* head, int64_t heads, const void* norm) {
+    for (int64_t i = 0; i < heads; ++i, head += dim) {
+      if (norm) rms_norm<T>(head, nullptr, static_cast<const T*>(norm), step.eps, dim, head);
+      rotate(head, cos, sin, dim);
+    }
+  };
+  each(t.row(t.buffers.q, step.heads * dim), step.heads, t.block.q_norm);
+  each(t.row(t.buffers.k, step.kv_heads * dim), step.kv_heads, t.block.k_norm);
+}
+
 template <class T, class C>
 ALWAYS_INLINE void rotate_and_keep(const Token<T>& t) {
+  rotate_heads(t);
   const twofour_cpu_step& step = t.step;
   const twofour_cpu_block& block = t.block;
   const int64_t dim = step.head_dim, position = step.positions[t.token];
-  const T *cos = static_cast<const T*>(step.cos) + position * dim, *sin = static_cast<const T*>(step.sin) + position * dim;
-  T *q = t.row(t.buffers.q, step.heads * dim), *k = t.row(t.buffers.k, step.kv_heads * dim);
-  const T* v = t.row(t.buffers.v, step.kv_heads * dim);
+  const T *k = t.row(t.buffers.k, step.kv_heads * dim), *v = t.row(t.buffers.v, step.kv_heads * dim);
   const int64_t page = step.table ? step.table[t.token * step.table_stride + position / step.page_size] : t.token;
-  for (int64_t head = 0; head < step.heads; ++head, q += dim) {
-    if (block.q_norm) rms_norm<T>(q, nullptr, static_cast<const T*>(block.q_norm), step.eps, dim, q);
-    rotate(q, cos, sin, dim);
-  }
   for (int64_t head = 0; head < step.kv_heads; ++head, k += dim, v += dim) {
-    if (block.k_norm) rms_norm<T>(k, nullptr, static_cast<const T*>(block.k_norm), step.eps, dim, k);
-    rotate(k, cos, sin, dim);
     const int64_t at = ((page * step.kv_heads + head) * step.page_size + position % step.page_size) * dim;
     keep(k, dim, block.k_multiplier, static_cast<C*>(block.keys) + at);
     keep(v, dim, block.v_multiplier, static_cast<C*>(block.values) + at);
@@ -200,13 +209,15 @@ ALWAYS_INLINE void activate(const Token<T>& t) {
 
 #define FOR_TYPE(NAME, T, C)                                                                                        \
   EACH_ISA void norm_##NAME(const Token<T>& t, void* x, bool add, const void* weight) { norm_token(t, x, add, weight); } \
-  EACH_ISA void rotate_##NAME(const Token<T>& t) { rotate_and_keep<T, C>(t); }                                       \
+  EACH_ISA void rotate_##NAME(const Token<T>& t) { rotate_heads(t); }                                                \
+  EACH_ISA void keep_##NAME(const Token<T>& t) { rotate_and_keep<T, C>(t); }                                         \
   EACH_ISA void attend_##NAME(const Token<T>& t, int64_t head) { attend_head<T, C>(t, head); }                       \
   EACH_ISA void activate_##NAME(const Token<T>& t) { activate(t); }                                                  \
   struct NAME {                                                                                                      \
     using Type = T;                                                                                                  \
     static constexpr auto norm = norm_##NAME;                                                                        \
     static constexpr auto rotate = rotate_##NAME;                                                                    \
+    static constexpr auto rotate_and_keep = keep_##NAME;                                                             \
     static constexpr auto attend = attend_##NAME;                                                                    \
     static constexpr auto activate = activate_##NAME;                                                                \
   };
@@ -216,51 +227,69 @@ FOR_TYPE(float32, float, float)
 FOR_TYPE(float32_int8, float, int8_t)
 #undef FOR_TYPE
 
-template <class Body>
-void each_token(int64_t tokens, const Body& body) {
-  if (tokens >= kParallelTokens) return parallel(tokens, body);
-  for (int64_t token = 0; token < tokens; ++token) body(token);
-}
+// A block's parts, for all tokens of a step.
+template <class Kind>
+struct Parts {
+  using T = typename Kind::Type;
+  const twofour_cpu_step& step;
+  const twofour_cpu_block& block;
+  const Buffers& buffers;
+  void* x;
+
+  template <class Call>
+  void each_token(const Call& call) const {
+    const auto body = [&](int64_t token) { call(Token<T>{step, block, buffers, token}); };
+    if (step.tokens >= kParallelTokens) return parallel(step.tokens, body);
+    for (int64_t token = 0; token < step.tokens; ++token) body(token);
+  }
+  void norm(bool add, const void* weight) const {
+    each_token([&](const Token<T>& t) { Kind::norm(t, x, add, weight); });
+  }
+  void project() const {
+    const twofour_cpu_linear* qkv[] = {block.q, block.k, block.v};
+    void* const out[] = {buffers.q, buffers.k, buffers.v};
+    apply(qkv, 3, step.tokens, step.type, buffers.normed, out);
+  }
+  void rotate() const { each_token(Kind::rotate); }
+  void rotate_and_keep() const { each_token(Kind::rotate_and_keep); }
+  void attend() const {
+    parallel(step.tokens * step.heads, [&](int64_t item) {
+      Kind::attend(Token<T>{step, block, buffers, item / step.heads}, item % step.heads);
+    });
+  }
+  void after_attention() const {
+    apply(&block.o, 1, step.tokens, step.type, buffers.attended, &buffers.out);
+    norm(true, block.second_norm);
+    const twofour_cpu_linear* gate_up[] = {block.gate, block.up};
+    void* const out[] = {buffers.gate, buffers.up};
+    apply(gate_up, 2, step.tokens, step.type, buffers.normed, out);
+    each_token(Kind::activate);
+    apply(&block.down, 1, step.tokens, step.type, buffers.activated, &buffers.out);
+  }
+};
 
 template <class Kind>
 void decode_as(const twofour_cpu_step& step, const twofour_cpu_block* blocks, int count, void* x,
                const Buffers& buffers) {
-  using T = typename Kind::Type;
-  const int64_t tokens = step.tokens;
-  const auto at = [&](const twofour_cpu_block& block, int64_t token) { return Token<T>{step, block, buffers, token}; };
-  const auto norm = [&](const twofour_cpu_block& block, bool add, const void* weight) {
-    each_token(tokens, [&](int64_t token) { Kind::norm(at(block, token), x, add, weight); });
-  };
   for (int i = 0; i < count; ++i) {
-    const twofour_cpu_block& block = blocks[i];
-    norm(block, i > 0, block.first_norm);
-    const twofour_cpu_linear* qkv[] = {block.q, block.k, block.v};
-    void* const qkv_out[] = {buffers.q, buffers.k, buffers.v};
-    apply(qkv, 3, tokens, step.type, buffers.normed, qkv_out);
-    each_token(tokens, [&](int64_t token) { Kind::rotate(at(block, token)); });
-    parallel(tokens * step.heads, [&](int64_t item) { Kind::attend(at(block, item / step.heads), item % step.heads); });
-    apply(&block.o, 1, tokens, step.type, buffers.attended, &buffers.out);
-    norm(block, true, block.second_norm);
-    const twofour_cpu_linear* gate_up[] = {block.gate, block.up};
-    void* const gate_up_out[] = {buffers.gate, buffers.up};
-    apply(gate_up, 2, tokens, step.type, buffers.normed, gate_up_out);
-    each_token(tokens, [&](int64_t token) { Kind::activate(at(block, token)); });
-    apply(&block.down, 1, tokens, step.type, buffers.activated, &buffers.out);
+    const Parts<Kind> parts{step, blocks[i], buffers, x};
+    parts.norm(i > 0, blocks[i].first_norm);
+    parts.project();
+    parts.rotate_and_keep();
+    parts.attend();
+    parts.after_attention();
   }
-  norm(blocks[count - 1], true, step.final_norm);
-  memcpy(x, buffers.normed, tokens * step.hidden * sizeof(T));
+  Parts<Kind>{step, blocks[count - 1], buffers, x}.norm(true, step.final_norm);
+  memcpy(x, buffers.normed, step.tokens * step.hidden * sizeof(typename Kind::Type));
 }
 
-}  // namespace
-
-void decode(const twofour_cpu_step& step, const twofour_cpu_block* blocks, int count, void* x) {
+// Memory for what the parts leave each other; `scores_stride` is 0 where no attention is computed here.
+Buffers allocate(const twofour_cpu_step& step, int64_t scores_stride) {
   static thread_local Scratch scratch;
   const int64_t size = step.type == TWOFOUR_CPU_FLOAT32 ? 4 : 2, tokens = step.tokens;
   const int64_t q_width = step.heads * step.head_dim, kv_width = step.kv_heads * step.head_dim;
   const int64_t widths[] = {step.hidden, q_width, kv_width, kv_width, q_width, step.hidden, step.intermediate,
                             step.intermediate, step.intermediate};
-  const int64_t longest = 1 + *std::max_element(step.positions, step.positions + tokens);
-  const int64_t scores_stride = ceil_div(longest, kLanes) * kLanes;
   int64_t offsets[9], bytes = 0;
   for (int i = 0; i < 9; ++i) offsets[i] = bytes, bytes += ceil_div(tokens * widths[i] * size, 64) * 64;
   uint8_t* memory = scratch.bytes(bytes + tokens * step.heads * scores_stride * sizeof(float));
@@ -269,12 +298,48 @@ void decode(const twofour_cpu_step& step, const twofour_cpu_block* blocks, int c
                            &buffers.out,    &buffers.gate, &buffers.up, &buffers.activated};
   for (int i = 0; i < 9; ++i) *fields[i] = memory + offsets[i];
   buffers.scores = reinterpret_cast<float*>(memory + bytes), buffers.scores_stride = scores_stride;
+  return buffers;
+}
+
+}  // namespace
+
+void decode(const twofour_cpu_step& step, const twofour_cpu_block* blocks, int count, void* x) {
+  const int64_t longest = 1 + *std::max_element(step.positions, step.positions + step.tokens);
+  const Buffers buffers = allocate(step, ceil_div(longest, kLanes) * kLanes);
   if (step.type == TWOFOUR_CPU_BFLOAT16)
     step.cache_int8 ? decode_as<bf16_int8>(step, blocks, count, x, buffers)
                     : decode_as<bf16>(step, blocks, count, x, buffers);
   else
     step.cache_int8 ? decode_as<float32_int8>(step, blocks, count, x, buffers)
                     : decode_as<float32>(step, blocks, count, x, buffers);
+}
+
+void before_attention(const twofour_cpu_step& step, const twofour_cpu_block& block, void* x, void* add, void* q, void* k,
+                      void* v) {
+  Buffers buffers = allocate(step, 0);
+  buffers.out = add, buffers.q = q, buffers.k = k, buffers.v = v;
+  const auto run = [&](const auto& parts) {
+    parts.norm(add != nullptr, block.first_norm);
+    parts.project();
+    parts.rotate();
+  };
+  step.type == TWOFOUR_CPU_BFLOAT16 ? run(Parts<bf16>{step, block, buffers, x})
+                                    : run(Parts<float32>{step, block, buffers, x});
+}
+
+void after_attention(const twofour_cpu_step& step, const twofour_cpu_block& block, void* x, void* attended, void* out) {
+  Buffers buffers = allocate(step, 0);
+  buffers.attended = attended, buffers.out = out;
+  step.type == TWOFOUR_CPU_BFLOAT16 ? Parts<bf16>{step, block, buffers, x}.after_attention()
+                                    : Parts<float32>{step, block, buffers, x}.after_attention();
+}
+
+void final_norm(const twofour_cpu_step& step, void* x, void* add, void* out) {
+  Buffers buffers{};
+  buffers.out = add, buffers.normed = out;
+  const twofour_cpu_block none{};
+  step.type == TWOFOUR_CPU_BFLOAT16 ? Parts<bf16>{step, none, buffers, x}.norm(true, step.final_norm)
+                                    : Parts<float32>{step, none, buffers, x}.norm(true, step.final_norm);
 }
 
 }  // namespace twofour_cpu

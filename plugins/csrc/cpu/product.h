@@ -27,7 +27,11 @@ void apply(const twofour_cpu_linear* const* linears, int count, int64_t tokens, 
 // y = linear of inputs that are quantized already.
 void apply_quantized(const twofour_cpu_linear& linear, int64_t tokens, const Quantized& x, int type, void* y);
 
-// The decode step (decoder.cpp).
+// The decode step and its parts (decoder.cpp).
 void decode(const twofour_cpu_step& step, const twofour_cpu_block* blocks, int count, void* x);
+void before_attention(const twofour_cpu_step& step, const twofour_cpu_block& block, void* x, void* add, void* q, void* k,
+                      void* v);
+void after_attention(const twofour_cpu_step& step, const twofour_cpu_block& block, void* x, void* attended, void* out);
+void final_norm(const twofour_cpu_step& step, void* x, void* add, void* out);
 
 }  // namespace twofour_cpu

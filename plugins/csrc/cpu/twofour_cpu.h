@@ -125,6 +125,16 @@ typedef struct twofour_cpu_step {
 TWOFOUR_CPU_API int twofour_cpu_decode(const twofour_cpu_step* step, const twofour_cpu_block* blocks, int count,
                                        void* x);
 
+/* The parts of a block around an attention that the caller computes, for any number of new tokens a sequence.
+ * before: x += add (where not NULL), norm, q, k and v [tokens, heads or kv_heads, head_dim], rotated.
+ * after: from the attention [tokens, heads, head_dim], x += o of it, and out = the MLP's output, not yet added to x. */
+TWOFOUR_CPU_API int twofour_cpu_before_attention(const twofour_cpu_step* step, const twofour_cpu_block* block, void* x,
+                                                 void* add, void* q, void* k, void* v);
+TWOFOUR_CPU_API int twofour_cpu_after_attention(const twofour_cpu_step* step, const twofour_cpu_block* block, void* x,
+                                                void* attended, void* out);
+/* x += add, and the norm after the last block: out [tokens, hidden]. */
+TWOFOUR_CPU_API int twofour_cpu_final_norm(const twofour_cpu_step* step, void* x, void* add, void* out);
+
 /* Sum of `bytes` bytes read by all threads, 8 bytes at a time: what the memory gives at most. */
 TWOFOUR_CPU_API uint64_t twofour_cpu_read(const void* memory, size_t bytes);
 
