@@ -42,6 +42,7 @@ TIERS = {  # what `make test-fast` leaves out, beside tests/gpu
         "calibration/test_recover.py",
         "calibration/test_sparsify.py",
         "damage",
+        "plugins/test_families.py",
         "plugins/test_network.py",
         "plugins/test_pytorch_backend.py",
         "plugins/test_releases.py",
