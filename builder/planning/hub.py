@@ -20,7 +20,7 @@ def find_config(model: str, revision: str | None = None) -> tuple[dict[str, Any]
     """
     if is_local(model):
         config = read_config(Path(model))
-        if not (config.get("dtype") or config.get("torch_dtype")) and any(Path(model).glob("*.safetensors")):
+        if config.get("dtype") is None and config.get("torch_dtype") is None and any(Path(model).glob("*.safetensors")):
             config["dtype"] = stored_dtype(Path(model))
         return config, str(Path(model) / "config.json")
     directory = _fetch(model, revision, ["config.json"])

@@ -124,7 +124,7 @@ def architecture(config: dict[str, Any], source: str = "config.json") -> Archite
         vocab_size=_size(config, "vocab_size", source),
         max_position_embeddings=_size(config, "max_position_embeddings", source, family.max_position_embeddings),
         tied_embeddings=_flag(config, "tie_word_embeddings", source),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+        dtype=_dtype(config),
         bias_qkv=bias or family.bias_qkv,
         bias_o=bias,
         bias_mlp=family.mlp_bias and _flag(config, "mlp_bias", source),
@@ -148,6 +148,12 @@ def _flag(config: dict[str, Any], key: str, source: str) -> bool:
     if value not in (None, True, False):
         raise UserError(f"'{source}': {key} is {str(value)[:40]!r}, not true or false: fetch the model again")
     return bool(value)
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    """The name under either key; bfloat16 where there is none."""
+    named = config.get("torch_dtype") if config.get("dtype") is None else config["dtype"]
+    return "bfloat16" if named is None else str(named)
 
 
 def _sliding_window(config: dict[str, Any], family: Family, source: str) -> int | None:

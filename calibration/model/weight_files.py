@@ -62,7 +62,7 @@ def model_dtype(directory: Path) -> str:
     """
     path = directory / "config.json"
     config = read_json_object(path, "fetch the model again")
-    named = config.get("dtype") or config.get("torch_dtype")
+    named = config.get("torch_dtype") if config.get("dtype") is None else config["dtype"]
     if named is None:
         return stored_dtype(directory)
     if named not in DTYPES.values():

@@ -78,7 +78,7 @@ def test_no_command_shows_a_traceback(name: str, whole: Path, tmp_path: Path) ->
         (build / name).write_bytes(data)
         status = run(command, build, tmp_path / "scratch")
         assert status in (0, 1, 2)
-        if command == "verify" and data != content:
+        if command == "verify" and data != content and name != "manifest.json":
             assert status != 0, "the manifest names the file's hash"
         shutil.rmtree(tmp_path / "scratch", ignore_errors=True)
 

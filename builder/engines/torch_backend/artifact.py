@@ -124,7 +124,7 @@ def _open(
             dtype=dtype,
             device=device,
             positions=limits.max_seq_len,
-            tactics=_read_json(tactics, "an engine directory") if tactics.is_file() else None,
+            tactics=_read_tactics(tactics) if tactics.is_file() else None,
         )
     return TorchEngine(model, limits, _eos(directory, config), kv_cache)
 
@@ -159,7 +159,25 @@ def _eos(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
     generation = directory / "generation_config.json"
     value = _read_json(generation, "a model").get("eos_token_id") if generation.is_file() else None
     value = config.get("eos_token_id") if value is None else value
-    return frozenset() if value is None else frozenset([value] if isinstance(value, int) else value)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise UserError(f"'{directory}': eos_token_id is {str(value)[:40]!r}, not a token id or a list: write it again")
+    return frozenset(ids)
+
+
+def _read_tactics(path: Path) -> dict[str, Any]:
+    """tactics.json, whose buckets each name a kernel; without pydantic, which GPU machines may lack."""
+    tactics = _read_json(path, "an engine directory")
+    layers = tactics.get("layers")
+    rows = list(layers.values()) if isinstance(layers, dict) else [None]
+    buckets = [row.get("buckets") if isinstance(row, dict) else None for row in rows]
+    if not all(isinstance(each, list) and all(map(_is_bucket, each)) for each in buckets):
+        raise UserError(f"'{path}' is no tactics file: build the engine again")
+    return tactics
+
+
+def _is_bucket(value: Any) -> bool:
+    return isinstance(value, dict) and type(value.get("tokens")) is int and isinstance(value.get("kernel"), str)
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:

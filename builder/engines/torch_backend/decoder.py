@@ -102,13 +102,19 @@ def _empty_model(config: dict[str, Any]) -> nn.Module:
     """The architecture, one of FAMILIES, with no memory behind its parameters."""
     name = config["architectures"][0]
     values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    settings = getattr(transformers, FAMILIES[name].config_class).from_dict(values)
-    rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        raise UserError(f"rope_type '{rope}' is not supported: the torch engine runs {', '.join(ROPE_TYPES)}")
-    settings._attn_implementation = attention.NAME
-    with torch.device("meta"):
-        model: nn.Module = getattr(transformers, name)(settings)
+    try:
+        settings = getattr(transformers, FAMILIES[name].config_class).from_dict(values)
+        rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope not in ROPE_TYPES:
+            raise UserError(f"rope_type '{rope}' is not supported: the torch engine runs {', '.join(ROPE_TYPES)}")
+        settings._attn_implementation = attention.NAME
+        with torch.device("meta"):
+            model: nn.Module = getattr(transformers, name)(settings)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises what it likes for a value that it does not take
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"config.json is one that transformers refuses ({reason}): export the model again") from None
     return model.eval()
 
 
