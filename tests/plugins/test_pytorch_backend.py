@@ -278,7 +278,7 @@ def test_unknown_algorithm_of_a_newer_modelopt_is_refused(checkpoints, tmp_path)
         (checkpoint / path.name).write_bytes(path.read_bytes())
     path = checkpoint / "config.json"
     path.write_text(path.read_text().replace('"FP8"', '"NVFP9"'))
-    with pytest.raises(UserError, match="quant_algo is 'NVFP9': only NO_QUANT, FP8"):
+    with pytest.raises(UserError, match="quant_algo is 'NVFP9': only NO_QUANT, W8A8_SQ_PER_CHANNEL, FP8"):
         pytorch.build(checkpoint, tmp_path / "engine", CONFIG)
 
 

@@ -29,6 +29,7 @@ from builder.checkpoint import Code, VerificationError, Violation
 from builder.checkpoint.checks import check_values
 from builder.checkpoint.safetensors_file import read_header
 from builder.verify import verify
+from plugins.sparsity.segments import Segments
 
 
 def truncate(directory: Path) -> None:
@@ -138,7 +139,7 @@ ATTACKS: dict[str, tuple[str, Attack, Code, str, str | None, int | None, int | N
     ),
     "unknown format": (
         "fp8", set_both(lambda section: section.update(quant_algo="NVFP4")),
-        Code.CONFIG, "config.json", None, None, None, "quant_algo is 'NVFP4': only NO_QUANT, FP8",
+        Code.CONFIG, "config.json", None, None, None, "quant_algo is 'NVFP4': only NO_QUANT, W8A8_SQ_PER_CHANNEL, FP8",
     ),
     "mapping that does not multiply": (
         "fp8-trt", change_json("config.json", lambda config: config["mapping"].update(tp_size=4)),
@@ -223,7 +224,7 @@ def test_a_split_that_cuts_a_group_of_4(copy_of: Any) -> None:
 
 def test_a_rank_whose_share_cuts_a_group_of_4(tmp_path: Path) -> None:
     safetensors.numpy.save_file({"w": np.zeros((4, 6), np.int8)}, tmp_path / "rank0.safetensors")
-    (found,) = check_values(read_header(tmp_path / "rank0.safetensors")["w"], None, sparse=True)
+    (found,) = check_values(read_header(tmp_path / "rank0.safetensors")["w"], None, Segments.of("rows", [("2:4", 4)]))
     assert found.code is Code.TENSOR_PARALLEL
 
 
@@ -231,7 +232,7 @@ def test_damage_far_into_a_tensor_is_placed_in_its_row(tmp_path: Path) -> None:
     weight = np.zeros((5000, 4096), np.int8)
     weight[4321, 40:43] = 1
     safetensors.numpy.save_file({"w": weight}, tmp_path / "w.safetensors")
-    (found,) = check_values(read_header(tmp_path / "w.safetensors")["w"], None, sparse=True)
+    (found,) = check_values(read_header(tmp_path / "w.safetensors")["w"], None, Segments.of("rows", [("2:4", 5000)]))
     assert (found.code, found.row, found.group) == (Code.SPARSITY, 4321, 10)
 
 

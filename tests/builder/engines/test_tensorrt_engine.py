@@ -158,7 +158,7 @@ def test_build_script_runs_the_same_command_wherever_the_artifact_lies(tmp_path)
         ({"quantization": {"quant_algo": "FP8", "sparsity": "2:4"}}, "quantization key 'sparsity'"),
         (
             {"quantization": {"quant_algo": "NVFP9"}, "producer": {"name": "modelopt", "version": "1.3.0"}},
-            "quant_algo 'NVFP9', which is none of FP8, W8A8_SQ_PER_CHANNEL: it was written by modelopt 1.3.0",
+            "quant_algo 'NVFP9', which is none of W8A8_SQ_PER_CHANNEL, FP8: it was written by modelopt 1.3.0",
         ),
     ],
 )
