@@ -50,7 +50,8 @@ class KVCache:
 
     def _allocate(self) -> list[torch.Tensor]:
         # zeros, not empty: a masked position weighs 0, and 0 * NaN would be NaN
-        return [torch.zeros(self._shape, dtype=self._stored, device=self._device) for _ in self.scales]
+        with torch.inference_mode(False):  # a request cancelled between two steps moves rows
+            return [torch.zeros(self._shape, dtype=self._stored, device=self._device) for _ in self.scales]
 
     @property
     def nbytes(self) -> int:
