@@ -5,9 +5,9 @@ log likelihood of tokens that the model itself draws (Fisher information; Marten
 Singh and Alistarh, 2020, arXiv:2004.14340). A channel is rows or inputs of its layers, so that its part is a sum of
 products that a backward pass holds already.
 
-The shares of channels come from squares summed token by token, of which there are many. What all channels of a layer, or
-of a half of a block, cost together has the tokens of a window summed before they are squared, as KL has it: on docs-llama
-that is the measured KL, where the sum over tokens is up to 2.5 times as much.
+The shares of channels come from squares summed token by token, of which there are many. What all channels of a layer,
+or of a half of a block, cost together has the tokens of a window summed before they are squared, as KL has it: on
+docs-llama that is the measured KL, where the sum over tokens is up to 2.5 times as much.
 
 Suffixes: B windows, T tokens of a window, P predictions, V vocabulary, N out_features, K in_features, F features of a
 layer along its channels, C channels.
