@@ -50,7 +50,7 @@ def sparsify(
     not fit the config, a target that does not fit the model, and inputs that are not finite.
     """
     tokens_BT = torch.from_numpy(np.empty((0, 1), np.int64) if tokens is None else tokens)
-    if not target.pruned:
+    if not target.pruned and not target.order:
         reports, changed = list[LayerReport](), Changed()
     elif config.method in SOLVERS:
         reports, changed = _walk(source, tokens_BT, config, target, work, progress)

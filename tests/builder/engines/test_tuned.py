@@ -202,20 +202,24 @@ def test_memory_that_runs_out_while_timing_is_a_line(
 
 def test_a_model_without_2to4_layers_needs_no_kernels(gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bindings, "context", None)
-    layer = SimpleNamespace(name="lm_head", out_features=8, in_features=8, format="fp8", sparse=False)
+    layer = SimpleNamespace(
+        name="lm_head", out_features=8, in_features=8, format="fp8", sparse=False, fraction=0.0, segments=None
+    )
     found = measured_tactics.tactics([layer], CONFIG, "bfloat16")
     assert (found["source"], found["device"]["name"], found["layers"]["lm_head"]["buckets"]) == (
         "measured",
         "Stand-in",
         [],
     )
-    wide = SimpleNamespace(name=UP, out_features=8, in_features=8, format="fp32", sparse=True)
+    wide = SimpleNamespace(
+        name=UP, out_features=8, in_features=8, format="fp32", sparse=True, fraction=1.0, segments=None
+    )
     reason = measured_tactics.tactics([wide], CONFIG, "float32")["layers"][UP]["reason"]
     assert reason == "stays dense: the model computes in float32, and the 2:4 kernels in 16 bit"
 
 
 def plan_layer(name: str, n: int, k: int, format: str = "fp8") -> LayerPlan:
-    return LayerPlan(name, n, k, format, True, 0, 0, "prune", "pruned to 2:4")
+    return LayerPlan(name, n, k, format, True, 1.0, 0, 0, "prune", "pruned to 2:4")
 
 
 def test_shapes_are_those_that_a_rank_multiplies() -> None:
