@@ -25,6 +25,7 @@ struct StreamedConfig {
   static constexpr int tile_sums = token_tiles * 4 * kLanes;  // of 16 rows and all tokens
   static constexpr int group_sums = tiles * tile_sums;
   static constexpr int sums_bytes = warps * group_sums * 4;
+  static_assert(group_sums % threads == 0, "each thread adds as many");
 
   // Shared memory: a ring of `depth` slots for each warp | sums | barriers of slots | barriers of x | x.
   TWOFOUR_HD static constexpr int sums_offset(int depth) { return depth * warps * slot_bytes; }
@@ -104,9 +105,12 @@ TWOFOUR_DEVICE void load_x(const SkinnyProblem& p, const Range& range, int token
   constexpr int kChunks = C::x_bytes / kChunkBytes;  // of a token and a block
   const int64_t row_bytes = p.in_features * element_bytes(C::type);
   const uint8_t* source = p.x + gpu::block_y() * C::tokens * row_bytes;
+  // All thread blocks read the same lines: each begins elsewhere, so that they do not queue at one slice of the L2.
+  const int chunks = C::x_rows(tokens_here) * kChunks, first = gpu::block_x() * kLanes % chunks + lane;
   for (int block = warp; block < range.blocks; block += C::warps) {
     const int64_t first_byte = (range.block + block) * C::x_bytes;
-    for (int i = lane; i < C::x_rows(tokens_here) * kChunks; i += kLanes) {
+    for (int n = lane, i = first; n < chunks; n += kLanes, i += kLanes) {
+      if (i >= chunks) i -= chunks;
       const int row = i / kChunks, at = i % kChunks * kChunkBytes;
       const bool inside = row < tokens_here && first_byte + at < row_bytes;
       gpu::copy_or_zero(x + row * pitch + block * C::x_bytes + at, inside ? source + row * row_bytes + first_byte + at : p.x,
@@ -133,12 +137,13 @@ TWOFOUR_DEVICE uint32_t* partials_of(const SkinnyProblem& p, int split, int64_t 
 // Adds the warps' sums of a group of tiles, and stores y or this split's part of it.
 template <class C, class Accumulator>
 TWOFOUR_DEVICE void add_warps(const SkinnyProblem& p, const Accumulator* sums, int64_t first_tile, int tiles) {
-  for (int i = gpu::thread(); i < C::group_sums; i += C::threads) {
-    const int r = i / C::tile_sums, at = i % C::tile_sums;
-    if (r >= tiles) return;
+  TWOFOUR_UNROLL
+  for (int first = 0; first < C::group_sums; first += C::threads) {
+    const int i = first + gpu::thread(), r = i / C::tile_sums, at = i % C::tile_sums;
     Accumulator sum = sums[i];
     TWOFOUR_UNROLL
     for (int warp = 1; warp < C::warps; ++warp) sum += sums[warp * C::group_sums + i];
+    if (r >= tiles) continue;
     if (p.splits == 1) store_tile_sum<C>(p, first_tile + r, at, sum);
     else gpu::store_partial(partials_of<C>(p, gpu::block_x() % p.splits, first_tile + r) + at, sum);
   }
