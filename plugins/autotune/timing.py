@@ -41,7 +41,7 @@ def measure(call: Callable[[int], object], copies: int, rounds: int = ROUNDS, le
     """
     calls = -(-least_calls // copies) * copies
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # what makes the operands, in memory that is handed on while it runs
+    stream.wait_stream(torch.cuda.current_stream())  # it still makes the operands, in memory it shares
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         for i in range(min(copies, 2)):  # warm-up: plans, lazy loading
