@@ -15,6 +15,7 @@ from builder.planning import compatibility
 from calibration.quantization import export
 from calibration.quantization.quantize import load_model
 from plugins.common.families import FAMILIES
+from plugins.sparsity.declaration import Declaration
 from tests.support.contract import RELEASES, facts
 from tests.support.models import random_model
 
@@ -29,8 +30,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """A family's model as checkpoint/ and checkpoint-trtllm/, in bf16."""
     folder = tmp_path_factory.mktemp(request.param)
     source = random_model(folder / "source", request.param)
-    export.export_trtllm(load_model(source), source, folder / "checkpoint-trtllm", None, 1, 1)
-    export.copy_checkpoint(source, folder / "checkpoint", None)
+    export.export_trtllm(load_model(source), source, folder / "checkpoint-trtllm", Declaration(), 1, 1)
+    export.copy_checkpoint(source, folder / "checkpoint", Declaration())
     return folder
 
 

@@ -20,6 +20,7 @@ from builder.config import EngineConfig
 from builder.engines.request import Request
 from builder.engines.torch_backend import artifact
 from calibration.quantization.export import copy_checkpoint
+from plugins.sparsity.declaration import Declaration
 from tests.support.command import done
 from tests.support.models import cut_llama, random_model, write_recipe
 
@@ -70,7 +71,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         layers = [name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight")]
         tensors |= {f"{layer}.weight": prune(tensors[f"{layer}.weight"]) for layer in layers}
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-        copy_checkpoint(source, folder / family, {"pattern": "2:4", "method": "magnitude", "layers": layers})
+        copy_checkpoint(source, folder / family, Declaration(tuple(layers), method="magnitude"))
     return {name: folder / name for name in (*FAMILIES, "built-2of4", "built-fp8-2of4")}
 
 
