@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from builder.config import EngineConfig
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
@@ -30,7 +31,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(request.param)
     source = random_model(folder / "source", request.param)
     export.export_trtllm(load_model(source), source, folder / "checkpoint-trtllm", Declaration(), 1, 1)
-    export.copy_checkpoint(source, folder / "checkpoint", Declaration())
+    names = set(load_file(source / "model.safetensors"))
+    export.copy_checkpoint(source, folder / "checkpoint", Declaration(), names)
     return folder
 
 

@@ -71,7 +71,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         layers = [name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight")]
         tensors |= {f"{layer}.weight": prune(tensors[f"{layer}.weight"]) for layer in layers}
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-        copy_checkpoint(source, folder / family, Declaration(tuple(layers), method="magnitude"))
+        copy_checkpoint(source, folder / family, Declaration(tuple(layers), method="magnitude"), set(tensors))
     return {name: folder / name for name in (*FAMILIES, "built-2of4", "built-fp8-2of4")}
 
 
