@@ -17,7 +17,7 @@ def read(checkpoint: str, new_tokens: int) -> dict:
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenizer(PROMPT)["input_ids"]
-    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    dtype = getattr(config, "torch_dtype", None) or config.dtype  # below 4.56 `dtype` is a key like any other
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", None)}
     result = {"ids": ids, "dtype": str(dtype), "rope_theta": rope["rope_theta"], "text": tokenizer.decode(ids)}
     if getattr(config, "quantization_config", None) is None:  # transformers has no reader of ModelOpt's weights
