@@ -21,6 +21,7 @@ from plugins.common.errors import GateError, UserError
 TAKEN_BACK = {"reconstruct": 0.5, "sparsegpt": 0.8}  # of the predicted KL this share is left, before a build shows it
 NEAR = 0.8  # of the budget: what the first build may leave unused
 MARGIN = 0.9  # of the budget, that the second build aims at
+TINY = 1e-12  # nats
 PREDICTED = 6  # points of the predicted front
 
 Measure = Callable[[Allocation], Accuracy]
@@ -101,7 +102,7 @@ def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) 
             break
         points.append(Point(allocation, goal.loss(measure(allocation)), measured=True))
         last = points[-1]
-        share = max(goal.nats(max(last.loss, 0.0)) / last.allocation.cost, 0.05)
+        share = max(goal.nats(max(last.loss, 0.0)) / max(last.allocation.cost, TINY), 0.05)
         spent = (time.monotonic() - started) / 60
         late = budget.minutes is not None and 2 * spent > budget.minutes
         if build == 1 and last.loss <= goal.limit and (late or _unused(allocator, goal, last) < 1 - NEAR):
@@ -122,9 +123,10 @@ def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) 
 
 def _unused(allocator: Allocator, goal: Goal, point: Point) -> float:
     """The share of the budget that is left; none where everything is 2:4 already."""
-    if point.allocation.fraction > 0.999:
+    whole = goal.nats(goal.limit)
+    if point.allocation.fraction > 0.999 or whole <= 0:
         return 0.0
-    return 1 - goal.nats(max(point.loss, 0.0)) / goal.nats(goal.limit)
+    return 1 - goal.nats(max(point.loss, 0.0)) / whole
 
 
 def _predicted(allocator: Allocator, goal: Goal, share: float) -> list[Point]:

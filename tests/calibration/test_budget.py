@@ -148,7 +148,8 @@ def test_layers_that_are_no_candidates_stay_dense() -> None:
 
 
 def accuracy(kl: float) -> Accuracy:
-    return Accuracy(Perplexity(10.0), Perplexity(10.0 * math.exp(kl)), math.expm1(kl), (0, 0), kl, 1 - kl**0.5, 1, 1, 1)
+    agreement = 1 - max(kl, 0) ** 0.5
+    return Accuracy(Perplexity(10.0), Perplexity(10.0 * math.exp(kl)), math.expm1(kl), (0, 0), kl, agreement, 1, 1, 1)
 
 
 class Builds:
@@ -177,6 +178,11 @@ def test_two_builds_end_within_the_budget_and_use_most_of_it(limit: dict[str, fl
 def test_what_nothing_meets_names_the_smallest_loss() -> None:
     with pytest.raises(GateError, match=r"nothing fits under sparsity.budget \(perplexity \+1.00%\): .* perplexity \+"):
         search(made_up(), Budget(perplexity_increase=0.01), "reconstruct", lambda _: accuracy(0.5))
+
+
+def test_a_budget_of_nothing_takes_what_costs_nothing() -> None:
+    found = search(made_up(), Budget(perplexity_increase=0), "reconstruct", lambda _: accuracy(-0.001))
+    assert found.measured_loss < 0
 
 
 def test_a_first_build_that_took_long_ends_the_search() -> None:
