@@ -18,6 +18,7 @@ import torch
 from plugins.autotune import timing
 from plugins.common.errors import UserError
 from plugins.common.files import write_json
+from plugins.libtwofour import bindings
 
 NODES = 256  # kernels in one graph
 TOOLS = ("nvcc", "cmake", "ninja", "make", "g++", "ncu", "compute-sanitizer")
@@ -35,11 +36,21 @@ def describe(device: int = 0) -> dict[str, Any]:
         "versions": {
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
-            "cusparselt": torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None,
+            **_libraries(device),
             "oldest_cusparselt": os.environ.get("TWOFOUR_CUSPARSELT_OLDEST"),
         },
         "tools": {tool: shutil.which(tool) for tool in TOOLS},
     }
+
+
+def _libraries(device: int) -> dict[str, Any]:
+    """Versions that libtwofour runs on, or why it cannot be loaded, and the one that torch's products use."""
+    own = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
+    try:
+        info = bindings.context(device).info()
+    except UserError as error:
+        return {"torch_cusparselt": own, "libtwofour": str(error)}
+    return {"torch_cusparselt": own, "cusparselt": info.cusparselt_version, "cublaslt": info.cublaslt_version}
 
 
 def measure_limits(device: int = 0) -> dict[str, float]:

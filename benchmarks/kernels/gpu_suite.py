@@ -62,14 +62,14 @@ MACHINE = Step("machine", ("-m", "benchmarks.kernels.gpu_machine", "--out", "{ou
 BUILD = Step("build", ("-m", "plugins.libtwofour.compiler", "--out", "{out}"), 60)
 SANITIZER = Step("sanitizer", ("-m", "benchmarks.kernels.sanitizer", "--seconds", "{seconds}", "--out", "{out}"), 30)
 SMOKE = (
-    MACHINE,
     BUILD,
+    MACHINE,
     _tests("products", 45, "-k", "test_product"),
     _table("llama-3.1-8b", "fp8", "1,16,1024", 60),
 )
 FULL = (
-    MACHINE,
     BUILD,
+    MACHINE,
     _tests("products", 30, "-k", "test_product"),
     _table("llama-3.1-8b", "fp8", "1,8,16,64,512,1024,4096", 70),
     Step("engine", ("-m", "builder.engines.torch_backend.benchmark", "--seconds", "{seconds}", "--out", "{out}"), 150),

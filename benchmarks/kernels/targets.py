@@ -36,14 +36,19 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for table in tables for row in table.get("rows", [])]
 
 
+def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with a fair baseline: where cuBLASLt could not run, the dense time is no one's best."""
+    return [row for row in rows(results) if "cublaslt" not in row.get("left_out", {})]
+
+
 def kernel_ratios(format: str, accepts: Callable[[dict[str, Any]], bool]) -> Callable[[dict[str, Any]], list[float]]:
     """Dense time over 2:4 time of the rows of `format` that `accepts` takes."""
-    return lambda results: [r["ratio"] for r in rows(results) if r["format"] == format and r["ratio"] and accepts(r)]
+    return lambda results: [r["ratio"] for r in judged(results) if r["format"] == format and r["ratio"] and accepts(r)]
 
 
 def against_fp8(results: dict[str, Any]) -> list[float]:
     """Dense FP8 time over INT8 2:4 time where both were measured, from 1024 tokens up."""
-    dense = {_key(r): r["kernels_us"][r["dense"]] for r in rows(results) if r["format"] == "fp8" and r["dense"]}
+    dense = {_key(r): r["kernels_us"][r["dense"]] for r in judged(results) if r["format"] == "fp8" and r["dense"]}
     sparse = {_key(r): r["kernels_us"][r["sparse"]] for r in rows(results) if r["format"] == "int8" and r["sparse"]}
     return [dense[key] / us for key, us in sparse.items() if key in dense and key[-1] >= 1024]
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 PADDED = (16, 32)  # tokens that a dense FP8 product is also timed with
-WORKSPACE = 128 << 20
+WORKSPACE = 128 << 20  # beside the raw sums that our epilogue finishes
 
 
 @dataclass
@@ -198,7 +198,8 @@ def time_kernel(bench: Bench, kernel: str, tokens: int) -> Timing:
     s = bench.shape
     problem = torch_ops.describe(kernel, x_MK, s.out_features, bench.out_dtype, bench.scale, bench.channel_scales)
     y_MN = torch.empty(tokens, s.out_features, dtype=bench.out_dtype, device=bench.device)
-    workspace, notes = _workspace(bench.device)
+    sums = 4 * tokens * s.out_features if bench.channel_scales is not None or s.format == "int8" else 0
+    workspace, notes = _workspace(bench.device, WORKSPACE + sums)
     place = (workspace.data_ptr(), workspace.nbytes)
 
     def call(i: int) -> None:
@@ -231,9 +232,9 @@ def _line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _workspace(device: torch.device) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """WORKSPACE bytes, or what memory has left: then algorithms that want more are passed over, and it is said."""
-    size = WORKSPACE
+def _workspace(device: torch.device, wanted: int) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """`wanted` bytes, or what memory has left: then algorithms that need more are left out, with a note."""
+    size = wanted
     while True:
         try:
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -242,5 +243,5 @@ def _workspace(device: torch.device) -> tuple[torch.Tensor, tuple[str, ...]]:
                 raise UserError("no GPU memory is left for a workspace: free some, or tune a smaller model") from None
             size //= 2
         else:
-            short = (f"only {size >> 20} MiB of GPU memory for a workspace",) if size < WORKSPACE else ()
+            short = (f"only {size >> 20} MiB of GPU memory for a workspace",) if size < wanted else ()
             return workspace, short

@@ -88,7 +88,7 @@ def test_a_full_disk_prints_what_it_cannot_keep_and_goes_on(
     def full(path: Path, content: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gpu_suite, "replace_json", full)
+    monkeypatch.setattr(gpu_suite, "write_json", full)
     results = gpu_suite.run([step("first", WRITE), step("second", WRITE)], 60, tmp_path / "gpu.json")
     assert list(results["steps"]) == ["first", "second"]
     assert "the result of first: " in capsys.readouterr().out

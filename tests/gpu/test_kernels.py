@@ -264,3 +264,31 @@ def test_error_is_no_larger_than_the_dense_kernels(kernel: str, dtype: torch.dty
         y = OPERATORS[name](x, torch_ops.prepare(w, name), scale, None, None, 2048, out_of(dtype))
         error[name] = float((y.double() - exact).norm() / exact.norm())
     assert error[kernel] <= 1.05 * error["cublaslt"], error
+
+
+@each_dtype
+@each_kernel
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_search_writes_nothing_but_y_and_its_workspace(kernel: str, dtype: torch.dtype, tokens: int) -> None:
+    """Every algorithm of a real layer's product, between guards; the weights stay as they are."""
+    n, k, guard = 8192, 8192, 1 << 16
+    w, x = timing.random_2to4(n, k, dtype, DEVICE), timing.random_operand(tokens, k, dtype, DEVICE)
+    prepared, out = torch_ops.prepare(w, kernel), out_of(dtype)
+    before = [t.view(torch.uint8).clone() for t in (w, x, prepared)]
+    size = (64 << 20) + 4 * tokens * n
+    place, y = (
+        torch.full((bytes_ + 2 * guard,), 0xA5, dtype=torch.uint8, device=DEVICE) for bytes_ in (size, 2 * tokens * n)
+    )
+    scale = 2.0**-9 if dtype in DTYPES[:2] else 1.0
+    problem = torch_ops.describe(kernel, x, n, out, scale)
+    stream = torch.cuda.current_stream().cuda_stream
+    workspace = (place.data_ptr() + guard, size)
+    bindings.context(0).search(
+        problem, x.data_ptr(), prepared.data_ptr(), y.data_ptr() + guard, workspace, stream=stream
+    )
+    torch.cuda.synchronize()
+    for tensor, kept in zip((w, x, prepared), before, strict=True):
+        assert torch.equal(tensor.view(torch.uint8), kept)
+    for guarded in (place, y):
+        assert bool((guarded[:guard] == 0xA5).all())
+        assert bool((guarded[-guard:] == 0xA5).all())
