@@ -14,13 +14,10 @@ from builder.hardware import machine
 from calibration.quantization.trtllm_config import trtllm_name
 
 ON_CPU = (
-    "2:4 gives no speed-up on this machine: a CPU has no sparse matrix instructions, so its kernels multiply the zeros "
-    "too. Here it saves bytes. The gain on a GPU is predicted above, never measured here."
+    "A CPU has no sparse matrix instructions: 2:4 saves bytes here, and time only where reading weights is the limit. "
+    "The gain on a GPU is predicted above, never measured here."
 )
-CPU_FIGURES = (
-    "The speeds are of this CPU alone and do not transfer to a GPU. Both sides compute in float32 here, which slows "
-    "the dense model at large batches, where bfloat16 products would be faster."
-)
+CPU_FIGURES = "The speeds are of this CPU alone and do not transfer to a GPU."
 ADAPTER = (
     "The adapter of rank {rank} recovers {share:.0%} of the squared output error of pruning in the median layer. The "
     "engine does not apply it, and all reported numbers exclude it: it is for a server that loads LoRA adapters."
