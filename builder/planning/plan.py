@@ -266,7 +266,7 @@ def _notes(recipe: Recipe, layers: Sequence[LayerPlan]) -> list[str]:
         notes.append("no layer is pruned: sparsity.layers and sparsity.exclude leave none")
     if recipe.sparsity:
         notes.append(
-            "2:4 needs a GPU with sparse tensor cores (SM80 and later) to pay in full; a CPU saves bytes, and time only "
-            "where reading weights is the limit"
+            "2:4 needs a GPU with sparse tensor cores (SM80 and later) to pay in full; a CPU saves bytes, and time "
+            "only where reading weights is the limit"
         )
     return notes
