@@ -26,7 +26,7 @@ class Console:
         self.terminal = Terminal(file=self.stream, highlight=False, soft_wrap=True)
         self._handler = _Warnings(self)
         self._bar: Progress | None = None
-        self._last = 0.0
+        self._last = time.monotonic()
 
     def __enter__(self) -> Console:
         for package in PACKAGES:

