@@ -8,8 +8,9 @@ from typing import Any
 
 from builder.context import BuildContext, Outputs, data_digest
 from builder.hardware import machine
-from builder.pipeline.calibration_stages import pruned_weights, tokens_of
+from builder.pipeline.pruning_stages import pruned_weights
 from builder.pipeline.stage import CALIBRATION_TOOLS, ENGINE_TOOLS, Stage
+from builder.pipeline.text_stages import tokens_of
 from plugins.common.files import write_json
 
 

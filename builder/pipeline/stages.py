@@ -6,9 +6,10 @@ from typing import Literal
 
 from builder.artifacts.cache import CachedOutput
 from builder.context import BuildContext
-from builder.pipeline.calibration_stages import ADAPTER, CALIBRATION, PRICES, RECOVER, SELECTION, SPARSIFY, TEXT_CHECK
 from builder.pipeline.engine_stages import BENCHMARK, CHECKPOINT, ENGINE, EVALUATE, REFERENCE
+from builder.pipeline.pruning_stages import ADAPTER, PRICES, RECOVER, SELECTION, SPARSIFY
 from builder.pipeline.stage import run_stage
+from builder.pipeline.text_stages import CALIBRATION, TEXT_CHECK
 
 Until = Literal["checkpoint", "engine", "evaluate", "benchmark", "deploy"]
 UNTIL: tuple[Until, ...] = ("checkpoint", "engine", "evaluate", "benchmark", "deploy")

@@ -1,4 +1,4 @@
-"""The stages that calibrate: text, layer selection, pruning, recovery and adapter."""
+"""The stages that prune: layer selection, pruning, recovery and adapter."""
 
 from __future__ import annotations
 
@@ -10,96 +10,10 @@ from typing import Any
 from builder.artifacts.cache import CachedOutput, digest_of
 from builder.context import BuildContext, Outputs, data_digest
 from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
+from builder.pipeline.text_stages import selects_layers, tokens_of
 from plugins.common.errors import UserError
 from plugins.common.files import write_json
 from plugins.sparsity.declaration import Declaration
-
-
-def needs_text(context: BuildContext) -> bool:
-    """Whether any wanted stage reads calibration tokens."""
-    recipe = context.recipe
-    sparsity = recipe.sparsity
-    pruning = sparsity is not None and bool(sparsity.needs_text or sparsity.adapter_rank)
-    return pruning or _selects(context) or recipe.quantization.wanted
-
-
-def tokens_of(outputs: Outputs) -> Any:
-    """The calibration tokens [samples, length] int64."""
-    import numpy as np
-
-    return np.load(outputs["calibration"].path / "tokens.npy")
-
-
-def _calibration_inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:
-    data = context.recipe.calibration.data
-    if data is None:
-        raise UserError("calibration.data is not set: name text, for example --set calibration.data=texts.jsonl")
-    return {"model": context.model_digest, "data": data_digest(data)}
-
-
-def _run_calibration(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
-    """tokens.npy [samples, length] int64, and calibration.json with its hash."""
-    import numpy as np
-
-    from calibration.data.windows import calibration_windows
-
-    config = context.recipe.calibration
-    windows = calibration_windows(config, context.model)
-    np.save(out / "tokens.npy", windows.tokens)
-    write_json(out / "calibration.json", {"sha256": windows.sha256, **config.model_dump(mode="json")})
-
-
-CALIBRATION = Stage(
-    name="calibration",
-    until="checkpoint",
-    wanted=needs_text,
-    inputs=_calibration_inputs,
-    config=lambda context, outputs: context.recipe.calibration.model_dump(mode="json"),
-    run=_run_calibration,
-    code=("calibration.data.windows",),
-    tools=("twofour", "transformers", "datasets"),
-)
-
-
-def _run_text_check(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
-    """perplexity.json: the dense model's perplexity on the calibration text and on the held-out text."""
-    from calibration.data.windows import windows
-    from calibration.evaluation.text_check import compare_text
-
-    accuracy = context.recipe.accuracy
-    assert accuracy.data is not None
-    held_out = windows(accuracy.data, context.model, accuracy.sequence_length)
-    write_json(out / "perplexity.json", compare_text(context.model, tokens_of(outputs), held_out.tokens))
-
-
-def _warn_of_text(context: BuildContext, output: CachedOutput) -> None:
-    from calibration.evaluation.text_check import warning
-
-    if message := warning(json.loads((output.path / "perplexity.json").read_text())):
-        context.console.warn(message)
-
-
-TEXT_CHECK = Stage(
-    name="text_check",
-    until="checkpoint",
-    wanted=lambda context: needs_text(context) and context.recipe.accuracy.data is not None,
-    inputs=lambda context, outputs: {
-        "model": context.model_digest,
-        "tokens": outputs["calibration"].digest,
-        "held_out": data_digest(context.recipe.accuracy.data or ""),
-    },
-    config=lambda context, outputs: context.recipe.accuracy.sequence_length,
-    run=_run_text_check,
-    code=("calibration.evaluation.text_check",),
-    tools=CALIBRATION_TOOLS,
-    after=_warn_of_text,
-)
-
-
-def _selects(context: BuildContext) -> bool:
-    """Whether the recipe asks for a share of the weights, or for a budget to find one."""
-    sparsity = context.recipe.sparsity
-    return sparsity is not None and (sparsity.budget is not None or sparsity.fraction is not None)
 
 
 def _run_prices(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
@@ -112,7 +26,7 @@ def _run_prices(context: BuildContext, outputs: Outputs, out: Path, work: Path) 
 PRICES = Stage(
     name="prices",
     until="checkpoint",
-    wanted=_selects,
+    wanted=selects_layers,
     inputs=lambda context, outputs: {"model": context.model_digest, "tokens": outputs["calibration"].digest},
     config=lambda context, outputs: context.plan.sparse_layers,
     run=_run_prices,
@@ -172,7 +86,7 @@ def _report_selection(context: BuildContext, output: CachedOutput) -> None:
 SELECTION = Stage(
     name="selection",
     until="checkpoint",
-    wanted=_selects,
+    wanted=selects_layers,
     inputs=_selection_inputs,
     config=_selection_config,
     run=_run_selection,
