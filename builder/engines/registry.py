@@ -22,7 +22,7 @@ def build(
     out: Path,
     config: EngineConfig,
     gpu: str,
-    progress: Progress,
+    progress: Progress = lambda what, done, total: None,
     *,
     speed_matters: bool = True,
 ) -> None:
