@@ -39,7 +39,7 @@ def describe(device: int = 0) -> dict[str, Any]:
             **_libraries(device),
             "oldest_cusparselt": os.environ.get("TWOFOUR_CUSPARSELT_OLDEST"),
         },
-        "tools": {tool: shutil.which(tool) for tool in TOOLS},
+        "tools": {tool: shutil.which(tool) is not None for tool in TOOLS},
     }
 
 
