@@ -40,6 +40,20 @@ by number of tokens ([values]({path})):
 | layer | {tokens} |
 |---|{lines}|
 {rows}"""
+DECODE = """
+A decode step of the torch engine on the same GPU, Llama-3.1-8B's shapes with random weights, context {context}, each
+model with the fastest products ([another run](docs/kernels.md#what-has-run) gave 1.26x and 1.18x over FP8):
+
+| requests at a time | bf16 | FP8 | FP8 + 2:4 | over FP8 | over bf16 |
+|---|---|---|---|---|---|
+{rows}"""
+CPU = """
+A decode step of {model} on one thread of an {processor}, by CPU time
+({note}[values]({path})):
+
+| requests at a time | dense bf16 | dense INT8 | INT8 + 2:4 |
+|---|---|---|---|
+{rows}"""
 PREDICTED = """
 **Predicted**, not measured: decoding Llama-3.1-8B on an H100, batch 8, context 1024, with 2:4 on all layers of the
 blocks is at most {fp8:.2f}x as fast as dense FP8 and {bf16:.2f}x as fast as bf16. These limits exceed published
@@ -62,6 +76,8 @@ def results() -> str:
         *map(_accuracy, newest(RESULTS, "accuracy_peers", lambda result: result["settings"]["model"]).values()),
         *map(_build, newest(RESULTS, "quickstart", lambda report: report["model"]).values()),
         *map(_kernels, newest(RESULTS, "gpu", device_name).values()),
+        *map(_decode, newest(RESULTS, "gpu", device_name).values()),
+        *map(_cpu, newest(RESULTS, "cpu_decode", lambda result: result["environment"]["processor"]).values()),
         _predicted(),
     ]
     return "".join(parts).lstrip("\n")
@@ -148,6 +164,38 @@ def _kernels(file: tuple[dict[str, Any], Path]) -> str:
         tokens=" | ".join("1 token" if count == 1 else f"{count}" for count in tokens),
         lines="|".join(["---"] * len(tokens)),
         rows="".join(lines),
+    )
+
+
+def _decode(file: tuple[dict[str, Any], Path]) -> str:
+    engine = file[0]["steps"].get("engine", {}).get("result", {})
+    times = {name: result["decode_us"] for name, result in engine.get("results", {}).items()}
+    if not {"bf16", "fp8", "fp8-2of4"} <= times.keys():
+        return ""
+    rows = [
+        f"| {batch} | {times['bf16'][batch] / 1000:.2f} ms | {times['fp8'][batch] / 1000:.2f} ms | {us / 1000:.2f} ms "
+        f"| {times['fp8'][batch] / us:.2f}x | {times['bf16'][batch] / us:.2f}x |\n"
+        for batch, us in times["fp8-2of4"].items()
+    ]
+    return DECODE.format(context=engine["context"], rows="".join(rows))
+
+
+def _cpu(file: tuple[dict[str, Any], Path]) -> str:
+    result, path = file
+    sides = result["sides"]
+    counts = sorted(
+        {key.removeprefix("cpu_ms_a_step_") for side in sides.values() for key in side if key.startswith("cpu_ms_a")}
+    )
+    rows = [
+        f"| {count} | " + " | ".join(f"{side[f'cpu_ms_a_step_{count}']:.1f} ms" for side in sides.values()) + " |\n"
+        for count in counts
+    ]
+    return CPU.format(
+        model=result["model"],
+        processor=result["environment"]["processor"],
+        note="the machine was busy; " if "not a quiet machine" in result["note"] else "",
+        path=path.relative_to(ROOT).as_posix(),
+        rows="".join(rows),
     )
 
 
