@@ -72,29 +72,33 @@ def tactics(
     return measured_tactics.tactics(opened.layers(), config, opened.architecture.dtype, fused)
 
 
-def load(engine: Path) -> Engine:
-    """Opens an engine directory. Raises UserError for a foreign directory or a backend that cannot run here."""
+def load(engine: Path, *, precise: bool = False) -> Engine:
+    """Opens an engine directory. Raises UserError for a foreign directory or a backend that cannot run here.
+
+    `precise`: on a CPU, computes in float32 what is not 8 bit, as accuracy is judged; else in the fastest dtype.
+    """
     backend = engine_facts(engine).get("backend")
     version_lock.require(engine)
     if backend == "torch":
         from builder.engines.torch_backend import artifact
 
-        return artifact.load(engine)
+        return artifact.load(engine, dtype=artifact.precise_dtype() if precise else None)
     raise UserError(
         f"'{engine}' is a {backend} engine, which this process cannot open: serve it as its launch file says, "
         "then measure it with twofour bench --url"
     )
 
 
-def load_dense(model: Path, engine: Path) -> Engine:
-    """The dense baseline: the unpruned 16-bit model on the same backend and limits as `engine`."""
+def load_dense(model: Path, engine: Path, *, precise: bool = False) -> Engine:
+    """The dense baseline: the unpruned 16-bit model, on the same backend and limits as `engine`."""
     from builder.engines.torch_backend import artifact
 
     config, source = find_config(str(model))
     check_weights(model, architecture(config, source), config)
     facts = engine_facts(engine)
     same = ("max_batch_size", "max_seq_len", "max_num_tokens", "chunked_prefill")
-    return artifact.load_hf(model, **{limit: facts[limit] for limit in same if limit in facts})
+    dtype = artifact.precise_dtype() if precise else None
+    return artifact.load_hf(model, dtype=dtype, **{limit: facts[limit] for limit in same if limit in facts})
 
 
 def engine_facts(engine: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) ->
 
     assert config.data is not None
     text = windows(config.data, model, config.sequence_length, config.samples)
-    dense, built = registry.load_dense(model, engine), registry.load(engine)
+    dense, built = registry.load_dense(model, engine, precise=True), registry.load(engine, precise=True)
     measured = evaluate(dense.logits, built.logits, text.tokens, text.documents, progress).to_dict()
     measured["engines"] = {"dense": dense.describe(), "built": built.describe()}
     if config.tasks:

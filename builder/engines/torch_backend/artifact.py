@@ -129,6 +129,11 @@ def _open(
     return TorchEngine(model, limits, _eos(directory, config), kv_cache)
 
 
+def precise_dtype() -> torch.dtype | None:
+    """float32 on a CPU, where bfloat16 is a matter of speed alone; on a GPU the model's own, as it is served."""
+    return None if torch.cuda.is_available() else torch.float32
+
+
 def _compute_dtype(own: str, device: torch.device) -> torch.dtype:
     """The model's own dtype where the device has instructions for it; else float32."""
     if device.type == "cuda" or (own == "bfloat16" and torch.cpu._is_avx512_bf16_supported()):
