@@ -177,11 +177,11 @@ def test_workspace_shrinks_with_memory_and_says_so(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch, "empty", small)
     limit = 40 << 20
-    workspace, notes = tuner._workspace(torch.device("cpu"))
+    workspace, notes = tuner._workspace(torch.device("cpu"), tuner.WORKSPACE)
     assert (workspace.nbytes, notes) == (32 << 20, ("only 32 MiB of GPU memory for a workspace",))
     limit = 100
     with pytest.raises(UserError, match="no GPU memory is left for a workspace"):
-        tuner._workspace(torch.device("cpu"))
+        tuner._workspace(torch.device("cpu"), tuner.WORKSPACE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
