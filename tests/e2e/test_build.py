@@ -114,7 +114,8 @@ def test_a_preset_from_the_model_to_the_report(preset: str, recipe: Path, store:
     assert report["accuracy"]["built"]["perplexity"] > 1
     assert report["size"]["built_bytes"] < report["size"]["dense_bytes"]
     assert {layer["sparse"] for layer in report["layers"] if layer["name"] != "lm_head"} == {pruned}
-    assert "The engine: 2:4 weights are unpacked when they are loaded" in " ".join(report["notes"]) or not pruned
+    unpacked = "The engine: 2:4 weights are unpacked when they are loaded" in " ".join(report["notes"])
+    assert unpacked or not pruned or preset == "int8-2of4"  # int8 stays packed where its CPU kernels run
     (point,) = report["performance"]
     assert point["built"]["output_token_throughput"]["mean"] > 0
 
