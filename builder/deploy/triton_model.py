@@ -23,7 +23,7 @@ from builder.deploy.engine_thread import EngineLoop
 from builder.deploy.response import CancelledError, FullError, Reply, send_error
 from builder.engines.base import Engine, Token
 
-_CANCELLATION_PERIOD = 0.1  # seconds between two checks for disconnected clients
+_CANCELLATION_PERIOD = 0.02  # seconds between two checks for disconnected clients
 
 
 class EngineModel:
