@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.kernels import gpu_suite
+from plugins.common.errors import UserError
+from plugins.libtwofour import compiler
 
 WRITE = "import sys, json, pathlib; pathlib.Path(sys.argv[1]).write_text(json.dumps({'rows': [1]})); "
 
@@ -92,3 +96,31 @@ def test_a_full_disk_prints_what_it_cannot_keep_and_goes_on(
     results = gpu_suite.run([step("first", WRITE), step("second", WRITE)], 60, tmp_path / "gpu.json")
     assert list(results["steps"]) == ["first", "second"]
     assert "the result of first: " in capsys.readouterr().out
+
+
+def test_a_killed_parent_leaves_what_the_step_had_written(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from benchmarks.kernels.gpu_suite import Step, run; import sys; "
+        f"steps = [Step('first', ('-c', {WRITE!r}, '{{out}}'), 30.0), "
+        f"Step('second', ('-c', {WRITE + 'import time; time.sleep(4)'!r}, '{{out}}'), 30.0)]; "
+        "run(steps, 60, Path(sys.argv[1]) / 'gpu.json')"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=gpu_suite.ROOT)
+    part, deadline = tmp_path / "second.part.json", time.monotonic() + 30
+    while not part.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    assert json.loads((tmp_path / "gpu.json").read_text())["steps"]["first"]["result"] == {"rows": [1]}
+    assert json.loads(part.read_text()) == {"rows": [1]}
+
+
+def test_without_a_compiler_the_build_step_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> str:
+        raise UserError("no nvcc found: install the CUDA toolkit 12.8 or newer, or set CUDA_HOME")
+
+    monkeypatch.setattr(compiler, "find_nvcc", missing)
+    assert compiler.main(["--out", str(tmp_path / "build.json")]) == 2
+    assert capsys.readouterr().err.startswith("error: no nvcc found: install the CUDA toolkit")
