@@ -6,6 +6,7 @@ from typing import Any
 
 from result_files import device_name, newest
 
+from benchmarks.kernels import targets
 from benchmarks.roofline import published, roofline
 from benchmarks.roofline.published import Comparison, EndToEnd, Kernel
 
@@ -78,8 +79,8 @@ def _section(kind: str, rows: list[Comparison]) -> str:
 def _own(file: tuple[dict[str, Any], Path]) -> str:
     """Our own measurements on one GPU, beside the predictions for the same conditions."""
     result, path = file
-    steps, gpu = result["steps"], device_name(result)
-    rows = [*_own_kernels(steps, gpu), *_own_engine(steps, gpu)]
+    gpu = device_name(result)
+    rows = [*_own_kernels(result, gpu), *_own_engine(result["steps"], gpu)]
     if not rows:
         return ""
     size, signed = published.median_error(rows), published.median_error(rows, signed=True)
@@ -92,22 +93,20 @@ def _own(file: tuple[dict[str, Any], Path]) -> str:
     return head + "".join(lines)
 
 
-def _own_kernels(steps: dict[str, Any], gpu: str) -> Iterator[Comparison]:
-    for step in steps.values():
-        result = step.get("result")
-        for row in result.get("rows", ()) if isinstance(result, dict) else ():
-            times = row.get("kernels_us", {})
-            if row.get("dense") in times and row.get("sparse") in times:
-                yield from published.compare_kernel(
-                    Kernel(
-                        source=gpu,
-                        gpu=gpu,
-                        format=row["format"],
-                        tokens=(row["tokens"],),
-                        shape=(row["out_features"], row["in_features"]),
-                        ratio=times[row["dense"]] / times[row["sparse"]],
-                    )
+def _own_kernels(result: dict[str, Any], gpu: str) -> Iterator[Comparison]:
+    for row in targets.judged(result):
+        times = row["kernels_us"]
+        if row["dense"] in times and row["sparse"] in times:
+            yield from published.compare_kernel(
+                Kernel(
+                    source=gpu,
+                    gpu=gpu,
+                    format=row["format"],
+                    tokens=(row["tokens"],),
+                    shape=(row["out_features"], row["in_features"]),
+                    ratio=times[row["dense"]] / times[row["sparse"]],
                 )
+            )
 
 
 def _own_engine(steps: dict[str, Any], gpu: str) -> Iterator[Comparison]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from result_files import device_name, newest
 
+from benchmarks.kernels import targets
 from benchmarks.roofline.published import EndToEnd, compare_model, comparisons, median_error
 from builder.planning import compatibility
 from plugins.common.families import FAMILIES
@@ -147,9 +148,11 @@ def _speed(point: dict[str, Any]) -> str:
 
 def _kernels(file: tuple[dict[str, Any], Path]) -> str:
     result, path = file
-    steps = [step.get("result") for step in result["steps"].values()]
-    rows = [row for step in steps if isinstance(step, dict) for row in step.get("rows", ())]
-    fp8 = [row for row in rows if row.get("model") == "llama-3.1-8b" and row["format"] == "fp8" and row.get("ratio")]
+    fp8 = [
+        row
+        for row in targets.rows(result)
+        if row.get("model") == "llama-3.1-8b" and row["format"] == "fp8" and row.get("ratio")
+    ]
     if not fp8:
         return ""
     tokens = sorted({row["tokens"] for row in fp8})
