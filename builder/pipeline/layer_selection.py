@@ -1,7 +1,7 @@
 """Chooses the channels that go 2:4: those that reach the recipe's fraction, or what fits under its budget.
 
 Every layer is pruned once, alone, and every channel priced by it; the cheapest for what they gain go first. Under a
-budget at most two such choices are pruned, quantized as the recipe says and measured in earnest.
+budget at most two such choices are pruned, quantized as the recipe says and evaluated.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def select(context: BuildContext, tokens: Tokens, prices: Prices, work: Path) ->
     if sparsity.budget is None:
         assert sparsity.fraction is not None
         allocation = allocator.of_fraction(sparsity.fraction)
-        found: dict[str, Any] = {"pareto": []}
+        search_result: dict[str, Any] = {"pareto": []}
     else:
         builds = _Builds(context, tokens, allocator, work)
         selection = search(allocator, sparsity.budget, sparsity.method, builds.measure)
         allocation = selection.allocation
-        found = {"measured_loss": selection.measured_loss, "pareto": selection.pareto}
+        search_result = {"measured_loss": selection.measured_loss, "pareto": selection.pareto}
     declaration = allocator.declare(allocation, sparsity.method)
-    return {"declaration": declaration.to_json(), **asdict(allocation), **found}
+    return {"declaration": declaration.to_json(), **asdict(allocation), **search_result}
 
 
 def _allocator(context: BuildContext, prices: Prices, by_weights: bool) -> Allocator:
@@ -119,12 +119,12 @@ class _Builds:
         if key not in self.measured:
             self.measured[key] = self._measure(allocation).to_dict()
             self.record.write_text(json.dumps(self.measured))
-        found = Accuracy.from_dict(self.measured[key])
+        accuracy = Accuracy.from_dict(self.measured[key])
         self.context.console.say(
-            f"  {allocation.fraction:.1%} of the weights 2:4: perplexity {found.perplexity_increase:+.2%}, "
-            f"KL {found.kl:.4f}, top-1 agreement {found.top1_agreement:.1%}"
+            f"  {allocation.fraction:.1%} of the weights 2:4: perplexity {accuracy.perplexity_increase:+.2%}, "
+            f"KL {accuracy.kl:.4f}, top-1 agreement {accuracy.top1_agreement:.1%}"
         )
-        return found
+        return accuracy
 
     def _measure(self, allocation: Allocation) -> Accuracy:
         from calibration.evaluation.evaluate import evaluate, hf_logits

@@ -1,4 +1,4 @@
-"""The most sparsity under a budget for the loss of accuracy, with at most two builds measured in earnest.
+"""The most sparsity under a budget for the loss of accuracy, with at most two builds evaluated.
 
 The prices of channels (`calibration.budget.channel_prices`) add up to a predicted KL from the dense model. A method
 that reconstructs takes back part of it, by a factor that the first build shows and the second one is chosen by. What
@@ -131,6 +131,6 @@ def _unused(allocator: Allocator, goal: Goal, point: Point) -> float:
 
 def _predicted(allocator: Allocator, goal: Goal, share: float) -> list[Point]:
     """Allocations of growing fraction with what they are predicted to lose."""
-    found = [allocator.of_fraction((number + 1) / PREDICTED) for number in range(PREDICTED)]
+    allocations = [allocator.of_fraction((number + 1) / PREDICTED) for number in range(PREDICTED)]
     losses = {"perplexity_increase": math.expm1, "kl": float, "top1_agreement": math.sqrt}
-    return [Point(each, losses[goal.name](share * each.cost), measured=False) for each in found]
+    return [Point(each, losses[goal.name](share * each.cost), measured=False) for each in allocations]

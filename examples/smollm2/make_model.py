@@ -112,16 +112,18 @@ def modules() -> Iterator[ModuleType]:
 
 def docstrings(module: ModuleType) -> list[tuple[str, str]]:
     """(name, text) of a module and of the functions, classes and methods that are its own, each text once."""
-    found = {module.__name__: inspect.getdoc(module)}
+    documented = {module.__name__: inspect.getdoc(module)}
     for name, value in sorted(vars(module).items()):
         if getattr(value, "__module__", None) != module.__name__ or not (inspect.isclass(value) or callable(value)):
             continue
-        found[f"{module.__name__}.{name}"] = inspect.getdoc(value)
+        documented[f"{module.__name__}.{name}"] = inspect.getdoc(value)
         if inspect.isclass(value):
             for part, method in sorted(vars(value).items()):
                 if callable(method):
-                    found[f"{module.__name__}.{name}.{part}"] = getattr(method, "__doc__", None)
-    texts = {text: name for name, text in found.items() if isinstance(text, str) and SHORTEST <= len(text) <= LONGEST}
+                    documented[f"{module.__name__}.{name}.{part}"] = getattr(method, "__doc__", None)
+    texts = {
+        text: name for name, text in documented.items() if isinstance(text, str) and SHORTEST <= len(text) <= LONGEST
+    }
     return [(name, inspect.cleandoc(text)) for text, name in texts.items()]
 
 
