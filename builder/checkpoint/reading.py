@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,20 +13,18 @@ import numpy as np
 
 from builder.checkpoint import config as configs
 from builder.checkpoint import layout
-from builder.checkpoint.safetensors_file import HeaderError, Tensor, read_header
-from builder.checkpoint.violations import Code, Unsupported, VerificationError, Violation
+from builder.checkpoint.declaration import read_declaration
+from builder.checkpoint.safetensors_file import Tensor
+from builder.checkpoint.tensor_files import hf_tensors, read_table, trtllm_tensors
+from builder.checkpoint.violations import Code, Report, Unsupported, VerificationError, Violation
 from builder.planning.model_config import Architecture
 from builder.planning.sharding import is_row_parallel
 from plugins.common.errors import UserError
 from plugins.common.formats import OF_DTYPE, OF_SAFETENSORS
-from plugins.sparsity import declaration as declarations
 from plugins.sparsity.declaration import Declaration
 from plugins.sparsity.segments import Segments
 
-INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-Report = Callable[[Violation], None]
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ def open_checkpoint(directory: Path, report: Report) -> Checkpoint | None:
     mapping = configs.Mapping()
     try:
         if kind == "hf":
-            exported = _read_json(directory / "hf_quant_config.json", report)
+            exported = read_table(directory / "hf_quant_config.json", report)
             arch, quantization = configs.read_hf(config, exported)
         else:
             arch, quantization, mapping = configs.read_trtllm(config)
@@ -184,16 +181,16 @@ def open_checkpoint(directory: Path, report: Report) -> Checkpoint | None:
         return None
     if kind == "hf":
         expected = layout.hf_tensors(arch, quantization)
-        tensors = _hf_tensors(directory, report)
+        tensors = hf_tensors(directory, report)
     else:
         expected = {
             f"rank{rank}/{name}": tensor
             for rank in range(mapping.ranks)
             for name, tensor in layout.trtllm_tensors(arch, quantization, mapping, rank, config).items()
         }
-        tensors = _trtllm_tensors(directory, mapping.ranks, report)
+        tensors = trtllm_tensors(directory, mapping.ranks, report)
     weights = [tensor for tensor in expected.values() if tensor.role == "weight"]
-    declared = _read_declaration(directory, {str(x.layer): x.shapes[0] for x in weights}, report)
+    declared = read_declaration(directory, {str(x.layer): x.shapes[0] for x in weights}, report)
     return Checkpoint(directory, kind, config, arch, quantization, mapping, tensors, expected, declared)
 
 
@@ -204,106 +201,4 @@ def _read_config(directory: Path, report: Report) -> dict[str, Any] | None:
         raise UserError(f"'{directory}' is an engine: name the checkpoint that it was built from")
     if not (directory / "config.json").exists():
         raise UserError(f"'{directory}' holds no config.json: name a checkpoint, or a build's checkpoint directory")
-    return _read_json(directory / "config.json", report)
-
-
-def _read_json(path: Path, report: Report) -> dict[str, Any] | None:
-    """A JSON table; None where the file is absent, or where it is none, which is reported."""
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_bytes().decode("utf8"))
-    except (OSError, ValueError, RecursionError) as error:
-        report(Violation(Code.CONFIG, f"it cannot be read ({' '.join(str(error).split())[:200]})", path.name))
-        return None
-    if not isinstance(content, dict):
-        report(Violation(Code.CONFIG, "it is not a table of keys", path.name))
-        return None
-    return content
-
-
-def _hf_tensors(directory: Path, report: Report) -> dict[str, Tensor]:
-    here = sorted(path.name for path in directory.glob("*.safetensors"))
-    index = _read_json(directory / INDEX, report)
-    if index is None:
-        if not here:
-            report(Violation(Code.MISSING_FILE, "there is no *.safetensors file", str(directory.name)))
-        for name in here[1:]:
-            report(Violation(Code.INDEX, f"'{here[0]}' and it lie side by side, with no {INDEX}", name))
-        return {name: tensor for file in here[:1] for name, tensor in _header(directory / file, report).items()}
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
-        report(Violation(Code.INDEX, "its weight_map is not a table of tensor and file names", INDEX))
-        return {}
-    shards = sorted(set(weight_map.values()))
-    for name in sorted(set(here) - set(shards)):
-        report(Violation(Code.INDEX, f"{INDEX} does not name it", name))
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        if shard not in here:
-            report(Violation(Code.MISSING_FILE, f"it names the shard '{shard}', which is missing", INDEX))
-            continue
-        for name, tensor in _header(directory / shard, report).items():
-            if name in tensors:
-                report(Violation(Code.INDEX, f"it is also in '{tensors[name].file.name}'", shard, name))
-            elif weight_map.get(name) != shard:
-                report(Violation(Code.INDEX, f"{INDEX} places it in {weight_map.get(name)!r}", shard, name))
-            tensors.setdefault(name, tensor)
-    for name, shard in weight_map.items():
-        if name not in tensors and shard in here:
-            report(Violation(Code.INDEX, f"{INDEX} names it, and the shard does not hold it", shard, name))
-    return tensors
-
-
-def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name and "\0" not in name
-
-
-def _trtllm_tensors(directory: Path, ranks: int, report: Report) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    files = [f"rank{rank}.safetensors" for rank in range(ranks)]
-    for rank, file in enumerate(files):
-        if not (directory / file).is_file():
-            report(Violation(Code.MISSING_FILE, f"the mapping has {ranks} ranks, and it is missing", file))
-            continue
-        tensors |= {f"rank{rank}/{name}": tensor for name, tensor in _header(directory / file, report).items()}
-    for path in sorted(directory.glob("*.safetensors")):
-        if path.name not in files:
-            report(Violation(Code.INDEX, f"the mapping has only {ranks} ranks", path.name))
-    return tensors
-
-
-def _header(path: Path, report: Report) -> dict[str, Tensor]:
-    try:
-        return read_header(path)
-    except HeaderError as error:
-        report(Violation(Code.FILE, str(error), path.name))
-    except OSError as error:
-        report(Violation(Code.FILE, f"it cannot be read ({error.strerror})", path.name))
-    return {}
-
-
-def _read_declaration(directory: Path, shapes: Mapping[str, tuple[int, ...]], report: Report) -> Declaration:
-    """What `sparsity.json` declares of layers that are in the model; nothing where there is no such file.
-
-    `shapes` are the model's layers with their rows and inputs.
-    """
-    content = _read_json(directory / declarations.FILE, report)
-    if content is None:
-        return Declaration()
-    try:
-        declared = Declaration.parse(content)
-    except UserError as error:
-        report(Violation(Code.CONFIG, str(error), declarations.FILE))
-        return Declaration()
-    hybrid = dict(declared.hybrid)
-    for layer in declared.pruned:
-        if layer not in shapes:
-            report(Violation(Code.CONFIG, f"it declares {layer!r}, and the model has no such layer", declarations.FILE))
-            hybrid.pop(layer, None)
-        elif layer in hybrid and (size := shapes[layer][hybrid[layer].axis == "inputs"]) != hybrid[layer].size:
-            words = f"the segments of {layer!r} cover {hybrid[layer].size} of its {size} {hybrid[layer].axis}"
-            report(Violation(Code.CONFIG, words, declarations.FILE))
-            del hybrid[layer]
-    layers = tuple(layer for layer in declared.layers if layer in shapes)
-    return Declaration(layers, hybrid, declared.order, declared.method)
+    return read_table(directory / "config.json", report)

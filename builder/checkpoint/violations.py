@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -55,6 +56,9 @@ class Violation:
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "code": self.code.value, "message": self.message}
+
+
+Report = Callable[[Violation], None]
 
 
 class Unsupported(Violation):

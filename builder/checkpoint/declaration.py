@@ -1,0 +1,37 @@
+"""What a checkpoint's sparsity.json declares of the model's layers; what does not fit the model is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from builder.checkpoint.tensor_files import read_table
+from builder.checkpoint.violations import Code, Report, Violation
+from plugins.common.errors import UserError
+from plugins.sparsity.declaration import FILE, Declaration
+
+
+def read_declaration(directory: Path, shapes: Mapping[str, tuple[int, ...]], report: Report) -> Declaration:
+    """What `sparsity.json` declares of layers that are in the model; nothing where there is no such file.
+
+    `shapes` are the model's layers with their rows and inputs.
+    """
+    content = read_table(directory / FILE, report)
+    if content is None:
+        return Declaration()
+    try:
+        declared = Declaration.parse(content)
+    except UserError as error:
+        report(Violation(Code.CONFIG, str(error), FILE))
+        return Declaration()
+    hybrid = dict(declared.hybrid)
+    for layer in declared.pruned:
+        if layer not in shapes:
+            report(Violation(Code.CONFIG, f"it declares {layer!r}, and the model has no such layer", FILE))
+            hybrid.pop(layer, None)
+        elif layer in hybrid and (size := shapes[layer][hybrid[layer].axis == "inputs"]) != hybrid[layer].size:
+            words = f"the segments of {layer!r} cover {hybrid[layer].size} of its {size} {hybrid[layer].axis}"
+            report(Violation(Code.CONFIG, words, FILE))
+            del hybrid[layer]
+    layers = tuple(layer for layer in declared.layers if layer in shapes)
+    return Declaration(layers, hybrid, declared.order, declared.method)
