@@ -338,7 +338,7 @@ def test_missing_library_names_the_wheel() -> None:
 
 def test_cusparselt_0_8_0_is_refused(tmp_path: Path) -> None:
     """0.8.0 regressed on H100 and L4. A stand-in library says that it is one."""
-    names = re.findall(r"F\((cusparseLt\w+)\)", (compiler.SOURCES / "src" / "cusparselt.cpp").read_text())
+    names = re.findall(r"F\((cusparseLt\w+)\)", (compiler.SOURCES / "src" / "cusparselt_library.h").read_text())
     stubs = "".join(f"int {name}() {{ return 0; }}\n" for name in names if name != "cusparseLtGetProperty")
     stubs += "int cusparseLtGetProperty(int which, int *value) { *value = which == 1 ? 8 : 0; return 0; }\n"
     (tmp_path / "old.c").write_text(stubs)

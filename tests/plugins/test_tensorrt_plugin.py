@@ -15,7 +15,7 @@ import pytest
 from plugins.libtwofour import compiler
 from tests.support import native, stand_in_gpu
 
-HARNESS = compiler.SOURCES / "tensorrt" / "harness"
+HARNESS = Path(__file__).parents[1] / "tensorrt_harness"
 INCLUDE = os.environ.get("TENSORRT_INCLUDE", "")
 
 pytestmark = pytest.mark.skipif(not INCLUDE, reason="TENSORRT_INCLUDE does not name TensorRT's headers")

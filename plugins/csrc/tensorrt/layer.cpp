@@ -1,47 +1,14 @@
 #include "layer.h"
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <set>
 #include <tuple>
+
+#include "device_memory.h"
 
 namespace twofour_tensorrt {
 
 namespace {
-
-bool on_host() {
-  const char* device = std::getenv("TWOFOUR_PLUGIN_DEVICE");
-  return device != nullptr && std::strcmp(device, "host") == 0;
-}
-
-void check_cuda(cudaError_t error, const char* call) {
-  if (error != cudaSuccess) throw Error{std::string(call) + ": " + cudaGetErrorString(error)};
-}
-
-// Device memory, or the host's in the test harness; aligned either way.
-void* allocate(int device, size_t bytes) {
-  void* memory = nullptr;
-  if (device == TWOFOUR_HOST) memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  else check_cuda(cudaMalloc(&memory, bytes), "cudaMalloc");
-  if (memory == nullptr) throw Error{"out of host memory"};
-  return memory;
-}
-
-void release(int device, void* memory) {
-  if (device == TWOFOUR_HOST) std::free(memory);
-  else cudaFree(memory);  // TensorRT may call this after the device is gone
-}
-
-void* upload(int device, const void* source, size_t bytes) {
-  if (bytes == 0) return nullptr;
-  void* memory = allocate(device, bytes);
-  if (device == TWOFOUR_HOST) std::memcpy(memory, source, bytes);
-  else check_cuda(cudaMemcpy(memory, source, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
-  return memory;
-}
 
 constexpr size_t kLibraryWorkspace = size_t{32} << 20;  // for cuBLASLt's and cuSPARSELt's own, and for split sums
 
@@ -74,17 +41,6 @@ Choice place_of(twofour_context* context, int kernel, int64_t tokens) {
 bool same_place(const Choice& a, const Choice& b) {
   return std::tie(a.kernel, a.sm, a.version, a.tokens) == std::tie(b.kernel, b.sm, b.version, b.tokens);
 }
-
-// Device memory that goes with its scope.
-struct Scratch {
-  Scratch(int device, size_t bytes) : device_(device), bytes(bytes), memory(allocate(device, bytes)) {}
-  ~Scratch() { release(device_, memory); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  int device_;
-  size_t bytes;
-  void* memory;
-};
 
 // Packing and its checks need no GPU.
 Context host_context() {
