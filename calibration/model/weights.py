@@ -96,6 +96,6 @@ def _replace(file: int, names: set[str], replacement: Callable[[str], Tensor]) -
     for name, facts in json.loads(os.pread(file, size, 8)).items():
         if name in names:
             begin, end = facts["data_offsets"]
-            data = replacement(name).contiguous().view(torch.uint8).numpy().tobytes()
+            data = replacement(name).cpu().contiguous().view(torch.uint8).numpy().tobytes()
             assert len(data) == end - begin, f"'{name}' changed its shape or dtype"
             os.pwrite(file, data, 8 + size + begin)
