@@ -53,6 +53,8 @@ def select(context: BuildContext, tokens: Tokens, prices: Prices, work: Path) ->
     if sparsity.budget is None:
         assert sparsity.fraction is not None
         allocation = allocator.of_fraction(sparsity.fraction)
+        if context.recipe.engine.backend == "tensorrt":  # here, and not after the hours of pruning
+            allocator.declare(allocation, sparsity.method).require_whole_layers()
         search_result: dict[str, Any] = {"pareto": []}
     else:
         builds = _Builds(context, tokens, allocator, work)

@@ -130,7 +130,11 @@ def export_trtllm(
     tensor_parallel: int,
     pipeline_parallel: int,
 ) -> None:
-    """A TensorRT-LLM checkpoint, one rank{N}.safetensors a rank. Run it before `export_hf`, which packs the model."""
+    """A TensorRT-LLM checkpoint, one rank{N}.safetensors a rank. Run it before `export_hf`, which packs the model.
+
+    Raises UserError where a layer is 2:4 in part, or where ModelOpt fails.
+    """
+    declared.require_whole_layers()
     from modelopt.torch.export import export_tensorrt_llm_checkpoint
 
     dtype = next(model.parameters()).dtype
@@ -153,7 +157,7 @@ def export_trtllm(
         )
     path = out / "config.json"
     path.write_text(json.dumps(complete_config(config, json.loads(path.read_text())), indent=4) + "\n", encoding="utf8")
-    Declaration(tuple(trtllm_layers(declared.layers)), method=declared.method).write(out)  # no kernel runs a hybrid
+    Declaration(tuple(trtllm_layers(declared.layers)), method=declared.method).write(out)
 
 
 def trtllm_layers(layers: Sequence[str]) -> list[str]:

@@ -40,6 +40,15 @@ class Declaration:
         """The layers with any 2:4 part."""
         return (*self.layers, *self.hybrid)
 
+    def require_whole_layers(self) -> None:
+        """Raises UserError where a layer is 2:4 in part: a TensorRT engine would run it dense, unnoticed."""
+        if self.hybrid:
+            raise UserError(
+                f"'{next(iter(self.hybrid))}' is 2:4 in part ({len(self.hybrid)} layers are), and TensorRT engines "
+                "run layers that are 2:4 as a whole",
+                "use engine.backend=torch, or remove sparsity.fraction and sparsity.budget",
+            )
+
     @classmethod
     def parse(cls, content: Any) -> Declaration:
         """Raises UserError, one line that names the first thing amiss."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from calibration.quantization.export import export_trtllm
 from plugins.common.errors import UserError
 from plugins.sparsity.declaration import Declaration
 from plugins.sparsity.segments import Segment, Segments
@@ -75,3 +77,12 @@ def test_a_declaration_that_makes_no_sense_is_refused_in_one_line(
     with pytest.raises(UserError, match=words) as raised:
         Declaration.read(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_tensorrt_checkpoint_of_a_hybrid_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    layer = "model.layers.0.mlp.up_proj"
+    declared = Declaration(hybrid={layer: Segments.split("rows", 64, 32)})
+    with pytest.raises(UserError, match=f"'{layer}' is 2:4 in part .* layers that are 2:4 as a whole"):
+        export_trtllm(torch.nn.Linear(4, 4), tmp_path, tmp_path / "out", declared, 1, 1)
+    assert not (tmp_path / "out").exists()
+    Declaration(layers=(layer,)).require_whole_layers()
