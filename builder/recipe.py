@@ -17,6 +17,7 @@ from plugins.common.config import Config
 from plugins.common.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
+EXCLUDED_BY = {"budget": "fraction", "fraction": "budget"}  # of `sparsity`: what overrides a preset's choice of share
 
 
 class Recipe(Config):
@@ -120,7 +121,7 @@ def _override(text: str) -> dict[str, Any]:
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
+    merged = {key: value for key, value in under.items() if EXCLUDED_BY.get(key) not in over}
     for key, value in over.items():
         below = merged.get(key)
         merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value

@@ -139,6 +139,9 @@ class Accuracy(Config):
     """Sequences at most; null: all."""
     sequence_length: int = Field(default=256, ge=2)
     """Tokens of a sequence."""
+    compute: Literal["float32", "engine"] = "float32"
+    """What a CPU computes in where a layer is not 8 bit: `float32`, so that the figures are those of the weights, or
+    `engine`, the dtype that the engine serves in, which is faster. A GPU computes as it serves."""
     max_perplexity_increase: Percent | None = None
     """Gate: the build ends with exit status 1 above this increase, and leaves its report."""
     min_top1_agreement: Percent | None = None

@@ -26,7 +26,9 @@ def recipe_options(command: F) -> F:
     command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")(
         command
     )
-    command = click.option("--preset", metavar="NAME", help="fp8, int8, 2of4, fp8-2of4 or int8-2of4.")(command)
+    command = click.option("--preset", metavar="NAME", help="A preset: fp8-2of4, fp8, ...: see docs/recipe.md.")(
+        command
+    )
     return click.argument("target", metavar="MODEL|RECIPE.yaml")(command)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.roofline import roofline
 from builder.engines import measured_tactics
+from builder.planning.compatibility import has_hybrid_kernels
 from builder.planning.model_config import architecture, read_config
 from builder.planning.plan import LayerPlan
 from plugins.sparsity.declaration import Declaration
@@ -74,7 +75,8 @@ def _allocator(context: BuildContext, prices: Prices, by_weights: bool) -> Alloc
     weights = {layer.name: layer.out_features * layer.in_features for layer in candidates}
     gains = weights if by_weights else _seconds_saved(context, candidates)
     config, ranks = AutoConfig.from_pretrained(str(context.model)), context.recipe.engine.tensor_parallel
-    return allocator(config, prices, list(weights), weights, gains, ranks)
+    whole_layers = not has_hybrid_kernels(context.plan.backend)
+    return allocator(config, prices, list(weights), weights, gains, ranks, whole_layers)
 
 
 def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> dict[str, float]:

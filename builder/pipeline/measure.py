@@ -30,7 +30,8 @@ def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) ->
 
     assert config.data is not None
     text = windows(config.data, model, config.sequence_length, config.samples)
-    dense, built = registry.load_dense(model, engine, precise=True), registry.load(engine, precise=True)
+    precise = config.compute == "float32"
+    dense, built = registry.load_dense(model, engine, precise=precise), registry.load(engine, precise=precise)
     measured = evaluate(dense.logits, built.logits, text.tokens, text.documents, progress).to_dict()
     measured["engines"] = {"dense": dense.describe(), "built": built.describe()}
     if config.tasks:

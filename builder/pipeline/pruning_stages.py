@@ -11,6 +11,7 @@ from builder.artifacts.cache import CachedOutput, digest_of
 from builder.context import BuildContext, Outputs, data_digest
 from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
 from builder.pipeline.text_stages import selects_layers, tokens_of
+from builder.planning.compatibility import has_hybrid_kernels
 from plugins.common.errors import UserError
 from plugins.common.files import write_json
 from plugins.sparsity.declaration import Declaration
@@ -55,7 +56,11 @@ def _selection_config(context: BuildContext, outputs: Outputs) -> Any:
 
     recipe = context.recipe
     assert recipe.sparsity is not None
-    config: dict[str, Any] = {"fraction": recipe.sparsity.fraction, "ranks": recipe.engine.tensor_parallel}
+    config: dict[str, Any] = {
+        "fraction": recipe.sparsity.fraction,
+        "ranks": recipe.engine.tensor_parallel,
+        "hybrid_kernels": has_hybrid_kernels(context.plan.backend),
+    }
     if recipe.sparsity.budget:
         config |= {
             "sparsity": recipe.sparsity.model_dump(mode="json", exclude={"adapter_rank"}),  # it changes no choice

@@ -183,6 +183,11 @@ TABLE: tuple[Rule, ...] = (
 )
 
 
+def has_hybrid_kernels(backend: str) -> bool:
+    """Whether the backend runs layers that are partly 2:4, partly dense; TensorRT-LLM's kernels take whole layers."""
+    return backend == "torch"
+
+
 def check(
     format: str,
     sparse: bool,

@@ -133,10 +133,12 @@ def allocator(
     weights: Mapping[str, int],
     gains: Mapping[str, float],
     ranks: int = 1,
+    whole_layers: bool = False,
 ) -> Allocator:
     """Of the candidates `layers`, with each layer's weights and gain, in a transformers `config`'s model.
 
-    Channels are ordered by the price of their half, dealt out to the tensor-parallel `ranks` in turn.
+    Channels are ordered by the price of their half, dealt out to the tensor-parallel `ranks` in turn. `whole_layers`
+    is for a backend without kernels for hybrid layers: each layer is a unit, dense or 2:4 as a whole.
     """
     halves = dict.fromkeys(name.rpartition(".")[0] for name in layers)
     orders: dict[str, tuple[int, ...]] = {}
@@ -147,13 +149,14 @@ def allocator(
         by_price = np.argsort(np.asarray(prices[half]), kind="stable")
         orders[half] = tuple(np.concatenate([by_price[rank::own_ranks] for rank in range(own_ranks)]).tolist())
         members = [name.rpartition(".")[2] for name in layers if name.rpartition(".")[0] == half]
-        for together in [members] if half.endswith(".mlp") else [[layer] for layer in members]:
+        coupled = half.endswith(".mlp") and not whole_layers
+        for together in [members] if coupled else [[layer] for layer in members]:
             names = [f"{half}.{layer}" for layer in together]
-            own = np.asarray(prices[half if half.endswith(".mlp") else names[0]])[by_price]
+            own = np.asarray(prices[half if coupled else names[0]])[by_price]
             widths = {layer: channels.width[layer] for layer in together}
             alignment = max(own_ranks * ALIGNMENT // gcd(ALIGNMENT, width) for width in widths.values())
-            cut = alignment <= channels.count // 2 and channels.count % alignment == 0 and own_ranks == ranks
+            aligned = alignment <= channels.count // 2 and channels.count % alignment == 0 and own_ranks == ranks
             gain, size = sum(gains[name] for name in names), sum(weights[name] for name in names)
-            step = alignment if cut else channels.count
+            step = alignment if aligned and not whole_layers else channels.count
             units.append(Unit(half, tuple(together), tuple(own.tolist()), gain, size, step, widths))
     return Allocator(units, orders, ranks)

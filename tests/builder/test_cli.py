@@ -32,7 +32,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small whole build."""
     folder = tmp_path_factory.mktemp("built")
     recipe = write_recipe(folder / "recipe.yaml", cut_llama(folder / "model"))
-    done("build", recipe, "--preset", "fp8-2of4", "--set", "sparsity.method=magnitude",
+    done("build", recipe, "--preset", "fp8-2of4-all", "--set", "sparsity.method=magnitude",
          "--out", folder / "out", "--store", folder / "store")  # fmt: skip
     return folder / "out"
 
@@ -93,7 +93,7 @@ def imported(arguments: list[str]) -> set[str]:
 
 
 def test_plan_prints_json(docs_llama: Path) -> None:
-    plan = done("plan", docs_llama, "--preset", "fp8-2of4", "--gpu", "H200", "--batch", 4, "--json").json
+    plan = done("plan", docs_llama, "--preset", "fp8-2of4-all", "--gpu", "H200", "--batch", 4, "--json").json
     assert len(plan["layers"]) == 6 * 7 + 1
     assert plan["built_bytes"] < plan["dense_bytes"]
     assert (plan["predicted"]["gpu"], plan["predicted"]["batch"]) == ("H200 SXM 141GB", 4)

@@ -78,7 +78,7 @@ def test_the_parameters_of_the_example_are_the_tensors_of_its_file(docs_llama: P
 
 
 def test_the_layers_of_llama_8b(tmp_path: Path) -> None:
-    plan = planned(tmp_path, LLAMA_8B, "fp8-2of4")
+    plan = planned(tmp_path, LLAMA_8B, "fp8-2of4-all")
     assert len(plan.layers) == 32 * 7 + 1
     shapes = {layer.name: (layer.out_features, layer.in_features) for layer in plan.layers}
     assert shapes["model.layers.31.self_attn.q_proj"] == (4096, 4096)
@@ -94,7 +94,7 @@ def test_the_layers_of_llama_8b(tmp_path: Path) -> None:
     [
         ("2of4", LLAMA_8B_LINEAR * 2 * 0.5625),  # half the values, and 2 bits of index each
         ("fp8", LLAMA_8B_LINEAR + 224 * 8),  # two float32 scales a layer
-        ("fp8-2of4", LLAMA_8B_LINEAR * 0.625 + 224 * 8),
+        ("fp8-2of4-all", LLAMA_8B_LINEAR * 0.625 + 224 * 8),
         # a float32 scale a row and one for the input, and SmoothQuant's 16-bit factor a column
         ("int8", LLAMA_8B_LINEAR + 32 * (4 * (3 * 4096 + 2 * 1024 + 2 * 14336) + 7 * 4 + 2 * (6 * 4096 + 14336))),
     ],
@@ -114,14 +114,14 @@ def test_a_float32_weight_is_counted_as_it_is_packed(tmp_path: Path) -> None:
 
 
 def test_decode_is_predicted_from_the_bytes_that_it_reads(tmp_path: Path) -> None:
-    one = planned(tmp_path, LLAMA_8B, "fp8-2of4", gpu="H100-SXM", batch=1, context=1).predicted
+    one = planned(tmp_path, LLAMA_8B, "fp8-2of4-all", gpu="H100-SXM", batch=1, context=1).predicted
     dense, built = (one["decode"][side].tokens_per_second for side in ("dense", "built"))
     lm_head, launches = 2 * 128256 * 4096, (4 * 32 + 1) * 1.03e-6  # qkv, o, gate and up, down of each block
     bytes_read = (2 * LLAMA_8B_LINEAR + lm_head, 0.625 * LLAMA_8B_LINEAR + lm_head)
     seconds = [launches + count / 3.35e12 for count in bytes_read]
     assert dense == pytest.approx(1 / seconds[0], rel=0.02)
     assert built / dense == pytest.approx(seconds[0] / seconds[1], rel=0.02)
-    h200 = planned(tmp_path, LLAMA_8B, "fp8-2of4", gpu="H200", batch=1, context=1).predicted
+    h200 = planned(tmp_path, LLAMA_8B, "fp8-2of4-all", gpu="H200", batch=1, context=1).predicted
     assert h200["decode"]["dense"].tokens_per_second > dense
 
 
@@ -156,7 +156,7 @@ def test_a_glob_matches_the_full_name_or_its_last_part() -> None:
 
 
 def test_calibration_memory_is_of_one_block_when_pruning_and_of_the_model_when_quantizing(tmp_path: Path) -> None:
-    needed = planned(tmp_path, LLAMA_8B, "fp8-2of4").calibration_bytes
+    needed = planned(tmp_path, LLAMA_8B, "fp8-2of4-all").calibration_bytes
     assert needed["quantize"] > 2 * 8_030_261_248
     assert 4 * LLAMA_8B_LINEAR / 32 < needed["sparsify"] < needed["quantize"]
     assert planned(tmp_path, LLAMA_8B).calibration_bytes == {}

@@ -27,7 +27,7 @@ def test_a_preset_is_named_for_what_it_builds(preset: str, format: str, sparse: 
 
 
 def test_every_preset_is_listed() -> None:
-    assert recipe.preset_names() == ["2of4", "fp8", "fp8-2of4", "int8", "int8-2of4"]
+    assert recipe.preset_names() == ["2of4", "fp8", "fp8-2of4", "fp8-2of4-all", "int8", "int8-2of4", "int8-2of4-all"]
 
 
 def test_the_file_lies_over_the_preset_and_the_overrides_over_both(tmp_path: Path) -> None:
@@ -38,6 +38,16 @@ def test_the_file_lies_over_the_preset_and_the_overrides_over_both(tmp_path: Pat
     assert (found.sparsity.method, found.sparsity.exclude) == ("wanda", ("down_proj", "lm_head"))
     assert (found.quantization.format, found.quantization.kv_cache) == ("fp8", "fp8")
     assert found.calibration.samples == 7
+
+
+def test_a_fraction_replaces_the_budget_of_a_preset() -> None:
+    budget = recipe.load("acme/model", "fp8-2of4").sparsity
+    assert budget is not None
+    assert budget.budget is not None
+    assert budget.budget.perplexity_increase == pytest.approx(0.02)
+    found = recipe.load("acme/model", "fp8-2of4", ["sparsity.fraction=50%"]).sparsity
+    assert found is not None
+    assert (found.fraction, found.budget) == (0.5, None)
 
 
 def test_a_later_override_wins() -> None:
@@ -111,7 +121,7 @@ def test_a_recipe_cannot_change_once_read() -> None:
 )
 def test_a_wrong_key_or_value_is_quoted(override: str, words: str) -> None:
     with pytest.raises(UserError) as error:
-        recipe.load("acme/model", "fp8-2of4", [override])
+        recipe.load("acme/model", "fp8-2of4-all", [override])
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -81,14 +81,14 @@ def test_cheap_channels_cost_less_than_dear_ones(cut: Path, docs_llama: Path, tm
 # allocation
 
 
-def made_up(ranks: int = 1, layers: list[str] = LAYERS, seed: int = 0) -> Allocator:
+def made_up(ranks: int = 1, layers: list[str] = LAYERS, seed: int = 0, whole_layers: bool = False) -> Allocator:
     """Everything 2:4 costs about a nat."""
     random = np.random.default_rng(seed)
     keys = [*LAYERS, *(f"model.layers.{block}.{half}" for block in range(BLOCKS) for half in ("mlp", "self_attn"))]
     prices = {key: random.exponential(1e-3, size=512 if ".mlp" in key else 4).tolist() for key in keys}
     rows = {"q": 256, "k": 128, "v": 128, "o": 256, "g": 512, "u": 512, "d": 512}
     weights = {name: 64 * rows[name.rpartition(".")[2][0]] for name in layers}
-    return allocator(CONFIG, prices, layers, weights, weights, ranks)
+    return allocator(CONFIG, prices, layers, weights, weights, ranks, whole_layers)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -107,6 +107,15 @@ def test_a_fraction_is_met_and_every_rank_holds_its_share(fraction: float, ranks
         assert set(declared.layers) == set(LAYERS)
         assert not declared.hybrid
         assert not declared.order
+
+
+def test_a_backend_without_hybrid_kernels_gets_whole_layers() -> None:
+    chosen = made_up(whole_layers=True)
+    allocation = chosen.of_fraction(0.5)
+    declared = chosen.declare(allocation, "sparsegpt")
+    assert allocation.fraction == pytest.approx(0.5, abs=0.1)
+    assert 0 < len(declared.layers) < len(LAYERS)
+    assert (declared.hybrid, declared.order) == ({}, {})
 
 
 def test_the_cheapest_channels_go_first_and_rising_budgets_nest() -> None:

@@ -35,7 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished build of two blocks."""
     place = tmp_path_factory.mktemp("build")
     recipe = write_recipe(place / "recipe.yaml", cut_llama(place / "model"), accuracy={"data": None}, benchmark=None)
-    options = ("--preset", "fp8-2of4", "--set", "sparsity.method=magnitude", "--set", "engine.backend=torch")
+    options = ("--preset", "fp8-2of4-all", "--set", "sparsity.method=magnitude", "--set", "engine.backend=torch")
     done("build", recipe, *options, "--out", place / "out", "--store", place / "store", "--json")
     return place / "out"
 

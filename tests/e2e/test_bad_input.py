@@ -186,7 +186,7 @@ def test_a_model_without_a_tokenizer(build: Callable[..., str], broken: Path) ->
     [
         ("2of4", 770, "has in_features 770, and 2:4 needs a multiple of 4"),
         ("2of4", 776, "has in_features 776, and the kernels need a multiple of 16"),
-        ("fp8-2of4", 784, "has in_features 784, and the kernels need a multiple of 32"),
+        ("fp8-2of4-all", 784, "has in_features 784, and the kernels need a multiple of 32"),
     ],
 )
 def test_in_features_that_cannot_be_2of4(
@@ -303,7 +303,7 @@ def test_a_tokenizer_without_a_padding_token_works_and_leaves_the_embeddings_alo
     (broken / "tokenizer_config.json").write_text(json.dumps(settings))
     change_config(broken / "config.json", broken / "config.json", pad_token_id=None)
     out, recipe = tmp_path / "out", write_recipe(tmp_path / "recipe.yaml", broken)
-    done("build", recipe, "--preset", "fp8-2of4", *FAST, "--until", "checkpoint",
+    done("build", recipe, "--preset", "fp8-2of4-all", *FAST, "--until", "checkpoint",
          "--out", out, "--store", tmp_path / "store")  # fmt: skip
     before, after = load_file(broken / "model.safetensors"), load_file(out / "checkpoint" / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -18,8 +18,8 @@ PRESETS = {  # name -> (dtype of the quantized weights, pruned)
     "int8": ("I8", False),
     "fp8": ("F8_E4M3", False),
     "2of4": ("BF16", True),
-    "int8-2of4": ("I8", True),
-    "fp8-2of4": ("F8_E4M3", True),
+    "int8-2of4-all": ("I8", True),
+    "fp8-2of4-all": ("F8_E4M3", True),
 }
 LAYOUT = {
     "manifest.json",
@@ -115,7 +115,7 @@ def test_a_preset_from_the_model_to_the_report(preset: str, recipe: Path, store:
     assert report["size"]["built_bytes"] < report["size"]["dense_bytes"]
     assert {layer["sparse"] for layer in report["layers"] if layer["name"] != "lm_head"} == {pruned}
     unpacked = "The engine: 2:4 weights are unpacked when they are loaded" in " ".join(report["notes"])
-    assert unpacked or not pruned or preset == "int8-2of4"  # int8 stays packed where its CPU kernels run
+    assert unpacked or not pruned or preset == "int8-2of4-all"  # int8 stays packed where its CPU kernels run
     (point,) = report["performance"]
     assert point["built"]["output_token_throughput"]["mean"] > 0
 
@@ -185,7 +185,7 @@ def test_ten_kills_leave_the_same_checkpoint(model: Path, tmp_path: Path) -> Non
         sys.executable,
         str(Path(__file__).parents[1] / "support" / "kill_builds.py"),
         str(recipe),
-        "fp8-2of4",
+        "fp8-2of4-all",
         str(tmp_path),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -208,7 +208,7 @@ def test_ten_kills_leave_the_same_checkpoint(model: Path, tmp_path: Path) -> Non
 def test_other_families(family: str, tied: bool, tmp_path: Path) -> None:
     model = random_model(tmp_path / "model", family, tied)
     out, recipe = tmp_path / "out", write_recipe(tmp_path / "recipe.yaml", model)
-    built(recipe, tmp_path / "store", out, "--preset", "fp8-2of4", "--set", "sparsity.method=wanda",
+    built(recipe, tmp_path / "store", out, "--preset", "fp8-2of4-all", "--set", "sparsity.method=wanda",
           "--until", "evaluate")  # fmt: skip
     assert done("verify", out, "--json").json["violations"] == []
     found = weights(out / "checkpoint")

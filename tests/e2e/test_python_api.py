@@ -17,7 +17,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> twofour.Build:
     place = tmp_path_factory.mktemp("api")
     recipe = write_recipe(place / "recipe.yaml", cut_llama(place / "model"), quantization={"format": "fp8"})
     settings = {"sparsity.method": "magnitude", "calibration.samples": 6}
-    return twofour.build(recipe, out=place / "build", preset="fp8-2of4", settings=settings, store=place / "store")
+    return twofour.build(recipe, out=place / "build", preset="fp8-2of4-all", settings=settings, store=place / "store")
 
 
 def test_build_returns_the_report_that_it_wrote(built: twofour.Build) -> None:

@@ -112,12 +112,12 @@ def test_what_a_later_stage_refuses_is_refused_by_plan_and_before_any_stage(
 ) -> None:
     change_config(model / "config.json", model / "config.json", **changes)
     recipe = write_recipe(tmp_path / "recipe.yaml", model)
-    assert words in refused("plan", recipe, "--preset", "fp8-2of4")
+    assert words in refused("plan", recipe, "--preset", "fp8-2of4-all")
     build = (
         "build",
         recipe,
         "--preset",
-        "fp8-2of4",
+        "fp8-2of4-all",
         "--out",
         tmp_path / "out",
         "--store",
@@ -170,7 +170,7 @@ def test_blocks_of_zeros_and_dead_channels_keep_their_zeros_and_a_usable_scale(m
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 4096, (8, 64)))
     data = ("--set", f"calibration.data={tmp_path / 'tokens.npy'}", "--set", "accuracy.data=null")
-    for preset in ("fp8", "int8", "fp8-2of4"):
+    for preset in ("fp8", "int8", "fp8-2of4-all"):
         for backend in ("torch", "tensorrt"):
             checkpoint = build(model, preset, *data, "--set", f"engine.backend={backend}", out=f"{preset}-{backend}")
             written = load_file(checkpoint / "model.safetensors")

@@ -27,7 +27,7 @@ from tests.support.models import change_config, cut_llama, write_recipe
 
 ROOT = Path(__file__).parents[2]
 H100 = Gpu("NVIDIA H100 80GB HBM3", 90, 80 << 30, 79 << 30, "580.1")
-BUILD = ("--preset", "fp8-2of4", "--set", "sparsity.method=magnitude", "--set", "engine.backend=tensorrt")
+BUILD = ("--preset", "fp8-2of4-all", "--set", "sparsity.method=magnitude", "--set", "engine.backend=tensorrt")
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +149,11 @@ def test_a_split_that_cannot_be_is_refused_at_plan(
 
 
 def test_what_the_backend_or_the_card_cannot_do_is_told_at_plan(model: Path) -> None:
-    words = refused("plan", model, "--preset", "int8-2of4", "--set", "engine.backend=pytorch")
+    words = refused("plan", model, "--preset", "int8-2of4-all", "--set", "engine.backend=pytorch")
     assert words.startswith(
         "the PyTorch backend of TensorRT-LLM has no INT8 W8A8 linear layer ('unsupported quant mode')"
     )
-    keys = ("--preset", "int8-2of4", "--set", "engine.backend=tensorrt", "--json")
+    keys = ("--preset", "int8-2of4-all", "--set", "engine.backend=tensorrt", "--json")
     notes = done("plan", model, *keys, "--gpu", "B200").json["notes"]
     assert any(note.startswith("not on B200 ") and "refuses SmoothQuant INT8 on SM100" in note for note in notes)
     assert not any(note.startswith("not on") for note in done("plan", model, *keys, "--gpu", "A100").json["notes"])
