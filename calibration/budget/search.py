@@ -1,4 +1,4 @@
-"""The most sparsity under a budget for the loss of accuracy, with at most two builds evaluated.
+"""The most sparsity under a budget for the loss of accuracy, with one or two builds evaluated, at most three.
 
 The prices of channels (`calibration.budget.channel_prices`) add up to a predicted KL from the dense model. A method
 that reconstructs takes back part of it, by a factor that the first build shows and the second one is chosen by. What
@@ -21,6 +21,7 @@ from plugins.common.errors import GateError, UserError
 TAKEN_BACK = {"reconstruct": 0.5, "sparsegpt": 0.8}  # of the predicted KL this share is left, before a build shows it
 NEAR = 0.8  # of the budget: what the first build may leave unused
 MARGIN = 0.9  # of the budget, that the second build aims at
+MOST_BUILDS = 3  # the third only after two that are over the budget
 TINY = 1e-12  # nats
 PREDICTED = 6  # points of the predicted front
 
@@ -85,16 +86,17 @@ class Goal:
 
 
 def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) -> Selection:
-    """Measures one allocation, and a second where the first is over the budget or leaves much of it unused.
+    """Measures one allocation, a second where the first is over the budget or leaves much of it unused, and a third
+    only where both are over it.
 
-    Raises UserError where nothing gains, GateError with the smallest loss measured where neither is within the budget.
+    Raises UserError where nothing gains, GateError with the smallest loss measured where none is within the budget.
     """
     if not allocator.steps:
         raise UserError("no layer would save time when pruned, so there is nothing to select: leave sparsity out")
     goal, started = Goal(budget), time.monotonic()
-    share, points = TAKEN_BACK.get(method, 1.0), list[Point]()
+    share, points, within = TAKEN_BACK.get(method, 1.0), list[Point](), list[Point]()
     aim = goal.nats(goal.limit)
-    for build in (1, 2):
+    for build in range(1, MOST_BUILDS + 1):
         allocation = allocator.within(aim / share)
         if not allocation.gain:  # not even one step: the cheapest shows what is possible
             allocation = allocator.within(allocator.steps[0].cost)
@@ -105,10 +107,10 @@ def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) 
         share = max(goal.nats(max(last.loss, 0.0)) / max(last.allocation.cost, TINY), 0.05)
         spent = (time.monotonic() - started) / 60
         late = budget.minutes is not None and 2 * spent > budget.minutes
-        if build == 1 and last.loss <= goal.limit and (late or _unused(allocator, goal, last) < 1 - NEAR):
+        within = [point for point in points if point.loss <= goal.limit]
+        if within and (build > 1 or late or _unused(allocator, goal, last) < 1 - NEAR):
             break
         aim = MARGIN * goal.nats(goal.limit)
-    within = [point for point in points if point.loss <= goal.limit]
     if not within:
         least = min(points, key=lambda point: point.loss)
         raise GateError(
