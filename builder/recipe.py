@@ -17,7 +17,7 @@ from plugins.common.config import Config
 from plugins.common.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
-EXCLUDED_BY = {"budget": "fraction", "fraction": "budget"}  # of `sparsity`: what overrides a preset's choice of share
+ALTERNATIVES = (("fraction", "budget"), ("perplexity_increase", "kl", "top1_agreement"))  # one each in a section
 
 
 class Recipe(Config):
@@ -121,7 +121,11 @@ def _override(text: str) -> dict[str, Any]:
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {key: value for key, value in under.items() if EXCLUDED_BY.get(key) not in over}
+    """`over` upon `under`; a key of `over` takes the place of its alternatives in `under`, as fraction of budget."""
+    merged = dict(under)
+    for keys in ALTERNATIVES:
+        if any(over.get(key) is not None for key in keys):
+            merged = {key: value for key, value in merged.items() if key not in keys or key in over}
     for key, value in over.items():
         below = merged.get(key)
         merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value

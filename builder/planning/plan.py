@@ -264,6 +264,8 @@ def _notes(recipe: Recipe, layers: Sequence[LayerPlan]) -> list[str]:
     notes = []
     if recipe.sparsity and not any(layer.sparse for layer in layers):
         notes.append("no layer is pruned: sparsity.layers and sparsity.exclude leave none")
+    if recipe.sparsity and recipe.sparsity.budget:
+        notes.append("bytes and times are those of all candidates 2:4: the build prunes only what fits the budget")
     if recipe.sparsity:
         notes.append(
             "2:4 needs a GPU with sparse tensor cores (SM80 and later) to pay in full; a CPU saves bytes, and time "

@@ -167,3 +167,11 @@ def test_a_bias_is_counted(tmp_path: Path) -> None:
     assert with_bias.dense_bytes - planned(tmp_path, LLAMA_8B).dense_bytes == 2 * 32 * (
         4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096
     )
+
+
+@pytest.mark.parametrize(("preset", "noted"), [("fp8-2of4", True), ("fp8-2of4-all", False)])
+def test_a_plan_under_a_budget_says_that_its_figures_are_of_all_candidates(
+    tmp_path: Path, preset: str, noted: bool
+) -> None:
+    notes = planned(tmp_path, LLAMA_8B, preset).notes
+    assert any("all candidates 2:4" in note for note in notes) == noted

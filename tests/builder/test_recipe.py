@@ -97,6 +97,25 @@ def test_a_recipe_cannot_change_once_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "fraction", "budget"),
+    [
+        ("sparsity.fraction=50%", 0.5, None),
+        ("sparsity.budget.kl=0.1", None, {"kl": 0.1}),
+        ("sparsity.budget.perplexity_increase=5%", None, {"perplexity_increase": 0.05}),
+        ("sparsity.budget.minutes=9", None, {"perplexity_increase": 0.02, "minutes": 9.0}),
+        ("sparsity.budget=null", None, None),
+    ],
+)
+def test_an_override_takes_the_place_of_the_presets_alternative(
+    override: str, fraction: float | None, budget: dict[str, float] | None
+) -> None:
+    sparsity = recipe.load("acme/model", "fp8-2of4", [override]).sparsity
+    assert sparsity is not None
+    assert sparsity.fraction == fraction
+    assert (sparsity.budget.model_dump(exclude_none=True) if sparsity.budget else None) == budget
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("sparsity.metod=wanda", "unknown recipe key 'sparsity.metod' (did you mean 'method'?)"),
