@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from builder.planning.compatibility import MODELOPT
 from builder.planning.model_config import Architecture, architecture
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
-from plugins.common.formats import FLOATS, OF_ALGORITHM, OF_KV_ALGORITHM
+from plugins.common.formats import FLOATS, INT8_PER_TOKEN, OF_ALGORITHM, OF_KV_ALGORITHM
 
-ALGORITHMS = {"NO_QUANT": "none", **OF_ALGORITHM}
+ALGORITHMS = {"NO_QUANT": "none", INT8_PER_TOKEN: "int8", **OF_ALGORITHM}
 MAX_BLOCKS, MAX_RANKS = 10_000, 4096
 
 
@@ -32,6 +32,7 @@ class Quantization:
     format: str = "none"
     kv_cache: str = "none"
     exclude: tuple[str, ...] = ()
+    per_token: bool = False  # activations are scaled token by token: there are no input scales
 
     def format_of(self, *names: str) -> str:
         """The format of the layer that goes by any of `names`."""
@@ -40,7 +41,8 @@ class Quantization:
 
     def __str__(self) -> str:
         excluded = f" without {', '.join(sorted(self.exclude))}" if self.exclude else ""
-        return f"{self.format}{excluded}, KV cache {self.kv_cache}"
+        scales = " with a scale for each token" if self.per_token else ""
+        return f"{self.format}{scales}{excluded}, KV cache {self.kv_cache}"
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,7 @@ def read_hf(config: dict[str, Any], exported: dict[str, Any] | None) -> tuple[Ar
         section = _table(exported.get("quantization"), "quantization")
         kv_cache, exclude = section.get("kv_cache_quant_algo"), section.get("exclude_modules")
         other = _quantization(section.get("quant_algo"), kv_cache, exclude, exported)
-        if (own.format, own.kv_cache, set(own.exclude)) != (
-            other.format,
-            other.kv_cache,
-            set(other.exclude),
-        ):
+        if replace(own, exclude=tuple(sorted(own.exclude))) != replace(other, exclude=tuple(sorted(other.exclude))):
             raise ConfigError(f"it says {own}; hf_quant_config.json says {other}")
     return _architecture({key: value for key, value in config.items() if key != "quantization_config"}), own
 
@@ -124,7 +122,8 @@ def _quantization(algorithm: Any, kv_cache: Any, exclude: Any, written: dict[str
     exclude = exclude or []
     if not isinstance(exclude, list) or not all(isinstance(glob, str) for glob in exclude):
         raise ConfigError("the excluded modules are not a list of names")
-    return Quantization(ALGORITHMS[algorithm], OF_KV_ALGORITHM[kv_cache], tuple(exclude))
+    per_token = algorithm == INT8_PER_TOKEN
+    return Quantization(ALGORITHMS[algorithm], OF_KV_ALGORITHM[kv_cache], tuple(exclude), per_token)
 
 
 def _known(key: str, value: Any, known: Collection[str | None], config: dict[str, Any]) -> None:

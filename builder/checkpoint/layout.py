@@ -128,7 +128,8 @@ def _linear(
         tensors[f"{part.local}.bias"] = Expected(((part.N,),), VECTORS, layer=part.name)
     if format != "none":
         tensors[f"{part.local}.{weight_scale}"] = replace(_scalar_scale(), layer=part.name)
-        tensors[f"{part.local}.{input_scale}"] = replace(_scalar_scale(), layer=part.name)
+        if not quantization.per_token:
+            tensors[f"{part.local}.{input_scale}"] = replace(_scalar_scale(), layer=part.name)
     if format == "int8":
         per_row = Expected(((part.N,),), ("F32",), "scale", part.name)
         tensors[f"{part.local}.{weight_scale}"] = per_row

@@ -17,6 +17,7 @@ from builder.checkpoint.declaration import read_declaration
 from builder.checkpoint.safetensors_file import Tensor
 from builder.checkpoint.tensor_files import hf_tensors, read_table, trtllm_tensors
 from builder.checkpoint.violations import Code, Report, Unsupported, VerificationError, Violation
+from builder.planning.compatibility import features_of
 from builder.planning.model_config import Architecture
 from builder.planning.sharding import is_row_parallel
 from plugins.common.errors import UserError
@@ -93,6 +94,11 @@ class Checkpoint:
         if self.quantization.format != "none":
             return self.quantization.format
         return OF_DTYPE[self.architecture.dtype]
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What not every backend has (builder/planning/compatibility.py)."""
+        return features_of(self.quantization.per_token, self.quantization.format_of("lm_head") != "none")
 
     @property
     def kv_cache(self) -> str:

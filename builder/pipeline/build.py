@@ -96,6 +96,7 @@ def resolve(
         bool(plan.sparse_layers),
         recipe.quantization.kv_cache,
         engine.tensor_parallel * engine.pipeline_parallel,
+        features=plan.features,
     )
     check_mapping(plan.heads, plan.blocks, engine.tensor_parallel, engine.pipeline_parallel, backend).require()
     config, source = find_config(recipe.model, recipe.revision)
@@ -113,18 +114,33 @@ def resolve(
 
 
 def pick_backend(
-    asked: str, number_format: str, sparse: bool, kv_cache: str, parallel: int = 1, among: Sequence[str] = BACKENDS
+    asked: str,
+    number_format: str,
+    sparse: bool,
+    kv_cache: str,
+    parallel: int = 1,
+    among: Sequence[str] = BACKENDS,
+    features: Sequence[str] = (),
 ) -> tuple[str, str]:
     """The backend to build for on this machine, and why. Raises UserError where `asked`, or with "auto" any, cannot.
 
-    `among` are those that "auto" may take.
+    `among` are those that "auto" may take, `features` a plan's.
     """
     if asked == "auto":
         trtllm = machine.versions("tensorrt-llm").get("tensorrt-llm")
         return choose_backend(
-            number_format, sparse, machine.sm(), trtllm, kv_cache=kv_cache, parallel=parallel, among=among
+            number_format,
+            sparse,
+            machine.sm(),
+            trtllm,
+            kv_cache=kv_cache,
+            parallel=parallel,
+            features=features,
+            among=among,
         )
-    verdict = check(number_format, sparse, asked, machine.sm(), kv_cache=kv_cache, parallel=parallel).require()
+    verdict = check(
+        number_format, sparse, asked, machine.sm(), kv_cache=kv_cache, parallel=parallel, features=features
+    ).require()
     return asked, verdict.reason
 
 

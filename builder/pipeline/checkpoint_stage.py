@@ -43,7 +43,7 @@ def write_checkpoints(
         if trtllm is not None:
             export.export_trtllm(model, source, out / "trtllm", declared, *trtllm)
         if config.wanted:
-            export.export_hf(model, source, out / "hf", declared)
+            export.export_hf(model, source, out / "hf", declared, per_token=config.activations == "per_token")
         else:
             export.copy_checkpoint(source, out / "hf", declared, names)
     for written in sorted(out.iterdir()):

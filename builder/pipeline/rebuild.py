@@ -131,7 +131,8 @@ def _backend_of(source: Checkpoint, asked: str, config: EngineConfig) -> str:
     parallel = config.tensor_parallel * config.pipeline_parallel
     if asked == "auto" and len(can_read) == 1:
         asked = can_read[0]
-    return pick_backend(asked, source.format, bool(source.sparse_layers), source.kv_cache, parallel, can_read)[0]
+    sparse, features = bool(source.sparse_layers), source.features
+    return pick_backend(asked, source.format, sparse, source.kv_cache, parallel, can_read, features)[0]
 
 
 def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Rule:
     sparse: bool | None = None
     sm: tuple[int, int] | None = None
     parallel: bool | None = None
+    feature: str | None = None
 
     def matches(self, ask: Combination) -> bool:
         return (
@@ -64,6 +65,7 @@ class Rule:
             and (self.sparse is None or ask.sparse == self.sparse)
             and (self.sm is None or (ask.sm is not None and self.sm[0] <= ask.sm <= self.sm[1]))
             and (self.parallel is None or ask.parallel == self.parallel)
+            and (self.feature is None or self.feature in ask.features)
         )
 
 
@@ -77,8 +79,11 @@ class Combination:
     sm: int | None = None
     kv_cache: str = "none"
     parallel: bool = False
+    features: tuple[str, ...] = ()  # some of PER_TOKEN and QUANTIZED_HEAD
 
 
+PER_TOKEN = "int8 activations with a scale for each token"
+QUANTIZED_HEAD = "an 8-bit lm_head"
 TRTLLM = ("tensorrt", "pytorch")
 ANY_LATER = 999
 
@@ -112,6 +117,21 @@ TABLE: tuple[Rule, ...] = (
         sm=(0, 88),
     ),
     # -- TensorRT-LLM's own limits
+    Rule(
+        Verdict.no(
+            "ModelOpt exports static INT8 scales to TensorRT-LLM, none for each token",
+            "use quantization.activations=per_tensor, or engine.backend=torch",
+        ),
+        backends=TRTLLM,
+        feature=PER_TOKEN,
+    ),
+    Rule(
+        Verdict.no(
+            "TensorRT-LLM keeps lm_head in 16 bit", "add lm_head to quantization.exclude, or use engine.backend=torch"
+        ),
+        backends=TRTLLM,
+        feature=QUANTIZED_HEAD,
+    ),
     Rule(
         Verdict.no(
             "the PyTorch backend of TensorRT-LLM has no INT8 W8A8 linear layer ('unsupported quant mode')",
@@ -183,6 +203,11 @@ TABLE: tuple[Rule, ...] = (
 )
 
 
+def features_of(per_token: bool, quantized_head: bool) -> tuple[str, ...]:
+    """What not every backend has, as `check` takes it."""
+    return tuple(name for name, used in ((PER_TOKEN, per_token), (QUANTIZED_HEAD, quantized_head)) if used)
+
+
 def has_hybrid_kernels(backend: str) -> bool:
     """Whether the backend runs layers that are partly 2:4, partly dense; TensorRT-LLM's kernels take whole layers."""
     return backend == "torch"
@@ -196,12 +221,14 @@ def check(
     *,
     kv_cache: str = "none",
     parallel: int = 1,
+    features: Sequence[str] = (),
     tensorrt_llm: str | None = None,
 ) -> Verdict:
     """The verdict of the table on one combination.
 
-    `format` is one of FORMATS, `kv_cache` "none", "int8" or "fp8", `parallel` the number of GPUs one engine spans and
-    `tensorrt_llm` the installed version, if known. Raises UserError for an unknown name.
+    `format` is one of FORMATS, `kv_cache` "none", "int8" or "fp8", `parallel` the number of GPUs one engine spans,
+    `features` those of `features_of` and `tensorrt_llm` the installed version, if known. Raises UserError for an
+    unknown name.
     """
     _known("format", format, FORMATS)
     _known("backend", backend, BACKENDS)
@@ -209,7 +236,7 @@ def check(
         verdict = check_release(backend, tensorrt_llm)
         if not verdict.ok:
             return verdict
-    ask = Combination(format, sparse, backend, sm, kv_cache, parallel > 1)
+    ask = Combination(format, sparse, backend, sm, kv_cache, parallel > 1, tuple(features))
     return next(rule.verdict for rule in TABLE if rule.matches(ask))
 
 
@@ -238,6 +265,7 @@ def choose_backend(
     *,
     kv_cache: str = "none",
     parallel: int = 1,
+    features: Sequence[str] = (),
     among: Sequence[str] = BACKENDS,
 ) -> tuple[str, str]:
     """Resolves `engine.backend: auto`: the first of `among` that this machine can run, and the reason.
@@ -253,12 +281,19 @@ def choose_backend(
             verdict = Verdict.no("tensorrt_llm is not installed", "")
         else:
             verdict = check(
-                format, sparse, backend, sm, kv_cache=kv_cache, parallel=parallel, tensorrt_llm=tensorrt_llm
+                format,
+                sparse,
+                backend,
+                sm,
+                kv_cache=kv_cache,
+                parallel=parallel,
+                features=features,
+                tensorrt_llm=tensorrt_llm,
             )
         if verdict.ok:
             return backend, "; ".join([*passed_over, f"{backend}: {verdict.reason}"])
         passed_over.append(f"not {backend}: {verdict.reason}")
-    check(format, sparse, "torch", sm, kv_cache=kv_cache, parallel=parallel).require()
+    check(format, sparse, "torch", sm, kv_cache=kv_cache, parallel=parallel, features=features).require()
     return "torch", "; ".join([*passed_over, "torch runs anywhere"])
 
 

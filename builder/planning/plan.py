@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from benchmarks.roofline import roofline
+from builder.planning.compatibility import features_of
 from builder.planning.hub import find_config
 from builder.planning.model_config import Architecture, Linear, architecture
 from builder.recipe import Recipe
@@ -58,6 +59,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     dense_bytes: int
     built_bytes: int
+    activations: str  # scales of 8-bit ones: "per_tensor" or "per_token"
     kv_bytes_per_token: int
     heads: int
     blocks: int
@@ -74,6 +76,11 @@ class Plan:
     def quantized_layers(self) -> list[str]:
         return [layer.name for layer in self.layers if layer.format in ("int8", "fp8")]
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What not every backend has (builder/planning/compatibility.py)."""
+        return features_of(self.activations == "per_token", "lm_head" in self.quantized_layers)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -87,7 +94,8 @@ def make_plan(
     layers = tuple(_layer(linear, shapes, recipe) for linear in shapes.linears())
     _check_globs(recipe, [layer.name for layer in layers])
     other = shapes.other_parameters * format_of(_dense_format(shapes)).nbytes
-    head = layers[-1].dense_bytes if shapes.tied_embeddings else 0
+    head = layers[-1].dense_bytes if shapes.tied_embeddings else 0  # counted with the embedding
+    shared = head if layers[-1].format == _dense_format(shapes) else 0
     kv_bytes = shapes.kv_values_per_token * (1 if recipe.quantization.kv_cache != "none" else 2)
     return Plan(
         model=recipe.model,
@@ -96,7 +104,8 @@ def make_plan(
         backend=recipe.engine.backend,
         layers=layers,
         dense_bytes=sum(layer.dense_bytes for layer in layers) + other - head,
-        built_bytes=sum(layer.built_bytes for layer in layers) + other - head,
+        built_bytes=sum(layer.built_bytes for layer in layers) + other - shared,
+        activations=recipe.quantization.activations,
         kv_bytes_per_token=kv_bytes,
         heads=shapes.num_heads,
         blocks=shapes.num_blocks,

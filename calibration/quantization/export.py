@@ -18,11 +18,15 @@ from calibration.model.weight_files import model_dtype
 from calibration.quantization.trtllm_config import complete_config, for_transformers_4, trtllm_name
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
+from plugins.common.formats import INT8_PER_TOKEN
 from plugins.sparsity.declaration import Declaration
 
 
-def export_hf(model: nn.Module, source: Path, out: Path, declared: Declaration) -> None:
-    """A unified Hugging Face checkpoint. ModelOpt packs the model in place: it cannot run afterwards."""
+def export_hf(model: nn.Module, source: Path, out: Path, declared: Declaration, per_token: bool = False) -> None:
+    """A unified Hugging Face checkpoint. ModelOpt packs the model in place: it cannot run afterwards.
+
+    `per_token`: the model's int8 activations are scaled token by token.
+    """
     from modelopt.torch.export import export_hf_checkpoint
 
     int8_kv_scales = extract_int8_kv_scales(model)
@@ -36,6 +40,8 @@ def export_hf(model: nn.Module, source: Path, out: Path, declared: Declaration) 
         raise UserError(f"ModelOpt could not write the checkpoint ({reason}): check the files of '{source}'") from error
     if int8_kv_scales:
         _declare_int8_kv(out)
+    if per_token:
+        _declare_per_token(out)
     _write_for_transformers_4(out / "config.json")
     copy_tokenizer(source, out)
     declared.write(out)
@@ -99,6 +105,14 @@ def _declare_int8_kv(out: Path) -> None:
     section = config.setdefault("quantization_config", {"quant_method": "modelopt", "quant_algo": None, "ignore": []})
     section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "int"}
     path.write_text(json.dumps(config, indent=4))
+
+
+def _declare_per_token(out: Path) -> None:
+    """Writes TensorRT-LLM's name of INT8 with a scale for each token, which ModelOpt does not know, in both configs."""
+    for name, section in (("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")):
+        config = json.loads((out / name).read_text())
+        config[section]["quant_algo"] = INT8_PER_TOKEN
+        (out / name).write_text(json.dumps(config, indent=4))
 
 
 def _write_for_transformers_4(path: Path) -> None:

@@ -1,7 +1,8 @@
 """ModelOpt post-training quantization: INT8 SmoothQuant W8A8, FP8, and the KV cache.
 
-SmoothQuant: Xiao et al., 2023 (arXiv 2211.10438). FP8 e4m3 with one static scale a tensor: Micikevicius et al., 2022
-(arXiv 2209.05433). The model comes back with ModelOpt's quantizers in it: fake-quantized, ready for export.
+SmoothQuant: Xiao et al., 2023 (arXiv 2211.10438), with static scales or a scale for each token. FP8 e4m3 with one
+static scale a tensor: Micikevicius et al., 2022 (arXiv 2209.05433). The model comes back with ModelOpt's quantizers in
+it: fake-quantized, ready for export.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from plugins.common.progress import Progress
 log = logging.getLogger(__name__)
 
 BATCH = 8  # windows a forward pass
+SMOOTHING_PER_TOKEN = 0.5  # SmoothQuant's alpha; ModelOpt's own, 1, serves static scales
 
 
 def load_model(directory: Path) -> nn.Module:
@@ -37,8 +39,9 @@ def quantize(
 ) -> nn.Module:
     """Calibrates and inserts quantizers, in place.
 
-    `layers` are the modules to quantize, by full name; every other linear layer stays as it is. `tokens` [samples,
-    length]. Raises UserError where a layer's range comes out empty or not finite, which calibration text can cause.
+    `layers` are the modules to quantize, by full name; every other linear layer stays as it is. A quantized `lm_head`
+    gets a weight of its own where it shares the embedding's. `tokens` [samples, length]. Raises UserError where a
+    layer's range comes out empty or not finite, which calibration text can cause.
     """
     import modelopt.torch.quantization as mtq
 
@@ -50,12 +53,36 @@ def quantize(
             if progress:
                 progress("quantize", number, len(batches))
 
+    for layer in layers:
+        if shares_embedding(model, layer):
+            untie(model, layer)
     with suppress_output(), torch.inference_mode():
         model = mtq.quantize(model, modelopt_config(config, layers), calibrate)
     share_weight_scales(model)
     _note_zeros(give_zeros_a_range(model))
     _check_ranges(model, layers)
+    if config.activations == "per_token":
+        for layer in layers:
+            scale_each_token(model.get_submodule(layer).input_quantizer)
     return model
+
+
+def scale_each_token(quantizer: Any) -> None:
+    """Lets an input quantizer scale each token by its own largest element; its smoothing stays."""
+    del quantizer._amax
+    quantizer.set_from_attribute_config({"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}})
+
+
+def shares_embedding(model: Any, layer: str) -> bool:
+    """Whether the weight of `layer` is the embedding's own (`tie_word_embeddings`)."""
+    return model.get_submodule(layer).weight is model.get_input_embeddings().weight
+
+
+def untie(model: Any, layer: str) -> None:
+    """Gives `layer` a copy of the embedding: smoothing and rounding would otherwise change the embedding too."""
+    module = model.get_submodule(layer)
+    module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
 
 
 def modelopt_config(config: Quantization, layers: Sequence[str]) -> dict[str, Any]:
@@ -64,9 +91,12 @@ def modelopt_config(config: Quantization, layers: Sequence[str]) -> dict[str, An
 
     base = {"int8": mtq.INT8_SMOOTHQUANT_CFG, "fp8": mtq.FP8_DEFAULT_CFG}.get(config.format)
     off: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    entries, algorithm = off, "max"
+    entries: list[dict[str, Any]] = off
+    algorithm: Any = "max"
     if base is not None:
         algorithm = base["algorithm"]
+        if config.activations == "per_token":
+            algorithm = {"method": "smoothquant", "alpha": SMOOTHING_PER_TOKEN}
         bits: Any = 8 if config.format == "int8" else (4, 3)
         axis = 0 if config.format == "int8" else None
         for layer in layers:

@@ -29,7 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from calibration.config import Quantization, Recovery
 from calibration.data.windows import Tokens
 from calibration.model.device import has_bfloat16
-from calibration.quantization.quantize import quantize
+from calibration.quantization.quantize import quantize, shares_embedding
 from plugins.common.progress import Progress
 
 LOGITS_AT_ONCE = 2**26  # B x T x V of one forward pass: 256 MB in float32, of which training holds about six
@@ -100,12 +100,14 @@ def add_teacher(student: nn.Module, teacher: nn.Module, config: Recovery) -> nn.
 def fake_quantize(model: nn.Module, config: Quantization, layers: Sequence[str], tokens_BT: Tokens) -> nn.Module:
     """ModelOpt's quantizers on the masked `layers`, calibrated, ready to train, with the weights left as they are.
 
+    An `lm_head` that is the embedding trains without: its 8-bit copy is made afterwards.
+
     SmoothQuant would divide the weights by its scales in place, which a masked weight does not take: reading it gives a
     copy. So its scales go into the weights' quantizers.
     """
     model_calib._ENABLE_FOLDING_PQS_TO_WEIGHTS = False
     try:
-        model = quantize(model, config, layers, tokens_BT)
+        model = quantize(model, config, [x for x in layers if not shares_embedding(model, x)], tokens_BT)
     finally:
         model_calib._ENABLE_FOLDING_PQS_TO_WEIGHTS = True
     for module in model.modules():

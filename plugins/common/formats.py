@@ -33,6 +33,7 @@ class Format(str, Enum):
 
 
 EIGHT_BIT = (Format.INT8, Format.FP8)  # what quantization makes
+INT8_PER_TOKEN = "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"  # TensorRT-LLM's name of INT8 with a scale for each token
 KERNEL_OUTPUTS = (Format.FP16, Format.BF16)  # what our kernels write
 FLOATS = (Format.BF16, Format.FP16, Format.FP32)  # what models are stored in
 

@@ -2,6 +2,8 @@
 
     int8   y = (q_MK @ w_NK^T) * input_scale * weight_scale_N
            q = clamp(round(x * pre_quant_scale / input_scale), -128, 127)
+           with a scale of its own for each token in place of input_scale:
+           largest of |x * pre_quant_scale| over the token / 127
     fp8    the same in float8_e4m3fn, saturating at 448, with one weight_scale for the whole tensor
 
 Rounding is to nearest, ties to even. int8 products are summed exactly, in int32; fp8 products, which float32 holds
@@ -23,6 +25,14 @@ CUDA_INT_MM_ROWS = 32  # torch._int_mm on CUDA wants more than 16 rows
 def quantize_int8(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
     """x * multiplier, rounded to int8. `multiplier` is 1 / scale, [] or [K]."""
     return (x * multiplier).round_().clamp_(-128, 127).to(torch.int8)
+
+
+def quantize_int8_tokens(x_MK: torch.Tensor, smoothing_K: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x * smoothing as int8 [M, K] by each token's own largest element, and the tokens' scales, float32 [M, 1]."""
+    x_MK = x_MK.float() if smoothing_K is None else x_MK.float() * smoothing_K
+    largest_M1 = x_MK.abs().amax(dim=-1, keepdim=True)
+    multiplier_M1 = torch.where(largest_M1 > 0, 127 / largest_M1, 0)
+    return quantize_int8(x_MK, multiplier_M1), largest_M1 / 127
 
 
 def quantize_fp8(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:

@@ -150,6 +150,8 @@ def _rounding(stored: torch.dtype, scales: Scales | None) -> tuple[torch.Tensor 
     """What inputs are multiplied by before they are rounded, and to what."""
     if scales is None:
         return None, "as is"
+    if scales.input is None:
+        return None if scales.pre_quant is None else scales.pre_quant.contiguous(), "int8 each token"
     if stored == torch.int8:
         return scales.multiplier.contiguous(), "int8"
     inverse = numerics.fp8_inverse(scales.input)

@@ -1,7 +1,8 @@
 """Makes the linear layers that the torch engine runs, from the tensors stored under a layer's name:
 
     weight [N, K] | weight_values [N, K/2] and weight_indices uint8 [N, ceil(K/8)] (plugins/sparsity/pattern.py)
-    weight_scale  [] or [N], input_scale [], pre_quant_scale [K]    8-bit layers only
+    weight_scale  [] or [N], input_scale [], pre_quant_scale [K]    8-bit layers only; int8 without input_scale: each
+                                                                    token has its own
     bias          [N]
 
 The weight's dtype says the format. Without `choices` a layer runs on torch's own products (torch_linear.py), with
@@ -25,6 +26,7 @@ from plugins.linear.torch_linear import (
     Fp8Linear,
     Fp8ValuesLinear,
     Int8Linear,
+    Int8TokenLinear,
     Linear,
     QuantizedLinear,
     Scales,
@@ -54,7 +56,7 @@ def build_linear(
     stored = tensors["weight_values" if sparse else "weight"]
     if stored.dtype not in FORMATS:
         raise UserError(f"a weight of dtype {stored.dtype} is none of {', '.join(FORMATS.values())}: export it again")
-    scales = _scales(tensors) if stored.dtype in EIGHT_BIT else None
+    scales = _scales(tensors, stored.dtype) if stored.dtype in EIGHT_BIT else None
     if choices is not None and device.type == "cpu" and choices[0][1] in CPU_KERNELS:
         from plugins.linear import cpu_linear
 
@@ -73,14 +75,15 @@ def build_linear(
     return layer
 
 
-def _scales(tensors: Mapping[str, torch.Tensor]) -> Scales:
-    for name in ("weight_scale", "input_scale"):
+def _scales(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Scales:
+    needed = ("weight_scale",) if dtype == torch.int8 else ("weight_scale", "input_scale")
+    for name in needed:
         if name not in tensors:
             raise UserError(f"an 8-bit layer has no {name}: export it with static scales")
-    pre_quant = tensors.get("pre_quant_scale")
+    pre_quant, of_input = tensors.get("pre_quant_scale"), tensors.get("input_scale")
     return Scales(
         tensors["weight_scale"].float().reshape(-1),
-        tensors["input_scale"].float().reshape(1),
+        None if of_input is None else of_input.float().reshape(1),
         None if pre_quant is None else pre_quant.float(),
     )
 
@@ -88,6 +91,8 @@ def _scales(tensors: Mapping[str, torch.Tensor]) -> Scales:
 def _on_torch(w_NK: torch.Tensor, scales: Scales | None, bias_N: torch.Tensor | None, dtype: torch.dtype) -> Linear:
     if scales is None:
         return DenseLinear(w_NK, bias_N, dtype)
+    if scales.input is None:
+        return Int8TokenLinear(w_NK, scales, bias_N, dtype)
     kind: type[QuantizedLinear] = Int8Linear
     if w_NK.dtype == torch.float8_e4m3fn:
         kind = Fp8Linear if w_NK.is_cuda else Fp8ValuesLinear
@@ -101,10 +106,12 @@ def _on_kernels(
     dtype: torch.dtype,
     choices: Sequence[tuple[int, str]],
 ) -> tuple[Linear | None, str | None]:
-    """(the layer, None), or (None, why a kernel cannot take its shape)."""
+    """(the layer, None), or (None, why a kernel cannot take it)."""
     from plugins.libtwofour.bindings import LibraryError
     from plugins.linear.kernel_linear import KernelLinear
 
+    if scales is not None and scales.input is None:
+        return None, "no kernel on a GPU takes inputs with a scale for each token"
     try:
         return KernelLinear(w_NK, scales, bias_N, dtype, choices), None
     except LibraryError as error:

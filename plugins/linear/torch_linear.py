@@ -51,20 +51,24 @@ class DenseLinear(Linear):
 
 @dataclass(frozen=True)
 class Scales:
-    """Of an 8-bit layer, float32: weight [1] or [N], input [1], and SmoothQuant's factor on the input, [K] or None."""
+    """Of an 8-bit layer, float32: weight [1] or [N], input [1], and SmoothQuant's factor on the input, [K] or None.
+
+    An `input` of None: each token has its own.
+    """
 
     weight: torch.Tensor
-    input: torch.Tensor
+    input: torch.Tensor | None
     pre_quant: torch.Tensor | None = None
 
     @property
     def product(self) -> torch.Tensor:
-        """What a sum of 8-bit products is multiplied by: [1] or [N]."""
-        return self.weight * self.input
+        """What a sum of 8-bit products is multiplied by, beside a token's own scale: [1] or [N]."""
+        return self.weight if self.input is None else self.weight * self.input
 
     @property
     def multiplier(self) -> torch.Tensor:
-        """What an input is multiplied by before it is rounded: [1] or [K]."""
+        """What an input is multiplied by before it is rounded by a static scale: [1] or [K]."""
+        assert self.input is not None
         inverse = 1 / self.input
         return inverse if self.pre_quant is None else inverse * self.pre_quant
 
@@ -151,6 +155,26 @@ class Int8Linear(QuantizedLinear):
 
     def product(self, q_MK: torch.Tensor) -> torch.Tensor:
         return numerics.int8_linear(q_MK, self.weight, self.scale)
+
+
+class Int8TokenLinear(Linear):
+    """W8A8 with a scale of its own for each token: exact int32 sums, scaled in float32."""
+
+    kernel = "int8 x int8 -> int32, a scale a token (torch._int_mm)"
+
+    def __init__(self, w_NK: torch.Tensor, scales: Scales, bias_N: torch.Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.weight, self.scale = nn.Buffer(w_NK), nn.Buffer(scales.product)
+        self.smoothing = None if scales.pre_quant is None else nn.Buffer(scales.pre_quant)
+        self.bias = None if bias_N is None else nn.Buffer(bias_N.float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q_MK, scale_M1 = numerics.quantize_int8_tokens(x.reshape(-1, x.shape[-1]), self.smoothing)
+        y_MN = numerics.int8_linear(q_MK, self.weight, self.scale) * scale_M1
+        if self.bias is not None:
+            y_MN = y_MN + self.bias
+        return y_MN.to(self.dtype).view(*x.shape[:-1], -1)
 
 
 class Fp8Linear(QuantizedLinear):

@@ -16,7 +16,7 @@ from plugins.common import numerics
 from plugins.common.errors import UserError
 from plugins.libtwofour import cpu, cpu_compiler
 from plugins.linear.cpu_linear import CpuLinear, PackedEmbedding
-from plugins.linear.torch_linear import Scales
+from plugins.linear.torch_linear import Int8TokenLinear, Scales
 from plugins.sparsity.torch_packing import pack
 
 SHAPES = [(16, 32, 1), (40, 64, 3), (100, 100, 13), (5, 4, 1), (33, 36, 27), (960, 576, 2), (64, 1536, 40)]
@@ -64,17 +64,23 @@ def test_int8_equals_the_reference_bit_for_bit(
     assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_int8_with_a_scale_a_token_rounds_each_by_its_own_largest(isa: str, sparse: bool) -> None:
+def test_int8_with_a_scale_a_token_rounds_each_by_its_own_largest(
+    isa: str, sparse: bool, smoothed: bool, dtype: torch.dtype
+) -> None:
     w_NK = weight(48, 64, torch.int8, sparse)
-    layer = linear(w_NK, sparse, Scales(torch.tensor([0.01]), torch.tensor([1.0])), torch.float32, bias=False)
-    problem = layer.problem(1)
-    problem.rounding = cpu.ROUNDINGS.index("int8 each token")
-    x = torch.randn(5, 64) * torch.tensor([[0.0], [1.0], [1e-3], [1e3], [7.0]])
-    largest = x.abs().amax(1, keepdim=True)
-    q_MK = numerics.quantize_int8(x, torch.where(largest > 0, 127 / largest, 0))
-    expected = (q_MK.float() @ w_NK.float().T) * torch.tensor(0.01) * (largest / 127)
-    assert torch.equal(layer(x), expected)
+    smoothing = torch.rand(64) + 0.5 if smoothed else None
+    scales = Scales(torch.tensor([0.01]), None, smoothing)
+    x = (torch.randn(5, 64) * torch.tensor([[0.0], [1.0], [1e-3], [1e3], [7.0]])).to(dtype)
+    smooth = x.float() * (1 if smoothing is None else smoothing)
+    largest = smooth.abs().amax(1, keepdim=True)
+    q_MK = numerics.quantize_int8(smooth, torch.where(largest > 0, 127 / largest, 0))
+    expected = ((q_MK.float() @ w_NK.float().T) * torch.tensor(0.01) * (largest / 127)).to(dtype)
+    assert torch.equal(linear(w_NK, sparse, scales, dtype, bias=False)(x), expected)
+    on_torch = Int8TokenLinear(w_NK, scales, None, dtype)
+    assert torch.equal(on_torch(x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])

@@ -88,6 +88,7 @@ def _check(checkpoint: Checkpoint, config: EngineConfig) -> None:
         device.sm if device else None,
         kv_cache=checkpoint.kv_cache,
         parallel=config.tensor_parallel * config.pipeline_parallel,
+        features=checkpoint.features,
         tensorrt_llm=version_lock.installed("tensorrt_llm"),
     ).require()
     sharding.check_shards(checkpoint.layers(), config.tensor_parallel).require()

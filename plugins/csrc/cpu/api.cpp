@@ -51,7 +51,7 @@ int check(const twofour_cpu_linear* linear, int64_t tokens, int type, bool quant
       (type != TWOFOUR_CPU_BFLOAT16 && (type != TWOFOUR_CPU_FLOAT32 || rounding == TWOFOUR_CPU_AS_IS)))
     return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "no inputs of type %d with rounding %d for a weight of form %d", type,
                 rounding, linear->form);
-  const bool has_multiplier = rounding == TWOFOUR_CPU_TO_INT8 || rounding == TWOFOUR_CPU_TO_FP8;
+  const bool has_multiplier = rounding == TWOFOUR_CPU_TO_INT8 || rounding == TWOFOUR_CPU_TO_FP8 || linear->multiplier;
   if (has_multiplier && (!linear->multiplier || (linear->multipliers != 1 && linear->multipliers != linear->in_features)))
     return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "%lld multipliers for %lld inputs",
                 static_cast<long long>(linear->multipliers), static_cast<long long>(linear->in_features));

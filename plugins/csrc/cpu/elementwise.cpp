@@ -73,6 +73,14 @@ EACH_ISA void round_to_fp8_float(const float* x, int64_t count, const float* mul
   }
 }
 
+EACH_ISA void multiply_bf16(const uint16_t* x, int64_t count, const float* multiplier, int64_t multipliers, float* y) {
+  for (int64_t i = 0; i < count; ++i) y[i] = widen(x[i]) * multiplier[multipliers == 1 ? 0 : i];
+}
+
+EACH_ISA void multiply_float(const float* x, int64_t count, const float* multiplier, int64_t multipliers, float* y) {
+  for (int64_t i = 0; i < count; ++i) y[i] = x[i] * multiplier[multipliers == 1 ? 0 : i];
+}
+
 EACH_ISA float largest_bf16(const uint16_t* x, int64_t count) {
   uint16_t largest = 0;  // magnitudes of floats order like their bits
   for (int64_t i = 0; i < count; ++i) {

@@ -26,6 +26,10 @@ void quantize_float(const float* x, int64_t count, const float* multiplier, int6
 void round_to_fp8_bf16(const uint16_t* x, int64_t count, const float* multiplier, int64_t multipliers, uint16_t* y);
 void round_to_fp8_float(const float* x, int64_t count, const float* multiplier, int64_t multipliers, uint16_t* y);
 
+// y = x * multiplier.
+void multiply_bf16(const uint16_t* x, int64_t count, const float* multiplier, int64_t multipliers, float* y);
+void multiply_float(const float* x, int64_t count, const float* multiplier, int64_t multipliers, float* y);
+
 float largest_bf16(const uint16_t* x, int64_t count);  // of the absolute values
 float largest_float(const float* x, int64_t count);
 

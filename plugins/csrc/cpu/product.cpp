@@ -102,11 +102,18 @@ static float round_token(const twofour_cpu_linear& linear, int type, const void*
   const int64_t k = linear.in_features, padded = blocks_of(k) * kBlockInputs;
   const uint16_t* half = static_cast<const uint16_t*>(x) + token * k;
   const float* full = static_cast<const float*>(x) + token * k;
-  const bool bf16 = type == TWOFOUR_CPU_BFLOAT16;
+  bool bf16 = type == TWOFOUR_CPU_BFLOAT16;
   const float* multiplier = linear.multiplier;
   int64_t multipliers = linear.multipliers;
   float largest = 0, own = 0;
   if (linear.rounding == TWOFOUR_CPU_EACH_TOKEN) {
+    if (multiplier) {
+      static thread_local Scratch scratch;
+      float* smoothed = reinterpret_cast<float*>(scratch.bytes(k * sizeof(float)));
+      if (bf16) multiply_bf16(half, k, multiplier, multipliers, smoothed);
+      else multiply_float(full, k, multiplier, multipliers, smoothed);
+      full = smoothed, bf16 = false;
+    }
     largest = bf16 ? largest_bf16(half, k) : largest_float(full, k);
     own = largest > 0 ? 127.f / largest : 0.f;
     multiplier = &own, multipliers = 1;

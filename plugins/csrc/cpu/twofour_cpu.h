@@ -42,7 +42,7 @@ typedef enum twofour_cpu_type { TWOFOUR_CPU_FLOAT32 = 0, TWOFOUR_CPU_BFLOAT16 = 
 typedef enum twofour_cpu_rounding {
   TWOFOUR_CPU_AS_IS = 0,       /* bfloat16 inputs alone */
   TWOFOUR_CPU_TO_INT8 = 1,     /* x * multiplier to nearest even, clamped */
-  TWOFOUR_CPU_EACH_TOKEN = 2,  /* int8 by each token's own largest element */
+  TWOFOUR_CPU_EACH_TOKEN = 2,  /* int8 by the largest element of x * multiplier (where there is one) of each token */
   TWOFOUR_CPU_TO_FP8 = 3       /* x * multiplier to nearest e4m3, saturated; held as bfloat16, as are fp8 weights */
 } twofour_cpu_rounding;
 
