@@ -19,7 +19,7 @@ from calibration.config import Quantization
 from calibration.data.windows import Tokens
 from calibration.model.loading import load_causal_lm
 from calibration.model.silence import suppress_output
-from calibration.quantization.fused import share_weight_scales
+from calibration.quantization.fused import share_smoothing, share_weight_scales
 from plugins.common.errors import UserError
 from plugins.common.progress import Progress
 
@@ -58,6 +58,7 @@ def quantize(
             untie(model, layer)
     with suppress_output(), torch.inference_mode():
         model = mtq.quantize(model, modelopt_config(config, layers), calibrate)
+    share_smoothing(model)
     share_weight_scales(model)
     _note_zeros(give_zeros_a_range(model))
     _check_ranges(model, layers)

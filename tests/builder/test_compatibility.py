@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import pytest
 
 from builder.planning import compatibility
-from builder.planning.compatibility import BACKENDS, FORMATS, Verdict, check, choose_backend
+from builder.planning.compatibility import (
+    BACKENDS,
+    FORMATS,
+    PER_TOKEN,
+    QUANTIZED_HEAD,
+    Verdict,
+    check,
+    choose_backend,
+)
 from builder.planning.sharding import check_shards
 from plugins.common.errors import UserError
 
@@ -50,6 +58,8 @@ def test_every_combination_has_one_answer_and_each_refusal_says_what_to_use():
             "INT8 KV cache on SM100",
         ),
         ({"format": "bf16", "sparse": False, "backend": "torch", "sm": 90, "parallel": 2}, "one device"),
+        ({"format": "int8", "sparse": True, "backend": "tensorrt", "features": (PER_TOKEN,)}, "static INT8 scales"),
+        ({"format": "fp8", "sparse": True, "backend": "pytorch", "features": (QUANTIZED_HEAD,)}, "lm_head in 16 bit"),
         (
             {"format": "bf16", "sparse": False, "backend": "tensorrt", "sm": 90, "tensorrt_llm": "1.3.0rc24"},
             "past the 1.2 line",

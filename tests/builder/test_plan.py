@@ -137,6 +137,15 @@ def test_a_tied_embedding_is_counted_once_and_not_pruned(tmp_path: Path) -> None
         planned(tmp_path, QWEN2_500M, "2of4", "sparsity.exclude=[]")
 
 
+def test_an_8_bit_head_is_counted_beside_the_16_bit_embedding(tmp_path: Path) -> None:
+    kept, quantized = (
+        planned(tmp_path, QWEN2_500M, "fp8"),
+        planned(tmp_path, QWEN2_500M, "fp8", "quantization.exclude=[]"),
+    )
+    assert quantized.built_bytes - kept.built_bytes == 151936 * 896 + 8  # the values and two scales
+    assert quantized.dense_bytes == kept.dense_bytes
+
+
 def test_layers_are_chosen_by_globs(tmp_path: Path) -> None:
     plan = planned(tmp_path, LLAMA_8B, "2of4", 'sparsity.layers=["*.mlp.*"]', "sparsity.exclude=[lm_head, down_proj]")
     kinds = {layer.rsplit(".", 1)[1] for layer in plan.sparse_layers}

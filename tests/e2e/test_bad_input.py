@@ -327,6 +327,7 @@ def test_a_tokenizer_without_a_padding_token_works_and_leaves_the_embeddings_alo
         ("accuracy.min_top1_agreement=-1%", "recipe key 'accuracy.min_top1_agreement' is '-1%'"),
         ("accuracy.max_perplexity_increase=many%", "recipe key 'accuracy.max_perplexity_increase' is 'many%'"),
         ("sparsity.pattern=1:4", "recipe key 'sparsity.pattern'"),
+        ("quantization.activations=per_token", "activations per_token needs format int8"),
         ("quantization.format=int4", "recipe key 'quantization.format' is 'int4'"),
         ("calibration.samples=0", "recipe key 'calibration.samples' is 0"),
         ("sparsity.layers=[nothing]", "sparsity.layers 'nothing' matches no linear layer"),

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from plugins.sparsity.declaration import Declaration
 
 LENGTH = 128
 WINDOWS = 16  # 2048 evaluation tokens
-CASES = {  # format, 2:4, KV cache
+CASES = {  # format, 2:4, KV cache; "int8-2of4-token" scales each token by itself
     "int8": ("int8", False, "none"),
     "fp8": ("fp8", False, "none"),
     "int8-2of4": ("int8", True, "none"),
+    "int8-2of4-token": ("int8", True, "none"),
     "fp8-2of4": ("fp8", True, "none"),
     "fp8-2of4-kv": ("fp8", True, "fp8"),
     "int8-kv": ("int8", False, "int8"),
@@ -85,12 +87,15 @@ def build(docs_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if sparse:
             for name in layers:
                 prune(model.get_submodule(name))
-        model = quantize.quantize(model, Quantization(format=number_format, kv_cache=kv_cache), layers, calibration)
+        per_token = case.endswith("-token")
+        activations: Any = "per_token" if per_token else "per_tensor"
+        config = Quantization(format=number_format, activations=activations, kv_cache=kv_cache)
+        model = quantize.quantize(model, config, layers, calibration)
         with torch.inference_mode():
             logits = copy.deepcopy(model).float()(evaluation).logits
             itself = agreement(copy.deepcopy(model).double()(evaluation).logits, logits)
         declared = Declaration(tuple(layers) if sparse else ())
-        export.export_hf(model, docs_llama, out / "checkpoint", declared)
+        export.export_hf(model, docs_llama, out / "checkpoint", declared, per_token)
         artifact.build(out / "checkpoint", out / "engine", Limits(max_batch_size=4))
         known[case] = Built(logits, itself, out / "engine")
         return known[case]
