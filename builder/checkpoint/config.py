@@ -13,7 +13,7 @@ from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
 from plugins.common.formats import FLOATS, INT8_PER_TOKEN, OF_ALGORITHM, OF_KV_ALGORITHM
 
-ALGORITHMS = {"NO_QUANT": "none", INT8_PER_TOKEN: "int8", **OF_ALGORITHM}
+ALGORITHMS = {"NO_QUANT": "none", **OF_ALGORITHM, INT8_PER_TOKEN: "int8"}
 MAX_BLOCKS, MAX_RANKS = 10_000, 4096
 
 

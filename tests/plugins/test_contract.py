@@ -18,6 +18,7 @@ from builder.deploy.trtllm_repository import holes
 from builder.engines.trtllm import artifact, launch, pytorch, tensorrt
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from calibration.quantization.trtllm_config import complete_config
+from plugins.common.formats import INT8_PER_TOKEN
 from tests.support.contract import RELEASES, SECTIONS, facts, source
 from tests.support.stand_in_checkpoint import CONFIG, LAYERS, write_checkpoint
 
@@ -188,6 +189,7 @@ def test_quantization_keys_that_we_let_through_are_quant_configs():
     known = set(facts("QuantConfig"))
     assert known == trtllm_checkpoint.QUANTIZATION_KEYS
     assert {name for name in trtllm_checkpoint.OF_ALGORITHM if name} <= set(facts("QuantAlgo"))
+    assert INT8_PER_TOKEN in facts("QuantAlgo")
     assert {name for name in trtllm_checkpoint.OF_KV_ALGORITHM if name} <= set(facts("KV_CACHE_QUANT_ALGO_LIST"))
 
 
