@@ -31,7 +31,7 @@ class EngineConfig(Config):
     chunked_prefill: bool = False
     """Split long prompts over iterations."""
     kv_cache_block_reuse: bool = True
-    """Share the KV cache of common prompt prefixes (TensorRT-LLM)."""
+    """Share the KV cache of common prompt prefixes."""
 
 
 class DeployConfig(Config):

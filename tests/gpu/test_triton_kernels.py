@@ -47,14 +47,15 @@ def test_replayed_step_agrees_with_transformers_layers(format: str) -> None:
         torch.manual_seed(1)  # the embedding is drawn with torch's own generator
         weights = RandomWeights(MODEL.config(), format, DEVICE)
         model = Decoder(weights.config, weights, dtype=torch.bfloat16, device=DEVICE, positions=64, fused=fused)
-        cache = KVCache([(1.0, 1.0)] * 4, 3, 2, 64, 128, kind="none", dtype=torch.bfloat16, device=DEVICE)
+        cache = KVCache([(1.0, 1.0)] * 4, 6, 2, 128, kind="none", dtype=torch.bfloat16, device=DEVICE)
         torch.manual_seed(0)
         for tensor in (*cache.keys, *cache.values):
             tensor.normal_()
+        table = torch.tensor([[3, 1], [2, 6], [5, 4]], dtype=torch.int32).cuda()
         tokens, positions = torch.tensor([[5], [9], [700]]).cuda(), torch.tensor([40, 3, 63]).cuda()
 
         def step() -> torch.Tensor:
-            batch = Decode(cache, positions, 64, ragged=True)  # noqa: B023
+            batch = Decode(cache, table, positions, 64, ragged=True)  # noqa: B023
             return model.logits(model.hidden(tokens, positions[:, None], batch)[:, 0])  # noqa: B023
 
         step()  # compares each operator with its reference, whose results it takes

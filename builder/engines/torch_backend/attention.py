@@ -3,7 +3,7 @@
 A batch knows where its keys and values go and what each query may see. transformers hands it through its layers as the
 keyword `batch`, so that its modules, rotary embedding and norms run unchanged.
 
-Legend: B requests, T new tokens, H heads, G query heads a key-value head, S positions seen, D head_dim.
+Legend: B requests, N blocks a request, T new tokens, H heads, G query heads a key-value head, S positions seen, D head_dim.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from builder.engines.torch_backend.kv_cache import KVCache
+from builder.engines.torch_backend.kv_cache import BLOCK, KVCache
 
 NAME = "twofour"
 
@@ -70,31 +70,42 @@ class Whole:
 
 @dataclass(frozen=True)
 class Slice:
-    """Tokens `start` to `start + length` of the sequence in a cache row."""
+    """Tokens `start` to `start + length` of the sequence in blocks of the cache."""
 
-    row: int
+    blocks: tuple[int, ...]
     start: int
     length: int
+
+    @property
+    def positions(self) -> range:
+        return range(self.start, self.start + self.length)
 
 
 @dataclass
 class Prefill:
-    """Slices of prompts laid end to end, [1, T]: no padding, and each attends only to its own row."""
+    """Slices of prompts laid end to end, [1, T]: no padding, and each attends only to its own sequence."""
 
     cache: KVCache
     slices: list[Slice]
+
+    def __post_init__(self) -> None:
+        device = self.cache.device
+        self._tables = [torch.tensor([part.blocks], dtype=torch.int32, device=device) for part in self.slices]
+        places = [(part.blocks[i // BLOCK], i % BLOCK) for part in self.slices for i in part.positions]
+        self._blocks_T, self._slots_T = torch.tensor(places, device=device).T
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None
     ) -> torch.Tensor:
         cache, outputs, first = self.cache, [], 0
         k, v = cache.store(layer, k, v)
-        for part in self.slices:
-            last, end = first + part.length, part.start + part.length
-            keys, values = cache.keys[layer][part.row], cache.values[layer][part.row]
-            keys[:, part.start : end] = k[0, :, first:last]
-            values[:, part.start : end] = v[0, :, first:last]
-            k_seen, v_seen = cache.load(keys[None, :, :end]), cache.load(values[None, :, :end])
+        cache.write(layer, self._blocks_T, self._slots_T, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        for part, table in zip(self.slices, self._tables, strict=True):
+            last = first + part.length
+            if part.start:
+                k_seen, v_seen = cache.read(layer, table, part.start + part.length)
+            else:
+                k_seen, v_seen = cache.load(k[:, :, first:last]), cache.load(v[:, :, first:last])
             outputs.append(_causal(q[:, :, first:last], k_seen, v_seen, cache.scales[layer], scaling, window))
             first = last
         return torch.cat(outputs, dim=1)
@@ -102,9 +113,10 @@ class Prefill:
 
 @dataclass
 class Decode:
-    """One new token for each of rows 0 to B - 1, [B, 1], at `positions` [B]."""
+    """One new token for each of B sequences, [B, 1], at `positions` [B]; `table` int32 [B, N] names their blocks."""
 
     cache: KVCache
+    table: torch.Tensor
     positions: torch.Tensor
     length: int  # S: the longest sequence, its new token included
     ragged: bool  # whether sequences differ in length
@@ -117,11 +129,10 @@ class Decode:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None
     ) -> torch.Tensor:
         cache, rows = self.cache, len(self.positions)
-        keys, values = cache.keys[layer], cache.values[layer]
         k, v = cache.store(layer, k, v)
-        keys[self._rows, :, self.positions] = k[:, :, 0]
-        values[self._rows, :, self.positions] = v[:, :, 0]
-        k_seen, v_seen = cache.load(keys[:rows, :, : self.length]), cache.load(values[:rows, :, : self.length])
+        blocks_B = self.table[self._rows, self.positions // BLOCK].long()
+        cache.write(layer, blocks_B, self.positions % BLOCK, k[:, :, 0], v[:, :, 0])
+        k_seen, v_seen = cache.read(layer, self.table, self.length)
         k_scale, v_scale = cache.scales[layer]
         grouped = q.view(rows, k.shape[1], -1, q.shape[-1])  # [B, H, G, D]: G queries read one head's keys once
         out = torch.nn.functional.scaled_dot_product_attention(

@@ -26,7 +26,7 @@ from benchmarks.kernels.model_shapes import MODELS
 from builder.engines.torch_backend.attention import Batch, Decode, Whole
 from builder.engines.torch_backend.decoder import Decoder
 from builder.engines.torch_backend.graph_kernels import count_kernels, kernel_times, replays_agree
-from builder.engines.torch_backend.kv_cache import KVCache
+from builder.engines.torch_backend.kv_cache import KVCache, blocks_for
 from builder.engines.torch_backend.random_model import decoder_of, kernel_layers, make_sparse, shapes_of
 from plugins.autotune import timing, tuner
 from plugins.common.errors import UserError
@@ -56,15 +56,17 @@ DENSE = {"fp8": (*CUBLASLT, *PADDED), "bf16": CUBLASLT, "fp8-2of4": (Dense(),)} 
 
 def decode_step(decoder: Decoder, batch: int, context: int) -> Callable[[], torch.Tensor]:
     """One step of `batch` sequences that have `context` tokens with the new one; returns the next token ids [B]."""
-    cache = _cache(decoder, batch, context)
+    each = blocks_for(context)
+    cache = _cache(decoder, batch * each)
+    table = torch.arange(1, batch * each + 1, dtype=torch.int32, device=decoder.device).view(batch, each)
     ids = torch.zeros(batch, 1, dtype=torch.int64, device=decoder.device)
     positions = torch.full((batch,), context - 1, device=decoder.device)
-    return lambda: _next(decoder, ids, positions[:, None], Decode(cache, positions, context, ragged=False))
+    return lambda: _next(decoder, ids, positions[:, None], Decode(cache, table, positions, context, ragged=False))
 
 
 def prefill_step(decoder: Decoder, tokens: int) -> Callable[[], torch.Tensor]:
     """One prompt of `tokens` tokens; returns the next token id [1]."""
-    cache = _cache(decoder, 1, 1)
+    cache = _cache(decoder, 1)
     ids = torch.arange(tokens, device=decoder.device)[None] % 1000
     positions = torch.arange(tokens, device=decoder.device)[None]
     return lambda: _next(decoder, ids, positions, Whole(cache))
@@ -74,11 +76,11 @@ def _next(decoder: Decoder, ids: torch.Tensor, positions: torch.Tensor, batch: B
     return decoder.logits(decoder.hidden(ids, positions, batch)[:, -1]).argmax(-1)
 
 
-def _cache(decoder: Decoder, rows: int, positions: int) -> KVCache:
+def _cache(decoder: Decoder, blocks: int) -> KVCache:
     config = decoder.config
     scales = [(1.0, 1.0)] * config.num_hidden_layers
     place = {"kind": "none", "dtype": decoder.dtype, "device": decoder.device}
-    return KVCache(scales, rows, config.num_key_value_heads, positions, config.head_dim, **place)
+    return KVCache(scales, blocks, config.num_key_value_heads, config.head_dim, **place)
 
 
 def eager_us(call: Callable[[], object]) -> float:

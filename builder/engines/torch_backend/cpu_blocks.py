@@ -62,7 +62,8 @@ class CpuBlocks:
             step.cache_int8, step.page_size = CACHES[batch.cache.kind], batch.cache.keys[0].shape[2]
             self._decode_steps[key] = step, blocks
         step, blocks = self._decode_steps[key]
-        step.positions = positions.data_ptr()
+        table = batch.table.contiguous()
+        step.positions, step.table, step.table_stride = positions.data_ptr(), table.data_ptr(), table.shape[1]
         cpu.check(cpu.load().twofour_cpu_decode(byref(step), blocks, len(blocks), x.data_ptr()))
         return x
 

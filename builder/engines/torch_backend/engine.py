@@ -14,12 +14,13 @@ import torch
 
 from builder.engines.request import Request, Token
 from builder.engines.torch_backend.attention import Decode, Prefill, Whole
+from builder.engines.torch_backend.block_pool import BlockPool
 from builder.engines.torch_backend.cuda_graphs import DecodeSteps
 from builder.engines.torch_backend.decoder import Decoder
-from builder.engines.torch_backend.kv_cache import KVCache
+from builder.engines.torch_backend.kv_cache import KVCache, blocks_for, table_of
 from builder.engines.torch_backend.limits import Limits
 from builder.engines.torch_backend.sampling import sample
-from builder.engines.torch_backend.scheduler import Move, Scheduler, Sequence
+from builder.engines.torch_backend.scheduler import Scheduler, Sequence
 from plugins.common.errors import UserError
 
 
@@ -31,11 +32,11 @@ class TorchEngine:
     def __init__(self, model: Decoder, limits: Limits, eos: frozenset[int], kv_cache: str = "none") -> None:
         self.model, self.limits, self.eos = model, limits, eos
         config = model.config
+        blocks = limits.max_batch_size * blocks_for(limits.max_seq_len)
         self._cache = KVCache(
             model.kv_scales if kv_cache != "none" else [(1.0, 1.0)] * config.num_hidden_layers,
-            limits.max_batch_size,
+            blocks,
             config.num_key_value_heads,
-            limits.max_seq_len,
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             kind=kv_cache,
             dtype=model.dtype,
@@ -45,7 +46,8 @@ class TorchEngine:
         self._graphs = (
             DecodeSteps(model, self._cache, limits.max_batch_size, limits.max_seq_len) if use_graphs else None
         )
-        self._scheduler = Scheduler(limits.max_batch_size, limits.max_num_tokens, limits.chunked_prefill)
+        self._pool = BlockPool(blocks, limits.kv_cache_block_reuse)
+        self._scheduler = Scheduler(limits.max_batch_size, limits.max_num_tokens, limits.chunked_prefill, self._pool)
 
     @torch.inference_mode()
     def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
@@ -66,7 +68,7 @@ class TorchEngine:
 
     def cancel(self, request_id: str) -> None:
         """Forgets a request; no more of its tokens come. Unknown ids are ignored."""
-        self._carry_out(self._scheduler.cancel(request_id))
+        self._scheduler.cancel(request_id)
 
     @property
     def busy(self) -> bool:
@@ -76,11 +78,11 @@ class TorchEngine:
     @torch.inference_mode()
     def step(self) -> list[Token]:
         """One iteration: prefills what fits, and decodes one token of each request that was running."""
-        running = list(self._scheduler.running)
+        running = self._scheduler.decode()
         tokens = self._prefill()
         if running:
             tokens += self._decode(running)
-        self._carry_out(self._scheduler.finish({token.request_id for token in tokens if token.last}))
+        self._scheduler.finish({token.request_id for token in tokens if token.last})
         return tokens
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Token]:
@@ -105,6 +107,8 @@ class TorchEngine:
             "weight_bytes": self.model.nbytes,
             "kv_cache": self._cache.kind,
             "kv_cache_bytes": self._cache.nbytes,
+            "kv_cache_blocks_used": self._pool.used,
+            "kv_cache_reused_tokens": self._scheduler.reused_tokens,
             "kernels": dict(Counter(layer.kernel for layer in layers)),
             "kernel_of": {name: layer.kernel for name, layer in self.model.linears.items()},
             "remarks": self.model.remarks,
@@ -133,14 +137,16 @@ class TorchEngine:
     def _decode(self, running: list[Sequence]) -> list[Token]:
         ids, positions = [sequence.tokens[-1] for sequence in running], [sequence.cached for sequence in running]
         decode = self._decode_eagerly if self._graphs is None else self._graphs.run
-        logits = decode(ids, positions)
+        logits = decode(ids, positions, [sequence.blocks for sequence in running])
         for sequence in running:
             sequence.cached += 1
         return self._emit(logits, running)
 
-    def _decode_eagerly(self, ids: list[int], positions: list[int]) -> torch.Tensor:
+    def _decode_eagerly(self, ids: list[int], positions: list[int], blocks: list[list[int]]) -> torch.Tensor:
         positions_B = self._tensor(positions)
-        batch = Decode(self._cache, positions_B, max(positions) + 1, ragged=min(positions) != max(positions))
+        length = max(positions) + 1
+        table = table_of(blocks, blocks_for(length)).to(self.model.device)
+        batch = Decode(self._cache, table, positions_B, length, ragged=min(positions) != max(positions))
         hidden = self.model.hidden(self._tensor(ids)[:, None], positions_B[:, None], batch)
         return self.model.logits(hidden[:, 0])
 
@@ -157,7 +163,3 @@ class TorchEngine:
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, device=self.model.device)
-
-    def _carry_out(self, moves: list[Move]) -> None:
-        for move in moves:
-            self._cache.move(move.source, move.target, move.length)

@@ -104,14 +104,14 @@ class _Block:
             keys,
             values,
             *cache.multipliers(layer),
-            None,
+            batch.table,
         )
         return self._ops.decode_attention(
             q_MHD,
             keys,
             values,
             batch.positions,
-            None,
+            batch.table,
             batch.length,
             self._window,
             self._scaling * k_scale,

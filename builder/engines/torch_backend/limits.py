@@ -17,6 +17,7 @@ class Limits:
     max_num_tokens: int = 8192
     chunked_prefill: bool = False
     cuda_graphs: bool = True
+    kv_cache_block_reuse: bool = True
 
     def check(self, request: Request, vocabulary: int) -> None:
         """Raises UserError where a request cannot run."""

@@ -1,8 +1,8 @@
 """Decides what the next iteration runs: iteration-level batching (Orca, Yu et al., OSDI 2022).
 
-Requests wait in order, are prefilled as soon as a cache row and the token budget allow, and then decode together.
-Running requests keep rows 0 to B - 1 of the cache, so that decode reads one contiguous block; a row freed in the middle
-is filled by the last. At most one prompt is half prefilled between two iterations (chunked prefill): it has row B.
+Requests wait in order, are prefilled as soon as the batch and the token budget allow, and then decode together. A
+sequence takes blocks of the KV cache as it grows, and begins with those that hold its prompt's first tokens already. At
+most one prompt is half prefilled between two iterations (chunked prefill).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from builder.engines.request import Request
 from builder.engines.torch_backend.attention import Slice
+from builder.engines.torch_backend.block_pool import BlockPool, digests
+from builder.engines.torch_backend.kv_cache import BLOCK, blocks_for
 
 
 @dataclass
@@ -19,34 +21,28 @@ class Sequence:
     """A request under way."""
 
     request: Request
-    row: int = -1
     cached: int = 0  # tokens in the cache
     tokens: list[int] = field(default_factory=list)  # generated
+    blocks: list[int] = field(default_factory=list)  # of the cache, in order
+    published: list[bytes] = field(default_factory=list)  # digests of the full blocks that others may share
 
     @property
     def prefilled(self) -> bool:
         return self.cached >= len(self.request.input_ids)
 
 
-@dataclass(frozen=True)
-class Move:
-    """To do in the KV cache: copy the first `length` positions of cache row `source` to `target`."""
-
-    source: int
-    target: int
-    length: int
-
-
 class Scheduler:
     """Holds every request between `add` and its last token."""
 
-    def __init__(self, max_batch_size: int, max_num_tokens: int, chunked_prefill: bool) -> None:
+    def __init__(self, max_batch_size: int, max_num_tokens: int, chunked_prefill: bool, pool: BlockPool) -> None:
         self._max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
         self._chunked = chunked_prefill
+        self._pool = pool
         self._waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []
-        self.running: list[Sequence] = []  # running[i] is in cache row i
+        self.running: list[Sequence] = []
+        self.reused_tokens = 0  # of prompts, read from the cache instead of computed
 
     @property
     def busy(self) -> bool:
@@ -59,10 +55,16 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self._waiting.append(Sequence(request))
 
-    def cancel(self, request_id: str) -> list[Move]:
-        """Forgets a request, where there is one. Returns what to copy."""
+    def cancel(self, request_id: str) -> None:
+        """Forgets a request, where there is one."""
         self._waiting = deque(s for s in self._waiting if s.request.id != request_id)
-        return self._drop({request_id})
+        self._drop({request_id})
+
+    def decode(self) -> list[Sequence]:
+        """The running sequences, each with a block for its next token."""
+        for sequence in self.running:
+            self._grow(sequence, sequence.cached + 1)
+        return list(self.running)
 
     def prefill(self) -> list[tuple[Sequence, Slice]]:
         """The prompts, or slices of them, to run now: at most max_num_tokens tokens."""
@@ -72,48 +74,59 @@ class Scheduler:
             if sequence is None:
                 break
             length = min(len(sequence.request.input_ids) - sequence.cached, budget)
-            slices.append((sequence, Slice(sequence.row, sequence.cached, length)))
+            self._grow(sequence, sequence.cached + length)
+            slices.append((sequence, Slice(tuple(sequence.blocks), sequence.cached, length)))
             sequence.cached += length
             budget -= length
         return slices
 
     def _next(self, budget: int) -> Sequence | None:
-        """The first sequence with prompt tokens left, given a row."""
+        """The first sequence with prompt tokens left."""
         for sequence in self._prefilling:
             if not sequence.prefilled:
                 return sequence
-        rows = len(self.running) + len(self._prefilling)
-        if not self._waiting or rows == self._max_batch_size:
+        if not self._waiting or len(self.running) + len(self._prefilling) == self._max_batch_size:
             return None
-        if len(self._waiting[0].request.input_ids) > budget and not self._chunked:
+        prompt = self._waiting[0].request.input_ids
+        prefix = list(digests(prompt[:-1])) if self._pool.reuse else []  # the last token's logits must be computed
+        shared = self._pool.held(prefix)
+        cached = len(shared) * BLOCK
+        if len(prompt) - cached > budget and not self._chunked:
             return None
         sequence = self._waiting.popleft()
-        sequence.row = rows
+        self._pool.share(shared)
+        sequence.blocks, sequence.cached, sequence.published = shared, cached, prefix[: len(shared)]
+        self.reused_tokens += cached
         self._prefilling.append(sequence)
         return sequence
 
-    def finish(self, ended: set[str]) -> list[Move]:
-        """Ends an iteration: prefilled requests join the running ones, `ended` leave. Returns what to copy."""
+    def _grow(self, sequence: Sequence, tokens: int) -> None:
+        sequence.blocks += self._pool.take(blocks_for(tokens) - len(sequence.blocks))
+
+    def finish(self, ended: set[str]) -> None:
+        """Ends an iteration: what it filled may be shared, prefilled requests join the running ones, `ended` leave."""
+        for sequence in (*self.running, *self._prefilling):
+            self._publish(sequence)
         self.running += [s for s in self._prefilling if s.prefilled]
         self._prefilling = [s for s in self._prefilling if not s.prefilled]
-        return self._drop(ended) if ended else []
+        self._drop(ended)
 
-    def _drop(self, ended: set[str]) -> list[Move]:
+    def _publish(self, sequence: Sequence) -> None:
+        first = len(sequence.published)
+        if not self._pool.reuse or sequence.cached < (first + 1) * BLOCK:
+            return
+        filled = [*sequence.request.input_ids, *sequence.tokens][first * BLOCK : sequence.cached]
+        parent = sequence.published[-1] if first else b""
+        for block, digest in zip(sequence.blocks[first:], digests(filled, parent), strict=False):
+            self._pool.publish(block, digest)
+            sequence.published.append(digest)
+
+    def _drop(self, ended: set[str]) -> None:
+        for sequence in (*self.running, *self._prefilling):
+            if sequence.request.id in ended:
+                self._pool.release(sequence.blocks)
         self.running = [s for s in self.running if s.request.id not in ended]
         self._prefilling = [s for s in self._prefilling if s.request.id not in ended]
-        free = set(range(len(self.running))) - {s.row for s in self.running}
-        moves = [_move(s, free.pop()) for s in self.running if s.row >= len(self.running)]
-        self.running.sort(key=lambda s: s.row)
-        for row, sequence in enumerate(self._prefilling, start=len(self.running)):
-            if sequence.row != row:
-                moves.append(_move(sequence, row))
-        return moves
 
     def _all(self) -> list[Sequence]:
         return [*self._waiting, *self._prefilling, *self.running]
-
-
-def _move(sequence: Sequence, row: int) -> Move:
-    move = Move(sequence.row, row, sequence.cached)
-    sequence.row = row
-    return move

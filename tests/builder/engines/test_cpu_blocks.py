@@ -32,6 +32,7 @@ LIMITS = {
     "max_num_tokens": 256,
     "chunked_prefill": False,
     "cuda_graphs": False,
+    "kv_cache_block_reuse": True,
 }
 
 pytestmark = pytest.mark.skipif(not cpu.has_bf16(), reason="this processor has no AVX512-BF16")

@@ -25,6 +25,7 @@ from plugins.triton_kernels import ops, overlap
 from plugins.triton_kernels.guarded import BlockOps
 
 CPU = torch.device("cpu")
+TABLE = torch.tensor([[3], [1]], dtype=torch.int32)  # blocks of two sequences
 CONFIG = Model(64, 96, 4, 2, 3, 128, head_dim=16).config()
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
@@ -99,7 +100,7 @@ def decoder(family: str, format: str, fused: bool, dtype: torch.dtype = torch.bf
 
 def cache_of(model: Decoder, kind: str = "none") -> KVCache:
     scales = [(1.0, 1.0) if kind == "none" else (0.03, 0.02)] * 3
-    return KVCache(scales, 3, 2, 32, 16, kind=kind, dtype=model.dtype, device=CPU)
+    return KVCache(scales, 3, 2, 16, kind=kind, dtype=model.dtype, device=CPU)
 
 
 def outputs(model: Decoder, kind: str = "none") -> list[torch.Tensor]:
@@ -108,11 +109,11 @@ def outputs(model: Decoder, kind: str = "none") -> list[torch.Tensor]:
     ids = torch.arange(40).view(2, 20) * 37 % 128
     whole = model.logits(model.hidden(ids, torch.arange(20)[None], Whole(cache)))
     positions = torch.tensor([[*range(9), *range(4)]])
-    prompts = Prefill(cache, [Slice(0, 0, 9), Slice(1, 0, 4)])
+    prompts = Prefill(cache, [Slice((3,), 0, 9), Slice((1,), 0, 4)])
     results = [whole, model.logits(model.hidden(ids.view(1, -1)[:, :13], positions, prompts))]
     for step in range(4):
         at = torch.tensor([9 + step, 4 + step])
-        batch = Decode(cache, at, 10 + step, ragged=True)
+        batch = Decode(cache, TABLE, at, 10 + step, ragged=True)
         results.append(model.logits(model.hidden(torch.tensor([[5], [11 + step]]), at[:, None], batch)))
     return results
 
@@ -152,7 +153,7 @@ def launches(layers: int, family: str, format: str, fused: bool, kind: str) -> C
     weights = Weights(CONFIG | FAMILIES[family] | {"num_hidden_layers": layers}, format, CPU)
     model = Decoder(weights.config, weights, dtype=torch.bfloat16, device=CPU, positions=32, fused=fused)
     positions = torch.tensor([9, 4])
-    batch = Decode(cache_of(model, kind), positions, 10, ragged=True)
+    batch = Decode(cache_of(model, kind), TABLE, positions, 10, ragged=True)
     with Launches() as mode:
         model.logits(model.hidden(torch.tensor([[5], [11]]), positions[:, None], batch))
     return mode.counts

@@ -131,6 +131,24 @@ def test_tokens_do_not_depend_on_the_batch(tiny: Path, chunked: bool) -> None:
     assert not crowded.busy
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_prefix_read_from_the_cache_changes_no_token(tiny: Path, graphs: bool) -> None:
+    """Prompts that share 32 tokens and part, one that is another's start, and answers that continue."""
+    prompts = [prompt(40), (*prompt(35), 7, 8), prompt(32), prompt(33), prompt(20, seed=3), prompt(40)]
+    requests = [Request(str(i), p, 20, ignore_eos=True) for i, p in enumerate(prompts)]
+    tokens, reused = [], []
+    for reuse in (True, False):
+        engine = artifact.load_hf(tiny, dtype=torch.float64, max_batch_size=2, kv_cache_block_reuse=reuse)
+        if graphs:
+            engine._graphs = DecodeSteps(engine.model, engine._cache, 2, 64)
+        tokens.append(collect(engine, requests))
+        reused.append(engine.describe()["kv_cache_reused_tokens"])
+        assert engine.describe()["kv_cache_blocks_used"] == 0
+    assert tokens[0] == tokens[1]
+    assert reused[0] >= 3 * 32
+    assert reused[1] == 0
+
+
 def test_requests_may_join_while_others_run(tiny: Path) -> None:
     requests = requests_of_all_kinds(9)
     engine = artifact.load_hf(tiny, dtype=torch.float64, max_batch_size=4)

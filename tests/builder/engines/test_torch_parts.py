@@ -2,83 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.engines.request import Request
-from builder.engines.torch_backend.kv_cache import KVCache
+from builder.engines.torch_backend.block_pool import BlockPool
+from builder.engines.torch_backend.kv_cache import BLOCK, KVCache
 from builder.engines.torch_backend.sampling import sample
-from builder.engines.torch_backend.scheduler import Move, Scheduler
+from builder.engines.torch_backend.scheduler import Scheduler
 
 
 class Simulation:
-    """Runs a scheduler against a cache that remembers whose token lies where."""
+    """Runs a scheduler against a cache that remembers the tokens that lie in its blocks."""
 
     def __init__(self, rows: int, tokens: int, chunked: bool) -> None:
-        self.scheduler = Scheduler(rows, tokens, chunked)
-        self.rows, self.tokens, self.chunked = rows, tokens, chunked
-        self.cache: list[list[tuple[str, int] | None]] = [[None] * 64 for _ in range(rows)]
-        self.generated: dict[str, int] = {}
+        self.pool = BlockPool(rows * 3, reuse=True)
+        self.scheduler = Scheduler(rows, tokens, chunked, self.pool)
+        self.tokens, self.chunked = tokens, chunked
+        self.cache: dict[int, list[int]] = {}
         self.finished: list[str] = []
 
-    def move(self, moves: list[Move]) -> None:
-        for move in moves:
-            self.cache[move.target][: move.length] = self.cache[move.source][: move.length]
+    def put(self, blocks: Sequence[int], position: int, token: int) -> None:
+        assert 0 not in blocks
+        held = self.cache.setdefault(blocks[position // BLOCK], [-1] * BLOCK)
+        held[position % BLOCK] = token
+
+    def holds(self, blocks: Sequence[int], tokens: Sequence[int]) -> bool:
+        return all(self.cache[blocks[i // BLOCK]][i % BLOCK] == token for i, token in enumerate(tokens))
 
     def step(self) -> None:
-        running = list(self.scheduler.running)
-        produced = self.prefill(taken=len(running))
-        for row, sequence in enumerate(running):
-            assert sequence.row == row, "decode reads rows 0 to B - 1"
-            name = sequence.request.id
-            assert self.cache[row][: sequence.cached] == [(name, i) for i in range(sequence.cached)]
-            self.cache[row][sequence.cached] = (name, sequence.cached)
+        running = self.scheduler.decode()
+        produced = self.prefill()
+        for sequence in running:
+            context = [*sequence.request.input_ids, *sequence.tokens]
+            assert self.holds(sequence.blocks, context[: sequence.cached]), "its own tokens, in order"
+            self.put(sequence.blocks, sequence.cached, context[sequence.cached])
             sequence.cached += 1
             produced.append(sequence)
         ended = set()
         for sequence in produced:
             name = sequence.request.id
-            self.generated[name] = self.generated.get(name, 0) + 1
-            if self.generated[name] == sequence.request.max_new_tokens:
+            sequence.tokens.append(len(sequence.tokens) % 2)
+            if len(sequence.tokens) == sequence.request.max_new_tokens:
                 ended.add(name)
                 self.finished.append(name)
-        self.move(self.scheduler.finish(ended))
+        self.scheduler.finish(ended)
 
-    def prefill(self, taken: int) -> list:
+    def prefill(self) -> list:
         slices = self.scheduler.prefill()
         assert sum(part.length for _, part in slices) <= self.tokens
         for sequence, part in slices:
-            assert taken <= part.row < self.rows
-            assert self.chunked or part.length == len(sequence.request.input_ids)
-            name, end = sequence.request.id, part.start + part.length
-            assert self.cache[part.row][: part.start] == [(name, i) for i in range(part.start)], "earlier slices stay"
-            self.cache[part.row][part.start : end] = [(name, i) for i in range(part.start, end)]
+            assert part.length > 0
+            prompt, end = sequence.request.input_ids, part.start + part.length
+            assert self.chunked or end == len(prompt)
+            assert self.holds(part.blocks, prompt[: part.start]), "earlier slices and shared blocks"
+            for position in part.positions:
+                self.put(part.blocks, position, prompt[position])
         return [sequence for sequence, _ in slices if sequence.prefilled]
 
 
 @given(st.data(), st.integers(1, 4), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_every_request_ends_and_no_row_is_mixed_up(data: st.DataObject, rows: int, chunked: bool) -> None:
-    simulation = Simulation(rows, 9, chunked)
+def test_every_request_ends_and_no_block_is_mixed_up(data: st.DataObject, rows: int, chunked: bool) -> None:
+    simulation = Simulation(rows, 80, chunked)
     added, cancelled = 0, set()
     for action in data.draw(st.lists(st.sampled_from(["add", "step", "step", "cancel"]), max_size=40)):
         if action == "add":
-            length = data.draw(st.integers(1, 20 if chunked else 9))
-            simulation.scheduler.add(Request(str(added), (1,) * length, data.draw(st.integers(1, 6))))
+            length = data.draw(st.integers(1, 90 if chunked else 80))
+            beginning = data.draw(st.integers(0, 2))
+            simulation.scheduler.add(Request(str(added), (beginning,) * length, data.draw(st.integers(1, 6))))
             added += 1
         elif action == "step":
             simulation.step()
         elif added:
             name = str(data.draw(st.integers(0, added - 1)))
             cancelled.add(name)
-            simulation.move(simulation.scheduler.cancel(name))
+            simulation.scheduler.cancel(name)
     for _ in range(40 * 20):
         if not simulation.scheduler.busy:
             break
         simulation.step()
     assert not simulation.scheduler.busy
+    assert simulation.pool.used == 0
     assert {str(i) for i in range(added)} - cancelled <= set(simulation.finished)
     assert len(set(simulation.finished)) == len(simulation.finished)
 
@@ -140,19 +149,11 @@ def test_seed_and_index_change_the_draw() -> None:
 def test_an_8_bit_cache_holds_rounded_numbers(kind: str, steps: int) -> None:
     x = torch.randn(2, 3, 5, 8)
     scale = (x.abs().max() / steps).item()
-    cache = KVCache([(scale, 2 * scale)], 2, 3, 5, 8, kind=kind, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVCache([(scale, 2 * scale)], 2, 3, 8, kind=kind, dtype=torch.float32, device=torch.device("cpu"))
     stored = cache.store(0, x, x)
     assert all(tensor.element_size() == 1 for tensor in stored)
-    assert cache.nbytes == 2 * 2 * 3 * 5 * 8
+    assert cache.nbytes == 2 * (2 + 1) * 3 * BLOCK * 8
     for tensor, factor in zip(stored, cache.scales[0], strict=True):
         back = cache.load(tensor) * factor
         step = factor / 2 if kind == "int8" else x.abs() / 16 + factor * 2**-10
         assert ((back - x).abs() <= step * 1.001).all()
-
-
-def test_moving_a_row_copies_its_tokens_only() -> None:
-    cache = KVCache([(1.0, 1.0)], 2, 1, 4, 2, kind="none", dtype=torch.float32, device=torch.device("cpu"))
-    cache.keys[0][1], cache.values[0][1] = 5, 7
-    cache.move(1, 0, 3)
-    assert cache.keys[0][0, 0, :, 0].tolist() == [5, 5, 5, 0]
-    assert cache.values[0][0, 0, :, 1].tolist() == [7, 7, 7, 0]
