@@ -3,7 +3,8 @@
 A batch knows where its keys and values go and what each query may see. transformers hands it through its layers as the
 keyword `batch`, so that its modules, rotary embedding and norms run unchanged.
 
-Legend: B requests, N blocks a request, T new tokens, H heads, G query heads a key-value head, S positions seen, D head_dim.
+Legend: B requests, N blocks a request, T new tokens, H heads, G query heads a key-value head, S positions seen,
+D head_dim.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which blocks of the KV cache are free, which are shared, and what full ones hold.
 
 A full block is known by the digest of all tokens up to its end. A released one keeps its content until its memory is
-needed, the least recently used first, so that a later prompt with the same beginning reads it (automatic prefix caching,
-as in vLLM).
+needed, the least recently used first, so that a later prompt with the same beginning reads it (automatic prefix
+caching, as in vLLM).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BlockPool:
         return [self._take() for _ in range(count)]
 
     def _take(self) -> int:
-        block = next(iter(self._free))
+        block: int = next(iter(self._free))
         del self._free[block]
         digest = self._digest_of.pop(block, None)
         if digest is not None:

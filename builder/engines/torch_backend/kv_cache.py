@@ -37,7 +37,7 @@ def table_of(blocks: Sequence[Sequence[int]], width: int) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values [P + 1, H, S, D] of every layer; `scales` are its (k_scale, v_scale), (1, 1) for a 16-bit cache."""
+    """Keys and values [P + 1, H, S, D] of every layer; `scales` are its (k_scale, v_scale), (1, 1) at 16 bit."""
 
     def __init__(
         self,

@@ -133,8 +133,9 @@ def test_tokens_do_not_depend_on_the_batch(tiny: Path, chunked: bool) -> None:
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_prefix_read_from_the_cache_changes_no_token(tiny: Path, graphs: bool) -> None:
-    """Prompts that share 32 tokens and part, one that is another's start, and answers that continue."""
-    prompts = [prompt(40), (*prompt(35), 7, 8), prompt(32), prompt(33), prompt(20, seed=3), prompt(40)]
+    """Of six prompts two begin with a block that lies in the cache when they start; one token is always computed."""
+    whole = prompt(40)
+    prompts = [whole, (*whole[:35], 7, 8), whole[:32], whole[:33], prompt(20, seed=3), whole]
     requests = [Request(str(i), p, 20, ignore_eos=True) for i, p in enumerate(prompts)]
     tokens, reused = [], []
     for reuse in (True, False):
@@ -145,7 +146,7 @@ def test_a_prefix_read_from_the_cache_changes_no_token(tiny: Path, graphs: bool)
         reused.append(engine.describe()["kv_cache_reused_tokens"])
         assert engine.describe()["kv_cache_blocks_used"] == 0
     assert tokens[0] == tokens[1]
-    assert reused[0] >= 3 * 32
+    assert reused[0] == 2 * 32
     assert reused[1] == 0
 
 
