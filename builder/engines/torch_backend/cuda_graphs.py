@@ -27,7 +27,10 @@ class DecodeSteps:
         self._steps: dict[tuple[int, int], _Step] = {}
 
     def run(self, tokens: Sequence[int], positions: Sequence[int], blocks: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits [B, V] of the last tokens at their positions, each sequence in its blocks. The next call overwrites them."""
+        """Logits [B, V] of the last tokens at their positions, each sequence in its `blocks`.
+
+        The next call overwrites them.
+        """
         rows = _round_up(len(tokens), 1, self._max_batch_size)
         length = _round_up(max(positions) + 1, SHORTEST, self._max_seq_len)
         if (rows, length) not in self._steps:
