@@ -1,4 +1,4 @@
-"""The KV cache: blocks of 32 positions (PagedAttention, Kwon et al., arXiv 2309.06180), 16-bit, INT8 or FP8.
+"""The KV cache: blocks of 64 positions (PagedAttention, Kwon et al., arXiv 2309.06180), 16-bit, INT8 or FP8.
 
 A table [B, N] int32 names the blocks that hold each sequence, in order. Block 0 takes what padded rows write. The cache
 is allocated when the first request runs; on a CPU the system gives it memory as blocks are written.
@@ -23,7 +23,7 @@ from plugins.common.formats import EIGHT_BIT
 
 STORED = {format.value: getattr(torch, format.dtype) for format in EIGHT_BIT}
 
-BLOCK = 32  # positions
+BLOCK = 64  # positions; 32 made decoding at 800 positions a tenth slower on a CPU, 128 shares fewer prefixes
 
 
 def blocks_for(tokens: int) -> int:

@@ -18,6 +18,7 @@ from builder.engines.request import Request, Token
 from builder.engines.torch_backend import artifact, weights
 from builder.engines.torch_backend.artifact import Limits, TorchEngine
 from builder.engines.torch_backend.cuda_graphs import DecodeSteps
+from builder.engines.torch_backend.kv_cache import BLOCK
 from plugins.common.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -131,22 +132,32 @@ def test_tokens_do_not_depend_on_the_batch(tiny: Path, chunked: bool) -> None:
     assert not crowded.busy
 
 
+@pytest.fixture(scope="module")
+def long(tiny: Path) -> Path:
+    """`tiny` with positions for several blocks of the KV cache."""
+    out = tiny.parent / "long"
+    shutil.copytree(tiny, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4 * BLOCK}))
+    return out
+
+
 @pytest.mark.parametrize("graphs", [False, True])
-def test_a_prefix_read_from_the_cache_changes_no_token(tiny: Path, graphs: bool) -> None:
+def test_a_prefix_read_from_the_cache_changes_no_token(long: Path, graphs: bool) -> None:
     """Of six prompts two begin with a block that lies in the cache when they start; one token is always computed."""
-    whole = prompt(40)
-    prompts = [whole, (*whole[:35], 7, 8), whole[:32], whole[:33], prompt(20, seed=3), whole]
+    whole = prompt(BLOCK + 8)
+    prompts = [whole, (*whole[: BLOCK + 3], 7, 8), whole[:BLOCK], whole[: BLOCK + 1], prompt(20, seed=3), whole]
     requests = [Request(str(i), p, 20, ignore_eos=True) for i, p in enumerate(prompts)]
     tokens, reused = [], []
     for reuse in (True, False):
-        engine = artifact.load_hf(tiny, dtype=torch.float64, max_batch_size=2, kv_cache_block_reuse=reuse)
+        engine = artifact.load_hf(long, dtype=torch.float64, max_batch_size=2, kv_cache_block_reuse=reuse)
         if graphs:
-            engine._graphs = DecodeSteps(engine.model, engine._cache, 2, 64)
+            engine._graphs = DecodeSteps(engine.model, engine._cache, 2, 4 * BLOCK)
         tokens.append(collect(engine, requests))
         reused.append(engine.describe()["kv_cache_reused_tokens"])
         assert engine.describe()["kv_cache_blocks_used"] == 0
     assert tokens[0] == tokens[1]
-    assert reused[0] == 2 * 32
+    assert reused[0] == 2 * BLOCK
     assert reused[1] == 0
 
 

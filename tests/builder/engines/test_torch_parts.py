@@ -68,11 +68,11 @@ class Simulation:
 @given(st.data(), st.integers(1, 4), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_every_request_ends_and_no_block_is_mixed_up(data: st.DataObject, rows: int, chunked: bool) -> None:
-    simulation = Simulation(rows, 80, chunked)
+    simulation = Simulation(rows, 2 * BLOCK + 16, chunked)
     added, cancelled = 0, set()
     for action in data.draw(st.lists(st.sampled_from(["add", "step", "step", "cancel"]), max_size=40)):
         if action == "add":
-            length = data.draw(st.integers(1, 90 if chunked else 80))
+            length = data.draw(st.integers(1, 2 * BLOCK + (26 if chunked else 16)))
             beginning = data.draw(st.integers(0, 2))
             simulation.scheduler.add(Request(str(added), (beginning,) * length, data.draw(st.integers(1, 6))))
             added += 1
