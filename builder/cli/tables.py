@@ -70,7 +70,11 @@ def plan(resolved: Plan) -> None:
     click.echo(f"weights       {size(resolved.dense_bytes)} -> {size(resolved.built_bytes)} ({share:.1%})")
     for stage, needed in resolved.calibration_bytes.items():
         click.echo(f"memory        about {size(needed)} to {stage}")
-    click.echo(f"KV cache      {size(resolved.kv_bytes_per_token)} a token")
+    fits = resolved.kv_cache
+    click.echo(
+        f"KV cache      {size(resolved.kv_bytes_per_token)} a token; {fits.tokens:,} tokens fit, "
+        f"{fits.sequences} sequences of full length (predicted for {resolved.predicted['gpu']})"
+    )
     p = resolved.predicted
     for phase, load in (
         ("decode", f"batch {p['batch']}, context {p['context']}"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from builder.config import DeployConfig
 from builder.deploy.rendering import relative, render, replace
+from builder.planning.kv_cache import SHARES
 from plugins.common.errors import UserError
 
 TEMPLATES = {"tensorrt": "inflight_batcher_llm", "pytorch": "llmapi"}
@@ -68,5 +69,16 @@ def holes(engine: dict[str, Any], streaming: bool, config: DeployConfig) -> dict
         "exclude_input_in_output": "True",
         "enable_chunked_context": str(engine.get("chunked_prefill", False)),
         "enable_kv_cache_reuse": str(engine.get("kv_cache_block_reuse", True)),
-        "kv_cache_free_gpu_mem_fraction": "0.9",
+        "kv_cache_free_gpu_mem_fraction": str(_kv_cache_share(engine)),
     }
+
+
+def _kv_cache_share(engine: dict[str, Any]) -> float:
+    """The batcher takes a share. Raises UserError for an amount."""
+    memory = engine.get("kv_cache_memory")
+    if isinstance(memory, int):
+        raise UserError(
+            f"engine.kv_cache_memory is {memory / 1e6:g} MB, and Triton's tensorrtllm backend takes a share",
+            "set a share such as 80% and build the engine again",
+        )
+    return memory or SHARES["tensorrt"]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from builder.doctor.finding import Finding, run_child
 from builder.doctor.package_probes import modelopt, tensorrt, tensorrt_llm, torch, transformers, triton
+from builder.hardware import machine
 from builder.planning.compatibility import check
 from plugins.common.errors import UserError
 from plugins.common.nvidia_smi import gpus
@@ -142,8 +143,7 @@ def disk(place: Path | None = None) -> Finding:
 
 
 def memory() -> Finding:
-    values = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
-    total, available = int(values["MemTotal"]) * 1024, int(values["MemAvailable"]) * 1024
+    total, available = machine.main_memory()
     return Finding("memory", "ok", None, f"{available / 1e9:.0f} of {total / 1e9:.0f} GB available")
 
 

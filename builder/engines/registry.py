@@ -96,7 +96,8 @@ def load_dense(model: Path, engine: Path, *, precise: bool = False) -> Engine:
     config, source = find_config(str(model))
     check_weights(model, architecture(config, source), config)
     facts = engine_facts(engine)
-    same = ("max_batch_size", "max_seq_len", "max_num_tokens", "chunked_prefill", "kv_cache_block_reuse")
+    same = ("max_batch_size", "max_seq_len", "max_num_tokens", "chunked_prefill", "kv_cache_block_reuse",
+            "kv_cache_memory")  # fmt: skip
     dtype = artifact.precise_dtype() if precise else None
     return artifact.load_hf(model, dtype=dtype, **{limit: facts[limit] for limit in same if limit in facts})
 

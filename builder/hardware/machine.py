@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from plugins.common.nvidia_smi import gpus
@@ -50,6 +52,12 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": versions(),
     }
+
+
+def main_memory() -> tuple[int, int]:
+    """(total, available) bytes."""
+    values = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
+    return int(values["MemTotal"]) * 1024, int(values["MemAvailable"]) * 1024
 
 
 def _gpu() -> dict[str, Any] | None:

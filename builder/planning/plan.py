@@ -13,6 +13,7 @@ from typing import Any, Literal
 from benchmarks.roofline import roofline
 from builder.planning.compatibility import features_of
 from builder.planning.hub import find_config
+from builder.planning.kv_cache import Capacity, capacity, check_budget
 from builder.planning.model_config import Architecture, Linear, architecture
 from builder.recipe import Recipe
 from calibration.config import check_adapter_rank
@@ -61,6 +62,7 @@ class Plan:
     built_bytes: int
     activations: str  # scales of 8-bit ones: "per_tensor" or "per_token"
     kv_bytes_per_token: int
+    kv_cache: Capacity  # on one of `predicted`'s cards
     heads: int
     blocks: int
     calibration_bytes: dict[str, int]
@@ -97,6 +99,7 @@ def make_plan(
     head = layers[-1].dense_bytes if shapes.tied_embeddings else 0  # counted with the embedding
     shared = head if layers[-1].format == _dense_format(shapes) else 0
     kv_bytes = shapes.kv_values_per_token * (1 if recipe.quantization.kv_cache != "none" else 2)
+    built_bytes = sum(layer.built_bytes for layer in layers) + other - shared
     return Plan(
         model=recipe.model,
         architecture=shapes.name,
@@ -104,15 +107,27 @@ def make_plan(
         backend=recipe.engine.backend,
         layers=layers,
         dense_bytes=sum(layer.dense_bytes for layer in layers) + other - head,
-        built_bytes=sum(layer.built_bytes for layer in layers) + other - shared,
+        built_bytes=built_bytes,
         activations=recipe.quantization.activations,
         kv_bytes_per_token=kv_bytes,
+        kv_cache=_kv_cache(recipe, shapes, kv_bytes, built_bytes, roofline.gpu(gpu)),
         heads=shapes.num_heads,
         blocks=shapes.num_blocks,
         calibration_bytes=_calibration_bytes(recipe, shapes, layers, other),
         predicted=predict(gpu, shapes, layers, kv_bytes, batch, context),
         notes=tuple(_notes(recipe, layers)),
     )
+
+
+def _kv_cache(recipe: Recipe, shapes: Architecture, kv_bytes: int, weights: int, card: roofline.Gpu) -> Capacity:
+    """On one of the devices that an engine spans. Raises UserError for a budget that holds no sequence."""
+    engine = recipe.engine
+    devices = engine.tensor_parallel * engine.pipeline_parallel
+    backend = "torch" if engine.backend == "auto" else engine.backend
+    length = min(engine.max_seq_len, shapes.max_position_embeddings)
+    each = -(-kv_bytes // devices)
+    check_budget(engine, each, length)
+    return capacity(engine, backend, each, round(card.memory_gb * 1e9) - weights // devices, length)
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:

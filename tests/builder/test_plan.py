@@ -130,6 +130,31 @@ def test_an_8_bit_kv_cache_halves_its_bytes(tmp_path: Path) -> None:
     assert plan.kv_bytes_per_token == 65536
 
 
+def test_the_kv_cache_is_counted_in_tokens_that_fit_beside_the_weights(tmp_path: Path) -> None:
+    settings = ("engine.max_seq_len=8192", "engine.max_batch_size=1024", "engine.backend=pytorch")
+    plan = planned(tmp_path, LLAMA_8B, "fp8", *settings, gpu="H100-SXM")
+    assert plan.kv_cache.tokens == round(0.9 * (80e9 - plan.built_bytes)) // plan.kv_bytes_per_token
+    assert plan.kv_cache.sequences == plan.kv_cache.tokens // 8192
+    named = planned(tmp_path, LLAMA_8B, "fp8", *settings, "engine.kv_cache_memory=2GiB", gpu="H100-SXM")
+    assert named.kv_cache.tokens == 2**31 // plan.kv_bytes_per_token
+    small = planned(tmp_path, LLAMA_8B, "fp8", "engine.max_seq_len=128", "engine.max_batch_size=2")
+    assert (small.kv_cache.tokens, small.kv_cache.sequences) == (256, 2)
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        ("1GB", "1000 MB holds 7629 tokens, fewer than engine.max_seq_len 8192"),
+        ("2 furlongs", "write an amount such as 2GB"),
+        ("0%", "more than 0% and at most 100%"),
+        ("150%", "more than 0% and at most 100%"),
+    ],
+)
+def test_a_kv_cache_that_holds_no_sequence_or_is_no_amount_is_refused(tmp_path: Path, memory: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        planned(tmp_path, LLAMA_8B, "fp8", "engine.max_seq_len=8192", f"engine.kv_cache_memory={memory}")
+
+
 def test_a_tied_embedding_is_counted_once_and_not_pruned(tmp_path: Path) -> None:
     tied, untied = planned(tmp_path, QWEN2_500M), planned(tmp_path, QWEN2_500M | {"tie_word_embeddings": False})
     assert untied.dense_bytes - tied.dense_bytes == 2 * 151936 * 896

@@ -115,6 +115,10 @@ def test_recipe_keys_reach_llm_args():
     assert args["cuda_graph_config"] is None
     assert args["enable_chunked_prefill"] is True
     assert "cuda_graph_config" not in artifact.llm_args(EngineConfig(), "pytorch", "none")
+    share = artifact.llm_args(EngineConfig(kv_cache_memory="30%"), "pytorch", "none")["kv_cache_config"]
+    amount = artifact.llm_args(EngineConfig(kv_cache_memory="2GiB"), "pytorch", "none")["kv_cache_config"]
+    assert (share["free_gpu_memory_fraction"], amount["max_gpu_total_bytes"]) == (0.3, 2**31)
+    assert set(share | amount) <= set(facts("KvCacheConfig"))
 
 
 def switches(section: str) -> set[str]:

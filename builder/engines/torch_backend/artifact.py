@@ -68,6 +68,7 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
         "chunked_prefill": config.chunked_prefill,
         "cuda_graphs": config.cuda_graphs,
         "kv_cache_block_reuse": config.kv_cache_block_reuse,
+        "kv_cache_memory": config.kv_cache_memory,
     }
     write_json(out / "engine.json", engine)
 
@@ -101,12 +102,15 @@ def load_hf(
     chunked_prefill: bool = Limits.chunked_prefill,
     cuda_graphs: bool = Limits.cuda_graphs,
     kv_cache_block_reuse: bool = Limits.kv_cache_block_reuse,
+    kv_cache_memory: int | float | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> TorchEngine:
     """The dense baseline: a 16-bit Hugging Face directory as an engine; the rest as `load` has it."""
     length = _max_seq_len(max_seq_len, _read_json(model_dir / "config.json", "a Hugging Face model directory"))
-    limits = Limits(max_batch_size, length, max_num_tokens, chunked_prefill, cuda_graphs, kv_cache_block_reuse)
+    limits = Limits(
+        max_batch_size, length, max_num_tokens, chunked_prefill, cuda_graphs, kv_cache_block_reuse, kv_cache_memory
+    )
     return _open(model_dir, limits, "none", device, dtype)
 
 

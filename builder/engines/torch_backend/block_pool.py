@@ -1,4 +1,4 @@
-"""Which blocks of the KV cache are free, which are shared, and what full ones hold.
+"""How many blocks the KV cache has, which are free, which are shared, and what full ones hold.
 
 A full block is known by the digest of all tokens up to its end. A released one keeps its content until its memory is
 needed, the least recently used first, so that a later prompt with the same beginning reads it (automatic prefix
@@ -10,7 +10,36 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from builder.engines.torch_backend.kv_cache import BLOCK
+import torch
+
+from builder.engines.torch_backend.kv_cache import BLOCK, blocks_for
+from builder.engines.torch_backend.limits import Limits
+from builder.hardware import machine
+from builder.planning.kv_cache import budget_bytes
+from plugins.common.errors import UserError
+
+
+def pool_size(limits: Limits, token_bytes: int, free: int) -> int:
+    """How many blocks an engine holds: as many as its limits can use, or as its budget allows of the `free` bytes.
+
+    Raises UserError where one sequence of max_seq_len tokens does not fit.
+    """
+    each = blocks_for(limits.max_seq_len)
+    allowed = budget_bytes(limits.kv_cache_memory, free, "torch")
+    blocks = min(limits.max_batch_size * each, allowed // (BLOCK * token_bytes))
+    if blocks < each:
+        needed = each * BLOCK * token_bytes
+        raise UserError(
+            f"{allowed / 1e6:.0f} MB of KV cache hold {blocks * BLOCK} tokens, fewer than engine.max_seq_len "
+            f"{limits.max_seq_len}",
+            f"set engine.kv_cache_memory={-(-needed // 10**6)}MB or more, or a smaller engine.max_seq_len",
+        )
+    return blocks
+
+
+def free_bytes(device: torch.device) -> int:
+    """The memory that is free on the device now."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else machine.main_memory()[1]
 
 
 def digests(tokens: Sequence[int], parent: bytes = b"") -> Iterator[bytes]:
@@ -31,9 +60,14 @@ class BlockPool:
         self._digest_of: dict[int, bytes] = {}
 
     @property
+    def free(self) -> int:
+        """Blocks that no sequence holds."""
+        return len(self._free)
+
+    @property
     def used(self) -> int:
         """Blocks that a sequence holds."""
-        return self.blocks - len(self._free)
+        return self.blocks - self.free
 
     def held(self, prefix: Sequence[bytes]) -> list[int]:
         """The blocks that hold the longest beginning of `prefix`, a digest a block."""
@@ -44,6 +78,10 @@ class BlockPool:
             blocks.append(self._block_of[digest])
         return blocks
 
+    def unused(self, blocks: Sequence[int]) -> int:
+        """How many of these blocks no sequence holds."""
+        return sum(block in self._free for block in blocks)
+
     def share(self, blocks: Sequence[int]) -> None:
         """Adds a user to blocks that hold content."""
         for block in blocks:
@@ -52,7 +90,7 @@ class BlockPool:
 
     def take(self, count: int) -> list[int]:
         """`count` blocks to write, their old content forgotten."""
-        assert count <= len(self._free), "the pool has blocks for every sequence at its full length"
+        assert count <= self.free
         return [self._take() for _ in range(count)]
 
     def _take(self) -> int:

@@ -14,10 +14,10 @@ import torch
 
 from builder.engines.request import Request, Token
 from builder.engines.torch_backend.attention import Decode, Prefill, Whole
-from builder.engines.torch_backend.block_pool import BlockPool
+from builder.engines.torch_backend.block_pool import BlockPool, free_bytes, pool_size
 from builder.engines.torch_backend.cuda_graphs import DecodeSteps
 from builder.engines.torch_backend.decoder import Decoder
-from builder.engines.torch_backend.kv_cache import KVCache, blocks_for, table_of
+from builder.engines.torch_backend.kv_cache import BLOCK, KVCache, blocks_for, table_of, token_bytes
 from builder.engines.torch_backend.limits import Limits
 from builder.engines.torch_backend.sampling import sample
 from builder.engines.torch_backend.scheduler import Scheduler, Sequence
@@ -32,12 +32,15 @@ class TorchEngine:
     def __init__(self, model: Decoder, limits: Limits, eos: frozenset[int], kv_cache: str = "none") -> None:
         self.model, self.limits, self.eos = model, limits, eos
         config = model.config
-        blocks = limits.max_batch_size * blocks_for(limits.max_seq_len)
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each_token = token_bytes(kv_cache, model.dtype, layers, heads, head_dim)
+        blocks = pool_size(limits, each_token, free_bytes(model.device))
         self._cache = KVCache(
-            model.kv_scales if kv_cache != "none" else [(1.0, 1.0)] * config.num_hidden_layers,
+            model.kv_scales if kv_cache != "none" else [(1.0, 1.0)] * layers,
             blocks,
-            config.num_key_value_heads,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            heads,
+            head_dim,
             kind=kv_cache,
             dtype=model.dtype,
             device=model.device,
@@ -107,8 +110,10 @@ class TorchEngine:
             "weight_bytes": self.model.nbytes,
             "kv_cache": self._cache.kind,
             "kv_cache_bytes": self._cache.nbytes,
+            "kv_cache_tokens": self._pool.blocks * BLOCK,
             "kv_cache_blocks_used": self._pool.used,
             "kv_cache_reused_tokens": self._scheduler.reused_tokens,
+            "preemptions": self._scheduler.preemptions,
             "kernels": dict(Counter(layer.kernel for layer in layers)),
             "kernel_of": {name: layer.kernel for name, layer in self.model.linears.items()},
             "remarks": self.model.remarks,
@@ -122,9 +127,8 @@ class TorchEngine:
         positions: list[int] = []
         ends = []
         for sequence, part in slices:
-            span = range(part.start, part.start + part.length)
-            ids += sequence.request.input_ids[span.start : span.stop]
-            positions += span
+            ids += sequence.context[part.start : part.start + part.length]
+            positions += part.positions
             ends.append(len(ids) - 1)
         batch = Prefill(self._cache, [part for _, part in slices])
         hidden = self.model.hidden(self._tensor(ids)[None], self._tensor(positions)[None], batch)

@@ -36,6 +36,11 @@ def table_of(blocks: Sequence[Sequence[int]], width: int) -> torch.Tensor:
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in blocks], dtype=torch.int32)
 
 
+def token_bytes(kind: str, dtype: torch.dtype, layers: int, heads: int, head_dim: int) -> int:
+    """Bytes that the keys and values of one token take."""
+    return 2 * layers * heads * head_dim * int(STORED.get(kind, dtype).itemsize)
+
+
 class KVCache:
     """Keys and values [P + 1, H, S, D] of every layer; `scales` are its (k_scale, v_scale), (1, 1) at 16 bit."""
 

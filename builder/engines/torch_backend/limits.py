@@ -18,6 +18,7 @@ class Limits:
     chunked_prefill: bool = False
     cuda_graphs: bool = True
     kv_cache_block_reuse: bool = True
+    kv_cache_memory: int | float | None = None  # bytes, or a share of what is free
 
     def check(self, request: Request, vocabulary: int) -> None:
         """Raises UserError where a request cannot run."""

@@ -2,7 +2,8 @@
 
 Requests wait in order, are prefilled as soon as the batch and the token budget allow, and then decode together. A
 sequence takes blocks of the KV cache as it grows, and begins with those that hold its prompt's first tokens already. At
-most one prompt is half prefilled between two iterations (chunked prefill).
+most one prompt is half prefilled between two iterations (chunked prefill). Where blocks run out, the newest sequence
+gives its own back and is computed anew later (preemption by recomputation, as in vLLM).
 """
 
 from __future__ import annotations
@@ -26,9 +27,21 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)  # of the cache, in order
     published: list[bytes] = field(default_factory=list)  # digests of the full blocks that others may share
 
+    length: int = 0  # tokens of the context that it was admitted with
+
+    @property
+    def context(self) -> list[int]:
+        """The prompt and what was generated."""
+        return [*self.request.input_ids, *self.tokens]
+
     @property
     def prefilled(self) -> bool:
-        return self.cached >= len(self.request.input_ids)
+        return self.cached >= self.length
+
+    @property
+    def grows(self) -> bool:
+        """Whether it may need another block."""
+        return len(self.blocks) < blocks_for(len(self.request.input_ids) + self.request.max_new_tokens)
 
 
 class Scheduler:
@@ -43,6 +56,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []
         self.running: list[Sequence] = []
         self.reused_tokens = 0  # of prompts, read from the cache instead of computed
+        self.preemptions = 0
 
     @property
     def busy(self) -> bool:
@@ -61,47 +75,63 @@ class Scheduler:
         self._drop({request_id})
 
     def decode(self) -> list[Sequence]:
-        """The running sequences, each with a block for its next token."""
-        for sequence in self.running:
-            self._grow(sequence, sequence.cached + 1)
+        """The running sequences, oldest first, each with a block for its next token.
+
+        Where there are too few blocks the newest sequences wait again, and are computed anew later.
+        """
+        for sequence in list(self.running):
+            missing = blocks_for(sequence.cached + 1) - len(sequence.blocks)
+            while missing > self._pool.free and sequence in self.running:
+                self._preempt((self._prefilling or self.running)[-1])
+            if sequence in self.running:
+                sequence.blocks += self._pool.take(missing)
         return list(self.running)
 
+    def _preempt(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.blocks)
+        sequence.blocks, sequence.published, sequence.cached = [], [], 0
+        (self._prefilling if sequence in self._prefilling else self.running).remove(sequence)
+        self._waiting.appendleft(sequence)
+        self.preemptions += 1
+
     def prefill(self) -> list[tuple[Sequence, Slice]]:
-        """The prompts, or slices of them, to run now: at most max_num_tokens tokens."""
-        budget, slices = self._max_num_tokens, []
+        """The contexts, or slices of them, to run now: at most max_num_tokens tokens."""
+        slices, budget = [], self._max_num_tokens
         while budget > 0:
             sequence = self._next(budget)
             if sequence is None:
                 break
-            length = min(len(sequence.request.input_ids) - sequence.cached, budget)
-            self._grow(sequence, sequence.cached + length)
+            length = min(sequence.length - sequence.cached, budget)
             slices.append((sequence, Slice(tuple(sequence.blocks), sequence.cached, length)))
             sequence.cached += length
             budget -= length
         return slices
 
     def _next(self, budget: int) -> Sequence | None:
-        """The first sequence with prompt tokens left."""
+        """The first sequence of whose context a part is to be computed, with blocks for all of it."""
         for sequence in self._prefilling:
             if not sequence.prefilled:
                 return sequence
         if not self._waiting or len(self.running) + len(self._prefilling) == self._max_batch_size:
             return None
-        prompt = self._waiting[0].request.input_ids
-        prefix = list(digests(prompt[:-1])) if self._pool.reuse else []  # the last token's logits must be computed
+        sequence = self._waiting[0]
+        context = sequence.context
+        prefix = list(digests(context[:-1])) if self._pool.reuse else []  # the last token's logits must be computed
         shared = self._pool.held(prefix)
-        cached = len(shared) * BLOCK
-        if len(prompt) - cached > budget and not self._chunked:
+        cached, missing = len(shared) * BLOCK, blocks_for(len(context)) - len(shared)
+        in_slices = self._chunked or len(context) > self._max_num_tokens  # a preempted one may outgrow an iteration
+        if len(context) - cached > budget and not in_slices:
             return None
-        sequence = self._waiting.popleft()
+        spare = sum(s.grows for s in (*self.running, *self._prefilling))
+        if missing + spare > self._pool.free - self._pool.unused(shared):
+            return None
+        self._waiting.popleft()
         self._pool.share(shared)
-        sequence.blocks, sequence.cached, sequence.published = shared, cached, prefix[: len(shared)]
+        sequence.blocks = shared + self._pool.take(missing)
+        sequence.cached, sequence.length, sequence.published = cached, len(context), prefix[: len(shared)]
         self.reused_tokens += cached
         self._prefilling.append(sequence)
         return sequence
-
-    def _grow(self, sequence: Sequence, tokens: int) -> None:
-        sequence.blocks += self._pool.take(blocks_for(tokens) - len(sequence.blocks))
 
     def finish(self, ended: set[str]) -> None:
         """Ends an iteration: what it filled may be shared, prefilled requests join the running ones, `ended` leave."""
@@ -115,7 +145,7 @@ class Scheduler:
         first = len(sequence.published)
         if not self._pool.reuse or sequence.cached < (first + 1) * BLOCK:
             return
-        filled = [*sequence.request.input_ids, *sequence.tokens][first * BLOCK : sequence.cached]
+        filled = sequence.context[first * BLOCK : sequence.cached]
         parent = sequence.published[-1] if first else b""
         for block, digest in zip(sequence.blocks[first:], digests(filled, parent), strict=False):
             self._pool.publish(block, digest)

@@ -11,9 +11,8 @@ import yaml
 from builder.checkpoint import digest
 from builder.config import EngineConfig
 from builder.hardware import machine
+from builder.planning.kv_cache import SHARES
 from plugins.common.files import write_json
-
-KV_CACHE_FRACTION = 0.9  # of the memory left after loading; TensorRT-LLM's own default, written so that it is seen
 
 
 def weight_bytes(checkpoint: Path) -> int:
@@ -50,6 +49,7 @@ def write_facts(
             "pipeline_parallel": config.pipeline_parallel,
             "chunked_prefill": config.chunked_prefill,
             "kv_cache_block_reuse": config.kv_cache_block_reuse and reuse,
+            "kv_cache_memory": config.kv_cache_memory,
             "remarks": list(remarks),
         },
     )
@@ -62,8 +62,12 @@ def llm_args(config: EngineConfig, backend: str, kv_cache: str, reuse: bool = Tr
     """
     cache: dict[str, Any] = {
         "enable_block_reuse": config.kv_cache_block_reuse and reuse,
-        "free_gpu_memory_fraction": KV_CACHE_FRACTION,
+        "free_gpu_memory_fraction": SHARES[backend],
     }
+    if isinstance(config.kv_cache_memory, float):
+        cache["free_gpu_memory_fraction"] = config.kv_cache_memory
+    elif config.kv_cache_memory:
+        cache["max_gpu_total_bytes"] = config.kv_cache_memory
     if backend == "pytorch" and kv_cache != "none":
         cache["dtype"] = kv_cache  # a TensorRT engine has its cache's dtype built in, and refuses the key
     args: dict[str, Any] = {

@@ -33,6 +33,7 @@ LIMITS = {
     "chunked_prefill": False,
     "cuda_graphs": False,
     "kv_cache_block_reuse": True,
+    "kv_cache_memory": None,
 }
 
 pytestmark = pytest.mark.skipif(not cpu.has_bf16(), reason="this processor has no AVX512-BF16")

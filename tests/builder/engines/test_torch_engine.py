@@ -142,6 +142,21 @@ def long(tiny: Path) -> Path:
     return out
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_preemption_changes_no_token(long: Path, chunked: bool, reuse: bool) -> None:
+    """Five sequences of up to 3 blocks share 4 blocks."""
+    requests = [Request(str(i), prompt(BLOCK - 20 + 9 * i, seed=i), BLOCK + 20, ignore_eos=True) for i in range(5)]
+    limits = {"max_batch_size": 4, "max_seq_len": 3 * BLOCK, "chunked_prefill": chunked, "max_num_tokens": 2 * BLOCK}
+    roomy = artifact.load_hf(long, dtype=torch.float64, **limits)
+    each = roomy.describe()["kv_cache_bytes"] // (4 * 3 + 1)  # a block; one more takes what padded rows write
+    tight = artifact.load_hf(long, dtype=torch.float64, **limits, kv_cache_memory=4 * each, kv_cache_block_reuse=reuse)
+    assert tight.describe()["kv_cache_tokens"] == 4 * BLOCK
+    assert collect(tight, requests) == collect(roomy, requests)
+    assert tight.describe()["preemptions"] > 0
+    assert tight.describe()["kv_cache_blocks_used"] == roomy.describe()["preemptions"] == 0
+
+
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_prefix_read_from_the_cache_changes_no_token(long: Path, graphs: bool) -> None:
     """Of six prompts two begin with a block that lies in the cache when they start; one token is always computed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,17 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.engines.request import Request
-from builder.engines.torch_backend.block_pool import BlockPool
+from builder.engines.torch_backend.block_pool import BlockPool, pool_size
 from builder.engines.torch_backend.kv_cache import BLOCK, KVCache
+from builder.engines.torch_backend.limits import Limits
 from builder.engines.torch_backend.sampling import sample
 from builder.engines.torch_backend.scheduler import Scheduler
+from plugins.common.errors import UserError
 
 
 class Simulation:
     """Runs a scheduler against a cache that remembers the tokens that lie in its blocks."""
 
-    def __init__(self, rows: int, tokens: int, chunked: bool) -> None:
-        self.pool = BlockPool(rows * 3, reuse=True)
+    def __init__(self, rows: int, tokens: int, chunked: bool, blocks: int) -> None:
+        self.pool = BlockPool(blocks, reuse=True)
         self.scheduler = Scheduler(rows, tokens, chunked, self.pool)
         self.tokens, self.chunked = tokens, chunked
         self.cache: dict[int, list[int]] = {}
@@ -38,7 +41,7 @@ class Simulation:
         running = self.scheduler.decode()
         produced = self.prefill()
         for sequence in running:
-            context = [*sequence.request.input_ids, *sequence.tokens]
+            context = sequence.context
             assert self.holds(sequence.blocks, context[: sequence.cached]), "its own tokens, in order"
             self.put(sequence.blocks, sequence.cached, context[sequence.cached])
             sequence.cached += 1
@@ -57,18 +60,20 @@ class Simulation:
         assert sum(part.length for _, part in slices) <= self.tokens
         for sequence, part in slices:
             assert part.length > 0
-            prompt, end = sequence.request.input_ids, part.start + part.length
-            assert self.chunked or end == len(prompt)
-            assert self.holds(part.blocks, prompt[: part.start]), "earlier slices and shared blocks"
+            context, end = sequence.context, part.start + part.length
+            assert self.chunked or end == len(context) or len(context) > self.tokens
+            assert self.holds(part.blocks, context[: part.start]), "earlier slices and shared blocks"
             for position in part.positions:
-                self.put(part.blocks, position, prompt[position])
+                self.put(part.blocks, position, context[position])
         return [sequence for sequence, _ in slices if sequence.prefilled]
 
 
-@given(st.data(), st.integers(1, 4), st.booleans())
+@given(st.data(), st.integers(1, 4), st.integers(3, 12), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_every_request_ends_and_no_block_is_mixed_up(data: st.DataObject, rows: int, chunked: bool) -> None:
-    simulation = Simulation(rows, 2 * BLOCK + 16, chunked)
+def test_every_request_ends_and_no_block_is_mixed_up(
+    data: st.DataObject, rows: int, blocks: int, chunked: bool
+) -> None:
+    simulation = Simulation(rows, 2 * BLOCK + 16, chunked, blocks)
     added, cancelled = 0, set()
     for action in data.draw(st.lists(st.sampled_from(["add", "step", "step", "cancel"]), max_size=40)):
         if action == "add":
@@ -93,7 +98,7 @@ def test_every_request_ends_and_no_block_is_mixed_up(data: st.DataObject, rows: 
 
 
 def test_requests_start_in_order() -> None:
-    simulation = Simulation(rows=2, tokens=9, chunked=False)
+    simulation = Simulation(rows=2, tokens=9, chunked=False, blocks=2)
     for i, length in enumerate((9, 1, 1)):
         simulation.scheduler.add(Request(str(i), (1,) * length, 2))
     simulation.step()
@@ -133,6 +138,34 @@ def test_a_draw_is_the_same_in_any_batch(seed: int, index: int) -> None:
     together = sample(logits, requests, [index] * 5)
     assert together == [sample(logits[i : i + 1], requests[i : i + 1], [index])[0] for i in range(5)]
     assert together[0] == logits[0].argmax()
+
+
+def test_the_newest_gives_its_blocks_back_and_the_oldest_goes_on() -> None:
+    simulation = Simulation(2, 4 * BLOCK, False, blocks=3)
+    for name, prompt in (("old", (1,) * (BLOCK - 2)), ("new", (2,) * (BLOCK - 2))):
+        simulation.scheduler.add(Request(name, prompt, BLOCK))
+    while simulation.scheduler.busy:
+        simulation.step()
+    assert simulation.finished == ["old", "new"]
+    assert simulation.scheduler.preemptions == 1
+
+
+LIMITS = Limits(max_batch_size=4, max_seq_len=2 * BLOCK)
+
+
+@pytest.mark.parametrize(("memory", "blocks"), [(None, 8), (1.0, 8), (5 * BLOCK, 5), (10**9, 8), (0.5, 6)])
+def test_the_cache_takes_no_more_than_its_budget_and_no_more_than_it_can_use(
+    memory: int | float | None, blocks: int
+) -> None:
+    free = 12 * BLOCK if memory == 0.5 else 10**6
+    assert pool_size(replace(LIMITS, kv_cache_memory=memory), 1, free) == blocks
+
+
+def test_a_budget_below_one_sequence_is_refused_with_one_that_fits() -> None:
+    with pytest.raises(UserError, match=f"hold {BLOCK} tokens, fewer than engine.max_seq_len {2 * BLOCK}"):
+        pool_size(replace(LIMITS, kv_cache_memory=2 * BLOCK - 1), 1, 10**9)
+    with pytest.raises(UserError, match="kv_cache_memory=1MB or more"):
+        pool_size(LIMITS, 1, 10)
 
 
 def test_seed_and_index_change_the_draw() -> None:
