@@ -7,7 +7,6 @@ is paired. Writes `results/startup.json` with every run, the machine and the ver
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 
 from benchmarks import environment
 from benchmarks.serving import stats
+from plugins.common.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "python -c pass"
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     result = measure(commands, options.rounds)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+    write_json(options.out, result)
     for name, row in result["commands"].items():
         low, high = row["interval"] or (row["ratio"], row["ratio"])
         ratio = f"{row['ratio']:5.2f}x [{low:.2f}, {high:.2f}]"

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import math
 import re
 import sys
@@ -211,7 +210,7 @@ def save(kind: str, content: dict[str, Any], device: int = 0) -> Path:
     except UserError as error:
         versions = {"libtwofour": str(error), "torch": torch.__version__, "cuda": torch.version.cuda}
     whole = {"kind": kind, "device": facts, "versions": versions, "environment": environment.describe(), **content}
-    file.write_text(json.dumps(whole, indent=1) + "\n")
+    write_json(file, whole)
     return file
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks import environment
 from plugins.common.errors import UserError
-from plugins.common.files import write_json
+from plugins.common.files import read_json, write_json
 from plugins.common.nvidia_smi import gpus
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +123,7 @@ def run_step(step: Step, left: float, directory: Path) -> dict[str, Any]:
         print(f"{step.name}: {outcome.error}", flush=True)
         result["error"] = outcome.error
     if part.exists():
-        result["result"] = json.loads(part.read_text(encoding="utf8"))
+        result["result"] = read_json(part)
         part.unlink()
     return result
 

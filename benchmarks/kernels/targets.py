@@ -8,7 +8,6 @@ Imports no torch.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.common.errors import UserError
+from plugins.common.files import read_json
 
 MLP = ("gate_up_proj", "down_proj")
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         try:
-            results = json.loads(chosen.file.read_text(encoding="utf8"))
+            results = read_json(chosen.file)
             lines = list(table(results))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"'{chosen.file}' is no results file of the GPU suite ({error}): give one") from error

@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.environment import describe
 from plugins.common.errors import UserError
+from plugins.common.files import read_json, write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
 LLMCOMPRESSOR = ("llmcompressor==0.14.*", "torch==2.13.0")
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         python = environment_python(arguments.environment) if "llmcompressor" in row.script else sys.executable
         names = json.dumps(layers)
         run_script(python, row.script, row.method, str(arguments.model), str(tokens), names, str(out), str(metered))
-        results[row.name] = json.loads(metered.read_text())
+        results[row.name] = read_json(metered)
         directories[row.name] = str(out)
     for name, judged in judge(arguments, layers, directories).items():
         results[name] |= judged
@@ -155,7 +156,7 @@ def environment_python(directory: Path) -> str:
 def linear_layers(model: Path) -> list[str]:
     """The linear layers of all blocks. Raises UserError for a directory without config.json."""
     try:
-        blocks = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+        blocks = read_json(model / "config.json")["num_hidden_layers"]
     except OSError:
         raise UserError(f"'{model}' holds no config.json: name a model's directory") from None
     return [f"model.layers.{block}.{name}" for block in range(blocks) for name in LINEARS]
@@ -167,7 +168,7 @@ def write_result(name: str, results: dict[str, Any], out: Path) -> Path:
     machine = re.sub(r"[^a-z0-9]+", "-", environment["processor"].lower()).strip("-") + f"-{environment['cores']}cores"
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}-{machine}-{datetime.date.today().isoformat()}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(path, results)
     return path
 
 

@@ -8,13 +8,13 @@ calls of linear layers, products, attention, factoring and triangular solves, by
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks.environment import describe
 from benchmarks.pruning.accuracy import RESULTS, run_script, write_result
+from plugins.common.files import read_json, write_json
 
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
@@ -46,7 +46,7 @@ def make_model(directory: Path, blocks: int) -> int:
         }
         save_file(tensors, str(directory / file), {"format": "pt"})
         index |= dict.fromkeys(names, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     return sum(4 * shape.numel() for shape in shapes.values())
 
 
@@ -63,7 +63,7 @@ def main() -> None:
         stored = make_model(Path(work) / "model", arguments.blocks)
         size = (str(arguments.blocks), str(arguments.samples), str(arguments.sequence_length), str(SHAPE["vocab_size"]))
         run_script(sys.executable, "prune_memory", arguments.method, work, *size, f"{work}/measured.json")
-        measured = json.loads((Path(work) / "measured.json").read_text())
+        measured = read_json(Path(work) / "measured.json")
     settings = {**SHAPE, "blocks": arguments.blocks, "samples": arguments.samples, "method": arguments.method}
     settings["sequence_length"] = arguments.sequence_length
     result = {"environment": describe(), "settings": settings, "model_bytes": stored, **measured}

@@ -8,7 +8,6 @@ inverting the Hessian. Its limit is a float32 product of this machine, measured 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 from benchmarks.environment import describe
 from benchmarks.pruning.accuracy import RESULTS, environment_python, run_script, write_result
 from plugins.common.errors import UserError
+from plugins.common.files import read_json
 
 SOLVERS = ("twofour sparsegpt", "twofour reconstruct", "modelopt sparsegpt", "llm-compressor sparsegpt")
 
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         with tempfile.NamedTemporaryFile(suffix=".json") as out:
             size = (str(arguments.out_features), str(arguments.in_features))
             run_script(python, "prune_layer", solver, *size, out.name)
-            results[solver] = json.loads(Path(out.name).read_text())
+            results[solver] = read_json(Path(out.name))
         operations = arguments.out_features * arguments.in_features**2 + arguments.in_features**3 * 2 / 3
         results[solver]["rate"] = operations / results[solver]["seconds"]
         results[solver]["share_of_peak"] = results[solver]["rate"] / results[solver]["peak"]

@@ -22,6 +22,7 @@ from benchmarks.pruning.accuracy import (
     run_script,
     write_result,
 )
+from plugins.common.files import read_json
 
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     results: dict[str, Any] = judge(arguments, layers, directories)
     lost, left = (results[name]["perplexity_increase"] for name in ("pruned", "recovered"))
     settings = {name: str(getattr(arguments, name)) for name in ("model", "calibration", "evaluation", "minutes")}
-    recovery = json.loads(report.read_text())
+    recovery = read_json(report)
     facts = {"environment": describe(), "settings": settings, "recovery": recovery}
     return {**facts, **results, "taken_back": 1 - left / lost}
 

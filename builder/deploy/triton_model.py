@@ -22,6 +22,7 @@ from builder.deploy.detokenizer import TextStream
 from builder.deploy.engine_thread import EngineLoop
 from builder.deploy.response import CancelledError, FullError, Reply, send_error
 from builder.engines.base import Engine, Token
+from plugins.common.files import read_json
 
 _CANCELLATION_PERIOD = 0.02  # seconds between two checks for disconnected clients
 
@@ -142,9 +143,9 @@ class EngineModel:
 
 def _limits(engine_dir: Path, parameters: dict[str, str], config: dict[str, Any]) -> request_schema.Limits:
     """Limits of requests, from the model's configuration files."""
-    model = json.loads((engine_dir / "config.json").read_text(encoding="utf8"))
+    model = read_json(engine_dir / "config.json")
     generation = engine_dir / "generation_config.json"
-    end = json.loads(generation.read_text(encoding="utf8")).get("eos_token_id") if generation.is_file() else None
+    end = read_json(generation, {}).get("eos_token_id")
     end = model.get("eos_token_id") if end is None else end
     return request_schema.Limits(
         vocabulary=model["vocab_size"],
@@ -157,7 +158,7 @@ def _limits(engine_dir: Path, parameters: dict[str, str], config: dict[str, Any]
 def _capacity(engine_dir: Path, parameters: dict[str, str]) -> int:
     """The most open requests: the running batch and its queue. 0: no limit."""
     waiting = int(parameters["max_queue_size"])
-    engine = json.loads((engine_dir / "engine.json").read_text(encoding="utf8"))
+    engine = read_json(engine_dir / "engine.json")
     return int(engine["max_batch_size"]) + waiting if waiting else 0
 
 

@@ -7,7 +7,6 @@ What could hang or crash (a driver, a library, the import of a large package) ru
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from builder.doctor.package_probes import modelopt, tensorrt, tensorrt_llm, torc
 from builder.hardware import machine
 from builder.planning.compatibility import check
 from plugins.common.errors import UserError
+from plugins.common.files import read_json
 from plugins.common.nvidia_smi import gpus
 from plugins.libtwofour.bindings import OLDEST_CUSPARSELT
 
@@ -100,7 +100,7 @@ def kernels() -> Finding:
     if code != 0:
         return Finding("libtwofour", "broken", None, f"'{path}' cannot be loaded", "twofour plugins build")
     try:
-        built = json.loads((path.parent / "build.json").read_text())
+        built = read_json(path.parent / "build.json")
         sms, detail = built["sms"], f"{path}, for SM {', '.join(built['sms'])}, nvcc {built['nvcc']}"
     except (OSError, ValueError, KeyError, TypeError):  # a library that this command did not build has no record
         return Finding("libtwofour", "ok", None, str(path))

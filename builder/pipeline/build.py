@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from builder.source_check import check_settings, check_source
 from calibration.data.documents import find_file
 from plugins.common import defaults
 from plugins.common.errors import GateError
+from plugins.common.files import read_json
 
 
 def default_store() -> Path:
@@ -216,7 +216,7 @@ def _manifest(
         subjects |= part.digests(name)
     sources = {"model": context.model_digest}
     if "calibration" in outputs:
-        calibration = json.loads((outputs["calibration"].path / "calibration.json").read_text())
+        calibration = read_json(outputs["calibration"].path / "calibration.json")
         sources["calibration"] = calibration["sha256"]
     return make_manifest(
         subjects,

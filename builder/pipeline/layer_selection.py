@@ -6,7 +6,6 @@ budget at most three such choices are pruned, quantized as the recipe says and e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from builder.engines import measured_tactics
 from builder.planning.compatibility import has_hybrid_kernels
 from builder.planning.model_config import architecture, read_config
 from builder.planning.plan import LayerPlan
+from plugins.common.files import read_json, write_json
 from plugins.sparsity.declaration import Declaration
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class _Builds:
         self.context, self.tokens, self.allocator, self.work = context, tokens, allocator, work
         self.held_out = windows(accuracy.data, context.model, accuracy.sequence_length, accuracy.samples)
         self.record = work / "measured.json"
-        self.measured: dict[str, Any] = json.loads(self.record.read_text()) if self.record.is_file() else {}
+        self.measured: dict[str, Any] = read_json(self.record, {})
 
     def measure(self, allocation: Allocation) -> Accuracy:
         """The built model against the dense one, everything quantized as the recipe says."""
@@ -122,7 +122,7 @@ class _Builds:
         key = " ".join(map(str, allocation.counts))
         if key not in self.measured:
             self.measured[key] = self._measure(allocation).to_dict()
-            self.record.write_text(json.dumps(self.measured))
+            write_json(self.record, self.measured)
         accuracy = Accuracy.from_dict(self.measured[key])
         self.context.console.say(
             f"  {allocation.fraction:.1%} of the weights 2:4: perplexity {accuracy.perplexity_increase:+.2%}, "

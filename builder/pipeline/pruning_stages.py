@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
 from builder.pipeline.text_stages import selects_layers, tokens_of
 from builder.planning.compatibility import has_hybrid_kernels
 from plugins.common.errors import UserError
-from plugins.common.files import write_json
+from plugins.common.files import read_json, write_json
 from plugins.sparsity.declaration import Declaration
 
 
@@ -76,12 +75,12 @@ def _run_selection(context: BuildContext, outputs: Outputs, out: Path, work: Pat
     """selection.json: the channels that go 2:4, and, under a budget, the front that they were chosen from."""
     from builder.pipeline.layer_selection import select
 
-    prices = json.loads((outputs["prices"].path / "prices.json").read_text())
+    prices = read_json(outputs["prices"].path / "prices.json")
     write_json(out / "selection.json", select(context, tokens_of(outputs), prices, work))
 
 
 def _report_selection(context: BuildContext, output: CachedOutput) -> None:
-    chosen = json.loads((output.path / "selection.json").read_text())
+    chosen = read_json(output.path / "selection.json")
     if chosen["fraction"]:
         context.console.say(f"  {chosen['fraction']:.1%} of the candidates' weights go 2:4")
     else:
@@ -105,7 +104,7 @@ def pruning_target(context: BuildContext, outputs: Outputs) -> Declaration:
     """What becomes 2:4: as the selection chose; without one all the plan's candidates, whole."""
     if "selection" not in outputs:
         return Declaration(tuple(context.plan.sparse_layers))
-    return Declaration.parse(json.loads((outputs["selection"].path / "selection.json").read_text())["declaration"])
+    return Declaration.parse(read_json(outputs["selection"].path / "selection.json")["declaration"])
 
 
 def _sparsify_inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from builder.artifacts.cache import CachedOutput
 from builder.context import BuildContext, Outputs, data_digest
 from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
 from plugins.common.errors import UserError
-from plugins.common.files import write_json
+from plugins.common.files import read_json, write_json
 
 
 def needs_text(context: BuildContext) -> bool:
@@ -80,7 +79,7 @@ def _run_text_check(context: BuildContext, outputs: Outputs, out: Path, work: Pa
 def _warn_of_text(context: BuildContext, output: CachedOutput) -> None:
     from calibration.evaluation.text_check import warning
 
-    if message := warning(json.loads((output.path / "perplexity.json").read_text())):
+    if message := warning(read_json(output.path / "perplexity.json")):
         context.console.warn(message)
 
 

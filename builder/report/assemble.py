@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +11,7 @@ from builder.context import BuildContext, Outputs
 from builder.engines.predicted_tactics import read_tactics
 from builder.hardware import machine
 from calibration.quantization.trtllm_config import trtllm_name
+from plugins.common.files import read_json
 
 ON_CPU = (
     "A CPU has no sparse matrix instructions: 2:4 saves bytes here, and time only where reading weights is the limit. "
@@ -207,4 +207,4 @@ def _engine_facts(context: BuildContext, outputs: Outputs) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf8"))
+    return read_json(path)

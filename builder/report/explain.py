@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from builder.engines.predicted_tactics import predict_tactics, read_tactics
 from plugins.common import defaults
 from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
+from plugins.common.files import read_json
 from plugins.sparsity.segments import Segments
 
 
@@ -62,7 +62,7 @@ def _places(artifact: Path) -> tuple[Path | None, Path | None]:
 def _why_dense(artifact: Path) -> dict[str, str]:
     """Why the recipe left layers dense, by name, from the build's plan.json; empty without one."""
     try:
-        layers = json.loads((artifact / "plan.json").read_text(encoding="utf8"))["layers"]
+        layers = read_json(artifact / "plan.json")["layers"]
         return {x["name"]: "its pruning does not fit the budget" if x["sparse"] else x["reason"] for x in layers}
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # a checkpoint or an engine on its own

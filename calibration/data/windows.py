@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from calibration.data.documents import read_documents
 from calibration.data.encoding import encode_documents
 from calibration.data.tokenizer import load_tokenizer
 from plugins.common.errors import UserError
+from plugins.common.files import read_json
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -77,7 +77,7 @@ def windows(
 
 
 def _vocabulary(model: Path) -> int:
-    config = json.loads((model / "config.json").read_text(encoding="utf8"))
+    config = read_json(model / "config.json")
     return int(config["vocab_size"])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.common.errors import UserError
+from plugins.common.files import read_json
 from plugins.common.json_files import read_json_object
 
 SINGLE = "model.safetensors"
@@ -45,7 +46,7 @@ def weight_files(directory: Path) -> list[Path]:
 def read_index(index: Path) -> dict[str, str]:
     """The index's `weight_map`: the file of each tensor. Raises UserError for what is no such table."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(
             f"'{index}' is not an index of shards ({type(error).__name__}: {str(error)[:80]}): fetch it again"

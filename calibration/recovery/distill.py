@@ -30,6 +30,7 @@ from calibration.config import Quantization, Recovery
 from calibration.data.windows import Tokens
 from calibration.model.device import has_bfloat16
 from calibration.quantization.quantize import quantize, shares_embedding
+from plugins.common.files import read_json
 from plugins.common.progress import Progress
 
 LOGITS_AT_ONCE = 2**26  # B x T x V of one forward pass: 256 MB in float32, of which training holds about six
@@ -224,7 +225,7 @@ def last_checkpoint(work: Path) -> Path | None:
     """The newest whole checkpoint: the Trainer writes `trainer_state.json` last."""
     for path in sorted(work.glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]), reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text())
+            read_json(path / "trainer_state.json")
         except (OSError, json.JSONDecodeError):
             continue
         return path

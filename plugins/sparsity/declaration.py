@@ -11,12 +11,12 @@ the same numbers. `hybrid` and `order` are left out where there are none.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from plugins.common.errors import UserError
+from plugins.common.files import read_json, write_json
 from plugins.sparsity.segments import Segments
 
 FILE = "sparsity.json"
@@ -72,7 +72,7 @@ class Declaration:
         if not path.is_file():
             return cls()
         try:
-            return cls.parse(json.loads(path.read_text(encoding="utf8")))
+            return cls.parse(read_json(path))
         except (ValueError, RecursionError) as error:  # UserError is a ValueError too
             raise UserError(f"'{path}': {error}: export the checkpoint again") from None
 
@@ -88,7 +88,7 @@ class Declaration:
     def write(self, directory: Path) -> None:
         """Writes the file, or none where nothing is declared."""
         if self.pruned or self.order:
-            (directory / FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf8")
+            write_json(directory / FILE, self.to_json())
 
 
 def _parse_order(module: str, value: Any) -> tuple[int, ...]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from plugins.common.files import read_json
 
 HOOKS = Path("hooks") / "models.py"
 MODEL_CLASS = "TwofourForCausalLM"
@@ -42,7 +43,7 @@ def build_rank(checkpoint: Path, engine: Path, rank: int) -> None:
 
 def settings(engine: Path, rank: int) -> dict[str, Any]:
     """build_config.json with each rank's own timing cache: two processes must not write one file."""
-    values: dict[str, Any] = json.loads((engine / "build_config.json").read_text(encoding="utf8"))
+    values: dict[str, Any] = read_json(engine / "build_config.json")
     for key in ("input_timing_cache", "output_timing_cache"):
         values[key] = str(engine / f"rank{rank}-{values[key]}")
     return values

@@ -13,7 +13,6 @@ Legend: N out_features, K in_features (of this rank).
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +27,7 @@ from tensorrt_llm.quantization.layers import FP8Linear, FP8RowLinear, Int8Smooth
 from tensorrt_llm.quantization.quantize import quantize_layers
 
 from plugins.common.errors import UserError
+from plugins.common.files import read_json
 from plugins.tensorrt_llm.layer_names import local_name
 
 PLUGIN = ("TwofourGemm", "1", "twofour")  # name, version, namespace
@@ -41,7 +41,7 @@ class SparseNetwork:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # quantizes: each layer has its final class now
-        layers = json.loads(self.routes.read_text(encoding="utf8"))["layers"]
+        layers = read_json(self.routes)["layers"]
         config = self.config  # type: ignore[attr-defined]
         held = config.mapping.pp_layers(config.num_hidden_layers)
         here = {local_name(name, held, config.num_hidden_layers) for name, route in layers.items() if route == "plugin"}

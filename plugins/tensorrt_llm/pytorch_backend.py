@@ -8,7 +8,6 @@ every worker that looks the architecture up imports it. After its layers are mad
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 from tensorrt_llm._torch.modules.linear import Linear
 from tensorrt_llm.logger import logger
 
+from plugins.common.files import read_json
 from plugins.linear.kernel_linear import SKINNY_THEN_CUSPARSELT, Choices
 from plugins.tensorrt_llm.layer_names import parts
 from plugins.tensorrt_llm.releases import naming_the_release
@@ -33,7 +33,7 @@ class SparseLinears:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # makes the weights, and with them each layer's own method
-        layers = json.loads(self.layers_file.read_text(encoding="utf8"))["layers"]
+        layers = read_json(self.layers_file)["layers"]
         taken: set[str] = set()
         with naming_the_release():
             for name, module, choices in chosen(self, layers):

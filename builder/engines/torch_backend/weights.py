@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from calibration.model.weight_files import INDEX, weight_files
 from plugins.common.errors import UserError
+from plugins.common.files import write_json
 from plugins.common.formats import Format
 from plugins.linear.hybrid_linear import split
 from plugins.sparsity.declaration import Declaration
@@ -123,7 +123,7 @@ def write(tensors: Iterable[tuple[str, torch.Tensor]], directory: Path) -> None:
         (directory / _shard_name(i)).rename(directory / name)
     weight_map = {tensor: names[i] for i, held in enumerate(shards, start=1) for tensor in held}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf8")
+    write_json(directory / INDEX, index)
 
 
 def _write_shard(shard: dict[str, torch.Tensor], directory: Path, shards: list[list[str]]) -> None:

@@ -6,14 +6,13 @@ quantization leaves alone: 1.0 looks for `qkv_proj` among the excluded names, la
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from builder.checkpoint import Checkpoint
 from calibration.quantization.trtllm_config import for_transformers_4
 from plugins.common.errors import UserError
-from plugins.common.files import write_json
+from plugins.common.files import read_json, write_json
 from plugins.tensorrt_llm.layer_names import FUSED
 
 EIGHT_BIT = ("fp8", "int8")
@@ -32,7 +31,7 @@ def write(out: Path, checkpoint: Checkpoint) -> None:
     write_json(out / "config.json", config)
     path = checkpoint.directory / "hf_quant_config.json"
     if path.is_file():
-        declared = json.loads(path.read_text(encoding="utf8"))
+        declared = read_json(path)
         declared["quantization"]["exclude_modules"] = [*(declared["quantization"].get("exclude_modules") or []), *fused]
         write_json(out / path.name, declared)
 

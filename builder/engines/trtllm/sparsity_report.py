@@ -6,7 +6,6 @@ sparsity_log.json   what each rank's build log and engine inspector say, and eac
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from builder.engines.measured_tactics import Sized
 from builder.engines.trtllm.checkpoint import TrtllmCheckpoint
 from builder.hardware import machine
 from plugins.autotune import tactics
-from plugins.common.files import write_json
+from plugins.common.files import read_json, write_json
 from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import inspector
 from plugins.tensorrt_llm.inspector import SparseTactic
@@ -89,7 +88,7 @@ def write(
 
 def remarks(engine: Path) -> list[str]:
     """What the build proved of sparsity, for the report: a sentence, and one a rank where they differ."""
-    report = json.loads((engine / FILE).read_text(encoding="utf8"))
+    report = read_json(engine / FILE)
     if not report["layers"]:
         return []
     count = Counter("our plugin" if x["route"] == "plugin" else x["status"] for x in report["layers"].values())

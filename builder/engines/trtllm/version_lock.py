@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import re
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +17,7 @@ from typing import Any
 
 from builder.engines.trtllm.launch import PLUGIN_LIBRARY
 from plugins.common.errors import UserError
+from plugins.common.files import read_json, write_json
 from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import releases
 
@@ -83,14 +83,14 @@ def installed(distribution: str) -> str | None:
 def _toolkit() -> str | None:
     """The version of CUDA's toolkit; None where there is none, or it does not say."""
     try:
-        return str(json.loads(CUDA_TOOLKIT.read_text(encoding="utf8"))["cuda"]["version"])
+        return str(read_json(CUDA_TOOLKIT)["cuda"]["version"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def write(engine: Path, lock: Lock) -> None:
     """Writes `lock.json` into an engine directory."""
-    (engine / FILE).write_text(json.dumps(asdict(lock), indent=1) + "\n", encoding="utf8")
+    write_json(engine / FILE, asdict(lock))
 
 
 def read(engine: Path) -> Lock | None:
@@ -99,7 +99,7 @@ def read(engine: Path) -> Lock | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        content: dict[str, Any] = read_json(path)
         lock = Lock(**{field.name: content[field.name] for field in fields(Lock)})
         if lock.backend not in BINDING:
             raise ValueError(f"backend '{lock.backend}'")
