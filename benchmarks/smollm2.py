@@ -1,0 +1,82 @@
+"""What SmolLM2-135M-Instruct costs and gains on this machine: INT8 dense, and with 2:4 in more and more of its weights.
+
+    python examples/smollm2/make_model.py build/smollm2
+    python -m benchmarks.smollm2 [--store build/store]
+
+Builds examples/smollm2/recipe.yaml with each variant up to its benchmark, against the dense bfloat16 model, and
+evaluates each build once more on text of a kind that the calibration text lacks. Run it with nothing else running. The
+result goes to `benchmarks/results/`, and from there into README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import describe
+from benchmarks.pruning.accuracy import RESULTS, write_result
+from benchmarks.pruning.fractions import build, summary
+from plugins.common.errors import UserError
+
+RECIPE = Path("examples/smollm2/recipe.yaml")
+OTHER = Path("build/smollm2/other.jsonl")
+VARIANTS = {
+    "INT8": ["sparsity=null"],
+    "INT8, 2:4 in a quarter": ["sparsity.fraction=25%"],
+    "INT8, 2:4 in half": ["sparsity.fraction=50%"],
+    "INT8, 2:4 in all": ["sparsity.fraction=null"],
+}
+WORKLOADS = (
+    "{input_tokens: 128, output_tokens: 32, concurrency: [1, 4], requests: 4}",
+    "{input_tokens: 128, output_tokens: 32, concurrency: [16], requests: 16}",
+    "{input_tokens: 512, output_tokens: 8, concurrency: [1], requests: 4}",
+)
+METRICS = ("output_token_throughput", "time_to_first_token")
+
+
+def run(store: Path | None) -> dict[str, Any]:
+    """Accuracy on both texts, size and speed of each variant. Raises UserError where a build fails."""
+    variants: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="twofour-smollm2-") as work:
+        for number, (name, overrides) in enumerate(VARIANTS.items()):
+            overrides = [*overrides, f"benchmark.workloads=[{', '.join(WORKLOADS)}]"]
+            report = build(RECIPE, overrides, Path(work) / f"{number}", store, until="benchmark")
+            other = build(RECIPE, [*overrides, f"accuracy.data={OTHER}"], Path(work) / f"{number}-other", store)
+            variants[name] = {
+                "accuracy": summary(report),
+                "other_text": summary(other),
+                "size": report["size"],
+                "performance": [_point(point) for point in report["performance"]],
+                "gates": report["gates"],
+            }
+            facts = facts or {"model": report["model"], "recipe": report["recipe"], "device": report["device"]}
+    return {"environment": describe(), **facts, "variants": variants}
+
+
+def _point(point: dict[str, Any]) -> dict[str, Any]:
+    """Means, ratios and their intervals of one workload."""
+    sides = {side: {name: point[side][name] for name in METRICS} for side in ("dense", "built", "speedup")}
+    return {"workload": point["workload"], "concurrency": point["concurrency"], "rounds": point["rounds"], **sides}
+
+
+def main() -> int:
+    """Parses the command line, builds and writes the result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.smollm2", description=__doc__)
+    parser.add_argument("--store", type=Path, help="reuse stage outputs in this directory")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result file")
+    chosen = parser.parse_args()
+    try:
+        result = run(chosen.store)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(write_result("smollm2", result, chosen.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
