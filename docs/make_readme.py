@@ -17,6 +17,7 @@ from plugins.common.families import FAMILIES
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+SHORT_ANSWER = 16  # tokens
 SMS = {75: "Turing", 80: "A100", 86: "RTX 30", 89: "L40S, RTX 40", 90: "H100, H200", 100: "B200", 120: "RTX 50"}
 ACCURACY = """
 Perplexity on held-out text after pruning every linear layer to 2:4 ({model}, {samples} calibration sequences of
@@ -34,6 +35,15 @@ BUILD = """
 | perplexity, held-out text | {dense:.2f} | {built:.2f} | {increase:+.1%}, 95% interval {low:+.1%} to {high:+.1%} |
 | weights | {dense_mb:.2f} MB | {built_mb:.2f} MB | {ratio:.2f} times smaller |
 {speed}"""
+SMOLLM2 = """
+SmolLM2-135M-Instruct on {device}, by `python -m benchmarks.pruning.smollm2`: each build against
+the dense bfloat16 model, whose perplexity is {own:.2f} on held-out text of the calibration text's kind and
+{other:.2f} on text of another kind, and which takes {dense_mb:.0f} MB and gives {tokens:.0f} tokens/s to 1 request
+([values and intervals]({path})):
+
+| | perplexity | on other text | weights | {loads} |
+|---|---|---|---|{lines}|
+{rows}"""
 KERNELS = """
 2:4 FP8 kernels against the best dense FP8 kernel on {gpu}: Llama-3.1-8B's layers, weights cold,
 by number of tokens ([values]({path})):
@@ -75,6 +85,7 @@ def page() -> str:
 def results() -> str:
     parts = [
         *map(_accuracy, newest(RESULTS, "accuracy_peers", lambda result: result["settings"]["model"]).values()),
+        *map(_smollm2, newest(RESULTS, "smollm2", lambda result: result["model"]).values()),
         *map(_build, newest(RESULTS, "quickstart", lambda report: report["model"]).values()),
         *map(_kernels, newest(RESULTS, "gpu", device_name).values()),
         *map(_decode, newest(RESULTS, "gpu", device_name).values()),
@@ -135,6 +146,44 @@ def _build(file: tuple[dict[str, Any], Path]) -> str:
         ratio=size["dense_bytes"] / size["built_bytes"],
         speed="".join(map(_speed, report["performance"])),
     )
+
+
+def _smollm2(file: tuple[dict[str, Any], Path]) -> str:
+    result, path = file
+    device, variants = result["device"], result["variants"]
+    first = next(iter(variants.values()))
+    points = first["performance"]
+    rows = [
+        f"| {name} | {values['accuracy']['perplexity_increase']:+.1%} "
+        f"| {values['other_text']['perplexity_increase']:+.1%} "
+        f"| {values['size']['built_bytes'] / 1e6:.0f} MB | {' | '.join(map(_gain, values['performance']))} |\n"
+        for name, values in variants.items()
+    ]
+    return SMOLLM2.format(
+        device=f"{device['cores']} cores of an {device['name']}",
+        own=first["accuracy"]["dense"]["perplexity"],
+        other=first["other_text"]["dense"]["perplexity"],
+        dense_mb=first["size"]["dense_bytes"] / 1e6,
+        tokens=points[0]["dense"]["output_token_throughput"]["mean"],
+        path=path.relative_to(ROOT).as_posix(),
+        loads=" | ".join(map(_load, points)),
+        lines="|".join(["---"] * len(points)),
+        rows="".join(rows),
+    )
+
+
+def _load(point: dict[str, Any]) -> str:
+    """Of a benchmark's point: short answers are there for the time to the first token."""
+    workload, concurrency = point["workload"], point["concurrency"]
+    if workload["output_tokens"] < SHORT_ANSWER:
+        return f"first token at {workload['input_tokens']}"
+    return "tokens/s, 1 request" if concurrency == 1 else f"{concurrency} requests"
+
+
+def _gain(point: dict[str, Any]) -> str:
+    if point["workload"]["output_tokens"] < SHORT_ANSWER:
+        return f"{point['speedup']['time_to_first_token']['ratio']:.2f}x"
+    return f"{point['speedup']['output_token_throughput']['ratio']:.2f}x"
 
 
 def _speed(point: dict[str, Any]) -> str:
