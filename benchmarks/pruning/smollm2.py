@@ -26,7 +26,6 @@ OTHER = Path("build/smollm2/other.jsonl")
 VARIANTS = {
     "INT8": ["sparsity=null"],
     "INT8, 2:4 in a quarter": ["sparsity.fraction=25%"],
-    "INT8, 2:4 in half": ["sparsity.fraction=50%"],
     "INT8, 2:4 in all": ["sparsity.fraction=null"],
 }
 WORKLOADS = (
