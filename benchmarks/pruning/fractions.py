@@ -22,6 +22,7 @@ from benchmarks.pruning.accuracy import RESULTS, write_result
 from plugins.common.errors import UserError
 from plugins.common.files import read_json
 
+COMMAND = (sys.executable, "-c", "from builder.cli.commands import main; main()")
 GATE_FAILED = 1  # exit status of a build whose report is whole
 OWN = "evaluation"  # the recipe's own accuracy.data
 
@@ -45,7 +46,7 @@ def build(
     recipe: Path, overrides: Sequence[str], out: Path, store: Path | None, until: str = "evaluate"
 ) -> dict[str, Any]:
     """The report of one build up to a stage. Raises UserError where it fails other than by a gate."""
-    command = [sys.executable, "-m", "builder.cli.commands", "build", str(recipe), "--out", str(out), "--until", until]
+    command = [*COMMAND, "build", str(recipe), "--out", str(out), "--until", until]
     for override in overrides:
         command += ["--set", override]
     command += ["--store", str(store)] if store else []
