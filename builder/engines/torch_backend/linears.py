@@ -18,6 +18,10 @@ from plugins.linear.torch_linear import Linear
 log = logging.getLogger(__name__)
 
 Choices = Sequence[tuple[int, str]]
+SLOWER = {  # instruction sets of CPU kernels that are not the best
+    "avx2": "this processor lacks AVX-512: the AVX2 kernels run",
+    "portable": "this processor lacks AVX2: portable kernels run, which are several times slower",
+}
 KV_SCALES = ("k_scale", "v_scale")  # stored under k_proj and v_proj, but the KV cache's
 
 
@@ -80,12 +84,12 @@ def _join_tactics(layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _open_cpu() -> tuple[bool, str]:
-    """(whether our CPU kernels run here, why not). They share torch's number of threads."""
+    """(whether our CPU kernels run here, why not or how slowly). They share torch's number of threads."""
     from plugins.libtwofour import cpu
 
     try:
         cpu.set_threads(torch.get_num_threads())
-        return True, ""
+        return True, SLOWER.get(cpu.isa(), "")
     except UserError as error:
         return False, f"2:4 layers run as dense ones on torch's products: {error}"
 

@@ -52,16 +52,18 @@ def make_engine(family: str, format: str, kv_cache: str, directory: Path) -> Pat
     tensors = load_file(directory / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight") and format != "bf16"]:
         layer, weight = name.removesuffix(".weight"), tensors.pop(name).float()
-        if format.endswith("2of4"):
+        if "2of4" in format:
             groups = weight.view(-1, 4)
             groups.scatter_(-1, groups.abs().topk(2, largest=False).indices, 0)
         scale = weight.abs().amax(1) / 127
         quantized = (weight / scale[:, None]).round().to(torch.int8)
-        if format.endswith("2of4"):
+        if "2of4" in format:
             tensors[f"{layer}.weight_values"], tensors[f"{layer}.weight_indices"] = pack(quantized)
         else:
             tensors[name] = quantized
-        tensors |= {f"{layer}.weight_scale": scale, f"{layer}.input_scale": torch.tensor(0.03)}
+        tensors[f"{layer}.weight_scale"] = scale
+        if not format.endswith("token"):
+            tensors[f"{layer}.input_scale"] = torch.tensor(0.03)
         tensors[f"{layer}.pre_quant_scale"] = torch.rand(weight.shape[1]) + 0.5
     if kv_cache != "none":
         for block in range(SIZES["num_hidden_layers"]):
@@ -83,7 +85,7 @@ def tokens_of(engine: TorchEngine) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("kv_cache", ["none", "int8"])
-@pytest.mark.parametrize("format", ["bf16", "int8-2of4"])
+@pytest.mark.parametrize("format", ["bf16", "int8-2of4", "int8-2of4-token"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_compute_what_the_layers_compute(family: str, format: str, kv_cache: str, tmp_path: Path) -> None:
     directory = make_engine(family, format, kv_cache, tmp_path)
@@ -108,6 +110,19 @@ def test_decoded_tokens_do_not_depend_on_the_batch(family: str, tmp_path: Path) 
         prompts = [tuple(torch.randint(2, 256, (length,), generator=generator).tolist()) for length in (1, 9, 30, 4)]
         alone = [t.token for t in engine.generate([Request("x", prompts[int(name)], len(tokens), ignore_eos=True)])]
         assert alone == tokens
+
+
+@pytest.mark.parametrize(("isa", "words"), [("portable", "lacks AVX2"), ("avx2", "lacks AVX-512"), ("avx512", "")])
+def test_a_processor_without_the_best_instructions_is_noted(isa: str, words: str, tmp_path: Path) -> None:
+    best = cpu.isa()
+    try:
+        cpu.use_isa(isa)
+        remarks = artifact.load(make_engine("llama", "int8-2of4", "none", tmp_path)).describe()["remarks"]
+    finally:
+        cpu.use_isa(best)
+    noted = [remark for remark in remarks if "this processor lacks" in remark]
+    assert len(noted) == bool(words)
+    assert all(words in remark for remark in noted)
 
 
 def test_an_engine_that_is_only_asked_for_logits_allocates_no_cache(tmp_path: Path) -> None:
