@@ -1,4 +1,4 @@
-"""The commands for engines and machines: engine, bench, deploy, serve, doctor, plugins build."""
+"""The commands for engines and machines: engine, bench, deploy, serve, doctor, adapter, plugins build."""
 
 from __future__ import annotations
 
@@ -189,4 +189,22 @@ def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
     tables.as_json(facts) if as_json else click.echo(f"{on_cpu}\n{built.library} for SM {', '.join(built.sms)}")
 
 
-COMMANDS = (engine, bench, deploy, serve, doctor, plugins)
+@click.command(
+    short_help="Fit a LoRA ADAPTER of the dense model to a build.",
+    epilog=example("twofour adapter my-lora build/docs-llama/checkpoint --out build/my-lora"),
+)
+@click.argument("adapter_directory", metavar="ADAPTER", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the adapter to this directory.")
+def adapter(adapter_directory: Path, checkpoint: Path, out: Path) -> None:
+    """Put a LoRA ADAPTER (PEFT) of the dense model into the channel order of CHECKPOINT.
+
+    A build whose layers are 2:4 in part has its channels in another order: the dense model's adapters do not fit it.
+    """
+    from calibration.lora.reorder import reorder_adapter
+
+    moved = reorder_adapter(adapter_directory, checkpoint, out)
+    click.echo(f"{moved} matrices reordered: {out}")
+
+
+COMMANDS = (engine, bench, deploy, serve, doctor, adapter, plugins)
