@@ -17,25 +17,28 @@ from plugins.libtwofour import cpu_compiler
 ISAS = ("portable", "avx2", "avx512")
 FORMS = ("int8", "int8-2of4", "bf16", "bf16-2of4")
 TYPES = ("float32", "bfloat16")
+AXES = ("rows", "inputs")
 ROUNDINGS = ("as is", "int8", "int8 each token", "fp8")
 
 
 class Linear(Structure):
     """twofour_cpu_linear."""
 
-    _fields_ = (
-        ("form", c_int32),
-        ("reserved", c_int32),
-        ("out_features", c_int64),
-        ("in_features", c_int64),
-        ("weight", c_void_p),
-        ("scales", c_void_p),
-        ("scale", c_float),
-        ("rounding", c_int32),
-        ("multiplier", c_void_p),
-        ("multipliers", c_int64),
-        ("bias", c_void_p),
-    )
+
+Linear._fields_ = (
+    ("form", c_int32),
+    ("axis", c_int32),
+    ("out_features", c_int64),
+    ("in_features", c_int64),
+    ("weight", c_void_p),
+    ("scales", c_void_p),
+    ("scale", c_float),
+    ("rounding", c_int32),
+    ("multiplier", c_void_p),
+    ("multipliers", c_int64),
+    ("bias", c_void_p),
+    ("rest", POINTER(Linear)),
+)
 
 
 class Block(Structure):

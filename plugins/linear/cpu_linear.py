@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from ctypes import byref
+from ctypes import byref, pointer
 from typing import Any
 
 import torch
@@ -87,18 +87,27 @@ class CpuLinear(Linear):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.out_features)
-        tokens = x.numel() // self.in_features
-        status = cpu.load().twofour_cpu_apply(
-            byref(self.problem(tokens)), tokens, TYPES[x.dtype], x.data_ptr(), y.data_ptr()
-        )
-        cpu.check(status)
-        return y
+        return apply(self.problem(x.numel() // self.in_features), x, self.out_features)
 
     def problem(self, tokens: int) -> cpu.Linear:
         """The layer as libtwofour_cpu takes it, with the kernel that multiplies `tokens` rows."""
         return self._problems[self._kernels[min(bisect_left(self._tokens, tokens), len(self._tokens) - 1)]]
+
+
+def apply(problem: cpu.Linear, x: torch.Tensor, out_features: int) -> torch.Tensor:
+    """y [..., out_features] of x [..., in_features], which the problem takes in its dtype."""
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], out_features)
+    tokens = x.numel() // x.shape[-1]
+    cpu.check(cpu.load().twofour_cpu_apply(byref(problem), tokens, TYPES[x.dtype], x.data_ptr(), y.data_ptr()))
+    return y
+
+
+def join_parts(first: cpu.Linear, rest: cpu.Linear, axis: str) -> cpu.Linear:
+    """The problem of a layer in two parts along `axis`, "rows" or "inputs"; it keeps both alive."""
+    joined = cpu.Linear.from_buffer_copy(first)
+    joined.axis, joined.rest = cpu.AXES.index(axis), pointer(rest)
+    return joined
 
 
 class PackedEmbedding(nn.Module):

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from plugins.common.errors import UserError
+from plugins.libtwofour import cpu
+from plugins.linear.cpu_linear import CpuLinear, apply, join_parts
 from plugins.linear.torch_linear import Linear
 from plugins.sparsity.segments import Axis, Kind, Segments
 from plugins.sparsity.torch_packing import pack, unpack
@@ -101,8 +103,26 @@ class HybridLinear(Linear):
         by_row = segments.axis == "rows"
         self.out_features = sum(part.out_features for part in parts) if by_row else parts[0].out_features
         self.in_features = parts[0].in_features if by_row else sum(part.in_features for part in parts)
+        self._problems: dict[tuple[int, int], cpu.Linear] = {}
+
+    @property
+    def on_cpu_kernels(self) -> bool:
+        """Whether one call computes both parts."""
+        return isinstance(self.sparse_part, CpuLinear) and isinstance(self.dense_part, CpuLinear)
+
+    def problem(self, tokens: int) -> cpu.Linear:
+        """Both parts as libtwofour_cpu takes them, with the kernels that multiply `tokens` rows."""
+        assert isinstance(self.sparse_part, CpuLinear)
+        assert isinstance(self.dense_part, CpuLinear)
+        first, rest = self.sparse_part.problem(tokens), self.dense_part.problem(tokens)
+        key = (id(first), id(rest))  # which the parts keep
+        if key not in self._problems:
+            self._problems[key] = join_parts(first, rest, self.segments.axis)
+        return self._problems[key]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.on_cpu_kernels:
+            return apply(self.problem(x.numel() // self.in_features), x, self.out_features)
         if self.segments.axis == "rows":
             return torch.cat([self.sparse_part(x), self.dense_part(x)], -1)
         sparse, dense = (x[..., part.slice] for part in self.segments.parts)

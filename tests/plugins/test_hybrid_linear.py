@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import pytest
 import torch
 
 from plugins.common.errors import UserError
+from plugins.libtwofour import cpu
+from plugins.linear import cpu_linear
+from plugins.linear.cpu_linear import CpuLinear
 from plugins.linear.factory import build_linear
 from plugins.linear.hybrid_linear import HybridLinear, build_hybrid, decode, encode, join, split
-from plugins.sparsity.segments import Segments
+from plugins.linear.torch_linear import Linear
+from plugins.sparsity.segments import Axis, Segments
 
 CPU = torch.device("cpu")
 N = K = 128
@@ -68,6 +73,54 @@ def test_the_hybrid_layer_computes_what_the_dense_one_does(name: str, dtype: tor
     assert (layer.out_features, layer.in_features, layer.sparse, layer.format) == (N, K, True, dense.format)
     assert isinstance(layer, HybridLinear) == (name in ("rows", "inputs"))
     torch.testing.assert_close(layer(x), dense(x), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("scales", ["static", "each token"])
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+@pytest.mark.parametrize(("axis", "sparse"), [("rows", 32), ("rows", 96), ("inputs", 64), ("inputs", 96)])
+@pytest.mark.parametrize(
+    ("weights", "dtype"), [("int8", torch.float32), ("int8", torch.bfloat16), ("bf16", torch.bfloat16)]
+)
+def test_one_call_computes_both_parts_number_for_number(
+    weights: str, dtype: torch.dtype, axis: Axis, sparse: int, tokens: int, scales: str, isa: str
+) -> None:
+    best = cpu.isa()
+    if cpu.ISAS.index(isa) > cpu.ISAS.index(best):
+        pytest.skip(f"this processor has no {isa}")
+    cpu.use_isa(isa)
+    segments = Segments.split(axis, N, sparse)
+    weight = weight_of(segments, torch.int8 if weights == "int8" else torch.bfloat16)
+    common = layer_tensors(weight)
+    if scales == "each token":
+        common.pop("input_scale", None)
+
+    def build(tensors: Mapping[str, torch.Tensor]) -> Linear:
+        kernel = "cpu-2of4" if "weight_values" in tensors else "cpu-dense"
+        return build_linear(tensors, dtype, CPU, ((1, kernel),))
+
+    try:
+        layer = build_hybrid(split(weight, segments) | common, build)
+        assert isinstance(layer, HybridLinear)
+        x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(1)).to(dtype)
+        if axis == "rows":
+            expected = torch.cat([layer.sparse_part(x), layer.dense_part(x)], -1)
+        else:
+            first, rest = (x[:, part.slice].contiguous() for part in segments.parts)
+            expected = layer.sparse_part(first) + layer.dense_part(rest)
+        assert torch.equal(layer(x), expected)
+    finally:
+        cpu.use_isa(best)
+
+
+def test_parts_that_do_not_fit_are_refused_by_the_library() -> None:
+    parts = [
+        CpuLinear(torch.ones(32, k).bfloat16(), (32, k), None, None, torch.bfloat16, ((1, "cpu-dense"),))
+        for k in (64, 32)
+    ]
+    joined = cpu_linear.join_parts(parts[0].problem(1), parts[1].problem(1), "rows")
+    with pytest.raises(UserError, match="do not fit along axis 0"):
+        cpu_linear.apply(joined, torch.ones(1, 64).bfloat16(), 64)
 
 
 def test_a_segment_that_is_not_2of4_is_refused() -> None:

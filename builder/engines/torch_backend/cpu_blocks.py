@@ -17,6 +17,7 @@ from torch import nn
 from builder.engines.torch_backend.attention import Batch, Decode, window_of
 from plugins.libtwofour import cpu
 from plugins.linear.cpu_linear import TYPES, CpuLinear
+from plugins.linear.hybrid_linear import HybridLinear
 
 CACHES = {"none": 0, "int8": 1}  # kinds of KV cache that the library reads
 LANES = 16  # of a vector: sizes are multiples of it
@@ -24,7 +25,7 @@ LONGEST_HEAD = 256
 
 
 class CpuBlocks:
-    """All blocks and the last norm of a model whose linear layers are CpuLinear."""
+    """All blocks and the last norm of a model whose linear layers run on the CPU kernels."""
 
     def __init__(self, body: nn.Module, cos_SD: torch.Tensor, sin_SD: torch.Tensor) -> None:
         self._layers, self._norm, self._config = list(body.layers), body.norm, body.config
@@ -42,7 +43,7 @@ class CpuBlocks:
             or head_dim % (2 * LANES)
             or head_dim > LONGEST_HEAD
         )
-        if not sizes_fit or config.hidden_act != "silu" or not all(isinstance(x, CpuLinear) for x in linears):
+        if not sizes_fit or config.hidden_act != "silu" or not all(map(_on_cpu_kernels, linears)):
             return None
         return cls(body, cos_SD, sin_SD)
 
@@ -134,6 +135,10 @@ class CpuBlocks:
             None if batch is None else batch.cache.keys[index].data_ptr(),
             None if batch is None else batch.cache.values[index].data_ptr(),
         )  # fmt: skip
+
+
+def _on_cpu_kernels(linear: nn.Module) -> bool:
+    return isinstance(linear, CpuLinear) or (isinstance(linear, HybridLinear) and linear.on_cpu_kernels)
 
 
 def _weight(norm: Any) -> int | None:

@@ -39,6 +39,8 @@ int check_sizes(int form, int64_t rows, int64_t inputs) {
   return TWOFOUR_CPU_OK;
 }
 
+int check_rest(const twofour_cpu_linear& linear, int64_t tokens, int type);
+
 int check(const twofour_cpu_linear* linear, int64_t tokens, int type, bool quantizes = true) {
   if (const int status = check_sizes(linear->form, linear->out_features, linear->in_features)) return status;
   if (tokens < 0) return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "%lld tokens", static_cast<long long>(tokens));
@@ -55,7 +57,17 @@ int check(const twofour_cpu_linear* linear, int64_t tokens, int type, bool quant
   if (has_multiplier && (!linear->multiplier || (linear->multipliers != 1 && linear->multipliers != linear->in_features)))
     return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "%lld multipliers for %lld inputs",
                 static_cast<long long>(linear->multipliers), static_cast<long long>(linear->in_features));
-  return TWOFOUR_CPU_OK;
+  return linear->rest ? check_rest(*linear, tokens, type) : TWOFOUR_CPU_OK;
+}
+
+int check_rest(const twofour_cpu_linear& linear, int64_t tokens, int type) {
+  const twofour_cpu_linear& rest = *linear.rest;
+  const bool fits = linear.axis == TWOFOUR_CPU_ROWS     ? rest.in_features == linear.in_features
+                    : linear.axis == TWOFOUR_CPU_INPUTS ? rest.out_features == linear.out_features
+                                                        : false;
+  if (!fits || rest.rest)
+    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "the two parts of a layer do not fit along axis %d", linear.axis);
+  return check(&rest, tokens, type);
 }
 
 int check_step(const twofour_cpu_step& step, const twofour_cpu_block* blocks, int count) {

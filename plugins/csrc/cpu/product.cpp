@@ -11,6 +11,7 @@ namespace twofour_cpu {
 namespace {
 
 constexpr int kMostLayers = 8;           // of one input
+constexpr int kMostParts = 2 * kMostLayers;
 constexpr int64_t kChunkBytes = 16384;   // of weight, at least, that a thread takes at once
 constexpr int64_t kChunksOfThread = 12;  // about
 constexpr int64_t kParallelElements = 32768;  // inputs from which on quantizing is shared
@@ -47,7 +48,17 @@ Kernel kernel_for(int form) {
   return kPortable.of_form[form];
 }
 
-Product describe(const twofour_cpu_linear& linear, int64_t tokens, const Quantized& x, int type, void* y) {
+// A layer, or one of its two parts: what it reads of x and writes of y, whose rows have other parts' elements too.
+struct Part {
+  const twofour_cpu_linear* linear;
+  const void* x;
+  int64_t x_width;  // elements of a row
+  void* y;
+  int64_t y_width;
+};
+
+Product describe(const twofour_cpu_linear& linear, int64_t tokens, const Quantized& x, int type, void* y,
+                 int64_t y_width) {
   const int form = linear.form;
   const int64_t n = linear.out_features, k = linear.in_features;
   const uint8_t* weight = static_cast<const uint8_t*>(linear.weight);
@@ -59,13 +70,13 @@ Product describe(const twofour_cpu_linear& linear, int64_t tokens, const Quantiz
     p.holds_lowest = weight[lowest_at(form, n, k)] != 0;
   }
   p.scales = linear.scales, p.scale = linear.scale, p.token_scales = x.token_scales, p.bias = linear.bias;
-  p.x = x.q, p.x_stride = x.stride, p.y = y, p.y_stride = n, p.y_type = type;
+  p.x = x.q, p.x_stride = x.stride, p.y = y, p.y_stride = y_width, p.y_type = type;
   return p;
 }
 
 // Rows of several products, as one list of chunks.
 void run(const Product* products, int count) {
-  int64_t chunks_before[kMostLayers + 1] = {0}, tiles_of_chunk[kMostLayers];
+  int64_t chunks_before[kMostParts + 1] = {0}, tiles_of_chunk[kMostParts];
   for (int i = 0; i < count; ++i) {
     const Product& p = products[i];
     const int64_t tiles = tiles_of(p.rows);
@@ -83,8 +94,19 @@ void run(const Product* products, int count) {
   });
 }
 
-bool quantize_alike(const twofour_cpu_linear& a, const twofour_cpu_linear& b) {
-  return a.rounding == b.rounding && a.multiplier == b.multiplier && is_int8(a.form) == is_int8(b.form);
+bool quantize_alike(const Part& one, const Part& other) {
+  const twofour_cpu_linear &a = *one.linear, &b = *other.linear;
+  if (one.x != other.x || a.in_features != b.in_features || a.rounding != b.rounding ||
+      is_int8(a.form) != is_int8(b.form) || a.multipliers != b.multipliers)
+    return false;
+  return a.multiplier == b.multiplier || memcmp(a.multiplier, b.multiplier, a.multipliers * sizeof(float)) == 0;
+}
+
+void add_rows(float* y, const float* more, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] += more[i];
+}
+void add_rows(uint16_t* y, const uint16_t* more, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = to_bf16(widen(y[i]) + widen(more[i]));
 }
 
 }  // namespace
@@ -98,10 +120,11 @@ bool use_isa(int wanted) {
 }
 
 // One token's inputs as the kernels read them; returns its scale where it has one of its own.
-static float round_token(const twofour_cpu_linear& linear, int type, const void* x, int64_t token, uint8_t* q) {
+static float round_token(const Part& part, int type, int64_t token, uint8_t* q) {
+  const twofour_cpu_linear& linear = *part.linear;
   const int64_t k = linear.in_features, padded = blocks_of(k) * kBlockInputs;
-  const uint16_t* half = static_cast<const uint16_t*>(x) + token * k;
-  const float* full = static_cast<const float*>(x) + token * k;
+  const uint16_t* half = static_cast<const uint16_t*>(part.x) + token * part.x_width;
+  const float* full = static_cast<const float*>(part.x) + token * part.x_width;
   bool bf16 = type == TWOFOUR_CPU_BFLOAT16;
   const float* multiplier = linear.multiplier;
   int64_t multipliers = linear.multipliers;
@@ -131,15 +154,17 @@ static float round_token(const twofour_cpu_linear& linear, int type, const void*
   return 0;
 }
 
-Quantized quantize(const twofour_cpu_linear& linear, int64_t tokens, int type, const void* x, Scratch& scratch) {
+static Quantized quantize(const Part& part, int64_t tokens, int type, Scratch& scratch) {
+  const twofour_cpu_linear& linear = *part.linear;
   const int64_t k = linear.in_features, stride = blocks_of(k) * kBlockInputs * (is_int8(linear.form) ? 1 : 2);
-  if (linear.rounding == TWOFOUR_CPU_AS_IS && stride == 2 * k) return {static_cast<const uint8_t*>(x), stride, nullptr};
+  if (linear.rounding == TWOFOUR_CPU_AS_IS && stride == 2 * k)
+    return {static_cast<const uint8_t*>(part.x), 2 * part.x_width, nullptr};
   const bool own_scales = linear.rounding == TWOFOUR_CPU_EACH_TOKEN;
   const int64_t scales_bytes = own_scales ? ceil_div(tokens * sizeof(float), 64) * 64 : 0;
   uint8_t* memory = scratch.bytes(scales_bytes + tokens * stride);
   float* scales = reinterpret_cast<float*>(memory);
   const auto one = [&](int64_t token) {
-    const float scale = round_token(linear, type, x, token, memory + scales_bytes + token * stride);
+    const float scale = round_token(part, type, token, memory + scales_bytes + token * stride);
     if (own_scales) scales[token] = scale;
   };
   if (tokens * k < kParallelElements) {
@@ -154,25 +179,57 @@ Quantized quantize(const twofour_cpu_linear& linear, int64_t tokens, int type, c
 }
 
 void apply_quantized(const twofour_cpu_linear& linear, int64_t tokens, const Quantized& x, int type, void* y) {
-  const Product product = describe(linear, tokens, x, type, y);
+  const Product product = describe(linear, tokens, x, type, y, linear.out_features);
   run(&product, 1);
+}
+
+// The parts of `linear`; the second of two whose products are summed writes to `sum`.
+static int parts_of(const twofour_cpu_linear& linear, int64_t tokens, int type, const void* x, void* y, Scratch& sum,
+                    Part* parts) {
+  const int64_t size = type == TWOFOUR_CPU_BFLOAT16 ? 2 : 4, n = linear.out_features, k = linear.in_features;
+  if (!linear.rest) {
+    parts[0] = {&linear, x, k, y, n};
+    return 1;
+  }
+  const twofour_cpu_linear& rest = *linear.rest;
+  if (linear.axis == TWOFOUR_CPU_ROWS) {
+    const int64_t width = n + rest.out_features;
+    parts[0] = {&linear, x, k, y, width};
+    parts[1] = {&rest, x, k, static_cast<uint8_t*>(y) + n * size, width};
+  } else {
+    const int64_t width = k + rest.in_features;
+    parts[0] = {&linear, x, width, y, n};
+    parts[1] = {&rest, static_cast<const uint8_t*>(x) + k * size, width, sum.bytes(tokens * n * size), n};
+  }
+  return 2;
 }
 
 void apply(const twofour_cpu_linear* const* linears, int count, int64_t tokens, int type, const void* x,
            void* const* y) {
-  static thread_local Scratch scratches[kMostLayers];
+  static thread_local Scratch scratches[kMostParts], sums[kMostLayers];
   for (int first = 0; first < count; first += kMostLayers) {
     const int here = std::min(kMostLayers, count - first);
-    Product products[kMostLayers];
-    Quantized inputs[kMostLayers];
+    Part parts[kMostParts];
+    Product products[kMostParts];
+    Quantized inputs[kMostParts];
+    int total = 0;
+    for (int i = 0; i < here; ++i)
+      total += parts_of(*linears[first + i], tokens, type, x, y[first + i], sums[i], parts + total);
+    for (int i = 0; i < total; ++i) {
+      int same = 0;
+      while (same < i && !quantize_alike(parts[same], parts[i])) ++same;
+      inputs[i] = same < i ? inputs[same] : quantize(parts[i], tokens, type, scratches[i]);
+      products[i] = describe(*parts[i].linear, tokens, inputs[i], type, parts[i].y, parts[i].y_width);
+    }
+    run(products, total);
     for (int i = 0; i < here; ++i) {
       const twofour_cpu_linear& linear = *linears[first + i];
-      int same = 0;
-      while (same < i && !quantize_alike(*linears[first + same], linear)) ++same;
-      inputs[i] = same < i ? inputs[same] : quantize(linear, tokens, type, x, scratches[i]);
-      products[i] = describe(linear, tokens, inputs[i], type, y[first + i]);
+      if (!linear.rest || linear.axis == TWOFOUR_CPU_ROWS) continue;
+      const int64_t elements = tokens * linear.out_features;
+      void *const into = y[first + i], *const more = sums[i].bytes(0);
+      if (type == TWOFOUR_CPU_BFLOAT16) add_rows(static_cast<uint16_t*>(into), static_cast<uint16_t*>(more), elements);
+      else add_rows(static_cast<float*>(into), static_cast<float*>(more), elements);
     }
-    run(products, here);
   }
 }
 

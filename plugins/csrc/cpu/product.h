@@ -19,10 +19,8 @@ struct Quantized {
   int64_t stride;  // bytes
   const float* token_scales;
 };
-Quantized quantize(const twofour_cpu_linear& linear, int64_t tokens, int type, const void* x, Scratch& scratch);
-
-// y[i] = linears[i](x) for inputs x [tokens, in_features] of `type`, y of the same type. Layers `alike` in what they do
-// to their input quantize it once.
+// y[i] = linears[i](x) for inputs x [tokens, in_features] of `type`, y of the same type. Layers that do the same to their
+// input quantize it once.
 void apply(const twofour_cpu_linear* const* linears, int count, int64_t tokens, int type, const void* x, void* const* y);
 // y = linear of inputs that are quantized already.
 void apply_quantized(const twofour_cpu_linear& linear, int64_t tokens, const Quantized& x, int type, void* y);

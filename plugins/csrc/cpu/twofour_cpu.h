@@ -46,10 +46,14 @@ typedef enum twofour_cpu_rounding {
   TWOFOUR_CPU_TO_FP8 = 3       /* x * multiplier to nearest e4m3, saturated; held as bfloat16, as are fp8 weights */
 } twofour_cpu_rounding;
 
-/* One linear layer: y = (q w^T) * scale (* token scale) + bias, each step rounded to float32 once. */
+typedef enum twofour_cpu_axis { TWOFOUR_CPU_ROWS = 0, TWOFOUR_CPU_INPUTS = 1 } twofour_cpu_axis;
+
+/* One linear layer: y = (q w^T) * scale (* token scale) + bias, each step rounded to float32 once. A layer in two parts,
+ * of which one is 2:4, names the second as its `rest`: y has the rows of both, or x the inputs of both and y the sum of
+ * their products, each rounded to y's type first. */
 typedef struct twofour_cpu_linear {
   int32_t form; /* twofour_cpu_form */
-  int32_t reserved;
+  int32_t axis; /* twofour_cpu_axis along which `rest` follows */
   int64_t out_features, in_features;
   const void* weight;      /* packed */
   const float* scales;     /* [out_features], or NULL: `scale` */
@@ -58,6 +62,7 @@ typedef struct twofour_cpu_linear {
   const float* multiplier; /* [multipliers]; NULL where none is used */
   int64_t multipliers;     /* 1, or in_features */
   const float* bias;       /* [out_features] or NULL */
+  const struct twofour_cpu_linear* rest; /* NULL: this is the whole layer. It has no rest of its own. */
 } twofour_cpu_linear;
 
 TWOFOUR_CPU_API int twofour_cpu_version(void);

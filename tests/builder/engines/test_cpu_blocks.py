@@ -14,6 +14,8 @@ from builder.engines.request import Request
 from builder.engines.torch_backend import artifact
 from builder.engines.torch_backend.engine import TorchEngine
 from plugins.libtwofour import cpu
+from plugins.linear.hybrid_linear import split
+from plugins.sparsity.segments import Segments
 from plugins.sparsity.torch_packing import pack
 
 SIZES = {
@@ -57,7 +59,13 @@ def make_engine(family: str, format: str, kv_cache: str, directory: Path) -> Pat
             groups.scatter_(-1, groups.abs().topk(2, largest=False).indices, 0)
         scale = weight.abs().amax(1) / 127
         quantized = (weight / scale[:, None]).round().to(torch.int8)
-        if "2of4" in format:
+        if format.endswith("hybrid"):
+            by_input = layer.endswith(("o_proj", "down_proj"))
+            segments = Segments.split("inputs" if by_input else "rows", weight.shape[int(by_input)], 32)
+            cut = quantized[:, :32] if by_input else quantized[:32]
+            cut.unflatten(1, (-1, 4))[..., 1:3] = 0
+            tensors |= {f"{layer}.{key}": value for key, value in split(quantized, segments).items()}
+        elif "2of4" in format:
             tensors[f"{layer}.weight_values"], tensors[f"{layer}.weight_indices"] = pack(quantized)
         else:
             tensors[name] = quantized
@@ -85,7 +93,7 @@ def tokens_of(engine: TorchEngine) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("kv_cache", ["none", "int8"])
-@pytest.mark.parametrize("format", ["bf16", "int8-2of4", "int8-2of4-token"])
+@pytest.mark.parametrize("format", ["bf16", "int8-2of4", "int8-2of4-token", "int8-hybrid"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_compute_what_the_layers_compute(family: str, format: str, kv_cache: str, tmp_path: Path) -> None:
     directory = make_engine(family, format, kv_cache, tmp_path)
