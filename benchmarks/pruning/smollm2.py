@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from plugins.common.errors import UserError
 
 RECIPE = Path("examples/smollm2/recipe.yaml")
 OTHER = Path("build/smollm2/other.jsonl")
+OTHER_WINDOWS = 200
 VARIANTS = {
     "INT8": ["sparsity=null"],
     "INT8, 2:4 in a quarter": ["sparsity.fraction=25%"],
@@ -36,15 +38,20 @@ WORKLOADS = (
 METRICS = ("output_token_throughput", "time_to_first_token")
 
 
-def run(store: Path | None) -> dict[str, Any]:
+def run(chosen: Sequence[str], store: Path | None) -> dict[str, Any]:
     """Accuracy on both texts, size and speed of each variant. Raises UserError where a build fails."""
     variants: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="twofour-smollm2-") as work:
-        for number, (name, overrides) in enumerate(VARIANTS.items()):
+        for number, (name, overrides) in enumerate((name, VARIANTS[name]) for name in chosen):
             overrides = [*overrides, f"benchmark.workloads=[{', '.join(WORKLOADS)}]"]
             report = build(RECIPE, overrides, Path(work) / f"{number}", store, until="benchmark")
-            other = build(RECIPE, [*overrides, f"accuracy.data={OTHER}"], Path(work) / f"{number}-other", store)
+            other = build(
+                RECIPE,
+                [*overrides, f"accuracy.data={OTHER}", f"accuracy.samples={OTHER_WINDOWS}"],
+                Path(work) / f"{number}-other",
+                store,
+            )
             variants[name] = {
                 "accuracy": summary(report),
                 "other_text": summary(other),
@@ -65,11 +72,12 @@ def _point(point: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     """Parses the command line, builds and writes the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning.smollm2", description=__doc__)
+    parser.add_argument("--variant", action="append", choices=tuple(VARIANTS), help="build this one; default: all")
     parser.add_argument("--store", type=Path, help="reuse stage outputs in this directory")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result file")
     chosen = parser.parse_args()
     try:
-        result = run(chosen.store)
+        result = run(chosen.variant or tuple(VARIANTS), chosen.store)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ own sparse tactics against its dense ones by itself, but cannot time our plugin 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -85,12 +86,19 @@ def cpu_tactics(layers: Sequence[LayerFacts], config: EngineConfig, dtype: str) 
     from plugins.autotune import cpu_bench, tuner
 
     formats = cpu_bench.DTYPES if dtype == "bfloat16" else {}
-    whole = [layer for layer in layers if layer.sparse and layer.segments is None]
-    sparse = [layer for layer in whole if _cpu_format(layer, dtype) in formats]
+    sparse = [layer for layer in layers if layer.sparse and _cpu_format(layer, dtype) in formats]
     most = max(config.max_num_tokens, config.max_batch_size)
     buckets = [tokens for tokens in cpu_bench.BUCKETS if tokens <= most]
-    timed = tuner.tune_cpu({layer.name: shape(layer, 1, dtype) for layer in sparse}, buckets)
+    timed = tuner.tune_cpu({layer.name: _sparse_part(layer, shape(layer, 1, dtype)) for layer in sparse}, buckets)
     return _with_all_layers(timed, layers, f"stays dense: no CPU kernel takes it in a model of {dtype}")
+
+
+def _sparse_part(layer: LayerFacts, whole: Shape) -> Shape:
+    """What a kernel of 2:4 weights multiplies: all of the layer, or its 2:4 rows or inputs."""
+    if layer.segments is None:
+        return whole
+    size = sum(part.size for part in layer.segments.sparse)
+    return replace(whole, out_features=size) if layer.segments.axis == "rows" else replace(whole, in_features=size)
 
 
 def _cpu_format(layer: Sized, dtype: str) -> str:
@@ -132,11 +140,15 @@ def _with_all_layers(table: dict[str, Any], layers: Sequence[LayerFacts], untime
             "format": layer.format,
             "sparse": layer.sparse,
             "fraction": layer.fraction,
-            "reason": timed["reason"] if timed else IN_PART if layer.segments else why,
+            "reason": _reason(layer, timed["reason"]) if timed else IN_PART if layer.segments else why,
             "buckets": timed["buckets"] if timed else [],
         }
     checked: dict[str, Any] = Tactics.model_validate({**table, "layers": entries}).model_dump(mode="json")
     return checked
+
+
+def _reason(layer: LayerFacts, timed: str) -> str:
+    return f"2:4 in part ({layer.segments.fraction:.0%}), whose kernels: {timed}" if layer.segments else timed
 
 
 def seconds_saved(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[str, float] | None:
