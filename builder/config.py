@@ -36,6 +36,8 @@ class EngineConfig(Config):
     dense baseline fits beside it; 90% in TensorRT-LLM."""
     kv_cache_block_reuse: bool = True
     """Share the KV cache of common prompt prefixes."""
+    kv_cache_budget: int | None = Field(default=None, ge=256, multiple_of=64)
+    """Tokens that a sequence keeps in the KV cache; the least attended leave it (docs/accuracy.md). null: all."""
 
 
 class DeployConfig(Config):

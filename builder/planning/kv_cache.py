@@ -11,6 +11,8 @@ from plugins.common.errors import UserError
 # TensorRT-LLM's is its own default, written so that it is seen.
 SHARES = {"torch": 0.45, "pytorch": 0.9, "tensorrt": 0.9}
 
+SINKS = 4  # first tokens that eviction always keeps
+
 
 @dataclass(frozen=True)
 class Capacity:
@@ -27,9 +29,19 @@ def budget_bytes(budget: int | float | None, free: int, backend: str) -> int:
 
 def capacity(engine: EngineConfig, backend: str, token_bytes: int, free: int, max_seq_len: int) -> Capacity:
     """Of one device; `token_bytes` are a token's there and `free` what the weights leave."""
-    most = engine.max_batch_size * max_seq_len
+    further = min(engine.kv_cache_budget or max_seq_len, max_seq_len)  # what a sequence keeps beside the first
+    most = max_seq_len + (engine.max_batch_size - 1) * further
     tokens = min(most, max(0, budget_bytes(engine.kv_cache_memory, free, backend)) // token_bytes)
-    return Capacity(tokens, tokens // max_seq_len)
+    return Capacity(tokens, max(0, 1 + (tokens - max_seq_len) // further))
+
+
+def check_eviction(budget: int | None, window: int | None, max_seq_len: int) -> None:
+    """Raises UserError for a budget of a model whose layers see a window, as evicted tokens lose their order."""
+    if budget is not None and window is not None and window < max_seq_len:
+        raise UserError(
+            f"engine.kv_cache_budget {budget} evicts from a cache that the model's sliding_window {window} limits too",
+            "leave engine.kv_cache_budget out",
+        )
 
 
 def check_budget(engine: EngineConfig, token_bytes: int, max_seq_len: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from benchmarks.roofline import roofline
 from builder.planning.compatibility import features_of
 from builder.planning.hub import find_config
-from builder.planning.kv_cache import Capacity, capacity, check_budget
+from builder.planning.kv_cache import Capacity, capacity, check_budget, check_eviction
 from builder.planning.model_config import Architecture, Linear, architecture
 from builder.recipe import Recipe
 from calibration.config import check_adapter_rank
@@ -127,6 +127,7 @@ def _kv_cache(recipe: Recipe, shapes: Architecture, kv_bytes: int, weights: int,
     length = min(engine.max_seq_len, shapes.max_position_embeddings)
     each = -(-kv_bytes // devices)
     check_budget(engine, each, length)
+    check_eviction(engine.kv_cache_budget, shapes.sliding_window, length)
     return capacity(engine, backend, each, round(card.memory_gb * 1e9) - weights // devices, length)
 
 

@@ -69,6 +69,7 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
         "cuda_graphs": config.cuda_graphs,
         "kv_cache_block_reuse": config.kv_cache_block_reuse,
         "kv_cache_memory": config.kv_cache_memory,
+        "kv_cache_budget": config.kv_cache_budget,
     }
     write_json(out / "engine.json", engine)
 
@@ -103,14 +104,16 @@ def load_hf(
     cuda_graphs: bool = Limits.cuda_graphs,
     kv_cache_block_reuse: bool = Limits.kv_cache_block_reuse,
     kv_cache_memory: int | float | None = None,
+    kv_cache_budget: int | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> TorchEngine:
     """The dense baseline: a 16-bit Hugging Face directory as an engine; the rest as `load` has it."""
     length = _max_seq_len(max_seq_len, _read_json(model_dir / "config.json", "a Hugging Face model directory"))
     limits = Limits(
-        max_batch_size, length, max_num_tokens, chunked_prefill, cuda_graphs, kv_cache_block_reuse, kv_cache_memory
-    )
+        max_batch_size, length, max_num_tokens, chunked_prefill, cuda_graphs, kv_cache_block_reuse, kv_cache_memory,
+        kv_cache_budget,
+    )  # fmt: skip
     return _open(model_dir, limits, "none", device, dtype)
 
 

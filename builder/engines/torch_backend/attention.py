@@ -93,23 +93,34 @@ class Prefill:
         device = self.cache.device
         self._tables = [torch.tensor([part.blocks], dtype=torch.int32, device=device) for part in self.slices]
         places = [(part.blocks[i // BLOCK], i % BLOCK) for part in self.slices for i in part.positions]
-        self._blocks_T, self._slots_T = torch.tensor(places, device=device).T
+        self.blocks_T, self.slots_T = torch.tensor(places, device=device).T
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None
     ) -> torch.Tensor:
         cache, outputs, first = self.cache, [], 0
         k, v = cache.store(layer, k, v)
-        cache.write(layer, self._blocks_T, self._slots_T, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        self.write(layer, k, v)
         for part, table in zip(self.slices, self._tables, strict=True):
             last = first + part.length
             if part.start:
                 k_seen, v_seen = cache.read(layer, table, part.start + part.length)
             else:
                 k_seen, v_seen = cache.load(k[:, :, first:last]), cache.load(v[:, :, first:last])
-            outputs.append(_causal(q[:, :, first:last], k_seen, v_seen, cache.scales[layer], scaling, window))
+            outputs.append(self.attend_part(layer, part, table, q[:, :, first:last], k_seen, v_seen, scaling, window))
             first = last
         return torch.cat(outputs, dim=1)
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Puts stored keys and values [1, H, T, D] into the cache."""
+        self.cache.write(layer, self.blocks_T, self.slots_T, k[0].transpose(0, 1), v[0].transpose(0, 1))
+
+    def attend_part(
+        self, layer: int, part: Slice, table: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        scaling: float, window: int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attention of a slice's queries over all keys and values of its sequence so far."""
+        return _causal(q, k, v, self.cache.scales[layer], scaling, window)
 
 
 @dataclass

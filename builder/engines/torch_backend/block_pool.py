@@ -26,7 +26,9 @@ def pool_size(limits: Limits, token_bytes: int, free: int) -> int:
     """
     each = blocks_for(limits.max_seq_len)
     allowed = budget_bytes(limits.kv_cache_memory, free, "torch")
-    blocks = min(limits.max_batch_size * each, allowed // (BLOCK * token_bytes))
+    budget = blocks_for(min(limits.kv_cache_budget or limits.max_seq_len, limits.max_seq_len))
+    most = each + (limits.max_batch_size - 1) * budget  # a prompt is whole in the cache before it is evicted from
+    blocks = min(most, allowed // (BLOCK * token_bytes))
     if blocks < each:
         needed = each * BLOCK * token_bytes
         raise UserError(

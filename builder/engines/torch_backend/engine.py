@@ -13,14 +13,23 @@ from typing import Any
 import torch
 
 from builder.engines.request import Request, Token
-from builder.engines.torch_backend.attention import Decode, Prefill, Whole
+from builder.engines.torch_backend.attention import Decode, Prefill, Whole, window_of
 from builder.engines.torch_backend.block_pool import BlockPool, free_bytes, pool_size
 from builder.engines.torch_backend.cuda_graphs import DecodeSteps
 from builder.engines.torch_backend.decoder import Decoder
+from builder.engines.torch_backend.eviction import (
+    MASS_BYTES,
+    AttentionMass,
+    WeighedDecode,
+    WeighedPrefill,
+    WeighedWindow,
+    kept,
+)
 from builder.engines.torch_backend.kv_cache import BLOCK, KVCache, blocks_for, table_of, token_bytes
 from builder.engines.torch_backend.limits import Limits
 from builder.engines.torch_backend.sampling import sample
 from builder.engines.torch_backend.scheduler import Scheduler, Sequence
+from builder.planning.kv_cache import check_eviction
 from plugins.common.errors import UserError
 
 
@@ -35,6 +44,9 @@ class TorchEngine:
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         each_token = token_bytes(kv_cache, model.dtype, layers, heads, head_dim)
+        for block in model.blocks:
+            check_eviction(limits.kv_cache_budget, window_of(block.self_attn, config), limits.max_seq_len)
+        each_token += layers * heads * MASS_BYTES if limits.kv_cache_budget else 0
         blocks = pool_size(limits, each_token, free_bytes(model.device))
         self._cache = KVCache(
             model.kv_scales if kv_cache != "none" else [(1.0, 1.0)] * layers,
@@ -45,22 +57,32 @@ class TorchEngine:
             dtype=model.dtype,
             device=model.device,
         )
-        use_graphs = limits.cuda_graphs and model.device.type == "cuda"
+        self._mass = AttentionMass(self._cache) if limits.kv_cache_budget else None
+        use_graphs = limits.cuda_graphs and model.device.type == "cuda" and self._mass is None
         self._graphs = (
             DecodeSteps(model, self._cache, limits.max_batch_size, limits.max_seq_len) if use_graphs else None
         )
-        self._pool = BlockPool(blocks, limits.kv_cache_block_reuse)
+        # eviction moves what a block holds, so that sequences share none
+        self._pool = BlockPool(blocks, limits.kv_cache_block_reuse and self._mass is None)
         self._scheduler = Scheduler(limits.max_batch_size, limits.max_num_tokens, limits.chunked_prefill, self._pool)
 
     @torch.inference_mode()
     def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, vocabulary] float32 of token ids [B, T] int64, nothing cached. UserError past max_seq_len."""
+        """Logits [B, T, vocabulary] float32 of token ids [B, T] int64; UserError past max_seq_len.
+
+        Nothing stays cached. Under a kv_cache_budget each token sees what decoding it would have left in the cache.
+        """
         length = input_ids_BT.shape[1]
         if length > self.limits.max_seq_len:
             raise UserError(f"a sequence of {length} tokens exceeds max_seq_len {self.limits.max_seq_len}: cut it")
-        ids = input_ids_BT.to(self.model.device)
+        ids, budget = input_ids_BT.to(self.model.device), self.limits.kv_cache_budget
         positions = torch.arange(length, device=ids.device)[None]
-        return self.model.logits(self.model.hidden(ids, positions, Whole(self._cache))).float()
+        if budget is None or length <= budget:
+            return self.model.logits(self.model.hidden(ids, positions, Whole(self._cache))).float()
+        window = WeighedWindow(self._cache, budget)
+        parts = [slice(part.start, part.stop) for part in window.parts(length)]
+        hidden = [self.model.hidden(ids[:, part], positions[:, part], window) for part in parts]
+        return self.model.logits(torch.cat(hidden, dim=1)).float()
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises UserError where it cannot run."""
@@ -81,6 +103,7 @@ class TorchEngine:
     @torch.inference_mode()
     def step(self) -> list[Token]:
         """One iteration: prefills what fits, and decodes one token of each request that was running."""
+        self._evict()
         running = self._scheduler.decode()
         tokens = self._prefill()
         if running:
@@ -119,6 +142,16 @@ class TorchEngine:
             "remarks": self.model.remarks,
         }
 
+    def _evict(self) -> None:
+        """Takes from each running sequence that has reached its budget what is attended to least."""
+        budget = self.limits.kv_cache_budget
+        if budget is None or self._mass is None:
+            return
+        for sequence in self._scheduler.running:
+            if sequence.slots >= budget:
+                self._mass.evict(sequence.blocks, sequence.slots, kept(budget))
+                self._scheduler.shrink(sequence, kept(budget))
+
     def _prefill(self) -> list[Token]:
         slices = self._scheduler.prefill()
         if not slices:
@@ -130,7 +163,8 @@ class TorchEngine:
             ids += sequence.context[part.start : part.start + part.length]
             positions += part.positions
             ends.append(len(ids) - 1)
-        batch = Prefill(self._cache, [part for _, part in slices])
+        parts = [part for _, part in slices]
+        batch = Prefill(self._cache, parts) if self._mass is None else WeighedPrefill(self._cache, parts, self._mass)
         hidden = self.model.hidden(self._tensor(ids)[None], self._tensor(positions)[None], batch)
         done = [(sequence, end) for (sequence, _), end in zip(slices, ends, strict=True) if sequence.prefilled]
         if not done:
@@ -140,8 +174,13 @@ class TorchEngine:
 
     def _decode(self, running: list[Sequence]) -> list[Token]:
         ids, positions = [sequence.tokens[-1] for sequence in running], [sequence.cached for sequence in running]
-        decode = self._decode_eagerly if self._graphs is None else self._graphs.run
-        logits = decode(ids, positions, [sequence.blocks for sequence in running])
+        blocks = [sequence.blocks for sequence in running]
+        if self._mass is not None:
+            logits = self._decode_weighed(ids, positions, [sequence.slots for sequence in running], blocks)
+        elif self._graphs is not None:
+            logits = self._graphs.run(ids, positions, blocks)
+        else:
+            logits = self._decode_eagerly(ids, positions, blocks)
         for sequence in running:
             sequence.cached += 1
         return self._emit(logits, running)
@@ -152,6 +191,16 @@ class TorchEngine:
         table = table_of(blocks, blocks_for(length)).to(self.model.device)
         batch = Decode(self._cache, table, positions_B, length, ragged=min(positions) != max(positions))
         hidden = self.model.hidden(self._tensor(ids)[:, None], positions_B[:, None], batch)
+        return self.model.logits(hidden[:, 0])
+
+    def _decode_weighed(
+        self, ids: list[int], positions: list[int], slots: list[int], blocks: list[list[int]]
+    ) -> torch.Tensor:
+        assert self._mass is not None
+        length = max(slots) + 1
+        table = table_of(blocks, blocks_for(length)).to(self.model.device)
+        batch = WeighedDecode(self._cache, self._mass, table, self._tensor(slots), length)
+        hidden = self.model.hidden(self._tensor(ids)[:, None], self._tensor(positions)[:, None], batch)
         return self.model.logits(hidden[:, 0])
 
     def _emit(self, logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[Token]:

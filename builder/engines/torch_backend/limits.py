@@ -19,6 +19,7 @@ class Limits:
     cuda_graphs: bool = True
     kv_cache_block_reuse: bool = True
     kv_cache_memory: int | float | None = None  # bytes, or a share of what is free
+    kv_cache_budget: int | None = None  # tokens that a sequence keeps in the cache (eviction.py)
 
     def check(self, request: Request, vocabulary: int) -> None:
         """Raises UserError where a request cannot run."""

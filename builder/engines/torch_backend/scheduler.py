@@ -22,17 +22,22 @@ class Sequence:
     """A request under way."""
 
     request: Request
-    cached: int = 0  # tokens in the cache
+    cached: int = 0  # tokens that went into the cache
     tokens: list[int] = field(default_factory=list)  # generated
     blocks: list[int] = field(default_factory=list)  # of the cache, in order
     published: list[bytes] = field(default_factory=list)  # digests of the full blocks that others may share
-
     length: int = 0  # tokens of the context that it was admitted with
+    evicted: int = 0  # tokens that left the cache again
 
     @property
     def context(self) -> list[int]:
         """The prompt and what was generated."""
         return [*self.request.input_ids, *self.tokens]
+
+    @property
+    def slots(self) -> int:
+        """Slots of its blocks that hold a token."""
+        return self.cached - self.evicted
 
     @property
     def prefilled(self) -> bool:
@@ -80,16 +85,22 @@ class Scheduler:
         Where there are too few blocks the newest sequences wait again, and are computed anew later.
         """
         for sequence in list(self.running):
-            missing = blocks_for(sequence.cached + 1) - len(sequence.blocks)
+            missing = blocks_for(sequence.slots + 1) - len(sequence.blocks)
             while missing > self._pool.free and sequence in self.running:
                 self._preempt((self._prefilling or self.running)[-1])
             if sequence in self.running:
                 sequence.blocks += self._pool.take(missing)
         return list(self.running)
 
+    def shrink(self, sequence: Sequence, slots: int) -> None:
+        """Releases the blocks behind a sequence's first `slots`, which hold all that stays of it."""
+        count = blocks_for(slots)
+        self._pool.release(sequence.blocks[count:])
+        sequence.blocks, sequence.evicted = sequence.blocks[:count], sequence.cached - slots
+
     def _preempt(self, sequence: Sequence) -> None:
         self._pool.release(sequence.blocks)
-        sequence.blocks, sequence.published, sequence.cached = [], [], 0
+        sequence.blocks, sequence.published, sequence.cached, sequence.evicted = [], [], 0, 0
         (self._prefilling if sequence in self._prefilling else self.running).remove(sequence)
         self._waiting.appendleft(sequence)
         self.preemptions += 1

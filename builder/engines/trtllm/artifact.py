@@ -11,7 +11,7 @@ import yaml
 from builder.checkpoint import digest
 from builder.config import EngineConfig
 from builder.hardware import machine
-from builder.planning.kv_cache import SHARES
+from builder.planning.kv_cache import SHARES, SINKS
 from plugins.common.files import write_json
 
 
@@ -48,8 +48,9 @@ def write_facts(
             "tensor_parallel": config.tensor_parallel,
             "pipeline_parallel": config.pipeline_parallel,
             "chunked_prefill": config.chunked_prefill,
-            "kv_cache_block_reuse": config.kv_cache_block_reuse and reuse,
+            "kv_cache_block_reuse": config.kv_cache_block_reuse and reuse and config.kv_cache_budget is None,
             "kv_cache_memory": config.kv_cache_memory,
+            "kv_cache_budget": config.kv_cache_budget,
             "remarks": list(remarks),
         },
     )
@@ -79,6 +80,12 @@ def llm_args(config: EngineConfig, backend: str, kv_cache: str, reuse: bool = Tr
         "enable_chunked_prefill": config.chunked_prefill,
         "kv_cache_config": cache,
     }
+    if config.kv_cache_budget is not None:
+        cache["enable_block_reuse"] = False
+        if backend == "pytorch":  # RocketKV, Behnam et al., arXiv 2502.14051
+            args["sparse_attention_config"] = {"algorithm": "rocket", "prompt_budget": config.kv_cache_budget}
+        else:  # StreamingLLM, Xiao et al., arXiv 2309.17453
+            cache["max_attention_window"], cache["sink_token_length"] = [config.kv_cache_budget], SINKS
     if backend == "pytorch" and not config.cuda_graphs:
         args["cuda_graph_config"] = None  # on by default; null is off
     return args
