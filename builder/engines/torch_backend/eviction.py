@@ -163,7 +163,7 @@ class WeighedWindow:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None
     ) -> torch.Tensor:
         k, v = (self.cache.load(stored) for stored in self.cache.store(layer, k, v))
-        mass = torch.zeros(k.shape[:3], device=k.device)
+        k, v, mass = k.clone(), v.clone(), torch.zeros(k.shape[:3], device=k.device)  # a caller may reuse its memory
         if layer in self._held:
             old = self._stay(*self._held[layer])
             k, v, mass = (torch.cat(pair, dim=2) for pair in zip(old, (k, v, mass), strict=True))
