@@ -53,3 +53,19 @@ def check_budget(engine: EngineConfig, token_bytes: int, max_seq_len: int) -> No
             f"engine.max_seq_len {max_seq_len}",
             f"set engine.kv_cache_memory={-(-needed // 10**6)}MB or more, or a smaller engine.max_seq_len",
         )
+
+
+def eviction_notes(engine: EngineConfig, sequence_length: int) -> list[str]:
+    """What accuracy measured on sequences of `sequence_length` tokens says of a budget."""
+    budget = engine.kv_cache_budget
+    if budget is None:
+        return []
+    if engine.backend in ("pytorch", "tensorrt"):
+        method = "RocketKV" if engine.backend == "pytorch" else f"a window and the first {SINKS} tokens"
+        return [f"engine.kv_cache_budget {budget} becomes TensorRT-LLM's {method}: accuracy is measured without it"]
+    if sequence_length <= budget:
+        return [
+            f"accuracy.sequence_length {sequence_length} never exceeds engine.kv_cache_budget {budget}: accuracy is "
+            f"measured without eviction; set accuracy.sequence_length={2 * budget}"
+        ]
+    return []

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from benchmarks.roofline import roofline
 from builder.planning.compatibility import features_of
 from builder.planning.hub import find_config
-from builder.planning.kv_cache import Capacity, capacity, check_budget, check_eviction
+from builder.planning.kv_cache import Capacity, capacity, check_budget, check_eviction, eviction_notes
 from builder.planning.model_config import Architecture, Linear, architecture
 from builder.recipe import Recipe
 from calibration.config import check_adapter_rank
@@ -286,7 +286,7 @@ def _launch_bound(card: roofline.Gpu, tokens: int, products: Sequence[roofline.L
 
 
 def _notes(recipe: Recipe, layers: Sequence[LayerPlan]) -> list[str]:
-    notes = []
+    notes = eviction_notes(recipe.engine, recipe.accuracy.sequence_length)
     if recipe.sparsity and not any(layer.sparse for layer in layers):
         notes.append("no layer is pruned: sparsity.layers and sparsity.exclude leave none")
     if recipe.sparsity and recipe.sparsity.budget:

@@ -209,3 +209,18 @@ def test_a_plan_under_a_budget_says_that_its_figures_are_of_all_candidates(
 ) -> None:
     notes = planned(tmp_path, LLAMA_8B, preset).notes
     assert any("all candidates 2:4" in note for note in notes) == noted
+
+
+def test_a_budget_of_tokens_fits_more_sequences_and_names_what_its_gate_sees(tmp_path):
+    lengths = ("engine.max_seq_len=8192", "engine.max_batch_size=64", "engine.kv_cache_memory=4GiB")
+    every = planned(tmp_path, LLAMA_8B, "fp8", *lengths, gpu="H100-SXM").kv_cache
+    plan = planned(tmp_path, LLAMA_8B, "fp8", *lengths, "engine.kv_cache_budget=1024", gpu="H100-SXM")
+    assert plan.kv_cache.tokens == every.tokens
+    assert plan.kv_cache.sequences == 1 + (every.tokens - 8192) // 1024 > every.sequences
+    assert "sequence_length 256 never exceeds engine.kv_cache_budget 1024" in plan.notes[0]
+    longer = planned(
+        tmp_path, LLAMA_8B, "fp8", *lengths, "engine.kv_cache_budget=1024", "accuracy.sequence_length=2048"
+    )
+    assert not longer.notes
+    served = planned(tmp_path, LLAMA_8B, "fp8", *lengths, "engine.kv_cache_budget=1024", "engine.backend=pytorch")
+    assert "TensorRT-LLM's RocketKV" in served.notes[0]

@@ -121,6 +121,20 @@ def test_recipe_keys_reach_llm_args():
     assert set(share | amount) <= set(facts("KvCacheConfig"))
 
 
+@pytest.mark.parametrize("backend", ["tensorrt", "pytorch"])
+def test_a_budget_of_the_cache_becomes_tensorrt_llms_own_eviction(backend):
+    args = artifact.llm_args(EngineConfig(kv_cache_budget=1024), backend, "none")
+    cache = args["kv_cache_config"]
+    assert set(args) <= set(facts("BaseLlmArgs") | facts("TorchLlmArgs" if backend == "pytorch" else "TrtLlmArgs"))
+    assert cache["enable_block_reuse"] is False
+    if backend == "pytorch":
+        assert args["sparse_attention_config"] == {"algorithm": "rocket", "prompt_budget": 1024}
+        assert "max_attention_window" not in cache
+    else:
+        assert (cache["max_attention_window"], cache["sink_token_length"]) == ([1024], 4)
+        assert set(cache) <= set(facts("KvCacheConfig"))
+
+
 def switches(section: str) -> set[str]:
     return {name for name, fact in facts(section).items() if fact.get("switch")}
 

@@ -2,10 +2,11 @@
 
     python -m builder.engines.torch_backend.eviction_benchmark MODEL
 
-Texts: the documentation of Python's language and the source of argparse, of the Python that runs this. The loss is the
-mean negative log-likelihood (nats) of the tokens behind the largest budget, the same ones for every budget, each
-conditioned on what decoding would have left in the cache. Memory is that of the blocks that a request holds after its
-prompt of that length, in an engine that serves; a decode step's time is the median of its tokens'.
+Texts: the documentation of Python's language and the source of argparse, of the Python that runs this, from their
+beginning. The loss is the mean negative log-likelihood (nats) of the tokens behind the largest budget, the same ones
+for every budget, each conditioned on what decoding would have left in the cache. Memory is that of the blocks that a
+request holds after its prompt of that length, in an engine that serves; a decode step's time is the median of its
+tokens'.
 """
 
 from __future__ import annotations
@@ -39,13 +40,10 @@ def texts() -> dict[str, str]:
     }
 
 
-def mean_loss(engine: TorchEngine, ids_BT: torch.Tensor, first: int) -> float:
-    """Mean negative log-likelihood of the tokens from `first` on, in nats, a sequence at a time."""
-    losses = []
-    for ids_T in ids_BT:
-        logits_TV = engine.logits(ids_T[None])[0, first - 1 : -1]
-        losses.append(float(torch.nn.functional.cross_entropy(logits_TV, ids_T[first:].to(logits_TV.device))))
-    return statistics.fmean(losses)
+def mean_loss(engine: TorchEngine, ids_T: torch.Tensor, first: int) -> float:
+    """Mean negative log-likelihood of the tokens from `first` on, in nats."""
+    logits_TV = engine.logits(ids_T[None])[0, first - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits_TV, ids_T[first:].to(logits_TV.device)))
 
 
 def serve(engine: TorchEngine, ids_T: torch.Tensor) -> dict[str, float]:
@@ -72,7 +70,7 @@ def measure(model: Path, lengths: list[int]) -> list[dict[str, Any]]:
         )
         for length in lengths:
             for name, ids in tokens.items():
-                loss = mean_loss(engine, ids.view(-1, length), max(filter(None, BUDGETS)))
+                loss = mean_loss(engine, ids[:length], max(filter(None, BUDGETS)))
                 row = {"text": name, "tokens": length, "budget": budget, "loss": loss}
                 rows.append(row | serve(engine, ids[: length - NEW_TOKENS]))
                 print(_line(rows[-1]), flush=True)

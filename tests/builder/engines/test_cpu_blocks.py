@@ -36,6 +36,7 @@ LIMITS = {
     "cuda_graphs": False,
     "kv_cache_block_reuse": True,
     "kv_cache_memory": None,
+    "kv_cache_budget": None,
 }
 
 pytestmark = pytest.mark.skipif(not cpu.has_bf16(), reason="this processor has no AVX512-BF16")
@@ -137,3 +138,16 @@ def test_an_engine_that_is_only_asked_for_logits_allocates_no_cache(tmp_path: Pa
     engine = artifact.load(make_engine("llama", "int8-2of4", "none", tmp_path))
     engine.logits(torch.zeros(2, 16, dtype=torch.int64))
     assert "keys" not in vars(engine._cache)
+
+
+def test_evaluation_under_a_budget_is_that_of_the_layers(tmp_path: Path) -> None:
+    """The library hands each layer's keys over in the memory of the layer before."""
+    directory = make_engine("qwen3", "bf16", "none", tmp_path)
+    facts = json.loads((directory / "engine.json").read_text())
+    (directory / "engine.json").write_text(json.dumps(facts | {"max_seq_len": 256, "kv_cache_budget": 128}))
+    engine, layers = artifact.load(directory), artifact.load(directory)
+    assert engine.model._cpu_blocks is not None
+    layers.model._cpu_blocks = None
+    ids = torch.randint(2, 256, (2, 130), generator=torch.Generator().manual_seed(0))
+    expected = layers.logits(ids)
+    assert (engine.logits(ids) - expected).norm() / expected.norm() < 0.02
