@@ -1,11 +1,14 @@
-"""How many tokens a KV cache holds, before anything is built. Imports no torch."""
+"""How many tokens a KV cache holds, before anything is built. Imports no torch and no pydantic."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from builder.config import EngineConfig
 from plugins.common.errors import UserError
+
+if TYPE_CHECKING:
+    from builder.config import EngineConfig
 
 # Of the memory that is free with the weights loaded. The torch engine's leaves room for a dense baseline beside it;
 # TensorRT-LLM's is its own default, written so that it is seen.
