@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # TensorRT-LLM's is its own default, written so that it is seen.
 SHARES = {"torch": 0.45, "pytorch": 0.9, "tensorrt": 0.9}
 
+BLOCK = 64  # tokens; 32 made decoding at 800 positions a tenth slower on a CPU, 128 shares fewer prefixes
 SINKS = 4  # first tokens that eviction always keeps
 
 
@@ -49,11 +50,11 @@ def check_eviction(budget: int | None, window: int | None, max_seq_len: int) -> 
 
 def check_budget(engine: EngineConfig, token_bytes: int, max_seq_len: int) -> None:
     """Raises UserError where an amount that the recipe names holds no sequence of `max_seq_len` tokens."""
-    budget, needed = engine.kv_cache_memory, token_bytes * max_seq_len
+    budget, needed = engine.kv_cache_memory, token_bytes * -(-max_seq_len // BLOCK) * BLOCK
     if isinstance(budget, int) and budget < needed:
         raise UserError(
-            f"engine.kv_cache_memory {budget / 1e6:g} MB holds {budget // token_bytes} tokens, fewer than "
-            f"engine.max_seq_len {max_seq_len}",
+            f"engine.kv_cache_memory {budget / 1e6:g} MB holds {budget // (token_bytes * BLOCK) * BLOCK} tokens, fewer "
+            f"than engine.max_seq_len {max_seq_len}",
             f"set engine.kv_cache_memory={-(-needed // 10**6)}MB or more, or a smaller engine.max_seq_len",
         )
 

@@ -144,7 +144,7 @@ def test_the_kv_cache_is_counted_in_tokens_that_fit_beside_the_weights(tmp_path:
 @pytest.mark.parametrize(
     ("memory", "words"),
     [
-        ("1GB", "1000 MB holds 7629 tokens, fewer than engine.max_seq_len 8192"),
+        ("1GB", "1000 MB holds 7616 tokens, fewer than engine.max_seq_len 8192"),
         ("2 furlongs", "write an amount such as 2GB"),
         ("0%", "more than 0% and at most 100%"),
         ("150%", "more than 0% and at most 100%"),
@@ -153,6 +153,12 @@ def test_the_kv_cache_is_counted_in_tokens_that_fit_beside_the_weights(tmp_path:
 def test_a_kv_cache_that_holds_no_sequence_or_is_no_amount_is_refused(tmp_path: Path, memory: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         planned(tmp_path, LLAMA_8B, "fp8", "engine.max_seq_len=8192", f"engine.kv_cache_memory={memory}")
+
+
+def test_a_kv_cache_is_counted_in_whole_blocks(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1073 MB holds 8128 tokens, fewer than engine.max_seq_len 8150: .*=1074MB"):
+        planned(tmp_path, LLAMA_8B, "fp8", "engine.max_seq_len=8150", "engine.kv_cache_memory=1073MB")
+    planned(tmp_path, LLAMA_8B, "fp8", "engine.max_seq_len=8150", "engine.kv_cache_memory=1074MB")
 
 
 def test_a_tied_embedding_is_counted_once_and_not_pruned(tmp_path: Path) -> None:

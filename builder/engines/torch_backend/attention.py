@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from builder.engines.torch_backend.kv_cache import BLOCK, KVCache
+from builder.engines.torch_backend.kv_cache import KVCache
+from builder.planning.kv_cache import BLOCK
 
 NAME = "twofour"
 

@@ -25,11 +25,11 @@ from builder.engines.torch_backend.eviction import (
     WeighedWindow,
     kept,
 )
-from builder.engines.torch_backend.kv_cache import BLOCK, KVCache, blocks_for, table_of, token_bytes
+from builder.engines.torch_backend.kv_cache import KVCache, blocks_for, table_of, token_bytes
 from builder.engines.torch_backend.limits import Limits
 from builder.engines.torch_backend.sampling import sample
 from builder.engines.torch_backend.scheduler import Scheduler, Sequence
-from builder.planning.kv_cache import check_eviction
+from builder.planning.kv_cache import BLOCK, check_eviction
 from plugins.common.errors import UserError
 
 

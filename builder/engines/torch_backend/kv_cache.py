@@ -18,12 +18,11 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from builder.planning.kv_cache import BLOCK
 from plugins.common import numerics
 from plugins.common.formats import EIGHT_BIT
 
 STORED = {format.value: getattr(torch, format.dtype) for format in EIGHT_BIT}
-
-BLOCK = 64  # positions; 32 made decoding at 800 positions a tenth slower on a CPU, 128 shares fewer prefixes
 
 
 def blocks_for(tokens: int) -> int:

@@ -18,7 +18,7 @@ from builder.engines.request import Request, Token
 from builder.engines.torch_backend import artifact, weights
 from builder.engines.torch_backend.artifact import Limits, TorchEngine
 from builder.engines.torch_backend.cuda_graphs import DecodeSteps
-from builder.engines.torch_backend.kv_cache import BLOCK
+from builder.planning.kv_cache import BLOCK
 from plugins.common.errors import UserError
 
 ROOT = Path(__file__).parents[3]
