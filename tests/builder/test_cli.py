@@ -102,7 +102,7 @@ def test_plan_prints_json(docs_llama: Path) -> None:
 
 @pytest.mark.parametrize("gpu", ["A100", "H100", "H200", "L40S", "B200", "RTX 4090"])
 def test_plan_knows_the_gpus_of_the_design(gpu: str, docs_llama: Path) -> None:
-    predicted = done("plan", docs_llama, "--preset", "2of4", "--gpu", gpu, "--json").json["predicted"]
+    predicted = done("plan", docs_llama, "--preset", "2of4-all", "--gpu", gpu, "--json").json["predicted"]
     assert gpu in predicted["gpu"]
     ceilings = [
         predicted[phase][side]["tokens_per_second"] for phase in ("decode", "prefill") for side in ("dense", "built")
@@ -112,7 +112,7 @@ def test_plan_knows_the_gpus_of_the_design(gpu: str, docs_llama: Path) -> None:
     launch_bound = predicted["launch_bound"]
     assert launch_bound["of"] == 24  # q, k, v as one product, and gate, up: 4 a block
     assert launch_bound["products"] >= 18
-    text = done("plan", docs_llama, "--preset", "2of4", "--gpu", gpu).stdout
+    text = done("plan", docs_llama, "--preset", "2of4-all", "--gpu", gpu).stdout
     assert f"2:4 gains no time in {launch_bound['products']} of 24 products of a decode step" in text
 
 

@@ -92,7 +92,7 @@ def test_the_layers_of_llama_8b(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "linear_bytes"),
     [
-        ("2of4", LLAMA_8B_LINEAR * 2 * 0.5625),  # half the values, and 2 bits of index each
+        ("2of4-all", LLAMA_8B_LINEAR * 2 * 0.5625),  # half the values, and 2 bits of index each
         ("fp8", LLAMA_8B_LINEAR + 224 * 8),  # two float32 scales a layer
         ("fp8-2of4-all", LLAMA_8B_LINEAR * 0.625 + 224 * 8),
         # a float32 scale a row and one for the input, and SmoothQuant's 16-bit factor a column
@@ -106,7 +106,7 @@ def test_the_built_bytes_of_llama_8b(tmp_path: Path, preset: str, linear_bytes: 
 
 
 def test_a_float32_weight_is_counted_as_it_is_packed(tmp_path: Path) -> None:
-    plan = planned(tmp_path, LLAMA_8B | {"dtype": "float32", "torch_dtype": "float32"}, "2of4")
+    plan = planned(tmp_path, LLAMA_8B | {"dtype": "float32", "torch_dtype": "float32"}, "2of4-all")
     values, indices = pack(np.tile(np.array([1, 0, 2, 0], np.float32), (8, 16)))
     share = (values.nbytes + indices.nbytes) / (8 * 64 * 4)
     assert plan.built_bytes == LLAMA_8B_LINEAR * 4 * share + 4 * LLAMA_8B_REST
@@ -165,7 +165,7 @@ def test_a_tied_embedding_is_counted_once_and_not_pruned(tmp_path: Path) -> None
     tied, untied = planned(tmp_path, QWEN2_500M), planned(tmp_path, QWEN2_500M | {"tie_word_embeddings": False})
     assert untied.dense_bytes - tied.dense_bytes == 2 * 151936 * 896
     with pytest.raises(UserError, match="'lm_head' shares its weight with the embedding"):
-        planned(tmp_path, QWEN2_500M, "2of4", "sparsity.exclude=[]")
+        planned(tmp_path, QWEN2_500M, "2of4-all", "sparsity.exclude=[]")
 
 
 def test_an_8_bit_head_is_counted_beside_the_16_bit_embedding(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_an_8_bit_head_is_counted_beside_the_16_bit_embedding(tmp_path: Path) ->
 
 
 def test_layers_are_chosen_by_globs(tmp_path: Path) -> None:
-    plan = planned(tmp_path, LLAMA_8B, "2of4", 'sparsity.layers=["*.mlp.*"]', "sparsity.exclude=[lm_head, down_proj]")
+    plan = planned(tmp_path, LLAMA_8B, "2of4-all", 'sparsity.layers=["*.mlp.*"]', "sparsity.exclude=[lm_head, down_proj]")
     kinds = {layer.rsplit(".", 1)[1] for layer in plan.sparse_layers}
     assert kinds == {"gate_proj", "up_proj"}
     reasons = {layer.name.rsplit(".", 1)[-1]: layer.reason for layer in plan.layers}

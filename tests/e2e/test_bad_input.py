@@ -158,14 +158,14 @@ def test_a_config_that_is_not_json(build: Callable[..., str], broken: Path) -> N
     assert f"'{broken}' holds no config.json" in build(broken)
 
 
-@pytest.mark.parametrize("preset", ["fp8", "2of4"])
+@pytest.mark.parametrize("preset", ["fp8", "2of4-all"])
 def test_a_truncated_weight_file(build: Callable[..., str], broken: Path, preset: str) -> None:
     weights = broken / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
     assert str(broken) in build(broken, preset=preset)
 
 
-@pytest.mark.parametrize("preset", ["fp8", "2of4"])
+@pytest.mark.parametrize("preset", ["fp8", "2of4-all"])
 def test_a_model_that_lacks_a_tensor(build: Callable[..., str], broken: Path, preset: str) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -184,8 +184,8 @@ def test_a_model_without_a_tokenizer(build: Callable[..., str], broken: Path) ->
 @pytest.mark.parametrize(
     ("preset", "inner", "words"),
     [
-        ("2of4", 770, "has in_features 770, and 2:4 needs a multiple of 4"),
-        ("2of4", 776, "has in_features 776, and the kernels need a multiple of 16"),
+        ("2of4-all", 770, "has in_features 770, and 2:4 needs a multiple of 4"),
+        ("2of4-all", 776, "has in_features 776, and the kernels need a multiple of 16"),
         ("fp8-2of4-all", 784, "has in_features 784, and the kernels need a multiple of 32"),
     ],
 )
@@ -259,7 +259,7 @@ def test_a_budget_that_nothing_meets(docs_llama: Path, tmp_path: Path) -> None:
     budget = ("--set", "sparsity.budget={perplexity_increase: 0%}", "--set", "sparsity.layers=['*.0.mlp.*']")
     where = ("--out", tmp_path / "out", "--store", tmp_path / "store", "--json")
     options = (*FEW_TOKENS, *FAST, *budget, "--set", "accuracy.samples=16", *where)
-    ended = twofour("build", docs_llama, "--preset", "2of4", *options)
+    ended = twofour("build", docs_llama, "--preset", "2of4-all", *options)
     assert ended.status == 1
     assert ended.stdout == ""
     found = re.fullmatch(
@@ -369,10 +369,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     yield from mounted(tmp_path / "disk", 3)
 
 
-@pytest.mark.parametrize("preset", ["fp8", "2of4"])
+@pytest.mark.parametrize("preset", ["fp8", "2of4-all"])
 def test_a_full_disk_under_the_store(model: Path, tmp_path: Path, small_disk: Path, preset: str) -> None:
     out, recipe = tmp_path / "out", write_recipe(tmp_path / "recipe.yaml", model)
-    method = FAST if preset == "2of4" else ()
+    method = FAST if preset == "2of4-all" else ()
     words = refused("build", recipe, "--preset", preset, *method, "--out", out, "--store", small_disk, "--json")
     assert words.startswith(f"the disk is full at '{small_disk}'")
     assert nothing_left(out)
@@ -389,7 +389,7 @@ def test_a_full_disk_under_the_output(model: Path, tmp_path: Path, small_disk: P
 
 def test_two_builds_on_one_store(model: Path, tmp_path: Path) -> None:
     recipe, store = write_recipe(tmp_path / "recipe.yaml", model), tmp_path / "store"
-    arguments = ["build", str(recipe), "--preset", "2of4", "--until", "checkpoint", "--store", str(store)]
+    arguments = ["build", str(recipe), "--preset", "2of4-all", "--until", "checkpoint", "--store", str(store)]
     first = _start([*arguments, "--out", str(tmp_path / "first")])
     try:
         while not list(store.glob("locks/*")):

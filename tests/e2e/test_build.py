@@ -17,7 +17,7 @@ from tests.support.models import cut_llama, random_model, write_recipe
 PRESETS = {  # name -> (dtype of the quantized weights, pruned)
     "int8": ("I8", False),
     "fp8": ("F8_E4M3", False),
-    "2of4": ("BF16", True),
+    "2of4-all": ("BF16", True),
     "int8-2of4-all": ("I8", True),
     "fp8-2of4-all": ("F8_E4M3", True),
 }
@@ -226,5 +226,5 @@ def test_other_families(family: str, tied: bool, tmp_path: Path) -> None:
 def test_magnitude_needs_no_text(recipe: Path, store: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     no_text = ("--set", "calibration.data=null", "--set", "accuracy.data=null", "--set", "sparsity.method=magnitude")
-    built(recipe, store, out, "--preset", "2of4", *no_text, "--until", "checkpoint")
+    built(recipe, store, out, "--preset", "2of4-all", *no_text, "--until", "checkpoint")
     done("verify", out)

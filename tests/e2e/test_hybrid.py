@@ -30,7 +30,7 @@ def built(docs_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hybrid")
     out = root / "out"
     options = (*settings(*FEW), "--until", "engine", "--store", root / "store", "--out", out)
-    done("build", docs_llama, "--preset", "2of4", *options)
+    done("build", docs_llama, "--preset", "2of4-all", *options)
     return out
 
 
@@ -68,7 +68,7 @@ def test_the_engine_stores_each_part_packed(built: Path) -> None:
 def test_a_fraction_below_one_step_is_dense_and_says_so(docs_llama: Path, tmp_path: Path) -> None:
     options = settings(*FEW, "sparsity.fraction=0.0001")
     where = ("--until", "checkpoint", "--store", tmp_path / "store", "--out", tmp_path / "out")
-    outcome = done("build", docs_llama, "--preset", "2of4", *options, *where)
+    outcome = done("build", docs_llama, "--preset", "2of4-all", *options, *where)
     assert "warning: sparsity.fraction is less than one step of any layer: all layers stay dense" in outcome.stderr
     before, after = (load_file(path / "model.safetensors") for path in (docs_llama, tmp_path / "out/checkpoint"))
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -76,7 +76,7 @@ def test_a_fraction_below_one_step_is_dense_and_says_so(docs_llama: Path, tmp_pa
 
 def test_the_plan_counts_the_fraction(docs_llama: Path) -> None:
     def bytes_of(*options: str) -> int:
-        return int(done("plan", docs_llama, "--preset", "2of4", *settings(*options), "--json").json["built_bytes"])
+        return int(done("plan", docs_llama, "--preset", "2of4-all", *settings(*options), "--json").json["built_bytes"])
 
     dense, half, whole = bytes_of("sparsity.exclude=['*']"), bytes_of("sparsity.fraction=50%"), bytes_of()
     assert dense - half == pytest.approx((dense - whole) / 2, rel=1e-3)
@@ -164,5 +164,5 @@ def test_ranks_without_their_share_are_found(built: Path) -> None:
 
 def test_modelopts_methods_refuse_a_fraction(docs_llama: Path, tmp_path: Path) -> None:
     options = settings("sparsity.fraction=50%", "sparsity.method=modelopt-sparsegpt")
-    words = refused("build", docs_llama, "--preset", "2of4", *options, "--out", tmp_path / "out", "--json")
+    words = refused("build", docs_llama, "--preset", "2of4-all", *options, "--out", tmp_path / "out", "--json")
     assert "method modelopt-sparsegpt prunes whole layers only: use reconstruct or sparsegpt" in words

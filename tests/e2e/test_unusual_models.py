@@ -48,7 +48,7 @@ def rewrite(model: Path, **changes: Any) -> None:
         ("bfloat16", {"other": torch.float32}, torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize("preset", ["2of4", "fp8"])
+@pytest.mark.parametrize("preset", ["2of4-all", "fp8"])
 def test_weights_of_another_dtype_than_the_configs_build(
     model: Path, config: str | None, stored: dict[str, torch.dtype], expected: torch.dtype, preset: str
 ) -> None:
@@ -59,7 +59,7 @@ def test_weights_of_another_dtype_than_the_configs_build(
     checkpoint = build(model, preset)
     written = load_file(checkpoint / "model.safetensors")
     assert written["model.embed_tokens.weight"].dtype == expected
-    if preset == "2of4":
+    if preset == "2of4-all":
         assert written["model.layers.0.mlp.up_proj.weight"].dtype == expected
     assert json.loads((checkpoint / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
 
@@ -88,7 +88,7 @@ def test_a_generation_config_that_transformers_will_not_write_is_kept(
         assert (checkpoint / "generation_config.json").read_text() == path.read_text()
 
 
-@pytest.mark.parametrize("preset", ["2of4", "fp8"])
+@pytest.mark.parametrize("preset", ["2of4-all", "fp8"])
 def test_other_safetensors_and_unread_tensors_stay_out_of_the_checkpoint(model: Path, preset: str) -> None:
     save_file({"layers.0.weight": torch.ones(4)}, model / "consolidated.safetensors")
     tensors = load_file(model / "model.safetensors")
