@@ -38,7 +38,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_commands_are_those_of_the_design() -> None:
-    expected = {"build", "plan", "verify", "explain", "evaluate", "engine", "bench", "deploy", "serve", "doctor"}
+    expected = {
+        "build",
+        "plan",
+        "verify",
+        "explain",
+        "evaluate",
+        "engine",
+        "bench",
+        "deploy",
+        "serve",
+        "doctor",
+        "adapter",
+    }
     assert {path[0] for path, _ in commands()} == expected | {"plugins"}
 
 

@@ -178,7 +178,9 @@ def test_an_8_bit_head_is_counted_beside_the_16_bit_embedding(tmp_path: Path) ->
 
 
 def test_layers_are_chosen_by_globs(tmp_path: Path) -> None:
-    plan = planned(tmp_path, LLAMA_8B, "2of4-all", 'sparsity.layers=["*.mlp.*"]', "sparsity.exclude=[lm_head, down_proj]")
+    plan = planned(
+        tmp_path, LLAMA_8B, "2of4-all", 'sparsity.layers=["*.mlp.*"]', "sparsity.exclude=[lm_head, down_proj]"
+    )
     kinds = {layer.rsplit(".", 1)[1] for layer in plan.sparse_layers}
     assert kinds == {"gate_proj", "up_proj"}
     reasons = {layer.name.rsplit(".", 1)[-1]: layer.reason for layer in plan.layers}

@@ -142,7 +142,9 @@ def test_a_split_that_cannot_be_is_refused_at_plan(
     change_config(model / "config.json", tmp_path / "model/config.json", **changes, **heads)
     given = [word for key, value in keys.items() for word in ("--set", f"engine.{key}={value}")]
     place = ("--out", tmp_path / "out", "--store", tmp_path / "store") if command == "build" else ()
-    told = refused(command, tmp_path / "model", "--preset", "2of4-all", "--set", "engine.backend=tensorrt", *given, *place)
+    told = refused(
+        command, tmp_path / "model", "--preset", "2of4-all", "--set", "engine.backend=tensorrt", *given, *place
+    )
     assert words in told
     assert f"use engine.{next(iter(keys))}=" in told
     assert nothing_left(tmp_path / "out")
