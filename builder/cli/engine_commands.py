@@ -196,15 +196,18 @@ def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
 @click.argument("adapter_directory", metavar="ADAPTER", type=click.Path(path_type=Path))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the adapter to this directory.")
-def adapter(adapter_directory: Path, checkpoint: Path, out: Path) -> None:
+@json_option
+def adapter(adapter_directory: Path, checkpoint: Path, out: Path, as_json: bool) -> None:
     """Put a LoRA ADAPTER (PEFT) of the dense model into the channel order of CHECKPOINT.
 
     A build whose layers are 2:4 in part has its channels in another order: the dense model's adapters do not fit it.
     """
+    from builder.cli import tables
     from calibration.lora.reorder import reorder_adapter
 
     moved = reorder_adapter(adapter_directory, checkpoint, out)
-    click.echo(f"{moved} matrices reordered: {out}")
+    facts = {"adapter": str(out), "reordered": moved}
+    tables.as_json(facts) if as_json else click.echo(f"{moved} matrices reordered: {out}")
 
 
 COMMANDS = (engine, bench, deploy, serve, doctor, adapter, plugins)
