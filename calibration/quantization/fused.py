@@ -1,4 +1,4 @@
-"""One FP8 weight scale, and one smoothing of the inputs, for the layers that runtimes fuse.
+"""One FP8 weight scale for the layers that runtimes fuse.
 
 TensorRT-LLM and vLLM run q, k and v as one product, gate and up as another, with one scale each: they bring the parts
 to the largest of their scales when they load, and round the weights a second time. Given one scale from the start,
@@ -33,22 +33,6 @@ def share_weight_scales(model: nn.Module) -> int:
                 quantizer.amax = largest.to(quantizer.amax.dtype)
             joined += 1
     return joined
-
-
-@torch.no_grad()
-def share_smoothing(model: nn.Module) -> None:
-    """Gives fused layers one smoothing of their common input, the mean of theirs, in place.
-
-    ModelOpt's export does the same, after the weights have been brought to their 8-bit numbers: it would round twice.
-    """
-    from modelopt.torch.export.quant_utils import preprocess_linear_fusion
-
-    for module in model.modules():
-        for group in FUSED:
-            layers = [getattr(module, name, None) for name in group]
-            quantizers = [getattr(layer, "input_quantizer", None) for layer in layers]
-            if all(getattr(quantizer, "pre_quant_scale", None) is not None for quantizer in quantizers):
-                preprocess_linear_fusion(layers, resmooth_only=True)
 
 
 def _tensor_range(quantizer: nn.Module | None) -> torch.Tensor | None:

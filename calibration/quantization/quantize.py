@@ -19,14 +19,14 @@ from calibration.config import Quantization
 from calibration.data.windows import Tokens
 from calibration.model.loading import load_causal_lm
 from calibration.model.silence import suppress_output
-from calibration.quantization.fused import share_smoothing, share_weight_scales
+from calibration.quantization.fused import share_weight_scales
+from calibration.quantization.smoothing import smooth
 from plugins.common.errors import UserError
 from plugins.common.progress import Progress
 
 log = logging.getLogger(__name__)
 
 BATCH = 8  # windows a forward pass
-SMOOTHING_PER_TOKEN = 0.5  # SmoothQuant's alpha; ModelOpt's own, 1, serves static scales
 
 
 def load_model(directory: Path) -> nn.Module:
@@ -58,20 +58,14 @@ def quantize(
             untie(model, layer)
     with suppress_output(), torch.inference_mode():
         model = mtq.quantize(model, modelopt_config(config, layers), calibrate)
-    share_smoothing(model)
+    if config.activations == "per_token":
+        _check_ranges(model, layers)
+        smooth(model, layers)
     share_weight_scales(model)
     _note_zeros(give_zeros_a_range(model))
-    _check_ranges(model, layers)
-    if config.activations == "per_token":
-        for layer in layers:
-            scale_each_token(model.get_submodule(layer).input_quantizer)
+    if config.activations == "per_tensor":
+        _check_ranges(model, layers)
     return model
-
-
-def scale_each_token(quantizer: Any) -> None:
-    """Lets an input quantizer scale each token by its own largest element; its smoothing stays."""
-    del quantizer._amax
-    quantizer.set_from_attribute_config({"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}})
 
 
 def shares_embedding(model: Any, layer: str) -> bool:
@@ -96,13 +90,14 @@ def modelopt_config(config: Quantization, layers: Sequence[str]) -> dict[str, An
     algorithm: Any = "max"
     if base is not None:
         algorithm = base["algorithm"]
-        if config.activations == "per_token":
-            algorithm = {"method": "smoothquant", "alpha": SMOOTHING_PER_TOKEN}
+        channels = -1 if config.activations == "per_token" else None
+        if channels:
+            algorithm = "max"  # `smooth` does the rest
         bits: Any = 8 if config.format == "int8" else (4, 3)
         axis = 0 if config.format == "int8" else None
         for layer in layers:
             entries.append({"quantizer_name": f"{layer}.weight_quantizer", "cfg": {"num_bits": bits, "axis": axis}})
-            entries.append({"quantizer_name": f"{layer}.input_quantizer", "cfg": {"num_bits": bits, "axis": None}})
+            entries.append({"quantizer_name": f"{layer}.input_quantizer", "cfg": {"num_bits": bits, "axis": channels}})
     if config.kv_cache != "none":
         kv_bits: Any = 8 if config.kv_cache == "int8" else (4, 3)
         entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": kv_bits, "axis": None}})

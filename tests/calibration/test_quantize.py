@@ -51,6 +51,22 @@ def test_an_8_bit_head_leaves_the_embedding_that_it_shared_alone(config: Quantiz
     assert verify(out).ok
 
 
+def test_channels_without_weights_or_inputs_are_not_smoothed(tied: Path) -> None:
+    """Pruning empties whole columns; a dead channel before it has no inputs."""
+    model = quantize.load_model(tied)
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad():
+        mlp.down_proj.weight[:, 5] = 0
+        mlp.up_proj.weight[7] = 0
+    layers = [name for name in linears(model) if name != "lm_head"]
+    model = quantize.quantize(model, Quantization(format="int8", activations="per_token"), layers, tokens())
+    smoothing = model.model.layers[0].mlp.down_proj.input_quantizer.pre_quant_scale
+    assert (smoothing[5], smoothing[7]) == (1, 1)
+    assert torch.isfinite(model(torch.from_numpy(tokens())).logits).all()
+    gate, up = (getattr(mlp, name).input_quantizer.pre_quant_scale for name in ("gate_proj", "up_proj"))
+    assert torch.equal(gate, up)
+
+
 def test_a_scale_for_each_token_leaves_no_input_scale_and_a_stray_one_is_found(tied: Path) -> None:
     from safetensors.torch import load_file, save_file
 
