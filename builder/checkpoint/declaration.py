@@ -9,12 +9,16 @@ from builder.checkpoint.tensor_files import read_table
 from builder.checkpoint.violations import Code, Report, Violation
 from plugins.common.errors import UserError
 from plugins.sparsity.declaration import FILE, Declaration
+from plugins.sparsity.segments import Segments
 
 
-def read_declaration(directory: Path, shapes: Mapping[str, tuple[int, ...]], report: Report) -> Declaration:
+def read_declaration(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], head_widths: Mapping[str, int], report: Report
+) -> Declaration:
     """What `sparsity.json` declares of layers that are in the model; nothing where there is no such file.
 
-    `shapes` are the model's layers with their rows and inputs.
+    `shapes` are the model's layers with their rows and inputs; `head_widths` are those of a key-value head, by a
+    layer's last name.
     """
     content = read_table(directory / FILE, report)
     if content is None:
@@ -33,5 +37,14 @@ def read_declaration(directory: Path, shapes: Mapping[str, tuple[int, ...]], rep
             words = f"the segments of {layer!r} cover {hybrid[layer].size} of its {size} {hybrid[layer].axis}"
             report(Violation(Code.CONFIG, words, FILE))
             del hybrid[layer]
+        elif layer in hybrid and (cut := _cut(hybrid[layer], head_widths.get(layer.rsplit(".", 1)[-1], 1))):
+            words = f"a segment of {layer!r} begins at {cut}, within a head: both kinds must hold whole heads"
+            report(Violation(Code.CONFIG, words, FILE))
+            del hybrid[layer]
     layers = tuple(layer for layer in declared.layers if layer in shapes)
     return Declaration(layers, hybrid, declared.order, declared.method)
+
+
+def _cut(segments: Segments, width: int) -> int | None:
+    """Where the first segment begins that does not begin with a head of `width` rows or inputs."""
+    return next((part.start for part in segments.parts if part.start % width), None)

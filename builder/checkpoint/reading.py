@@ -196,7 +196,8 @@ def open_checkpoint(directory: Path, report: Report) -> Checkpoint | None:
         }
         tensors = trtllm_tensors(directory, mapping.ranks, report)
     weights = [tensor for tensor in expected.values() if tensor.role == "weight"]
-    declared = read_declaration(directory, {str(x.layer): x.shapes[0] for x in weights}, report)
+    shapes = {str(x.layer): x.shapes[0] for x in weights}
+    declared = read_declaration(directory, shapes, arch.head_widths, report)
     return Checkpoint(directory, kind, config, arch, quantization, mapping, tensors, expected, declared)
 
 

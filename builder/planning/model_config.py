@@ -76,6 +76,12 @@ class Architecture:
         yield Linear("lm_head", self.vocab_size, hidden, False, None)
 
     @property
+    def head_widths(self) -> dict[str, int]:
+        """Rows, or inputs of `o_proj`, that belong to one key-value head, by a layer's last name."""
+        queries = self.num_heads // self.num_kv_heads * self.head_dim
+        return {"q_proj": queries, "k_proj": self.head_dim, "v_proj": self.head_dim, "o_proj": queries}
+
+    @property
     def kv_values_per_token(self) -> int:
         """Values that the KV cache holds for one token, over all blocks."""
         return 2 * self.num_blocks * self.num_kv_heads * self.head_dim

@@ -101,6 +101,19 @@ def cover_too_little(directory: Path) -> None:
     change(directory, lambda content, layer: content["hybrid"][layer].update(segments=[["2:4", 32]]))
 
 
+def cut_a_head(directory: Path) -> None:
+    """q_proj has 256 rows, 128 for each key-value head."""
+    path = directory / "sparsity.json"
+    content = json.loads(path.read_text())
+    layer = next(name for name in content["hybrid"] if name.endswith("q_proj"))
+    content["hybrid"][layer]["segments"] = [["2:4", 32], ["dense", content_rows(directory, layer) - 32]]
+    path.write_text(json.dumps(content))
+
+
+def content_rows(directory: Path, layer: str) -> int:
+    return len(load_file(directory / "model.safetensors")[f"{layer}.weight"])
+
+
 def claim_more(directory: Path) -> None:
     """The order of segments turned around: dense rows are claimed 2:4."""
     change(directory, lambda content, layer: content["hybrid"][layer]["segments"].reverse())
@@ -123,6 +136,7 @@ def change(directory: Path, edit: Any) -> None:
         (break_a_segment, "4 of 4 values are nonzero, 2:4 allows 2', file='model.safetensors'"),
         (move_the_boundary, "has a segment of 17 rows: it must be a multiple of 32"),
         (cover_too_little, "cover 32 of its"),
+        (cut_a_head, "begins at 32, within a head"),
         (claim_more, "2:4 allows 2"),
         (repeat_a_channel, "does not hold each channel from 0 to 2 once"),
     ],
