@@ -61,7 +61,10 @@ def _moved(name: str, tensor: Tensor, order: ChannelOrder) -> Tensor:
     channels = Channels.of(order.config, half)
     size = channels.count * channels.width[layer.rsplit(".", 1)[-1]]
     if tensor.shape[int(by_input)] != size:
-        raise UserError(f"the adapter's '{name}' has shape {list(tensor.shape)}, and the layer {size} channels")
+        raise UserError(
+            f"the adapter's '{name}' has shape {list(tensor.shape)}, and the layer {size} channels: "
+            "name an adapter of the dense model"
+        )
     return order.apply(f"{layer}.weight", tensor)
 
 
