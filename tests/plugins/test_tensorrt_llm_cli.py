@@ -181,7 +181,8 @@ def newer(config: dict[str, Any]) -> None:
     ("edit", "words"),
     [
         (newer, "quant_algo is 'NVFP9': only NO_QUANT, W8A8_SQ_PER_CHANNEL, FP8, "
-                "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN are known here; modelopt 1.3.0 wrote it: export it again with nvidia-modelopt 0.47"),
+                "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN are known here; modelopt 1.3.0 wrote it: export it again with "
+                "nvidia-modelopt 0.47"),
         (lambda c: c.update(architecture="Gemma9ForCausalLM", architectures=["Gemma9ForCausalLM"]),
          "architecture is 'Gemma9ForCausalLM': only LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"),
         (lambda c: c.update(dtype="float64"), "dtype is 'float64': only bfloat16, float16, float32 are known here"),
