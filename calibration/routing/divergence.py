@@ -1,0 +1,31 @@
+"""The KL divergence between two engines' next tokens, from the log-probabilities of the likeliest ones alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping
+from itertools import chain
+
+LogProbabilities = Mapping[Hashable, float]  # of some tokens, in nats
+_LEAST = 1e-9  # probability that a set of tokens has at least
+
+
+def partial_kl(dense: LogProbabilities, other: LogProbabilities) -> float:
+    """KL(dense || other) in nats, over the tokens that both list and all else as one.
+
+    Putting outcomes together never raises a divergence, so this is at most the divergence over the vocabulary.
+    """
+    shared = [token for token in dense if token in other]
+    p = [math.exp(dense[token]) for token in shared]
+    q = [math.exp(other[token]) for token in shared]
+    pairs = chain(zip(p, q, strict=True), [(1 - sum(p), 1 - sum(q))])
+    kl = sum(a * math.log(a / max(b, _LEAST)) for a, b in pairs if a > _LEAST)
+    return max(kl, 0.0)
+
+
+def mean_kl(positions: Iterable[tuple[LogProbabilities, LogProbabilities]]) -> float:
+    """The mean over positions, in nats a token. Raises ValueError where there is none."""
+    values = [partial_kl(dense, other) for dense, other in positions]
+    if not values:
+        raise ValueError("no token to compare")
+    return sum(values) / len(values)

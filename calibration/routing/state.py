@@ -1,0 +1,44 @@
+"""The controller's state in a file: a restart keeps the threshold that service has found."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from calibration.routing.controller import Controller
+from plugins.common.errors import UserError
+from plugins.common.files import read_json, replacing
+
+
+def save(controller: Controller, path: Path) -> None:
+    """Writes the state as JSON, in one step and durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"build_id": controller.policy.build_id, **controller.state()}
+    with replacing(path, durable=True) as partial:
+        partial.write_text(json.dumps(state, indent=1) + "\n", encoding="utf8")
+
+
+def resume(controller: Controller, path: Path) -> None:
+    """Resumes from the file, if there is one. Raises UserError for a damaged one and for another build's."""
+    remedy = "remove it, or name another state file"
+    try:
+        state = read_json(path, None)
+    except (ValueError, OSError) as error:
+        raise UserError(f"'{path}' is no state of a router ({' '.join(str(error).split())})", remedy) from None
+    if state is None:
+        return
+    if not isinstance(state, dict) or not all(_is_amount(state.get(key)) for key in controller.state()):
+        raise UserError(f"'{path}' is no state of a router", remedy)
+    if state.get("build_id") != controller.policy.build_id:
+        raise UserError(
+            f"'{path}' is the state of build '{state.get('build_id')}', and the router is of build "
+            f"'{controller.policy.build_id}'",
+            remedy,
+        )
+    controller.resume(state)
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
