@@ -11,6 +11,7 @@ import make_help
 import make_predictions
 import make_readme
 import make_recipe
+import make_routing
 
 DOCS = Path(__file__).parent
 PAGES: dict[Path, Callable[[], str]] = {
@@ -18,6 +19,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     DOCS / "predictions.md": make_predictions.page,
     DOCS / "recipe.md": make_recipe.page,
     DOCS / "recipe.schema.json": make_recipe.schema,
+    DOCS / "routing.md": make_routing.page,
     make_readme.README: make_readme.page,
 }
 

@@ -73,11 +73,16 @@ end-to-end speed-ups by {error:.0%} in the median ([comparison](docs/predictions
 
 
 def page() -> str:
-    text = README.read_text(encoding="utf8")
-    for name, render in BLOCKS.items():
+    return fill(README, BLOCKS)
+
+
+def fill(path: Path, blocks: dict[str, Callable[[], str]]) -> str:
+    """The page with its marked blocks rendered anew."""
+    text = path.read_text(encoding="utf8")
+    for name, render in blocks.items():
         begin, end = f"<!-- block: {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(begin)
-        assert found, f"README.md lacks the line '{begin.strip()}'"
+        assert found, f"{path.name} lacks the line '{begin.strip()}'"
         text = before + begin + render() + end + rest.partition(end)[2]
     return text
 

@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.environment import describe
 from benchmarks.pruning.accuracy import RESULTS, write_result
 from benchmarks.pruning.routing_laws import LAWS, Law
-from calibration.routing.controller import Controller
+from calibration.routing.controller import Controller, Settings
 
 Array = np.ndarray[Any, Any]
 BUDGET = 0.05  # nats a token
@@ -104,12 +104,14 @@ def run_law(make: Callable[[float, float], Law], requests: Requests, shadow: flo
     return cheap_N
 
 
-def run_controller(requests: Requests) -> tuple[Array, Array, float]:
+def run_controller(requests: Requests, shadow: float = 0.01, rest: float = 1.0) -> tuple[Array, Array, float]:
     """Which requests are cheap [N] bool, when the alarm was on [N] bool, and the mean time of a decision in s."""
     part = requests.features[: len(requests.features) // 10]
     edges = np.quantile(part, np.arange(1, BINS) / BINS, axis=0).T
     reference_FB = np.full((FEATURES, BINS), 1 / BINS)
-    controller = Controller(Policy(learned_threshold(requests), reference_FB, edges), seed=0)
+    controller = Controller(
+        Policy(learned_threshold(requests), reference_FB, edges), Settings(shadow=shadow, rest=rest), seed=0
+    )
     predicted, loss, load = requests.predicted.tolist(), requests.loss.tolist(), requests.load.tolist()
     cheap_N, alarm_N = np.zeros(len(loss), bool), np.zeros(len(loss), bool)
     seconds = 0.0
@@ -149,7 +151,7 @@ def run(count: int) -> dict[str, Any]:
     """All simulations with `count` requests each."""
     cases = {
         "losses double": Scenario(count),
-        "losses double, 3% outliers": Scenario(count, outliers=0.03),
+        "losses double, 10% outliers": Scenario(count, outliers=0.1),
     }
     far = Scenario(count, growth=1.0, shift=1.5)
     drawn = {name: simulate(case) for name, case in cases.items()}
@@ -158,7 +160,6 @@ def run(count: int) -> dict[str, Any]:
         for case, requests in drawn.items()
     }
     service = drawn["losses double"]
-    cheap_N, _, seconds = run_controller(service)
     drifting = simulate(far)
     far_cheap_N, alarm_N, _ = run_controller(drifting)
     return {
@@ -166,14 +167,18 @@ def run(count: int) -> dict[str, Any]:
         "budget": BUDGET,
         "scenarios": {name: asdict(case) for name, case in {**cases, "features drift": far}.items()},
         "laws": laws,
-        "controller": {
-            **summary(service, cheap_N),
-            "cheap_share_idle": float(cheap_N[service.load == 0].mean()),
-            "cheap_share_peak": float(cheap_N[service.load > 0.9].mean()),
-            "decision_us": seconds * 1e6,
-        },
+        "controller": {f"rest {rest}": _service(service, rest) for rest in (1.0, 0.5)},
         "features drift": _drift(alarm_N, far_cheap_N),
     }
+
+
+def _service(requests: Requests, rest: float) -> dict[str, Any]:
+    cheap_N, _, seconds = run_controller(requests, rest=rest)
+    shares = {
+        "cheap_share_idle": float(cheap_N[requests.load == 0].mean()),
+        "cheap_share_peak": float(cheap_N[requests.load > 0.9].mean()),
+    }
+    return {**summary(requests, cheap_N), **shares, "decision_us": seconds * 1e6}
 
 
 def _drift(alarm_N: Array, cheap_N: Array) -> dict[str, Any]:

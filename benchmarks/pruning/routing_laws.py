@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from calibration.routing.threshold import IntegralControl
+from calibration.routing.threshold import AIM, IntegralControl
 
 
 class Law(Protocol):
@@ -55,7 +55,7 @@ class LeastSquares:
     the budget.
     """
 
-    FORGETTING = 0.998  # of each measurement: a memory of 500
+    FORGETTING = 0.97  # a memory of 33 measurements: as quick as the integral; a longer one is late by as much
     RECENT = 2000  # predictions that stand for those to come
     LEAST = 1e-6  # nats a token: a loss that is smaller counts as this
 
@@ -74,7 +74,7 @@ class LeastSquares:
         if len(self._recent) >= 100:
             sorted_R = np.sort(self._recent)
             mean_R = np.exp(self._weights[0] + self._weights[1] * np.log(sorted_R) + self._variance / 2)
-            within = np.cumsum(mean_R) <= self._budget * len(sorted_R)
+            within = np.cumsum(mean_R) <= AIM * self._budget * len(sorted_R)
             self.threshold = float(sorted_R[max(int(within.sum()) - 1, 0)])
 
     def _fit(self, x: np.ndarray[tuple[int], np.dtype[np.float64]], y: float) -> None:

@@ -22,13 +22,13 @@ def save(controller: Controller, path: Path) -> None:
 
 def resume(controller: Controller, path: Path) -> None:
     """Resumes from the file, if there is one. Raises UserError for a damaged one and for another build's."""
+    if not path.exists():
+        return
     remedy = "remove it, or name another state file"
     try:
-        state = read_json(path, None)
+        state = read_json(path)
     except (ValueError, OSError) as error:
         raise UserError(f"'{path}' is no state of a router ({' '.join(str(error).split())})", remedy) from None
-    if state is None:
-        return
     if not isinstance(state, dict) or not all(_is_amount(state.get(key)) for key in controller.state()):
         raise UserError(f"'{path}' is no state of a router", remedy)
     if state.get("build_id") != controller.policy.build_id:
