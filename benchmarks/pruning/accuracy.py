@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             continue
         print(f"{row.name} ...", file=sys.stderr, flush=True)
         out, metered = work / row.name.replace(" ", "-"), work / f"{row.name.replace(' ', '-')}.json"
-        python = environment_python(arguments.environment) if "llmcompressor" in row.script else sys.executable
+        peer = "llmcompressor" in row.script
+        python = environment_python(arguments.environment, LLMCOMPRESSOR) if peer else sys.executable
         names = json.dumps(layers)
         run_script(python, row.script, row.method, str(arguments.model), str(tokens), names, str(out), str(metered))
         results[row.name] = read_json(metered)
@@ -138,17 +139,15 @@ def _last_line(text: str) -> str:
     return (lines or ["no words"])[-1]
 
 
-def environment_python(directory: Path) -> str:
-    """The interpreter of the environment that holds llm-compressor, made where it is missing."""
+def environment_python(directory: Path, packages: Sequence[str]) -> str:
+    """The interpreter of the environment that holds a peer's packages, made where it is missing."""
     python = directory / "bin" / "python"
     if not (directory / "complete").exists():
-        print(f"installing {' '.join(LLMCOMPRESSOR)} into {directory} ...", file=sys.stderr, flush=True)
+        print(f"installing {' '.join(packages)} into {directory} ...", file=sys.stderr, flush=True)
         venv.create(directory, with_pip=True, clear=True)
-        done = subprocess.run(
-            [str(python), "-m", "pip", "install", "-q", *LLMCOMPRESSOR], capture_output=True, text=True
-        )
+        done = subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"llm-compressor cannot be installed: {_last_line(done.stderr)}")
+            raise UserError(f"'{' '.join(packages)}' cannot be installed: {_last_line(done.stderr)}")
         (directory / "complete").touch()
     return str(python)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe
-from benchmarks.pruning.accuracy import RESULTS, environment_python, run_script, write_result
+from benchmarks.pruning.accuracy import LLMCOMPRESSOR, RESULTS, environment_python, run_script, write_result
 from plugins.common.errors import UserError
 from plugins.common.files import read_json
 
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for solver in SOLVERS:
         print(f"{solver} ...", file=sys.stderr, flush=True)
-        python = environment_python(arguments.environment) if "llm" in solver else sys.executable
+        python = environment_python(arguments.environment, LLMCOMPRESSOR) if "llm" in solver else sys.executable
         with tempfile.NamedTemporaryFile(suffix=".json") as out:
             size = (str(arguments.out_features), str(arguments.in_features))
             run_script(python, "prune_layer", solver, *size, out.name)
