@@ -29,6 +29,7 @@ Gate = dict[str, Any]
 RESAMPLES = 2000  # of the documents, for the interval
 CONFIDENCE = 0.95
 LARGEST = 700.0  # nats: what is worse counts as this bad, and its exponential is still a number
+AT_ONCE = 1 << 20  # logits of each model that are compared at once
 BATCH = 4  # windows: logits of both models at 256 tokens and a vocabulary of 128k take 1 GB
 
 
@@ -119,9 +120,9 @@ def perplexity(model: Logits, tokens: Tokens) -> float:
         with torch.inference_mode():
             for ids_T, logits_TV in zip(ids_BT, model(input_BT), strict=True):
                 _require_finite(logits_TV, "given", window)
-                target_P, log_PV = _predictions(ids_T, logits_TV)
-                loss += _loss(log_PV, target_P)
-                count += len(target_P)
+                for target_P, log_PV in _predictions(ids_T, logits_TV):
+                    loss += _loss(log_PV, target_P)
+                    count += len(target_P)
                 window += 1
     return math.exp(min(loss / count, LARGEST))
 
@@ -173,11 +174,16 @@ def _batches(tokens: Tokens) -> Iterator[tuple[Tensor, Tensor]]:
         yield ids_BT, ids_BT.clamp_min(0)
 
 
-def _predictions(ids_T: Tensor, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """The targets [P] of one window and the log probabilities [P, V] they get; no padding on either side."""
-    kept = (ids_T[1:] >= 0) & (ids_T[:-1] >= 0)
-    kept = kept.to(logits_TV.device)
-    return ids_T[1:].to(logits_TV.device)[kept], logits_TV[:-1][kept].float().log_softmax(dim=-1)
+def _predictions(ids_T: Tensor, *models_TV: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The targets [P] of one window and the log probabilities [P, V] that each model gives, a few positions at a time.
+
+    No padding on either side of a prediction. What is computed for a few positions stays in a processor's cache.
+    """
+    predicted_P = ((ids_T[1:] >= 0) & (ids_T[:-1] >= 0)).nonzero().squeeze(1)
+    for part_P in predicted_P.split(max(1, AT_ONCE // models_TV[0].shape[1])):
+        device = models_TV[0].device
+        logits = (logits_TV[part_P.to(logits_TV.device)].to(device).float() for logits_TV in models_TV)
+        yield ids_T[part_P + 1].to(device), *(logits_PV.log_softmax(dim=-1) for logits_PV in logits)
 
 
 def _loss(log_PV: Tensor, target_P: Tensor) -> float:
@@ -186,11 +192,12 @@ def _loss(log_PV: Tensor, target_P: Tensor) -> float:
 
 def _compare(ids_T: Tensor, dense_TV: Tensor, built_TV: Tensor) -> Floats:
     """One window's sums over its predicted positions: dense loss, built loss, KL, agreements, count."""
-    target_P, dense_PV = _predictions(ids_T, dense_TV)
-    _, built_PV = _predictions(ids_T, built_TV.to(dense_TV.device))
-    kl = float((dense_PV.exp() * (dense_PV - built_PV)).sum(dtype=torch.float64))
-    agreements = int((dense_PV.argmax(dim=-1) == built_PV.argmax(dim=-1)).sum())
-    return np.array([_loss(dense_PV, target_P), _loss(built_PV, target_P), kl, agreements, len(target_P)])
+    sums = np.zeros(5)
+    for target_P, dense_PV, built_PV in _predictions(ids_T, dense_TV, built_TV):
+        kl = float((dense_PV.exp() * (dense_PV - built_PV)).sum(dtype=torch.float64))
+        agreements = int((dense_PV.argmax(dim=-1) == built_PV.argmax(dim=-1)).sum())
+        sums += [_loss(dense_PV, target_P), _loss(built_PV, target_P), kl, agreements, len(target_P)]
+    return sums
 
 
 def _require_same_shape(dense_BTV: Tensor, built_BTV: Tensor) -> None:
@@ -200,6 +207,8 @@ def _require_same_shape(dense_BTV: Tensor, built_BTV: Tensor) -> None:
 
 
 def _require_finite(logits_TV: Tensor, which: str, window: int) -> None:
+    if math.isfinite(float(logits_TV.sum())):  # reads the logits once; the sum of large ones may overflow
+        return
     if not bool(torch.isfinite(logits_TV).all()):
         position = int((~torch.isfinite(logits_TV)).any(dim=-1).nonzero()[0])
         raise GateError(f"the {which} model's logits are not finite at window {window}, position {position}")
