@@ -11,7 +11,7 @@ from result_files import device_name, newest
 
 from benchmarks.kernels import targets
 from benchmarks.roofline.published import EndToEnd, compare_model, comparisons, median_error
-from builder.planning import compatibility
+from builder.planning import compatibility, compatibility_rules
 from plugins.common.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -102,12 +102,12 @@ def results() -> str:
 
 def support() -> str:
     families = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
-    head = "| weights, 2:4 or dense | " + " | ".join(f"`{name}`" for name in compatibility.BACKENDS) + " |\n"
+    head = "| weights, 2:4 or dense | " + " | ".join(f"`{name}`" for name in compatibility_rules.BACKENDS) + " |\n"
     rows = [
-        f"| {label} | " + " | ".join(_range(number_format, name) for name in compatibility.BACKENDS) + " |\n"
+        f"| {label} | " + " | ".join(_range(number_format, name) for name in compatibility_rules.BACKENDS) + " |\n"
         for number_format, label in (("bf16", "bf16, fp16"), ("fp8", "FP8 (e4m3)"), ("int8", "INT8 (SmoothQuant W8A8)"))
     ]
-    return f"Model families: {families}.\n\n{head}|---|{'---|' * len(compatibility.BACKENDS)}\n{''.join(rows)}"
+    return f"Model families: {families}.\n\n{head}|---|{'---|' * len(compatibility_rules.BACKENDS)}\n{''.join(rows)}"
 
 
 BLOCKS: dict[str, Callable[[], str]] = {"results": results, "support": support}

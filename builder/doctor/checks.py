@@ -9,7 +9,8 @@ from typing import Any
 
 from builder.doctor.finding import Finding
 from builder.doctor.probes import PROBES, run
-from builder.planning.compatibility import BACKENDS, TRTLLM, check, check_release
+from builder.planning.compatibility import check, check_release
+from builder.planning.compatibility_rules import BACKENDS, TRTLLM
 
 # What each backend needs, in the order of installation; calibration and deployment likewise.
 NEEDS = {

@@ -19,7 +19,8 @@ from builder.artifacts.manifest import MANIFEST, as_bytes, make_manifest, now
 from builder.context import BuildContext, Outputs
 from builder.hardware import machine
 from builder.pipeline.stages import UNTIL, Until, run_stages
-from builder.planning.compatibility import BACKENDS, check, choose_backend
+from builder.planning.compatibility import check, choose_backend
+from builder.planning.compatibility_rules import BACKENDS
 from builder.planning.hub import find_config, find_model
 from builder.planning.lengths import check_lengths
 from builder.planning.model_config import architecture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from builder.planning.compatibility import Verdict
+from builder.planning.compatibility_rules import Verdict
 
 
 class Shardable(Protocol):

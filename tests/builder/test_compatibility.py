@@ -8,15 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from builder.planning import compatibility
-from builder.planning.compatibility import (
-    BACKENDS,
-    FORMATS,
-    PER_TOKEN,
-    QUANTIZED_HEAD,
-    Verdict,
-    check,
-    choose_backend,
-)
+from builder.planning.compatibility import check, choose_backend
+from builder.planning.compatibility_rules import BACKENDS, FORMATS, PER_TOKEN, QUANTIZED_HEAD, Verdict
 from builder.planning.sharding import check_shards
 from plugins.common.errors import UserError
 
