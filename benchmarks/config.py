@@ -1,9 +1,8 @@
 """The recipe sections that benchmarks own. Imports no torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from plugins.common import defaults
 from plugins.common.config import Config

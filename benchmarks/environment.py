@@ -17,7 +17,7 @@ PACKAGES = ("twofour", "numpy", "pydantic", "torch", "transformers", "nvidia-mod
 def describe(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Date, processor, cores this process may use, Python, and the versions of those packages that are installed."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",

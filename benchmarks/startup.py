@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import environment
 from benchmarks.serving import stats
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "python -c pass"

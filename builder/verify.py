@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from builder.checkpoint.reading import read
 from builder.checkpoint.verification import Verified, verify_checkpoint
 from builder.checkpoint.violations import Code, VerificationError, Violation
 from builder.engines.trtllm import version_lock
+from plugins.common.json_files import read_json
 from plugins.common.progress import Progress
 from plugins.libtwofour.bindings import OLDEST_CUSPARSELT
 
@@ -94,7 +94,7 @@ def _check_kernel_versions(directory: Path) -> list[Violation]:
     violations = []
     for place in (directory, directory / "engine"):
         try:
-            version = json.loads((place / "tactics.json").read_bytes())["versions"]["cusparselt"]
+            version = read_json(place / "tactics.json")["versions"]["cusparselt"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if isinstance(version, int) and 0 < version < OLDEST_CUSPARSELT:
@@ -107,7 +107,7 @@ def _check_kernel_versions(directory: Path) -> list[Violation]:
 def _check_engine_record(directory: Path) -> list[Violation]:
     """Where an engine lies beside the checkpoint that it is built from: whether it was built from these very files."""
     try:
-        engine = json.loads((directory.parent / "engine" / "engine.json").read_bytes())
+        engine = read_json(directory.parent / "engine" / "engine.json")
         source, recorded = PARTS[engine.get("backend") == "tensorrt"], engine.get("checkpoint_sha256")
     except (OSError, ValueError, AttributeError):
         return []

@@ -1,9 +1,8 @@
 """The recipe sections that calibration owns. Imports no torch, so that plan and --help start at once."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from plugins.common.config import Config, Percent
 from plugins.common.errors import UserError

@@ -81,8 +81,8 @@ def fill(path: Path, blocks: dict[str, Callable[[], str]]) -> str:
     text = path.read_text(encoding="utf8")
     for name, render in blocks.items():
         begin, end = f"<!-- block: {name} -->\n", "<!-- end -->"
-        before, found, rest = text.partition(begin)
-        assert found, f"{path.name} lacks the line '{begin.strip()}'"
+        before, marker, rest = text.partition(begin)
+        assert marker, f"{path.name} lacks the line '{begin.strip()}'"
         text = before + begin + render() + end + rest.partition(end)[2]
     return text
 

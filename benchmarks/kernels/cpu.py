@@ -21,7 +21,7 @@ import torch
 from benchmarks import environment
 from plugins.autotune.timing import random_2to4
 from plugins.common.errors import UserError
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 from plugins.libtwofour import cpu
 from plugins.linear.cpu_linear import DENSE, SPARSE, CpuLinear
 from plugins.linear.torch_linear import Scales

@@ -34,7 +34,7 @@ from benchmarks.kernels.torch_sparse import PEERS
 from plugins.autotune import choice, reuse, timing, tuner
 from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 from plugins.libtwofour import bindings, structures, torch_ops
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -201,7 +201,7 @@ def save(kind: str, content: dict[str, Any], device: int = 0) -> Path:
     Also where there is no library: what failed is a result.
     """
     facts = timing.device_facts(device)
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     gpu = re.sub(r"[^a-z0-9]+", "-", facts["name"].lower().removeprefix("nvidia ")).strip("-")
     file = RESULTS / f"{kind}-{gpu}-{now:%Y-%m-%d-%H%M}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import torch
 
 from plugins.autotune import timing
 from plugins.common.errors import UserError
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 from plugins.libtwofour import bindings
 
 NODES = 256  # kernels in one graph

@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks import environment
 from plugins.common.errors import UserError
-from plugins.common.files import read_json, write_json
+from plugins.common.json_files import read_json, write_json
 from plugins.common.nvidia_smi import gpus
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ class Step:
     name: str
     arguments: tuple[str, ...]
     seconds: float
-    resumes: bool = False  # goes on with the rest where it is started again on its own result file
+    resumes: bool = False  # skips what its own result file holds already
 
 
 def _table(model: str, formats: str, tokens: str, seconds: float) -> Step:
@@ -164,7 +164,7 @@ def run_child(command: Sequence[str], seconds: float) -> Outcome:
 def results_file(directory: Path, gpu: str) -> Path:
     """gpu-NAME-DATE.json in `directory`."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
-    return directory / f"gpu-{name}-{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d-%H%M}.json"
+    return directory / f"gpu-{name}-{datetime.datetime.now(datetime.UTC):%Y-%m-%d-%H%M}.json"
 
 
 def failures(results: dict[str, Any]) -> list[str]:

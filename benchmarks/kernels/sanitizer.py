@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 
 ROOT = Path(__file__).parents[2]
 TESTS = "test_token_counts and skinny and fp8 or test_every_split"

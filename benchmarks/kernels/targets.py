@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.common.errors import UserError
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 
 MLP = ("gate_up_proj", "down_proj")
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.environment import describe
 from plugins.common.errors import UserError
-from plugins.common.files import read_json, write_json
+from plugins.common.json_files import read_json, write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
 LLMCOMPRESSOR = ("llmcompressor==0.14.*", "torch==2.13.0")
@@ -121,6 +121,7 @@ def run_script(python: str, script: str, *arguments: str) -> str:
     """Runs a module of benchmarks/pruning/scripts with the environment of `python`; returns its standard output."""
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     done = subprocess.run(
         [python, "-m", f"benchmarks.pruning.scripts.{script}", *arguments],
         capture_output=True,
@@ -136,7 +137,7 @@ def run_script(python: str, script: str, *arguments: str) -> str:
 def _last_line(text: str) -> str:
     """The last that is no warning: what an error ends with."""
     lines = [line for line in text.strip().splitlines() if not line.startswith("WARNING")]
-    return (lines or ["no words"])[-1]
+    return (lines or ["no output"])[-1]
 
 
 def environment_python(directory: Path, packages: Sequence[str]) -> str:

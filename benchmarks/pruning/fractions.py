@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.environment import describe
 from benchmarks.pruning.accuracy import RESULTS, write_result
 from plugins.common.errors import UserError
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 
 COMMAND = (sys.executable, "-c", "from builder.cli.commands import main; main()")
 GATE_FAILED = 1  # exit status of a build whose report is whole
@@ -54,7 +54,9 @@ def build(
     done = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, check=False)
     if done.returncode not in (0, GATE_FAILED):
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"the build with {overrides} ended with status {done.returncode}: {reason}", "mend the recipe")
+        raise UserError(
+            f"the build with {overrides} ended with status {done.returncode}: {reason}", "correct the recipe"
+        )
     report: dict[str, Any] = read_json(out / "report" / "report.json")
     return report
 

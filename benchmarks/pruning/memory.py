@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.environment import describe
 from benchmarks.pruning.accuracy import RESULTS, run_script, write_result
-from plugins.common.files import read_json, write_json
+from plugins.common.json_files import read_json, write_json
 
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.environment import describe
 from benchmarks.pruning.accuracy import LLMCOMPRESSOR, RESULTS, environment_python, run_script, write_result
 from plugins.common.errors import UserError
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 
 SOLVERS = ("twofour sparsegpt", "twofour reconstruct", "modelopt sparsegpt", "llm-compressor sparsegpt")
 

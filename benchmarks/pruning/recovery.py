@@ -22,7 +22,7 @@ from benchmarks.pruning.accuracy import (
     run_script,
     write_result,
 )
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Figures in words, the same for every page."""
+"""Figures as text, the same for every page."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def times(ratio: float | None) -> str:
 
 
 def interval(bounds: Interval, show: str = "number") -> str:
-    """The bounds in brackets, or the words that there are none."""
+    """The bounds in brackets, or that there are none."""
     if bounds is None:
         return "no interval"
     low, high = (_bound(value, show) for value in bounds)
@@ -75,7 +75,7 @@ def _bound(value: float, show: str) -> str:
 
 
 def judge(speedup: Speedup) -> str:
-    """What the interval allows to be said: `faster`, `slower`, or `no clear difference`."""
+    """What the interval shows: `faster`, `slower`, or `no clear difference`."""
     if speedup.interval is None or speedup.interval[0] <= 1 <= speedup.interval[1]:
         return UNCLEAR
     return "faster" if speedup.ratio > 1 else "slower"

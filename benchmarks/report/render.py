@@ -38,7 +38,7 @@ def _environment(html: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals.update(words=formatting, summary=summary, tables=tables, plots=plots, panels=panels)
+    environment.globals.update(formatting=formatting, summary=summary, tables=tables, plots=plots, panels=panels)
     for function in (formatting.number, formatting.amount, formatting.percent, formatting.times, formatting.interval):
         environment.filters[function.__name__] = function
     return environment

@@ -106,13 +106,13 @@ class ParetoPoint(_Part):
 
 
 class Gate(_Part):
-    """A limit that the build had to keep. `words` says what came out."""
+    """A limit that the build had to keep. `message` states the result."""
 
     name: str
     passed: bool
     limit: float | None = None
     value: float | None = None
-    words: str = ""
+    message: str = ""
 
 
 class Report(_Part):

@@ -142,4 +142,4 @@ def device(report: Report) -> str:
 
 def limits(report: Report) -> list[str]:
     """How near each point came to what its device allows, where that is known."""
-    return [str(point.limit["words"]) for point in report.performance if point.limit and point.limit.get("words")]
+    return [str(point.limit["message"]) for point in report.performance if point.limit and point.limit.get("message")]

@@ -63,7 +63,7 @@ class Canvas:
         self.parts.append(f"{shape}><title>{escape(title)}</title></{name}>" if title else f"{shape}/>")
 
     def svg(self, label: str, kind: str = "") -> Markup:
-        """The picture; `label` says in words what it shows, for readers who do not see it."""
+        """The picture; `label` describes it for readers who do not see it."""
         return Markup(
             f'<svg viewBox="0 0 {self.width:g} {self.height:g}" width="{self.width:g}" height="{self.height:g}" '
             f'role="img" aria-label="{escape(label)}" class="{kind}">' + "".join(self.parts) + "</svg>"

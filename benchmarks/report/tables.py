@@ -59,7 +59,7 @@ def _sum(values: list[int | None]) -> int | None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The ceilings of one GPU and phase: tokens a second of both sides, their ratio, and what bounds them in words."""
+    """The ceilings of one GPU and phase: tokens a second of both sides, their ratio, and what bounds them."""
 
     gpu: str
     phase: str

@@ -31,7 +31,7 @@ def add_limits(points: Sequence[dict[str, Any]], costs: Mapping[str, ModelCost],
         if not all(measured.values()) or point["workload"]["arrival"] != "closed":
             continue
         sides = {side: _side(point, costs[side], gpu, block["mean"] / 1e3) for side, block in measured.items()}
-        point["limit"] = {"gpu": gpu.name if gpu else None, **sides, "words": _words(point, sides, gpu)}
+        point["limit"] = {"gpu": gpu.name if gpu else None, **sides, "message": _message(point, sides, gpu)}
 
 
 def _side(point: Mapping[str, Any], cost: ModelCost, gpu: Gpu | None, seconds: float) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _side(point: Mapping[str, Any], cost: ModelCost, gpu: Gpu | None, seconds: f
     return side
 
 
-def _words(point: Mapping[str, Any], sides: Mapping[str, dict[str, Any]], gpu: Gpu | None) -> str:
+def _message(point: Mapping[str, Any], sides: Mapping[str, dict[str, Any]], gpu: Gpu | None) -> str:
     parts = []
     for name, side in sides.items():
         share = "" if side["share"] is None else f" ({side['share']:.0%} of the {gpu.name if gpu else ''} limit)"

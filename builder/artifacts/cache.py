@@ -1,7 +1,7 @@
 """Stage outputs, kept by the hash of everything they were made from.
 
 ROOT/entries/STAGE/KEY/   record.json and files/: finished, never changed again, hashed at every read
-    work/KEY/             what a stage keeps while it runs; outlives a kill, so that the stage goes on from there
+    work/KEY/             what a stage keeps while it runs; outlives a kill, so that the stage resumes
     tmp/KEY.PID/          the output of a running stage, renamed into entries/ when all of it is on the disk
     locks/KEY             held by the process that makes KEY
     corrupt/KEY           the last entry of that key whose files were not what its record says
@@ -23,6 +23,7 @@ from builder.artifacts.filesystem import disk_full_as_user_error, locked, remove
 from builder.hardware.peak_memory import PeakMemory
 from plugins.common.errors import UserError
 from plugins.common.files import sync
+from plugins.common.json_files import read_json, write_json
 
 Make = Callable[[Path, Path], None]
 
@@ -101,7 +102,7 @@ class Cache:
         if not folder.exists():
             return None
         try:
-            record = json.loads((folder / "record.json").read_bytes())
+            record = read_json(folder / "record.json")
             recorded: dict[str, str] = record["files"]
             files = sha256_tree(folder / "files")
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
@@ -132,7 +133,7 @@ class Cache:
                     "peak_memory_bytes": peak.bytes,
                     "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 }
-                (temporary / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+                write_json(temporary / "record.json", record, 2)
                 sync_tree(temporary)
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 temporary.rename(folder)

@@ -1,4 +1,4 @@
-"""Files that outlive a crash: hashes, locks, trees synced to the disk, and a full disk told in words."""
+"""Files that outlive a crash: hashes, locks, trees synced to the disk, and a full disk as an error of one line."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from typing import Any
 from builder.artifacts.cache import CachedOutput
 from builder.artifacts.filesystem import sha256_tree
 from plugins.common.files import sha256
+from plugins.common.json_files import read_json, write_json
 
 MANIFEST = "manifest.json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -80,7 +81,7 @@ def _stage(entry: CachedOutput) -> dict[str, Any]:
 def read_manifest(build: Path) -> dict[str, Any] | None:
     """The build's manifest, or None where there is none of our type."""
     try:
-        manifest = json.loads((build / MANIFEST).read_bytes())
+        manifest = read_json(build / MANIFEST)
         ours = manifest["predicate"]["buildDefinition"]["buildType"] == BUILD_TYPE
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -105,9 +106,7 @@ def record_folder(build: Path, folder: str) -> None:
     added = {f"{folder}/{name}": digest for name, digest in sha256_tree(build / folder).items()}
     subjects = {**kept, **added}
     manifest["subject"] = [{"name": name, "digest": {"sha256": subjects[name]}} for name in sorted(subjects)]
-    temporary = build / f".{MANIFEST}.new"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    temporary.replace(build / MANIFEST)
+    write_json(build / MANIFEST, manifest, 2)
 
 
 def verify_manifest(build: Path, within: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's channels lie in the order that its sparsity.json declares, told against the dense model.
+"""Whether a checkpoint's channels lie in the order that its sparsity.json declares, compared with the dense model.
 
 Pruning, refits and quantization change a channel's weights but not what they resemble: each row, or input, must lie
 near that of the declared channel of the dense model (cosine; two channels of one layer are near orthogonal).
@@ -43,8 +43,8 @@ def check_order(checkpoint: Checkpoint, dense: Path) -> Iterator[Violation]:
         wrong = np.flatnonzero(_cosines(stored, original, places, axis) < LEAST_COSINE)
         if wrong.size:
             what = "row" if axis == 0 else "input"
-            words = f"{what} {wrong[0]} is not the dense model's {what} {places[wrong[0]]}, as '{half}' declares"
-            yield Violation(Code.CONFIG, words, stored.file.name, stored.name)
+            problem = f"{what} {wrong[0]} is not the dense model's {what} {places[wrong[0]]}, as '{half}' declares"
+            yield Violation(Code.CONFIG, problem, stored.file.name, stored.name)
 
 
 def _channels(architecture: Architecture, half: str) -> int:

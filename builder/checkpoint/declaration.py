@@ -34,12 +34,12 @@ def read_declaration(
             report(Violation(Code.CONFIG, f"it declares {layer!r}, and the model has no such layer", FILE))
             hybrid.pop(layer, None)
         elif layer in hybrid and (size := shapes[layer][hybrid[layer].axis == "inputs"]) != hybrid[layer].size:
-            words = f"the segments of {layer!r} cover {hybrid[layer].size} of its {size} {hybrid[layer].axis}"
-            report(Violation(Code.CONFIG, words, FILE))
+            problem = f"the segments of {layer!r} cover {hybrid[layer].size} of its {size} {hybrid[layer].axis}"
+            report(Violation(Code.CONFIG, problem, FILE))
             del hybrid[layer]
         elif layer in hybrid and (cut := _cut(hybrid[layer], head_widths.get(layer.rsplit(".", 1)[-1], 1))):
-            words = f"a segment of {layer!r} begins at {cut}, within a head: both kinds must hold whole heads"
-            report(Violation(Code.CONFIG, words, FILE))
+            problem = f"a segment of {layer!r} begins at {cut}, within a head: both kinds must hold whole heads"
+            report(Violation(Code.CONFIG, problem, FILE))
             del hybrid[layer]
     layers = tuple(layer for layer in declared.layers if layer in shapes)
     return Declaration(layers, hybrid, declared.order, declared.method)

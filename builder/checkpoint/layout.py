@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint must hold, told from its config alone: names, shapes and dtypes.
+"""Which tensors a checkpoint must hold, by its config alone: names, shapes and dtypes.
 
 Legend: N out_features, K in_features of a linear layer [N, K]. Tensor parallelism cuts N of the layers that read the
 hidden state, and K of those that write it (row-parallel).

@@ -155,7 +155,7 @@ def read(directory: Path) -> Checkpoint:
 
     def refuse(violation: Violation) -> None:
         if isinstance(violation, Unsupported):
-            raise UserError(f"'{directory / (violation.file or '')}': {violation.words}")
+            raise UserError(f"'{directory / (violation.file or '')}': {violation.problem}")
         raise VerificationError(violation)
 
     checkpoint = open_checkpoint(directory, refuse)

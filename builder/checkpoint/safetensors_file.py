@@ -1,8 +1,8 @@
 """Reads safetensors files without torch: the header, strictly, and tensors as numpy views or chunks of rows.
 
 The format (https://github.com/huggingface/safetensors) is 8 bytes of header length, the header in JSON, the data.
-Refused, each with its own words: a header that does not fit, is not JSON or names a tensor twice; a dtype, shape or
-range that is not one; data with a hole, an overlap, a missing end or an end that no tensor owns.
+Refused, each with a message of its own: a header that does not fit, is not JSON or names a tensor twice; a dtype, shape
+or range that is not one; data with a hole, an overlap, a missing end or an end that no tensor owns.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _tensor(name: str, entry: Any, path: Path, data: int) -> Tensor:
     tensor = Tensor(name, dtype, tuple(shape), path, data + offsets[0])
     if tensor.nbytes != offsets[1] - offsets[0]:
         raise HeaderError(
-            f"{name!r} has {offsets[1] - offsets[0]} bytes of data, its shape and dtype need {_words(tensor.nbytes)}"
+            f"{name!r} has {offsets[1] - offsets[0]} bytes of data, its shape and dtype need {_bytes(tensor.nbytes)}"
         )
     return tensor
 
@@ -151,7 +151,7 @@ def _are_sizes(value: Any) -> bool:
     return all(type(size) is int and 0 <= size < 1 << 63 for size in value)
 
 
-def _words(count: int) -> str:
+def _bytes(count: int) -> str:
     return str(count) if count < 1 << 63 else "more than 2^63"
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from builder.checkpoint.safetensors_file import HeaderError, Tensor, read_header
 from builder.checkpoint.violations import Code, Report, Violation
+from plugins.common.json_files import read_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -17,7 +17,7 @@ def read_table(path: Path, report: Report) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes().decode("utf8"))
+        content = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         report(Violation(Code.CONFIG, f"it cannot be read ({' '.join(str(error).split())[:200]})", path.name))
         return None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from plugins.common.errors import GateError
 
 
-class Code(str, Enum):
+class Code(StrEnum):
     """The kinds of damage, in the order in which they are looked for."""
 
     PICKLE = "pickle"  # weights in a file that runs code when it is loaded
@@ -38,7 +38,7 @@ class Violation:
     """One piece of damage. `row` counts from 0, `group` is the group of 4 within the row."""
 
     code: Code
-    words: str
+    problem: str
     file: str | None = None
     tensor: str | None = None
     row: int | None = None
@@ -52,7 +52,7 @@ class Violation:
         where += [f"row {self.row}"] if self.row is not None else []
         where += [f"group {self.group}"] if self.group is not None else []
         place = " ".join(where[:2]) + "".join(f", {part}" for part in where[2:])
-        return f"{place}{'' if place.endswith(':') or not place else ':'} {self.words}".strip()
+        return f"{place}{'' if place.endswith(':') or not place else ':'} {self.problem}".strip()
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "code": self.code.value, "message": self.message}

@@ -12,6 +12,7 @@ from builder.cli.engine_commands import COMMANDS
 from builder.cli.options import example, gpu_option, json_option, recipe_options
 from plugins.common import defaults
 from plugins.common.errors import GateError, UserError
+from plugins.common.threads import let_threads_sleep
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -175,6 +176,7 @@ for command in COMMANDS:
 
 def main() -> None:
     """Runs the command line: exit status 2 and one line for wrong input, 1 for a failed gate."""
+    let_threads_sleep()
     try:
         status = cli.main(prog_name="twofour", standalone_mode=False)
     except UserError as error:

@@ -128,7 +128,7 @@ def deploy(build_dir: Path, target: str, as_json: bool, **options: Any) -> None:
     from builder.pipeline.rebuild import deploy as write
 
     written = write(build_dir, options)
-    tables.as_json(written) if as_json else click.echo(written["words"])
+    tables.as_json(written) if as_json else click.echo(written["message"])
 
 
 @click.command(

@@ -192,7 +192,7 @@ def summary(report: dict[str, Any], out: Path) -> None:
     for note in report.get("notes", []):
         click.echo(f"note        {note}")
     for gate in report["gates"]:
-        click.echo(f"gate        {'passed' if gate['passed'] else 'FAILED'}  {gate['name']}: {gate['words']}")
+        click.echo(f"gate        {'passed' if gate['passed'] else 'FAILED'}  {gate['name']}: {gate['message']}")
     folders = ("checkpoint", "checkpoint-trtllm", "adapter", "engine", "triton")
     parts = [name for name in folders if (out / name).is_dir()]
     click.echo(f"\nin {out}: {' '.join(f'{part}/' for part in parts)} report/report.html")
@@ -254,7 +254,7 @@ def health(examination: Examination) -> None:
     """Prints the findings, then what can run."""
     width = max(len(finding.name) for finding in examination.findings) + 2
     for finding in examination.findings:
-        detail = " ".join(part for part in (finding.version, finding.words) if part)
+        detail = " ".join(part for part in (finding.version, finding.message) if part)
         click.echo(f"{finding.name:<{width}}{finding.state:<9}{detail}")
     click.echo("")
     width = max(len(ability.name) for ability in examination.abilities) + 2

@@ -22,7 +22,7 @@ from builder.deploy.detokenizer import TextStream
 from builder.deploy.engine_thread import EngineLoop
 from builder.deploy.response import CancelledError, FullError, Reply, send_error
 from builder.engines.base import Engine, Token
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 
 _CANCELLATION_PERIOD = 0.02  # seconds between two checks for disconnected clients
 

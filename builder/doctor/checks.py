@@ -67,7 +67,7 @@ def _ability(name: str, needs: Sequence[str], by_name: Mapping[str, Finding]) ->
     for need in needs:
         finding = by_name[need]
         if not finding.ok and not _will_do(name, finding):
-            return Ability(name, False, f"{need}: {finding.words}", finding.fix)
+            return Ability(name, False, f"{need}: {finding.message}", finding.fix)
     if name == "tensorrt":
         verdict = check_release("tensorrt", str(by_name["TensorRT-LLM"].version))
         if not verdict.ok:
@@ -91,7 +91,7 @@ def _note(name: str, by_name: Mapping[str, Finding]) -> str:
     compiler = by_name.get("C++ compiler")
     if by_name["GPU"].state == "missing" and compiler is not None and compiler.ok:
         return "sparse layers run on our CPU kernels, compiled at first use"
-    return f"sparse layers run the reference numerics, without speed-up: {lacking.name}: {lacking.words}"
+    return f"sparse layers run the reference numerics, without speed-up: {lacking.name}: {lacking.message}"
 
 
 def _formats(backend: str, by_name: Mapping[str, Finding]) -> str:

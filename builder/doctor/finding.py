@@ -14,12 +14,12 @@ State = Literal["ok", "missing", "broken", "unfit"]  # unfit: present, in a vers
 
 @dataclass(frozen=True)
 class Finding:
-    """The state of one thing. `words` is one line; `fix` is the next step if the state is not "ok"."""
+    """The state of one thing. `message` is one line; `fix` is the next step if the state is not "ok"."""
 
     name: str
     state: State
     version: str | None = None
-    words: str = ""
+    message: str = ""
     fix: str = ""
 
     @property

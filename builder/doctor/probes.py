@@ -20,7 +20,7 @@ from builder.doctor.package_probes import modelopt, tensorrt, tensorrt_llm, torc
 from builder.hardware import machine
 from builder.planning.compatibility import check
 from plugins.common.errors import UserError
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 from plugins.common.nvidia_smi import gpus
 from plugins.libtwofour.bindings import OLDEST_CUSPARSELT
 

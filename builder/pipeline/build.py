@@ -33,7 +33,7 @@ from builder.source_check import check_settings, check_source
 from calibration.data.documents import find_file
 from plugins.common import defaults
 from plugins.common.errors import GateError
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 
 
 def default_store() -> Path:
@@ -74,7 +74,7 @@ def build(
 
 def require_gates(report: dict[str, Any], out: Path) -> None:
     """Raises GateError where a gate of the report failed."""
-    if failed := [gate["words"] for gate in report["gates"] if not gate["passed"]]:
+    if failed := [gate["message"] for gate in report["gates"] if not gate["passed"]]:
         raise GateError(f"{'; '.join(failed)}: see {out / 'report' / 'report.html'}")
 
 

@@ -11,7 +11,7 @@ from builder.hardware import machine
 from builder.pipeline.pruning_stages import pruned_weights
 from builder.pipeline.stage import CALIBRATION_TOOLS, ENGINE_TOOLS, Stage
 from builder.pipeline.text_stages import tokens_of
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 
 
 def _checkpoint_inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:

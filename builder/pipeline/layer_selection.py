@@ -16,7 +16,7 @@ from builder.engines import measured_tactics
 from builder.planning.compatibility import has_hybrid_kernels
 from builder.planning.model_config import architecture, read_config
 from builder.planning.plan import LayerPlan
-from plugins.common.files import read_json, write_json
+from plugins.common.json_files import read_json, write_json
 from plugins.sparsity.declaration import Declaration
 
 if TYPE_CHECKING:

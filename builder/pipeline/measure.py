@@ -16,7 +16,7 @@ from builder.hardware import machine
 from builder.planning.model_config import architecture, read_config
 from calibration.config import Accuracy
 from plugins.common.errors import UserError
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 from plugins.common.progress import Progress
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
 from builder.pipeline.text_stages import selects_layers, tokens_of
 from builder.planning.compatibility import has_hybrid_kernels
 from plugins.common.errors import UserError
-from plugins.common.files import read_json, write_json
+from plugins.common.json_files import read_json, write_json
 from plugins.sparsity.declaration import Declaration
 
 

@@ -155,7 +155,7 @@ def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
         "repository": str(repository),
         "model": config.model_name,
         "files": list(sha256_tree(repository)),
-        "words": _how_to_start(build, repository, config.model_name),
+        "message": _how_to_start(build, repository, config.model_name),
     }
 
 

@@ -10,7 +10,7 @@ from builder.artifacts.cache import CachedOutput
 from builder.context import BuildContext, Outputs, data_digest
 from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
 from plugins.common.errors import UserError
-from plugins.common.files import read_json, write_json
+from plugins.common.json_files import read_json, write_json
 
 
 def needs_text(context: BuildContext) -> bool:

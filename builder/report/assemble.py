@@ -11,7 +11,7 @@ from builder.context import BuildContext, Outputs
 from builder.engines.predicted_tactics import read_tactics
 from builder.hardware import machine
 from calibration.quantization.trtllm_config import trtllm_name
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 
 ON_CPU = (
     "A CPU has no sparse matrix instructions: 2:4 saves bytes here, and time only where reading weights is the limit. "
@@ -74,7 +74,7 @@ def gates(
     rows: list[dict[str, Any]] = []
     if "checkpoint" in outputs:
         text = "every check of the written checkpoint holds"
-        rows.append({"name": "verification", "passed": True, "words": text})
+        rows.append({"name": "verification", "passed": True, "message": text})
     if "accuracy" in report:
         from calibration.budget.search import Goal
         from calibration.evaluation import evaluate
@@ -85,20 +85,20 @@ def gates(
             goal = Goal(budget)
             value, limit = goal.loss(evaluate.Accuracy.from_dict(report["accuracy"])), goal.limit
             text = f"{goal.describe(value)} under a budget of {goal.describe(limit)}"
-            rows.append({"name": "budget", "limit": limit, "value": value, "passed": value <= limit, "words": text})
+            rows.append({"name": "budget", "limit": limit, "value": value, "passed": value <= limit, "message": text})
     benchmark = context.recipe.benchmark
     if benchmark and benchmark.min_speedup and benchmark_reached and "benchmark" not in outputs:
         text = (
             f"not measured, and at least {benchmark.min_speedup:.2f}x is asked for: measure it with twofour bench --url"
         )
-        rows.append({"name": "speedup", "limit": benchmark.min_speedup, "passed": False, "words": text})
+        rows.append({"name": "speedup", "limit": benchmark.min_speedup, "passed": False, "message": text})
     if benchmark and benchmark.min_speedup and report.get("performance"):
         for point in report["performance"]:
             ratio = point["speedup"]["output_token_throughput"]["ratio"]
             text = f"output tokens a second {ratio:.2f}x at concurrency {point['concurrency']}"
             rows.append({
                 "name": "speedup", "limit": benchmark.min_speedup, "value": ratio,
-                "passed": ratio >= benchmark.min_speedup, "words": f"{text} (at least {benchmark.min_speedup:.2f}x)",
+                "passed": ratio >= benchmark.min_speedup, "message": f"{text} (at least {benchmark.min_speedup:.2f}x)",
             })  # fmt: skip
     return rows
 

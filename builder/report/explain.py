@@ -14,7 +14,7 @@ from builder.engines.predicted_tactics import predict_tactics, read_tactics
 from plugins.common import defaults
 from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 from plugins.sparsity.segments import Segments
 
 

@@ -22,8 +22,8 @@ def check_skeleton(config: Mapping[str, Any], shapes: Architecture, source: str)
         with torch.device("meta"):
             tensors = getattr(transformers, shapes.name)(settings).state_dict()
     except Exception as error:  # transformers raises what it likes for a value that it does not take
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"'{source}' is a config that transformers refuses ({words}): fetch the model again") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"'{source}' is a config that transformers refuses ({reason}): fetch the model again") from None
     expected = {name: part for name, part in layout.hf_tensors(shapes, Quantization()).items() if name in tensors}
     for name, tensor in tensors.items():
         if name not in expected or tuple(tensor.shape) not in expected[name].shapes:

@@ -72,7 +72,7 @@ def _reason(missing: Collection[str], tensors: Collection[str]) -> str:
         for there in tensors:
             if there.endswith(f".{name}"):
                 prefix = there[: -len(name)]
-                advice = next((words for part, words in WRAPPERS.items() if prefix.endswith(part)), "take it off")
+                advice = next((text for part, text in WRAPPERS.items() if prefix.endswith(part)), "take it off")
                 return f"its names begin with '{prefix}', {advice}"
         short = name.removeprefix("model.")
         if short != name and short in tensors:
@@ -109,9 +109,9 @@ def _check_unread(
 ) -> list[str]:
     """Names the tensors that nothing reads. Raises UserError where they belong to what the model computes."""
     notable = [name for name in unread if not BUFFERS.search(name) and not OTHER_HEADS.match(name)]
-    for pattern, words in LEFTOVERS.items():
-        if found := [name for name in notable if re.search(pattern, name)]:
-            raise UserError(f"'{model}' holds '{found[0]}'{_more(found)}: the weights are {words}")
+    for pattern, state in LEFTOVERS.items():
+        if matches := [name for name in notable if re.search(pattern, name)]:
+            raise UserError(f"'{model}' holds '{matches[0]}'{_more(matches)}: the weights are {state}")
     within = [name for name in notable if _is_part(name, shapes.num_blocks)]
     if within:
         raise UserError(

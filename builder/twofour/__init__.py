@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from plugins.common import defaults
 from plugins.common.errors import GateError, UserError
+from plugins.common.threads import let_threads_sleep
 
 if TYPE_CHECKING:
     from builder.verify import Verification
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from .llm import LLM
 
 __all__ = ["Build", "GateError", "UserError", "build", "load", "verify"]
+
+let_threads_sleep()
 
 Until = Literal["checkpoint", "engine", "evaluate", "benchmark", "deploy"]
 

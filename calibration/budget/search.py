@@ -77,7 +77,7 @@ class Goal:
         return loss if self.name == "kl" else loss**2
 
     def describe(self, loss: float) -> str:
-        """In words."""
+        """One sentence for a person."""
         return {
             "perplexity_increase": f"perplexity {loss:+.2%}",
             "kl": f"KL {loss:.4f} nats",

@@ -6,10 +6,11 @@ cannot read. Both read the older form, so that is what is written.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+from plugins.common.json_files import read_json, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,8 +32,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
     path = out / "tokenizer_config.json"
     if path.is_file():
-        config = json.loads(path.read_text(encoding="utf8"))
-        path.write_text(json.dumps(for_transformers_4(config), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+        write_json(path, for_transformers_4(read_json(path)), 2)
 
 
 def for_transformers_4(config: dict[str, Any]) -> dict[str, Any]:

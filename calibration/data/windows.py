@@ -15,7 +15,7 @@ from calibration.data.documents import read_documents
 from calibration.data.encoding import encode_documents
 from calibration.data.tokenizer import load_tokenizer
 from plugins.common.errors import UserError
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -138,7 +138,7 @@ def hf_logits(model: Any) -> Logits:
 
 
 def gates(accuracy: Accuracy, limits: config.Accuracy) -> list[Gate]:
-    """What the recipe holds the build to: one {name, limit, value, passed, words} for each limit that is set."""
+    """What the recipe holds the build to: one {name, limit, value, passed, message} for each limit that is set."""
     rows: list[Gate] = []
     if limits.max_perplexity_increase is not None:
         value, limit = accuracy.perplexity_increase, limits.max_perplexity_increase
@@ -153,7 +153,7 @@ def gates(accuracy: Accuracy, limits: config.Accuracy) -> list[Gate]:
 
 
 def _gate(name: str, limit: float, value: float, passed: bool, sentence: str) -> Gate:
-    return {"name": name, "limit": limit, "value": value, "passed": passed, "words": sentence}
+    return {"name": name, "limit": limit, "value": value, "passed": passed, "message": sentence}
 
 
 def _documents(tokens: Tokens, documents: Tokens | None) -> Tokens:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calibration.model.channel_order import INPUTS, ChannelOrder, Channels
 from plugins.common.errors import UserError
-from plugins.common.files import read_json, write_json
+from plugins.common.json_files import read_json, write_json
 from plugins.sparsity.declaration import FILE, Declaration
 
 KEY = "twofour_channel_order"  # in adapter_config.json: the digest of the order

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from plugins.common.files import read_json, replacing, sync
+from plugins.common.files import replacing, sync
+from plugins.common.json_files import read_json
 
 
 class BlockStore:

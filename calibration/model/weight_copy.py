@@ -5,7 +5,6 @@ Files that are so already are copied byte by byte.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 
 from calibration.model.weight_files import INDEX, SINGLE, model_dtype, read_index, weight_files
 from plugins.common.formats import FLOATS
+from plugins.common.json_files import write_json
 
 STORED = {format.dtype: format.safetensors for format in FLOATS}
 
@@ -61,4 +61,4 @@ def _write_index(source: Path, out: Path, weight_map: dict[str, str], total: int
         shutil.copyfile(source, out)
         return
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    out.write_text(json.dumps(index, indent=2) + "\n", encoding="utf8")
+    write_json(out, index, 2)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.common.errors import UserError
-from plugins.common.files import read_json
-from plugins.common.json_files import read_json_object
+from plugins.common.json_files import read_json, read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

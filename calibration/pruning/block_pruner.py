@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 
 import torch
@@ -25,7 +25,7 @@ from plugins.common.errors import UserError
 from plugins.sparsity.segments import Segments
 
 
-class Outcome(str, Enum):
+class Outcome(StrEnum):
     """The outcome of pruning for one layer."""
 
     PRUNED = "pruned"

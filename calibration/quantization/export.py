@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from calibration.quantization.trtllm_config import complete_config, for_transfor
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
 from plugins.common.formats import INT8_PER_TOKEN
+from plugins.common.json_files import read_json, write_json
 from plugins.sparsity.declaration import Declaration
 
 
@@ -97,40 +97,38 @@ def extract_int8_kv_scales(model: nn.Module) -> dict[str, torch.Tensor]:
 def _declare_int8_kv(out: Path) -> None:
     quantization: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": "INT8", "exclude_modules": []}
     path = out / "hf_quant_config.json"
-    written = json.loads(path.read_text()) if path.is_file() else {"producer": {"name": "modelopt"}}
+    written = read_json(path, {"producer": {"name": "modelopt"}})
     written["quantization"] = {**quantization, **written.get("quantization", {}), "kv_cache_quant_algo": "INT8"}
-    path.write_text(json.dumps(written, indent=4))
+    write_json(path, written, 4)
     path = out / "config.json"
-    config = json.loads(path.read_text())
+    config = read_json(path)
     section = config.setdefault("quantization_config", {"quant_method": "modelopt", "quant_algo": None, "ignore": []})
     section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "int"}
-    path.write_text(json.dumps(config, indent=4))
+    write_json(path, config, 4)
 
 
 def _declare_per_token(out: Path) -> None:
     """Writes TensorRT-LLM's name of INT8 with a scale for each token, which ModelOpt does not know, in both configs."""
     for name, section in (("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")):
-        config = json.loads((out / name).read_text())
+        config = read_json(out / name)
         config[section]["quant_algo"] = INT8_PER_TOKEN
-        (out / name).write_text(json.dumps(config, indent=4))
+        write_json(out / name, config, 4)
 
 
 def _write_for_transformers_4(path: Path) -> None:
     """Readers on transformers 4 (TensorRT-LLM, vLLM) take defaults in silence for what transformers 5 names anew."""
-    config = json.loads(path.read_text(encoding="utf8"))
-    path.write_text(json.dumps(for_transformers_4(config), indent=2) + "\n", encoding="utf8")
+    write_json(path, for_transformers_4(read_json(path)), 2)
 
 
 def copy_checkpoint(source: Path, out: Path, declared: Declaration, names: Collection[str]) -> None:
     """A checkpoint that quantization leaves alone: the tensors `names`, in the model's own dtype."""
     out.mkdir(parents=True, exist_ok=True)
     copy_weights(source, out, names)
-    config = json.loads((source / "config.json").read_text(encoding="utf8"))
+    config = read_json(source / "config.json")
     if config.get("dtype") or config.get("torch_dtype"):
         shutil.copyfile(source / "config.json", out / "config.json")
     else:
-        config = json.dumps(config | {"dtype": model_dtype(source)}, indent=2) + "\n"
-        (out / "config.json").write_text(config, encoding="utf8")
+        write_json(out / "config.json", config | {"dtype": model_dtype(source)}, 2)
     _write_for_transformers_4(out / "config.json")
     copy_tokenizer(source, out)
     declared.write(out)
@@ -152,7 +150,7 @@ def export_trtllm(
     from modelopt.torch.export import export_tensorrt_llm_checkpoint
 
     dtype = next(model.parameters()).dtype
-    config = json.loads((source / "config.json").read_text(encoding="utf8"))
+    config = read_json(source / "config.json")
     architecture = config["architectures"][0]
     with suppress_output() as output, torch.inference_mode():
         export_tensorrt_llm_checkpoint(
@@ -170,7 +168,7 @@ def export_trtllm(
             "use engine.backend=pytorch or torch",
         )
     path = out / "config.json"
-    path.write_text(json.dumps(complete_config(config, json.loads(path.read_text())), indent=4) + "\n", encoding="utf8")
+    write_json(path, complete_config(config, read_json(path)), 4)
     Declaration(tuple(trtllm_layers(declared.layers)), method=declared.method).write(out)
 
 

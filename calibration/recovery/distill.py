@@ -30,7 +30,7 @@ from calibration.config import Quantization, Recovery
 from calibration.data.windows import Tokens
 from calibration.model.device import has_bfloat16
 from calibration.quantization.quantize import quantize, shares_embedding
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 from plugins.common.progress import Progress
 
 LOGITS_AT_ONCE = 2**26  # B x T x V of one forward pass: 256 MB in float32, of which training holds about six

@@ -17,7 +17,8 @@ from calibration.config import Quantization, Recovery
 from calibration.data.windows import Tokens
 from calibration.model.loading import load_causal_lm
 from calibration.model.weights import Weights
-from plugins.common.files import read_json, replacing, write_json
+from plugins.common.files import replacing
+from plugins.common.json_files import read_json, write_json
 from plugins.sparsity.declaration import Declaration
 
 HELD_OUT = 16  # windows at most that judge the training and never train

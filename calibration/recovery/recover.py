@@ -1,6 +1,6 @@
 """Takes back what pruning lost: distills the dense model into the pruned one, with the masks held.
 
-Three steps, each of which a killed run finds finished or goes on with: prepare (sample text, time a step, fix the
+Three steps, each of which a killed run skips or resumes: prepare (sample text, time a step, fix the
 number of steps), train (transformers' Trainer, with checkpoints), finish (judge on held-out windows, write). Runs on a
 CPU or a GPU; where several GPUs are seen the training starts itself under `accelerate launch`, on each of them.
 """
@@ -29,7 +29,7 @@ from calibration.model.weights import Weights, copy_with
 from calibration.pruning.solvers.masks import apply
 from calibration.recovery.job import Job, save_tokens
 from plugins.common.errors import GateError, UserError
-from plugins.common.files import read_json, write_json
+from plugins.common.json_files import read_json, write_json
 from plugins.common.progress import Progress
 
 log = logging.getLogger(__name__)

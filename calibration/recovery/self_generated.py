@@ -19,7 +19,7 @@ PROMPT = 4  # tokens of real text that a window begins with
 
 @torch.inference_mode()
 def sample(model: Any, tokens: Tokens, windows: int, seed: int, progress: Progress) -> Tokens:
-    """`windows` windows [windows, T] like `tokens` [_, T]: each begins as one of them, and goes on at temperature 1.
+    """`windows` windows [windows, T] like `tokens` [_, T]: one of them, continued at temperature 1.
 
     Deterministic for a seed on one machine. No end-of-sequence stops it, as windows of running text have none.
     """

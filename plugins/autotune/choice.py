@@ -77,7 +77,7 @@ def entry(shape: Shape, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str
 
 
 def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
-    """Why the layer runs as it does, in words."""
+    """Why the layer runs as it does, in one sentence."""
     ratios = {b["tokens"]: b["ratio"] for b in buckets if b["ratio"] is not None}
     won = [b for b in buckets if b["kernel"] in SPARSE_KERNELS and (b["ratio"] is None or b["ratio"] >= 1)]
     held = [b for b in buckets if b["kernel"] in SPARSE_KERNELS and b not in won]

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from plugins.common.config import Config
 from plugins.common.errors import UserError
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 
 Kernel = Literal["dense-cublaslt", "cusparselt", "skinny", "dense-cpu", "cpu-2of4", "reference", "none"]
 

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 CHUNK = 1 << 20  # bytes read at once
-
-
-def read_json(path: Path, default: Any = ...) -> Any:
-    """The file's JSON value; `default`, where one is given, if there is no file."""
-    if default is not ... and not path.is_file():
-        return default
-    return json.loads(path.read_text(encoding="utf8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON value for people to read, at once."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf8")
 
 
 @contextmanager

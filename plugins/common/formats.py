@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """A number format. Its value is our name for it, so that it compares equal to that string."""
 
     nbytes: int  # of one value

@@ -1,4 +1,4 @@
-"""Reads a JSON object from a file: one error for each way in which it can be none."""
+"""JSON files: read as they are or with an error for each way in which one is damaged, and written at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from plugins.common.errors import UserError
+from plugins.common.files import replacing
+
+
+def read_json(path: Path, default: Any = ...) -> Any:
+    """The file's JSON value; `default`, where one is given, if there is no file."""
+    if default is not ... and not path.is_file():
+        return default
+    return json.loads(path.read_text(encoding="utf8"))
+
+
+def write_json(path: Path, value: Any, indent: int = 1) -> None:
+    """Writes a JSON value for people to read, at once."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf8")
 
 
 def read_json_object(path: Path, advice: str = "fetch it again") -> dict[str, Any]:
@@ -15,14 +29,14 @@ def read_json_object(path: Path, advice: str = "fetch it again") -> dict[str, An
     Raises FileNotFoundError where there is no file, whose meaning differs from reader to reader.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf8"))
+        value = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}): check the file") from None
     except (ValueError, RecursionError) as error:
-        words = " ".join(str(error).split())[:160]
-        raise UserError(f"'{path}' is not JSON ({words}): {advice}") from None
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"'{path}' is not JSON ({reason}): {advice}") from None
     if not isinstance(value, dict):
         raise UserError(f"'{path}' is not a JSON object: {advice}")
     return value

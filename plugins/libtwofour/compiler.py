@@ -8,7 +8,6 @@ is plugins/csrc/CMakeLists.txt; without it nvcc is called directly on the same s
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from plugins.common.errors import UserError
+from plugins.common.json_files import write_json
 from plugins.common.nvidia_smi import gpus
 
 SOURCES = Path(__file__).parents[1] / "csrc"
@@ -74,7 +74,7 @@ def build(
             os.replace(out / (file.name + ".new"), out / file.name)  # a process that has the old one open keeps it
     plugin = out / "libtwofour_tensorrt.so"
     result = Build(str(out / "libtwofour.so"), str(plugin) if tensorrt_include else None, chosen, _version(nvcc))
-    (out / "build.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+    write_json(out / "build.json", asdict(result), 2)
     return result
 
 
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    chosen.out.write_text(json.dumps(asdict(result)) + "\n", encoding="utf8")
+    write_json(chosen.out, asdict(result))
     print(f"built {result.library} for sm_{', sm_'.join(result.sms)}")
     return 0
 

@@ -133,7 +133,7 @@ def share_input(layers: Sequence[Linear]) -> None:
 
 
 def remarks(layers: Iterable[Linear]) -> list[str]:
-    """What a reader of measurements should know of how these layers run, in words."""
+    """What a reader of measurements should know of how these layers run, a sentence each."""
     layers = list(layers)
     sentences = []
     kernels = {layer: re.split(" or | and ", layer.kernel) for layer in layers if layer.sparse}

@@ -20,7 +20,7 @@ class Linear(nn.Module):
 
     format: str  # of the stored weight, one of FORMATS
     sparse: bool  # whether the stored weight is packed 2:4
-    kernel: str  # what multiplies, in words
+    kernel: str  # what multiplies, as reports name it
     out_features: int
     in_features: int
     quantizer: InputQuantizer | None = None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.common.errors import UserError
-from plugins.common.files import read_json, write_json
+from plugins.common.json_files import read_json, write_json
 from plugins.sparsity.segments import Segments
 
 FILE = "sparsity.json"
@@ -51,7 +51,7 @@ class Declaration:
 
     @classmethod
     def parse(cls, content: Any) -> Declaration:
-        """Raises UserError, one line that names the first thing amiss."""
+        """Raises UserError, one line that names the first fault."""
         if not isinstance(content, dict) or content.get("pattern") != "2:4":
             raise UserError(EXAMPLE)
         layers, hybrid, order = content.get("layers"), content.get("hybrid", {}), content.get("order", {})

@@ -83,31 +83,6 @@ def pack(w_NK: Array) -> tuple[Array, Array]:
     return values.reshape(rows, columns // 2).view(w_NK.dtype), indices
 
 
-def unpack(values: Array, indices: Array) -> Array:
-    """The weight [N, K] that `pack` made values [N, K/2] and indices uint8 [N, ceil(K/8)] from.
-
-    Raises UserError for shapes that do not belong together, or indices that do not ascend within a group.
-    """
-    rows, half = values.shape
-    groups = half // 2
-    if half % 2 or indices.dtype != np.uint8 or indices.shape != (rows, (groups + 1) // 2):
-        raise UserError(
-            f"values {values.shape} and indices {indices.dtype} {indices.shape} do not belong together: "
-            "build the engine again"
-        )
-    nibbles = np.stack([indices & 15, indices >> 4], axis=-1).reshape(rows, -1)[:, :groups]
-    first, second = nibbles & 3, nibbles >> 2
-    if (first >= second).any():
-        row, group = np.argwhere(first >= second)[0]
-        raise UserError(f"row {row}, group {group}: indices do not ascend: the file is damaged, build the engine again")
-    bits = np.zeros(rows * groups * 4, _unsigned(values.dtype))
-    packed = _bits(values).reshape(rows, groups, 2)
-    base = np.arange(0, bits.size, 4, dtype=np.int64).reshape(rows, groups)
-    bits[base + first] = packed[..., 0]
-    bits[base + second] = packed[..., 1]
-    return bits.reshape(rows, groups * 4).view(values.dtype)
-
-
 def _nibble_table() -> Array:
     """For each of the 16 sets of nonzeros in a group (bit i: element i): first | second << 2, or VIOLATION."""
     table = np.full(16, VIOLATION, np.uint8)

@@ -32,8 +32,10 @@ def unpack(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         )
     nibbles = torch.stack([indices & 15, indices >> 4], dim=-1).view(rows, -1)[:, :groups]
     places = torch.stack([nibbles & 3, nibbles >> 2], dim=-1)
-    if not bool((places[..., 0] < places[..., 1]).all()):
-        raise UserError("the indices of a 2:4 weight do not ascend: the file is damaged, build the engine again")
+    ascends = places[..., 0] < places[..., 1]
+    if not bool(ascends.all()):
+        row, group = (~ascends).nonzero()[0].tolist()
+        raise UserError(f"row {row}, group {group}: indices do not ascend: the file is damaged, build the engine again")
     kept = values.view(_INTEGERS[values.element_size()]).view(rows, groups, 2)
     dense = torch.zeros(rows, groups, 4, dtype=kept.dtype, device=values.device).scatter_(2, places.long(), kept)
     return dense.view(rows, groups * 4).view(values.dtype)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 
 HOOKS = Path("hooks") / "models.py"
 MODEL_CLASS = "TwofourForCausalLM"

@@ -75,7 +75,7 @@ class SparsityLog:
         return "none" if len(self.eligible.names) >= self.eligible.count else "unknown"
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """One sentence for a person."""
         match self.status:
             case "picked":

@@ -27,7 +27,7 @@ from tensorrt_llm.quantization.layers import FP8Linear, FP8RowLinear, Int8Smooth
 from tensorrt_llm.quantization.quantize import quantize_layers
 
 from plugins.common.errors import UserError
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 from plugins.tensorrt_llm.layer_names import local_name
 
 PLUGIN = ("TwofourGemm", "1", "twofour")  # name, version, namespace

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from tensorrt_llm._torch.modules.linear import Linear
 from tensorrt_llm.logger import logger
 
-from plugins.common.files import read_json
+from plugins.common.json_files import read_json
 from plugins.linear.kernel_linear import SKINNY_THEN_CUSPARSELT, Choices
 from plugins.tensorrt_llm.layer_names import parts
 from plugins.tensorrt_llm.releases import naming_the_release

@@ -61,7 +61,7 @@ class Guarded:
         return result
 
     def _compare(self, copies: list[Any], result: torch.Tensor, arguments: tuple[Any, ...]) -> str | None:
-        """What is amiss with the operator's result on copies of the arguments that the reference had."""
+        """What is wrong with the operator's result on copies of the arguments that the reference had."""
         try:
             out = self._operator(*copies)
             torch.cuda.synchronize(out.device)
@@ -70,11 +70,11 @@ class Guarded:
         except Exception as error:  # a compiler, and what it calls, may raise anything
             return f"{type(error).__name__}: {_first_line(error)}"
         pairs = [(out, result), *zip(copies, arguments, strict=True)]
-        return next((words for pair in pairs if (words := _difference(*pair))), None)
+        return next((problem for pair in pairs if (problem := _difference(*pair))), None)
 
-    def _remark(self, words: str) -> None:
-        log.warning("%s", words)
-        self.remarks.append(words)
+    def _remark(self, problem: str) -> None:
+        log.warning("%s", problem)
+        self.remarks.append(problem)
 
 
 def _copy(arguments: tuple[Any, ...]) -> list[Any]:

@@ -186,18 +186,18 @@ def test_the_share_of_the_limit_stands_beside_each_side() -> None:
     assert limit["dense"]["gigabytes_per_second"] == pytest.approx(moved / 0.002 / 1e9)
     assert limit["dense"]["share"] == pytest.approx((moved / 3350e9 + launches) / 0.002, rel=0.02)
     assert limit["built"]["share"] == pytest.approx((0.3125 * moved / 3350e9 + launches) / 0.002, rel=0.02)
-    assert "H100 SXM 80GB limit" in limit["words"]
+    assert "H100 SXM 80GB limit" in limit["message"]
 
 
 def test_a_figure_above_the_limit_is_called_wrong() -> None:
     points = points_at(0.0005)
     add_limits(points, COSTS, roofline.gpu("H100"))
     assert points[0]["limit"]["dense"]["share"] > 1
-    assert "above the limit" in points[0]["limit"]["words"]
+    assert "above the limit" in points[0]["limit"]["message"]
 
 
 def test_no_limit_is_made_up_for_a_cpu() -> None:
     points = points_at(0.5)
     add_limits(points, COSTS, None)
     assert points[0]["limit"]["dense"]["share"] is None
-    assert "no limit is known" in points[0]["limit"]["words"]
+    assert "no limit is known" in points[0]["limit"]["message"]

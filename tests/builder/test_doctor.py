@@ -55,7 +55,7 @@ def test_a_gpu_without_sparse_tensor_cores(nvidia_smi: Path) -> None:
     nvidia_smi.write_text("#!/bin/sh\necho 'Tesla T4, 7.5, 15360, 15000, 580.65'\n")
     found = probes.gpu()
     assert (found.state, found.version) == ("unfit", "SM75")
-    assert "2:4 sparsity needs the sparse tensor cores that begin with SM80" in found.words
+    assert "2:4 sparsity needs the sparse tensor cores that begin with SM80" in found.message
 
 
 @pytest.mark.parametrize("answer", ["sleep 60", "exit 9", "echo garbage", "echo 'H100, [N/A], 1, 1, 1'"])
@@ -80,7 +80,7 @@ def test_kernels_that_were_compiled_for_another_gpu(
     monkeypatch.setenv("TWOFOUR_LIBRARY", str(tmp_path / "libtwofour.so"))
     found = probes.kernels()
     assert found.state == "unfit"
-    assert found.words.endswith("for SM 80, 90a, nvcc 13.0.88: not for this GPU")
+    assert found.message.endswith("for SM 80, 90a, nvcc 13.0.88: not for this GPU")
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_the_stub_that_pypi_serves_for_tensorrt_llm(tmp_path: Path, monkeypatch:
     install(tmp_path, "tensorrt-llm", "1.2.1")
     monkeypatch.syspath_prepend(tmp_path)
     found = package_probes.tensorrt_llm()
-    assert (found.state, found.version, found.words) == ("broken", "1.2.1", "a stub: the package holds no bindings")
+    assert (found.state, found.version, found.message) == ("broken", "1.2.1", "a stub: the package holds no bindings")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_releases_of_tensorrt_llm(
     monkeypatch.syspath_prepend(tmp_path)
     found = package_probes.tensorrt_llm()
     assert found.state == state
-    assert words in found.words
+    assert words in found.message
 
 
 def test_a_tensorrt_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +166,8 @@ def test_a_pyarrow_that_refuses_numpy_makes_modelopt_drop_its_plugins(tmp_path: 
     (tmp_path / "pyarrow" / "__init__.py").write_text("raise ImportError('pyarrow requires numpy 2')\n")
     found = package_probes.modelopt({**os.environ, "PYTHONPATH": str(tmp_path)})
     assert found.state == "broken"
-    assert "transformers plugins did not load" in found.words
-    assert "pyarrow requires numpy 2" in found.words
+    assert "transformers plugins did not load" in found.message
+    assert "pyarrow requires numpy 2" in found.message
     assert "pip install 'twofour[calibrate]'" in found.fix
 
 
@@ -175,7 +175,7 @@ def test_a_modelopt_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: cannot open')\n")
     found = package_probes.modelopt({**os.environ, "PYTHONPATH": str(tmp_path)})
     assert found.state == "broken"
-    assert "libtorch.so: cannot open" in found.words
+    assert "libtorch.so: cannot open" in found.message
 
 
 # Any probe

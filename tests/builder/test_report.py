@@ -107,8 +107,8 @@ def _full() -> dict[str, Any]:
         "pareto": [{"label": "6 of 12", "bytes": 8_000_000, "perplexity": 22.4}],
         "environment": {"python": "3.11.7", "versions": {"torch": "2.13.0"}},
         "gates": [
-            {"name": "verification", "passed": True, "words": "every check holds"},
-            {"name": "perplexity", "limit": 0.15, "value": 0.17, "passed": False, "words": "17.0% is above 15.0%"},
+            {"name": "verification", "passed": True, "message": "every check holds"},
+            {"name": "perplexity", "limit": 0.15, "value": 0.17, "passed": False, "message": "17.0% is above 15.0%"},
         ],
         "notes": ["2:4 gives no speed on a CPU because it has no sparse matrix instructions."],
     }
@@ -135,7 +135,7 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
+        self.parts: list[str] = []
         self.feed(html)
         self.close()
         assert self.open == []
@@ -153,11 +153,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not {"style", "title"} & set(self.open):
-            self.words.append(data)
+            self.parts.append(data)
 
     @property
     def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
+        return re.sub(r"\s+", " ", " ".join(self.parts))
 
 
 def test_the_three_forms_are_written_and_nothing_else(pages: Path) -> None:

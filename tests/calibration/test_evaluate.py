@@ -107,7 +107,7 @@ def test_gates_pass_and_fail_with_words():
     assert [(gate["name"], gate["passed"]) for gate in gates(found, tight)] == [
         ("perplexity_increase", False), ("top1_agreement", False),
     ]  # fmt: skip
-    assert "+50.00% (at most 10.00%)" in gates(found, tight)[0]["words"]
+    assert "+50.00% (at most 10.00%)" in gates(found, tight)[0]["message"]
 
 
 def test_infinite_logits_are_named():

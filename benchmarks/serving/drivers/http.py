@@ -42,7 +42,7 @@ class Dialect(Protocol):
 
 
 class RequestError(Exception):
-    """The server did not serve the request; the words go into its record."""
+    """The server did not serve the request; the message goes into its record."""
 
 
 def run(dialect: Dialect, endpoint: Endpoint, requests: Sequence[BenchRequest], concurrency: int) -> list[Record]:
@@ -88,7 +88,7 @@ async def _measure(
 
     try:
         await asyncio.wait_for(receive(), endpoint.request_s)
-    except (asyncio.TimeoutError, TimeoutError):
+    except TimeoutError:
         error = f"not done after {endpoint.request_s:g} s"
     except httpx.TimeoutException:
         error = f"silent for {endpoint.gap_s:g} s"

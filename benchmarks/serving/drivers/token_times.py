@@ -61,7 +61,7 @@ def _grown(events: Sequence[Arrival]) -> list[float]:
 
 
 def _reconciled(events: Sequence[Arrival], start: float, total: int) -> list[float]:
-    """The times of the events that hold tokens, where events without text are told apart by the count `total`."""
+    """The times of the events that hold tokens, where the count `total` distinguishes events without text."""
     opening = _opening(events)
     rest = list(events[len(opening) :])
     closing = rest[-1:] if rest and rest[-1].chunk.end and not rest[-1].chunk.text else []

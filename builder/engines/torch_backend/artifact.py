@@ -26,8 +26,7 @@ from builder.engines.torch_backend.limits import Limits
 from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
-from plugins.common.files import write_json
-from plugins.common.json_files import read_json_object
+from plugins.common.json_files import read_json_object, write_json
 from plugins.sparsity.declaration import Declaration
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from builder.engines.torch_backend.kv_cache import KVCache, blocks_for
 from builder.engines.torch_backend.random_model import decoder_of, kernel_layers, make_sparse, shapes_of
 from plugins.autotune import timing, tuner
 from plugins.common.errors import UserError
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 from plugins.libtwofour import bindings
 from plugins.linear.kernel_linear import Dense
 from plugins.triton_kernels import overlap
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
-    keep: Keep = (lambda found: None) if chosen.out is None else lambda found: write_json(chosen.out, found)
+    keep: Keep = (lambda result: None) if chosen.out is None else lambda result: write_json(chosen.out, result)
     try:
         result = run(chosen.model, chosen.seconds, keep)
     except UserError as error:

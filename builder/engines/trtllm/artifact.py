@@ -12,7 +12,7 @@ from builder.checkpoint import digest
 from builder.config import EngineConfig
 from builder.hardware import machine
 from builder.planning.kv_cache import SHARES, SINKS
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 
 
 def weight_bytes(checkpoint: Path) -> int:

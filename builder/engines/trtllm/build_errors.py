@@ -42,7 +42,7 @@ CAUSES: tuple[tuple[str, str], ...] = (
     (r"(?P<what>No space left on device)", "the disk is full: free some space and run again"),
 )
 _SOURCE_LINE = re.compile(r'^ *File ".*\n(?: {4,}.*\n)*', re.MULTILINE)  # a traceback quotes code, not what happened
-_CAUSES = tuple((re.compile(pattern), words) for pattern, words in CAUSES)
+_CAUSES = tuple((re.compile(pattern), cause) for pattern, cause in CAUSES)
 _ERROR = re.compile(r"\[E\]|\bERROR\b|error:|\w*(Error|Exception)\b")
 
 

@@ -5,7 +5,6 @@ A TensorRT-LLM checkpoint is `config.json` and one `rank{N}.safetensors` a rank,
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from builder.planning import compatibility
 from plugins.common.errors import UserError
 from plugins.common.formats import KERNEL_OUTPUTS, OF_ALGORITHM, OF_KV_ALGORITHM
+from plugins.common.json_files import read_json
 
 DTYPES = {format.dtype: format.value for format in KERNEL_OUTPUTS}  # config.json's name -> ours
 # The keys that TensorRT-LLM's QuantConfig takes: a newer release of it refuses any other.
@@ -130,7 +130,7 @@ def _check_quantization(config: dict[str, Any], where: Path) -> None:
 
 def _read_json(path: Path, directory: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        content: dict[str, Any] = read_json(path)
     except FileNotFoundError:
         raise UserError(f"'{directory}' holds no {path.name}: name a TensorRT-LLM checkpoint directory") from None
     except (OSError, ValueError) as error:

@@ -23,7 +23,7 @@ from builder.engines.trtllm import artifact, hf_config, launch, sparse_package, 
 from builder.planning import compatibility, sharding
 from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import releases
 

@@ -59,7 +59,7 @@ def _wait(
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
             if code:
-                raise UserError(_words(doing, rank, code, logs[rank]))
+                raise UserError(_failure(doing, rank, code, logs[rank]))
         done = sum(code == 0 for code in codes)
         if progress and done != reported:
             reported = done
@@ -69,7 +69,7 @@ def _wait(
         time.sleep(_POLL)
 
 
-def _words(doing: str, rank: int, code: int, log: Path) -> str:
+def _failure(doing: str, rank: int, code: int, log: Path) -> str:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     output = _end_of(log, _LOG_SHOWN).decode("utf8", "replace")
     return f"{doing}: rank {rank} {how}, {explain(output)} (its log: '{_keep(log)}')"

@@ -14,7 +14,7 @@ from typing import Any
 
 from builder.checkpoint import Checkpoint
 from plugins.common.families import FAMILIES
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 
 NAME = "twofour_sparse"
 

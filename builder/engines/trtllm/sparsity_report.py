@@ -16,7 +16,7 @@ from builder.engines.measured_tactics import Sized
 from builder.engines.trtllm.checkpoint import TrtllmCheckpoint
 from builder.hardware import machine
 from plugins.autotune import tactics
-from plugins.common.files import read_json, write_json
+from plugins.common.json_files import read_json, write_json
 from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import inspector
 from plugins.tensorrt_llm.inspector import SparseTactic
@@ -75,7 +75,8 @@ def write(
         engine / FILE,
         {
             "ranks": [
-                {"log": rank.log.status, "words": rank.log.words, "inspector": _listed(rank.sparse)} for rank in reports
+                {"log": rank.log.status, "message": rank.log.summary, "inspector": _listed(rank.sparse)}
+                for rank in reports
             ],
             "layers": {layer: {"route": routes[layer], "status": word} for layer, word in status.items()},
         },
@@ -93,7 +94,7 @@ def remarks(engine: Path) -> list[str]:
         return []
     count = Counter("our plugin" if x["route"] == "plugin" else x["status"] for x in report["layers"].values())
     listed = ", ".join(f"{number} {word}" for word, number in sorted(count.items()))
-    rank_of = {rank["words"]: number for number, rank in reversed(list(enumerate(report["ranks"])))}
+    rank_of = {rank["message"]: number for number, rank in reversed(list(enumerate(report["ranks"])))}
     logs = [line if len(rank_of) == 1 else f"rank {number}: {line}" for line, number in sorted(rank_of.items())]
     return [f"of {len(report['layers'])} 2:4 layers: {listed}", *logs]
 

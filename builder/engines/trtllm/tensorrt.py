@@ -8,7 +8,7 @@
       rank{r}.engine  config.json       TensorRT-LLM's own, once built
       build-rank{r}.log  inspector-rank{r}.json  sparsity_log.json  tactics.json      what TensorRT picked
 
-`prepare` writes all that needs no GPU and no TensorRT-LLM; `build` goes on from there.
+`prepare` writes all that needs no GPU and no TensorRT-LLM; `build` does the rest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from builder.planning import compatibility
 from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
-from plugins.common.files import write_json
+from plugins.common.json_files import write_json
 from plugins.common.nvidia_smi import gpus
 from plugins.common.progress import Progress
 from plugins.libtwofour import bindings

@@ -17,7 +17,7 @@ from typing import Any
 
 from builder.engines.trtllm.launch import PLUGIN_LIBRARY
 from plugins.common.errors import UserError
-from plugins.common.files import read_json, write_json
+from plugins.common.json_files import read_json, write_json
 from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import releases
 

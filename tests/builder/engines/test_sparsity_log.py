@@ -38,7 +38,7 @@ def test_log_without_sparsity_lines_is_unknown_never_picked():
     log = read("no-sparsity-lines")
     assert log.status == "unknown"
     assert log.of("transformer.layers.0.attention.qkv") == "unknown"
-    assert "unknown" in log.words
+    assert "unknown" in log.summary
 
 
 def test_comma_inside_a_layer_name_does_not_split_it():
