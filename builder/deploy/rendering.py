@@ -1,4 +1,4 @@
-"""Writes pages from templates, each file or directory whole or not at all."""
+"""Writes a deployment's files, each file or directory whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,27 +6,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import jinja2
-
-_TEMPLATES = Path(__file__).parent / "templates"
-
-
-def render(template: str, **values: Any) -> str:
-    """The page `templates/<template>.jinja`; a value that it needs and lacks is an error."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # configuration and Python, not HTML
-    )
-    environment.filters["quoted"] = lambda text: '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return environment.get_template(f"{template}.jinja").render(version=version("twofour"), **values)
+TEMPLATE_DIRECTORY = Path(__file__).parent / "templates"
 
 
 def replace(place: Path, content: str | Mapping[str, str]) -> None:

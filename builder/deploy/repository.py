@@ -7,9 +7,10 @@ from pathlib import Path
 
 from builder.config import DeployConfig
 from builder.deploy import request_schema, trtllm_repository
-from builder.deploy.rendering import relative, render, replace
+from builder.deploy.rendering import TEMPLATE_DIRECTORY, relative, replace
 from builder.engines.registry import engine_facts
 from plugins.common.errors import UserError
+from plugins.common.templates import render
 
 
 def write_repository(engine_dir: Path, out: Path, config: DeployConfig) -> None:
@@ -37,6 +38,7 @@ def write_repository(engine_dir: Path, out: Path, config: DeployConfig) -> None:
         raise UserError(f"'{model}' holds something other than a Triton model: remove it or set another --model-name")
     pages = {
         "config.pbtxt": render(
+            TEMPLATE_DIRECTORY,
             "config.pbtxt",
             config=config,
             streaming=not config.response_cache if config.streaming is None else config.streaming,
@@ -45,6 +47,6 @@ def write_repository(engine_dir: Path, out: Path, config: DeployConfig) -> None:
             inputs=[(name, field) for field in request_schema.INPUTS for name in field.names],
             outputs=request_schema.OUTPUTS,
         ),
-        "1/model.py": render("model.py"),
+        "1/model.py": render(TEMPLATE_DIRECTORY, "model.py"),
     }
     replace(model, pages)

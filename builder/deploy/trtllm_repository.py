@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from builder.config import DeployConfig
-from builder.deploy.rendering import relative, render, replace
+from builder.deploy.rendering import TEMPLATE_DIRECTORY, relative, replace
 from builder.planning.kv_cache import SHARES
 from plugins.common.errors import UserError
+from plugins.common.templates import render
 
 TEMPLATES = {"tensorrt": "inflight_batcher_llm", "pytorch": "llmapi"}
 """The folder of the container's all_models for each backend."""
@@ -34,6 +35,7 @@ def write_repository(engine_dir: Path, engine: dict[str, Any], out: Path, config
             )
     streaming = config.streaming is not False
     page = render(
+        TEMPLATE_DIRECTORY,
         PROGRAM,
         backend=engine["backend"],
         templates=TEMPLATES[engine["backend"]],

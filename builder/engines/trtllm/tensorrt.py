@@ -41,38 +41,12 @@ from plugins.common.families import FAMILIES
 from plugins.common.json_files import write_json
 from plugins.common.nvidia_smi import gpus
 from plugins.common.progress import Progress
+from plugins.common.templates import render
 from plugins.libtwofour import bindings
 from plugins.tensorrt_llm import releases
 from plugins.tensorrt_llm.log import Status
 
 __all__ = ["build", "build_command", "build_config", "prepare", "routes"]
-
-# trtllm-build loads this file under the name `models`, and its workers import it again by that name: hence its own.
-_MODELS_PY = '''\
-"""The model class that trtllm-build loads: TensorRT-LLM's own, with the layers in routes.json on our plugin."""
-
-from pathlib import Path
-
-from tensorrt_llm.models import {base}
-
-from plugins.tensorrt_llm.network import SparseNetwork
-
-
-class {name}(SparseNetwork, {base}):
-    routes = Path(__file__).with_name("routes.json")
-'''
-
-_BUILD_SH = """\
-#!/usr/bin/env bash
-# Builds this engine by hand, in the container {container}.
-# CHECKPOINT names the TensorRT-LLM checkpoint directory.
-set -euo pipefail
-source "$(dirname "${{BASH_SOURCE[0]}}")/launch/env.sh"
-checkpoint=${{CHECKPOINT:-$engine/../checkpoint-trtllm}}
-export TLLM_LOG_LEVEL=verbose  # over the environment's: without it TensorRT 10 drops the sparsity lines
-export PYTHONPATH="$engine/{hooks}${{PYTHONPATH:+:$PYTHONPATH}}"  # its workers import the model class from there
-{command}
-"""
 
 
 def prepare(
@@ -150,7 +124,9 @@ def _prepare(
     (out / HOOKS).mkdir(parents=True, exist_ok=True)
     if chosen:
         base = FAMILIES[opened.architecture].trtllm.tensorrt_class
-        (out / HOOKS / "models.py").write_text(_MODELS_PY.format(base=base, name=MODEL_CLASS), encoding="utf8")
+        # trtllm-build loads this file under the name `models`, and its workers import it again by that name
+        page = render(launch.TEMPLATE_DIRECTORY, "models.py", base=base, name=MODEL_CLASS)
+        (out / HOOKS / "models.py").write_text(page, encoding="utf8")
         write_json(out / HOOKS / "routes.json", {"layers": chosen})
         shutil.copyfile(opened.directory / "sparsity.json", out / "sparsity.json")
     write_json(out / "build_config.json", settings)
@@ -160,7 +136,9 @@ def _prepare(
     launch.write(out, config, _serve(config), releases.CONTAINER, "tensorrt", modules=False, preload=preload)
     by_hand = build_command(PurePath("$checkpoint"), PurePath("$engine"), config, bool(chosen), settings)
     script = out / "build.sh"
-    page = _BUILD_SH.format(container=releases.CONTAINER, hooks=HOOKS, command=launch.shell(by_hand))
+    page = render(
+        launch.TEMPLATE_DIRECTORY, "build.sh", container=releases.CONTAINER, hooks=HOOKS, command=launch.shell(by_hand)
+    )
     script.write_text(page, encoding="utf8")
     script.chmod(0o755)
     return build_command(opened.directory, out, config, bool(chosen), settings)
