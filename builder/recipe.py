@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from benchmarks.config import Benchmark
 from builder.config import EngineConfig
-from calibration.config import Accuracy, CalibrationData, Quantization, Recovery, Sparsity
+from calibration.config import Accuracy, CalibrationData, Quantization, Recovery, Routing, Sparsity
 from plugins.common.config import Config
 from plugins.common.errors import UserError
 
@@ -39,6 +39,8 @@ class Recipe(Config):
     """Backend and limits."""
     accuracy: Accuracy = Accuracy()
     """Evaluation and its gates."""
+    routing: Routing | None = None
+    """Two engines and a router between them."""
     benchmark: Benchmark | None = Benchmark()
     """Measurement of speed and its gate."""
 

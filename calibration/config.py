@@ -137,6 +137,29 @@ class Recovery(Config):
     """Order of the sequences, and sampling."""
 
 
+class RoutingBudget(Config):
+    """What routing may cost."""
+
+    kl: float = Field(default=0.05, gt=0)
+    """Largest mean KL divergence from the dense model over all requests, nats a token."""
+
+
+class Routing(Config):
+    """Serve two engines, the dense model and the build, and choose one for each prompt. Leave the section out for one
+    engine."""
+
+    budget: RoutingBudget = RoutingBudget()
+    """The loss that the deployment keeps to."""
+    prompts: str | None = None
+    """Text like the users' prompts, as `calibration.data` takes it; null: the calibration text."""
+    samples: int = Field(default=256, ge=32)
+    """Prompts to learn from and to prove the router on."""
+    max_new_tokens: int = Field(default=32, ge=1)
+    """Tokens of the dense model's answer to each prompt, on which the engines are compared."""
+    shadow: Percent = Field(default=0.01, ge=0, le=1)
+    """Share of the requests that the dense engine computes again in idle time, so that the loss stays measured."""
+
+
 class Accuracy(Config):
     """How to measure accuracy against the dense model, and the limits that a build must keep."""
 

@@ -159,6 +159,8 @@ def _publish(
         parts["adapter"] = Part(outputs["adapter"], "adapter")
     if "engine" in outputs:
         parts["engine"] = Part(outputs["engine"])
+    if "routing" in outputs and report["routing"]["decision"]["serve"] == "router":
+        parts["routing"] = Part(outputs["routing"], "router")
     if "benchmark" in outputs:
         parts["report/records.jsonl"] = Part(outputs["benchmark"], "records.jsonl")
     files = {

@@ -8,6 +8,7 @@ from builder.artifacts.cache import CachedOutput
 from builder.context import BuildContext
 from builder.pipeline.engine_stages import BENCHMARK, CHECKPOINT, ENGINE, EVALUATE, REFERENCE
 from builder.pipeline.pruning_stages import ADAPTER, PRICES, RECOVER, SELECTION, SPARSIFY
+from builder.pipeline.routing_stage import ROUTING
 from builder.pipeline.stage import run_stage
 from builder.pipeline.text_stages import CALIBRATION, TEXT_CHECK
 
@@ -26,6 +27,7 @@ STAGES = (
     ENGINE,
     REFERENCE,
     EVALUATE,
+    ROUTING,
     BENCHMARK,
 )
 

@@ -59,6 +59,8 @@ def assemble(context: BuildContext, outputs: Outputs, benchmark_reached: bool) -
         report["accuracy"] = _read(outputs["evaluate"].path / "accuracy.json")
         for engine in report["accuracy"]["engines"].values():
             engine.pop("kernel_of", None)  # stands in the table of layers
+    if "routing" in outputs:
+        report["routing"] = _read(outputs["routing"].path / "routing.json")
     if "benchmark" in outputs:
         report["performance"] = _read(outputs["benchmark"].path / "performance.json")
     if "selection" in outputs:

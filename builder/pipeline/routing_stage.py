@@ -1,0 +1,163 @@
+"""The stage that learns and proves a router between the dense model and the build."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from builder.context import BuildContext, Outputs, data_digest
+from builder.pipeline.stage import ENGINE_TOOLS, Stage
+from plugins.common.errors import UserError
+from plugins.common.json_files import write_json
+
+VARIANTS = ("dense", "built")
+HELD_OUT = 0.3  # share of the documents
+LEAST_PROMPTS = 16  # on each side of the split
+
+
+def _data(context: BuildContext) -> str:
+    routing = context.recipe.routing
+    data = (routing and routing.prompts) or context.recipe.calibration.data
+    if data is None:
+        raise UserError("routing.prompts is not set", "name text, for example --set routing.prompts=prompts.jsonl")
+    return data
+
+
+def _inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:
+    engine = outputs.get("reference") or outputs["engine"]
+    return {"model": context.model_digest, "engine": engine.digest, "data": data_digest(_data(context))}
+
+
+def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
+    """router/, and routing.json: the report's `routing`."""
+    import numpy as np
+
+    from builder.engines import registry
+    from calibration.routing.features import fit_features
+    from calibration.routing.predictor import fit
+    from calibration.routing.proof import choose_threshold, prove
+    from calibration.routing.router import Router, histograms
+
+    routing, model = context.recipe.routing, context.model
+    assert routing is not None
+    engine = (outputs.get("reference") or outputs["engine"]).path
+    windows, prompts = _prompts(context)
+    dense, built = registry.load_dense(model, engine), registry.load(engine)
+    losses = _losses(dense, built, prompts, routing.max_new_tokens, context)
+    loss_N = np.array([loss.kl for loss in losses])
+    held_N = _held_out(windows.documents)
+    features = fit_features(windows.tokens[~held_N], *_vocabulary(model))
+    features_NF = np.stack([features.extract(prompt) for prompt in prompts])
+    fitted = fit(features_NF[~held_N], loss_N[~held_N])
+    threshold = choose_threshold(fitted.left_out_N, loss_N[~held_N], routing.budget.kl)
+    edges_FB, reference_FB = histograms(features_NF[~held_N])
+    identity = hashlib.sha256("".join(_inputs(context, outputs).values()).encode()).hexdigest()
+    router = Router(features, fitted.predictor, identity, VARIANTS, routing.budget.kl, threshold, edges_FB, reference_FB)
+    predicted_N, microseconds = _timed(router, [prompt for prompt, held in zip(prompts, held_N, strict=True) if held])
+    proof = prove(predicted_N, loss_N[held_N], windows.documents[held_N])
+    cheap_N = predicted_N <= threshold
+    router.save(out / "router")
+    write_json(
+        out / "routing.json",
+        {
+            **proof,
+            "variants": list(VARIANTS),
+            "budget_kl": routing.budget.kl,
+            "threshold": threshold,
+            "share": float(cheap_N.mean()),
+            "loss": float((loss_N[held_N] * cheap_N).mean()),
+            "disagreement": float(np.mean([loss.disagreement for loss in losses])),
+            "prompts": {"trained": int((~held_N).sum()), "held_out": int(held_N.sum())},
+            "controller_us": microseconds,
+            "decision": _decision(proof["gate"], threshold, routing.budget.kl),
+        },
+    )
+
+
+def _prompts(context: BuildContext) -> Any:
+    """Windows of the text, and a prompt of each."""
+    from calibration.data.windows import windows
+    from calibration.routing.prompts import cut_prompts
+
+    calibration, routing = context.recipe.calibration, context.recipe.routing
+    assert routing is not None
+    text = windows(
+        _data(context), context.model, calibration.sequence_length, routing.samples, calibration.seed + 1,
+        calibration.chat_template,
+    )  # fmt: skip
+    return text, cut_prompts(text.tokens)
+
+
+def _losses(dense: Any, built: Any, prompts: Any, max_new_tokens: int, context: BuildContext) -> Any:
+    """Both engines on the dense engine's greedy answers."""
+    from builder.engines.request import Request
+    from calibration.routing.prompts import measure_losses
+
+    answers: list[list[int]] = [[] for _ in prompts]
+    requests = [Request(str(i), prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
+    for token in dense.generate(requests):
+        answers[int(token.request_id)].append(token.token)
+    return measure_losses(dense.logits, built.logits, prompts, answers, context.console.progress)
+
+
+def _held_out(documents: Any) -> Any:
+    """Which prompts prove the router, bool [N]: those of some documents, drawn by number. Raises UserError for few."""
+    import numpy as np
+
+    numbers = np.unique(documents)
+    chosen = np.random.default_rng(0).permutation(numbers)[: round(HELD_OUT * len(numbers))]
+    held_N = np.isin(documents, chosen)
+    if min(held_N.sum(), (~held_N).sum()) < LEAST_PROMPTS:
+        raise UserError(f"{len(documents)} prompts of {len(numbers)} documents do not prove a router", "add text")
+    return held_N
+
+
+def _vocabulary(model: Path) -> tuple[Any, list[str]]:
+    """The input embedding [V, K] float32, and the text of each token."""
+    from calibration.data.tokenizer import load_tokenizer
+    from calibration.model.weights import Weights
+
+    embedding = Weights(model).read("model.embed_tokens.weight").float().numpy()
+    tokenizer = load_tokenizer(model)
+    return embedding, [tokenizer.decode([token]) for token in range(min(len(tokenizer), len(embedding)))]
+
+
+def _timed(router: Any, prompts: Any) -> tuple[Any, float]:
+    """The predicted losses [N], and the median time of one prediction, microseconds."""
+    import numpy as np
+
+    predicted, times = [], []
+    for prompt in prompts:
+        began = time.perf_counter()
+        predicted.append(router.predict(prompt).loss)
+        times.append(time.perf_counter() - began)
+    return np.array(predicted), round(1e6 * float(np.median(times)), 1)
+
+
+def _decision(gate: dict[str, Any], threshold: float, budget: float) -> dict[str, str]:
+    """Which engines a deployment serves, and why."""
+    if not gate["passed"]:
+        return {"serve": "dense", "reason": f"{gate['message']}: one engine is kept"}
+    if threshold < 0:
+        return {"serve": "dense", "reason": f"no share of the prompts keeps a loss of {budget:g} nats a token"}
+    return {"serve": "router", "reason": gate["message"]}
+
+
+ROUTING = Stage(
+    name="routing",
+    until="evaluate",
+    wanted=lambda context: context.recipe.routing is not None,
+    inputs=_inputs,
+    config=lambda context, outputs: {
+        "routing": context.recipe.routing and context.recipe.routing.model_dump(mode="json"),
+        "sequence_length": context.recipe.calibration.sequence_length,
+        "seed": context.recipe.calibration.seed,
+        "chat_template": context.recipe.calibration.chat_template,
+    },
+    run=_run,
+    code=("builder.pipeline.routing_stage",),
+    tools=ENGINE_TOOLS,
+)

@@ -1,0 +1,61 @@
+"""Prompts cut from text, and what each loses on the cheap engine: KL from the dense model on its own continuation.
+
+Legend: W windows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calibration.evaluation.evaluate import Logits
+from plugins.common.progress import Progress
+
+SHORTEST = 8  # tokens of a prompt
+
+
+def cut_prompts(windows_WT: NDArray[np.int64], seed: int = 0) -> list[tuple[int, ...]]:
+    """A prompt of each window: its first tokens, of a length drawn evenly on a logarithmic scale."""
+    longest = windows_WT.shape[1]
+    shares_W = np.random.default_rng(seed).random(len(windows_WT))
+    lengths_W = np.rint(SHORTEST * (longest / SHORTEST) ** shares_W).astype(int).clip(1, longest)
+    return [tuple(row[:length].tolist()) for row, length in zip(windows_WT, lengths_W, strict=True)]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One prompt's loss: mean KL(dense || cheap) a token (nats), and the share of tokens whose first choice differs."""
+
+    kl: float
+    disagreement: float
+
+
+@torch.inference_mode()
+def measure_losses(
+    dense: Logits,
+    cheap: Logits,
+    prompts: Sequence[tuple[int, ...]],
+    answers: Sequence[Sequence[int]],
+    progress: Progress | None = None,
+) -> list[Loss]:
+    """The loss of each prompt over the dense model's answer to it, both models reading the same tokens."""
+    losses = []
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids_1T = torch.tensor([[*prompt, *answer]])
+        dense_TV, cheap_TV = (_predictions(model(ids_1T)[0], len(prompt)) for model in (dense, cheap))
+        kl = (dense_TV.exp() * (dense_TV - cheap_TV.to(dense_TV.device))).sum(dim=1).mean()
+        differs = (dense_TV.argmax(dim=1) != cheap_TV.argmax(dim=1).to(dense_TV.device)).float().mean()
+        losses.append(Loss(max(float(kl), 0.0), float(differs)))
+        if progress:
+            progress("measure prompts", number + 1, len(prompts))
+    return losses
+
+
+def _predictions(logits_TV: Any, prompt: int) -> Any:
+    """Log probabilities of the answer's tokens."""
+    return logits_TV[prompt - 1 : -1].float().log_softmax(dim=1)

@@ -1,0 +1,102 @@
+"""The router of a deployment: features, predictor and threshold, as files that serving reads with numpy alone.
+
+    router.json    build_id, variants, budget, threshold
+    router.npz     tables of the features, weights of the predictor, histograms of the training prompts' features
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.routing.features import Features
+from calibration.routing.predictor import Prediction, Predictor
+from plugins.common.errors import UserError
+from plugins.common.files import replacing
+from plugins.common.json_files import read_json_object, write_json
+
+BINS = 10
+FACTS = "router.json"
+ARRAYS = "router.npz"
+
+
+@dataclass(frozen=True)
+class Router:
+    """Serves a prompt on `variants[1]`, the cheap engine, where its predicted loss is at most `threshold`.
+
+    build_id: sha256 of the engines that it was trained on
+    budget_kl: mean loss over all requests that the deployment may cost, nats a token
+    threshold: predicted loss, nats a token; below 0 no prompt goes to the cheap engine
+    edges_FB, reference_FB: inner edges of the bins of each feature, and the training prompts' share in each bin
+    """
+
+    features: Features
+    predictor: Predictor
+    build_id: str
+    variants: tuple[str, ...]
+    budget_kl: float
+    threshold: float
+    edges_FB: NDArray[np.float32]
+    reference_FB: NDArray[np.float32]
+
+    def predict(self, token_ids: Any) -> Prediction:
+        """The prediction for a prompt. Raises UserError for an empty one."""
+        return self.predictor.predict(self.features.extract(token_ids))
+
+    def save(self, directory: Path) -> None:
+        """Writes both files, each at once."""
+        directory.mkdir(parents=True, exist_ok=True)
+        own = {"edges_FB": self.edges_FB, "reference_FB": self.reference_FB}
+        with replacing(directory / ARRAYS) as partial:
+            np.savez(partial, **self.features.arrays(), **self.predictor.arrays(), **own)
+        names = ("build_id", "variants", "budget_kl", "threshold")
+        write_json(directory / FACTS, {name: getattr(self, name) for name in names})
+
+    @classmethod
+    def load(cls, directory: Path, build_id: str | None = None) -> Router:
+        """Reads a router. Raises UserError where there is none, a damaged one, or that of another build."""
+        try:
+            facts = read_json_object(directory / FACTS, "build again")
+            with np.load(directory / ARRAYS, allow_pickle=False) as stored:
+                arrays = dict(stored)
+            router = cls(
+                Features.from_arrays(arrays),
+                Predictor.from_arrays(arrays),
+                str(facts["build_id"]),
+                tuple(facts["variants"]),
+                float(facts["budget_kl"]),
+                float(facts["threshold"]),
+                arrays["edges_FB"],
+                arrays["reference_FB"],
+            )
+        except FileNotFoundError:
+            raise UserError(f"'{directory}' holds no router", "build with a 'routing' section in the recipe") from None
+        except (KeyError, ValueError, TypeError, OSError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"the router in '{directory}' cannot be read ({reason})", "build again") from None
+        if build_id is not None and router.build_id != build_id:
+            raise UserError(
+                f"the router in '{directory}' is that of build {router.build_id[:12]}, not of {build_id[:12]}",
+                "build again",
+            )
+        return router
+
+
+def histograms(features_NF: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Edges [F, BINS - 1] at the deciles of each feature, and the share of the prompts in each bin [F, BINS]."""
+    quantiles = np.linspace(0, 1, BINS + 1)[1:-1]
+    edges_FB = np.quantile(features_NF, quantiles, axis=0).T.astype(np.float32)
+    return edges_FB, bin_shares(features_NF, edges_FB)
+
+
+def bin_shares(features_NF: NDArray[Any], edges_FB: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The share of N prompts in each bin of each feature [F, BINS]."""
+    rows = [
+        np.bincount(np.searchsorted(edges, column, side="right"), minlength=BINS)
+        for edges, column in zip(edges_FB, features_NF.T, strict=True)
+    ]
+    return (np.array(rows) / len(features_NF)).astype(np.float32)
