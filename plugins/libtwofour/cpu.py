@@ -69,6 +69,17 @@ class Step(Structure):
     )
 
 
+class Attention(Structure):
+    """twofour_cpu_attention."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("sequences", "queries", "keys", "heads", "kv_heads", "head_dim", "window")),
+        *((name, c_float) for name in ("scale", "v_scale")),
+        *((name, c_void_p) for name in ("q", "k", "v", "out")),
+        *((name, c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
+    )
+
+
 def library_file() -> Path:
     """$TWOFOUR_CPU_LIBRARY, else what was built of these sources, else built now.
 
@@ -101,12 +112,18 @@ def load() -> ctypes.CDLL:
         "before_attention": (c_int, (POINTER(Step), POINTER(Block), *[c_void_p] * 5)),
         "after_attention": (c_int, (POINTER(Step), POINTER(Block), *[c_void_p] * 3)),
         "final_norm": (c_int, (POINTER(Step), *[c_void_p] * 3)),
+        "attend_prompts": (c_int, (POINTER(Attention),)),
         "read": (c_uint64, (c_void_p, c_size_t)),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, f"twofour_cpu_{name}")
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def is_loaded() -> bool:
+    """Whether this process has loaded the library: nothing is compiled to find out."""
+    return load.cache_info().currsize > 0
 
 
 def isa() -> str:

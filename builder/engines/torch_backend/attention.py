@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
+from builder.engines.torch_backend import cpu_attention
 from builder.engines.torch_backend.kv_cache import KVCache
 from builder.planning.kv_cache import BLOCK
 
@@ -175,6 +176,8 @@ def _causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: tuple[float, float], scaling: float, window: int | None
 ) -> torch.Tensor:
     """Causal attention of the last T of S positions: q [B, heads, T, D], k, v [B, H, S, D]. Out [B, T, heads, D]."""
+    if cpu_attention.is_usable(q, k, v):
+        return cpu_attention.attend(q, k, v, scaling * scales[0], scales[1], window)
     new, seen = q.shape[2], k.shape[2]
     mask = None
     if new != seen or (window is not None and window < seen):

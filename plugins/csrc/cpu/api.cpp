@@ -187,6 +187,16 @@ int twofour_cpu_final_norm(const twofour_cpu_step* step, void* x, void* add, voi
   return TWOFOUR_CPU_OK;
 }
 
+int twofour_cpu_attend_prompts(const twofour_cpu_attention* attention) {
+  const twofour_cpu_attention& a = *attention;
+  if (a.head_dim % 32 || a.head_dim < 32 || a.kv_heads < 1 || a.heads % a.kv_heads || a.queries < 0 ||
+      a.keys < a.queries || a.window < 0)
+    return fail(TWOFOUR_CPU_UNSUPPORTED, "no attention of %lld queries over %lld keys with heads of size %lld",
+                static_cast<long long>(a.queries), static_cast<long long>(a.keys), static_cast<long long>(a.head_dim));
+  if (a.sequences && a.queries) attend_prompts(a);
+  return TWOFOUR_CPU_OK;
+}
+
 uint64_t twofour_cpu_read(const void* memory, size_t bytes) {
   constexpr size_t kChunk = 1 << 18;
   std::atomic<uint64_t> sum{0};

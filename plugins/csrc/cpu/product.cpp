@@ -39,6 +39,8 @@ bool processor_has_bf16() {
 #endif
 }
 
+}  // namespace
+
 Kernel kernel_for(int form) {
 #if defined(__x86_64__)
   if (isa == TWOFOUR_CPU_AVX512 && is_int8(form)) return kAvx512.of_form[form];
@@ -47,6 +49,8 @@ Kernel kernel_for(int form) {
 #endif
   return kPortable.of_form[form];
 }
+
+namespace {
 
 // A layer, or one of its two parts: what it reads of x and writes of y, whose rows have other parts' elements too.
 struct Part {

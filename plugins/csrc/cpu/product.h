@@ -12,6 +12,7 @@ namespace twofour_cpu {
 int isa_in_use();
 bool has_bf16();
 bool use_isa(int isa);  // false where this processor lacks it
+Kernel kernel_for(int form);  // of the instruction set in use
 
 // Inputs as the kernels read them, for `tokens` rows x of `type`; and each token's scale where it has one of its own.
 struct Quantized {
@@ -24,6 +25,8 @@ struct Quantized {
 void apply(const twofour_cpu_linear* const* linears, int count, int64_t tokens, int type, const void* x, void* const* y);
 // y = linear of inputs that are quantized already.
 void apply_quantized(const twofour_cpu_linear& linear, int64_t tokens, const Quantized& x, int type, void* y);
+
+void attend_prompts(const twofour_cpu_attention& attention);  // attention.cpp
 
 // The decode step and its parts (decoder.cpp).
 void decode(const twofour_cpu_step& step, const twofour_cpu_block* blocks, int count, void* x);

@@ -140,6 +140,19 @@ TWOFOUR_CPU_API int twofour_cpu_after_attention(const twofour_cpu_step* step, co
 /* x += add, and the norm after the last block: out [tokens, hidden]. */
 TWOFOUR_CPU_API int twofour_cpu_final_norm(const twofour_cpu_step* step, void* x, void* add, void* out);
 
+/* Causal attention of the last `queries` of `keys` positions of each sequence, all in bfloat16. Strides, in elements, are
+ * those of sequences, heads and tokens; head_dim numbers lie side by side. out [sequences, queries, heads, head_dim]. */
+typedef struct twofour_cpu_attention {
+  int64_t sequences, queries, keys, heads, kv_heads, head_dim;
+  int64_t window;          /* positions that a token sees, its own included; 0: all */
+  float scale, v_scale;    /* of the scores; of the output */
+  const void *q, *k, *v;
+  void* out;
+  int64_t q_strides[3], k_strides[3], v_strides[3];
+} twofour_cpu_attention;
+
+TWOFOUR_CPU_API int twofour_cpu_attend_prompts(const twofour_cpu_attention* attention);
+
 /* Sum of `bytes` bytes read by all threads, 8 bytes at a time: what the memory gives at most. */
 TWOFOUR_CPU_API uint64_t twofour_cpu_read(const void* memory, size_t bytes);
 
