@@ -31,8 +31,6 @@ inline uint16_t fp8_one(float value) {
   return static_cast<uint16_t>(word >> 16);  // exact
 }
 
-inline float magnitude(float value) { return value < 0 ? -value : value; }
-
 }  // namespace
 
 EACH_ISA void quantize_bf16(const uint16_t* x, int64_t count, const float* multiplier, int64_t multipliers, uint8_t* q) {
@@ -91,17 +89,16 @@ EACH_ISA float largest_bf16(const uint16_t* x, int64_t count) {
 }
 
 EACH_ISA float largest_float(const float* x, int64_t count) {
-  float lanes[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    for (int lane = 0; lane < 16; ++lane) {
-      const float size = magnitude(x[i + lane]);
-      lanes[lane] = size > lanes[lane] ? size : lanes[lane];
-    }
-  for (; i < count; ++i) lanes[0] = magnitude(x[i]) > lanes[0] ? magnitude(x[i]) : lanes[0];
-  float largest = 0;
-  for (const float lane : lanes) largest = lane > largest ? lane : largest;
-  return largest;
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t size;
+    memcpy(&size, x + i, sizeof(size));
+    size &= 0x7FFFFFFF;
+    largest = size > largest ? size : largest;
+  }
+  float value;
+  memcpy(&value, &largest, sizeof(value));
+  return value;
 }
 
 EACH_ISA uint64_t sum_words(const uint8_t* memory, int64_t count) {
