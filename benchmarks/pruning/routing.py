@@ -61,7 +61,7 @@ class Policy:
     """A router's facts, as `Controller` reads them."""
 
     threshold: float
-    reference_FB: Array  # noqa: N815
+    reference_FB: Array
     edges: Array
     build_id: str = "simulation"
     variants: tuple[str, ...] = ("dense", "built")

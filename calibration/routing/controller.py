@@ -35,7 +35,7 @@ class Policy(Protocol):
     variants: tuple[str, ...]  # the dense one, then the cheap one, then any others, poorer and poorer
     budget_kl: float
     threshold: float
-    reference_FB: np.ndarray[Any, Any]  # noqa: N815
+    reference_FB: np.ndarray[Any, Any]
     edges: np.ndarray[Any, Any]
 
 

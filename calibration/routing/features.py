@@ -56,7 +56,8 @@ class Features:
         surprisal_T = self.surprisal_V[ids_T]
         head = (np.log(ids_T.size), surprisal_T.mean(), surprisal_T.max())
         parts = (head, self.flags_V3[ids_T].mean(axis=0), self.projected_VD[ids_T].mean(axis=0))
-        return np.concatenate(parts).astype(np.float32)
+        features_F: Floats = np.concatenate(parts).astype(np.float32)
+        return features_F
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What `from_arrays` reads back."""
@@ -69,7 +70,7 @@ class Features:
 
 
 def fit_features(text_WT: Tokens, embedding_VK: Floats, pieces: Sequence[str], seed: int = 0) -> Features:
-    """Features of a model with input embedding [V, K], whose tokens stand for `pieces`, from calibration text [W, T]."""
+    """Features of a model with input embedding [V, K] and tokens that stand for `pieces`, from text [W, T]."""
     size = len(embedding_VK)
     counts_V = np.bincount(text_WT.ravel(), minlength=size).astype(np.float64) + 1
     share_V = counts_V / counts_V.sum()
@@ -82,7 +83,7 @@ def fit_features(text_WT: Tokens, embedding_VK: Floats, pieces: Sequence[str], s
     projection_KD = np.random.default_rng(seed).standard_normal((width, PROJECTED)) / np.sqrt(width)
     scale = float(np.sqrt(np.square(embedding_VK).mean())) or 1.0
     flags_V3 = np.zeros((size, 3), dtype=np.float32)
-    for column, flags in enumerate((rare_V, digits_V, code_V)):
-        flags_V3[: len(flags), column] = flags[:size]  # an embedding may have more rows than there are tokens
+    flags_V3[:, 0] = rare_V
+    flags_V3[: len(pieces), 1:] = np.array([digits_V, code_V]).T[:size]  # an embedding may have rows beyond the tokens
     projected_VD = embedding_VK @ projection_KD / scale
     return Features((-np.log(share_V)).astype(np.float32), flags_V3, projected_VD.astype(np.float32))

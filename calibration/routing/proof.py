@@ -82,6 +82,9 @@ def _curves(key_N: Floats, loss_N: Floats, weights_BN: Floats) -> Floats:
     order_N = np.argsort(key_N, kind="stable")
     weight_BN = weights_BN[:, order_N]
     total_B1 = weight_BN.sum(axis=1, keepdims=True)
-    share_BN, cost_BN = np.cumsum(weight_BN, axis=1) / total_B1, np.cumsum(weight_BN * loss_N[order_N], axis=1) / total_B1
+    share_BN, cost_BN = (
+        np.cumsum(weight_BN, axis=1) / total_B1,
+        np.cumsum(weight_BN * loss_N[order_N], axis=1) / total_B1,
+    )
     rows = (np.interp(SHARES, [0, *share], [0, *cost]) for share, cost in zip(share_BN, cost_BN, strict=True))
     return np.array(list(rows))

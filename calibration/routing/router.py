@@ -1,7 +1,7 @@
 """The router of a deployment: features, predictor and threshold, as files that serving reads with numpy alone.
 
-    router.json    build_id, variants, budget, threshold
-    router.npz     tables of the features, weights of the predictor, histograms of the training prompts' features
+router.json    build_id, variants, budget, threshold
+router.npz     tables of the features, weights of the predictor, histograms of the training prompts' features
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Router:
     build_id: sha256 of the engines that it was trained on
     budget_kl: mean loss over all requests that the deployment may cost, nats a token
     threshold: predicted loss, nats a token; below 0 no prompt goes to the cheap engine
-    edges_FB, reference_FB: inner edges of the bins of each feature, and the training prompts' share in each bin
+    edges, reference_FB: inner edges [F, B - 1] of the bins of each feature, and the training prompts' share in each bin
     """
 
     features: Features
@@ -40,7 +40,7 @@ class Router:
     variants: tuple[str, ...]
     budget_kl: float
     threshold: float
-    edges_FB: NDArray[np.float32]
+    edges: NDArray[np.float32]
     reference_FB: NDArray[np.float32]
 
     def predict(self, token_ids: Any) -> Prediction:
@@ -50,7 +50,7 @@ class Router:
     def save(self, directory: Path) -> None:
         """Writes both files, each at once."""
         directory.mkdir(parents=True, exist_ok=True)
-        own = {"edges_FB": self.edges_FB, "reference_FB": self.reference_FB}
+        own = {"edges": self.edges, "reference_FB": self.reference_FB}
         with replacing(directory / ARRAYS) as partial:
             np.savez(partial, **self.features.arrays(), **self.predictor.arrays(), **own)
         names = ("build_id", "variants", "budget_kl", "threshold")
@@ -70,7 +70,7 @@ class Router:
                 tuple(facts["variants"]),
                 float(facts["budget_kl"]),
                 float(facts["threshold"]),
-                arrays["edges_FB"],
+                arrays["edges"],
                 arrays["reference_FB"],
             )
         except FileNotFoundError:
@@ -89,14 +89,14 @@ class Router:
 def histograms(features_NF: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Edges [F, BINS - 1] at the deciles of each feature, and the share of the prompts in each bin [F, BINS]."""
     quantiles = np.linspace(0, 1, BINS + 1)[1:-1]
-    edges_FB = np.quantile(features_NF, quantiles, axis=0).T.astype(np.float32)
-    return edges_FB, bin_shares(features_NF, edges_FB)
+    edges = np.quantile(features_NF, quantiles, axis=0).T.astype(np.float32)
+    return edges, bin_shares(features_NF, edges)
 
 
-def bin_shares(features_NF: NDArray[Any], edges_FB: NDArray[np.float32]) -> NDArray[np.float32]:
+def bin_shares(features_NF: NDArray[Any], edges: NDArray[np.float32]) -> NDArray[np.float32]:
     """The share of N prompts in each bin of each feature [F, BINS]."""
     rows = [
         np.bincount(np.searchsorted(edges, column, side="right"), minlength=BINS)
-        for edges, column in zip(edges_FB, features_NF.T, strict=True)
+        for edges, column in zip(edges, features_NF.T, strict=True)
     ]
     return (np.array(rows) / len(features_NF)).astype(np.float32)

@@ -9,7 +9,8 @@ from typing import Any
 
 from calibration.routing.controller import Controller
 from plugins.common.errors import UserError
-from plugins.common.files import read_json, replacing
+from plugins.common.files import replacing
+from plugins.common.json_files import read_json
 
 
 def save(controller: Controller, path: Path) -> None:

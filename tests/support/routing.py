@@ -16,5 +16,5 @@ class Policy:
     build_id: str = "this"
     variants: tuple[str, ...] = ("dense", "built")
     budget_kl: float = BUDGET
-    reference_FB: np.ndarray[Any, Any] = field(default_factory=lambda: np.full((2, 10), 0.1))  # noqa: N815
+    reference_FB: np.ndarray[Any, Any] = field(default_factory=lambda: np.full((2, 10), 0.1))
     edges: np.ndarray[Any, Any] = field(default_factory=lambda: np.tile(np.arange(0.1, 0.95, 0.1), (2, 1)))
