@@ -52,7 +52,10 @@ class Features:
         if ids_T.size == 0:
             raise UserError("the prompt is empty", "send at least one token")
         if ids_T.min() < 0 or ids_T.max() >= len(self.surprisal_V):
-            raise UserError(f"the prompt holds token {ids_T.max()}, beyond the vocabulary of {len(self.surprisal_V)}")
+            raise UserError(
+                f"the prompt holds token {ids_T.max()}, beyond the vocabulary of {len(self.surprisal_V)}",
+                "encode it with the model's own tokenizer",
+            )
         surprisal_T = self.surprisal_V[ids_T]
         head = (np.log(ids_T.size), surprisal_T.mean(), surprisal_T.max())
         parts = (head, self.flags_V3[ids_T].mean(axis=0), self.projected_VD[ids_T].mean(axis=0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +76,7 @@ class Router:
             )
         except FileNotFoundError:
             raise UserError(f"'{directory}' holds no router", "build with a 'routing' section in the recipe") from None
-        except (KeyError, ValueError, TypeError, OSError) as error:
+        except (KeyError, ValueError, TypeError, OSError, EOFError, BadZipFile) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"the router in '{directory}' cannot be read ({reason})", "build again") from None
         if build_id is not None and router.build_id != build_id:
