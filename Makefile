@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # with a CUDA compiler, also the libraries that the kernels are compiled against
-EXTRAS := calibrate,triton,bench,dev$(if $(shell command -v nvcc),$(shell echo ,cuda))
+EXTRAS := calibrate,triton,bench,route,dev$(if $(shell command -v nvcc),$(shell echo ,cuda))
 
 .PHONY: quickstart example test test-fast check docs clean
 

@@ -1,4 +1,4 @@
-"""Renders the marked blocks of docs/routing.md from files in benchmarks/results/."""
+"""Renders the marked blocks of docs/routing.md: metrics, and the simulation's newest result."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 from make_readme import RESULTS, ROOT, fill
 from result_files import newest
+
+from calibration.routing.metrics import METRICS
 
 PAGE = Path(__file__).parent / "routing.md"
 LAWS = """
@@ -55,7 +57,12 @@ def simulation() -> str:
     ).lstrip("\n")
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"simulation": simulation}
+def metrics() -> str:
+    rows = [f"| `{name}` | {kind} | {help_text} |\n" for name, (kind, help_text) in METRICS.items()]
+    return f"| metric | kind | |\n|---|---|---|\n{''.join(rows)}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"metrics": metrics, "simulation": simulation}
 
 
 def _law(case: str, name: str, law: dict[str, Any]) -> str:

@@ -60,9 +60,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Decision:
-    """Which variant answers. `within`: the budget allows the cheap one. `shadow`: measure this request afterwards."""
+    """Which variant answers, and which one was asked for, by name or by the quality.
+
+    within: the budget allows the cheap variant. shadow: measure this request after its answer.
+    """
 
     variant: str
+    asked: str
     predicted: float
     within: bool
     shadow: bool
@@ -87,8 +91,8 @@ class Controller:
         self,
         features_F: np.ndarray[Any, Any],
         predicted: float,
-        quality: str = "auto",
-        variant: str | None = None,
+        quality: Any = "auto",
+        variant: Any = None,
         up: Collection[str] | None = None,
         full: Collection[str] = (),
         load: float = 1.0,
@@ -96,7 +100,7 @@ class Controller:
         """The decision for one request.
 
         predicted: loss of the cheap variant in nats a token; dense answers where it is not finite
-        variant: takes this one instead of what the quality asks for
+        quality: one of QUALITIES. variant: takes this one instead of what the quality asks for
         up: variants that answer now (None: all). full: variants whose queues are full
         load: share of the dense engine that is busy
 
@@ -119,7 +123,7 @@ class Controller:
             if by_threshold and math.isfinite(predicted):
                 self._count(metrics.PREDICTED, 1)
                 self._count(metrics.PREDICTED_LOSS, predicted if answers != variants[0] else 0.0)
-        return Decision(answers, predicted, within, shadow)
+        return Decision(answers, asked, predicted, within, shadow)
 
     def measured(self, decision: Decision, loss: float) -> None:
         """Takes the loss that a shadow run measured, in nats a token. One beyond the threshold counts as 0.
@@ -197,6 +201,6 @@ def route_around(asked: str, variants: Sequence[str], up: Collection[str] | None
     return (free or as_good or live)[0]
 
 
-def _require(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"'{name}' is '{value}'", f"send one of {', '.join(known)}")
+def _require(name: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:  # whatever a client sent
+        raise UserError(f"'{name}' is {value!r}", f"send one of {', '.join(known)}")

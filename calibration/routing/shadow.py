@@ -19,11 +19,21 @@ _LOOK = 0.02  # seconds between two looks whether the engines are idle
 
 
 class ShadowRuns:
-    """A thread that measures queued requests one at a time, each while `idle()`. A full queue drops what is offered."""
+    """A thread that measures queued requests one at a time, each while `idle()`. A full queue drops what is offered.
 
-    def __init__(self, controller: Controller, idle: Callable[[], bool], size: int = 64) -> None:
+    `after` runs after each measurement, on the same thread.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        idle: Callable[[], bool],
+        size: int = 64,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
         self._controller = controller
         self._idle = idle
+        self._after = after
         self._queue: queue.Queue[tuple[Decision, Measure]] = queue.Queue(size)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
@@ -60,3 +70,4 @@ class ShadowRuns:
             log.warning("a shadow run failed: %s", error)
         else:
             self._controller.measured(decision, loss)
+            self._after()

@@ -1,0 +1,110 @@
+"""A router in service: tokens in, a decision out; shadow runs, saved state and metrics beside it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from calibration.routing import metrics, state
+from calibration.routing.controller import Controller, Decision, Policy, Settings
+from calibration.routing.metrics import Sample
+from calibration.routing.shadow import Measure, ShadowRuns
+
+log = logging.getLogger(__name__)
+
+_SAVE_PERIOD = 10.0  # seconds between two writes of the state
+
+
+class Extractor(Protocol):
+    def extract(self, token_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Features [F] float32 of token ids [T] int64. Raises UserError for an empty prompt."""
+
+
+class LossPrediction(Protocol):
+    @property
+    def loss(self) -> float: ...
+
+
+class LossPredictor(Protocol):
+    def predict(self, features_F: np.ndarray[Any, Any]) -> LossPrediction: ...
+
+
+class LearnedRouter(Policy, Protocol):
+    """What learning leaves: features, a predictor of the loss, and the facts that the controller reads."""
+
+    @property
+    def features(self) -> Extractor: ...
+    @property
+    def predictor(self) -> LossPredictor: ...
+
+
+class RouterService:
+    """Thread-safe. `close` it at the end.
+
+    idle: whether the engines do nothing, so that a shadow run may start. state_file: resumed from now, and written at
+    most every ten seconds and at the end; None: a restart begins anew. clock: seconds; one that jumps moves nothing
+    but the time of the next write. Raises UserError for another build's state.
+    """
+
+    def __init__(
+        self,
+        router: LearnedRouter,
+        idle: Callable[[], bool],
+        settings: Settings | None = None,
+        state_file: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.controller = Controller(router, settings)
+        self._router = router
+        self._state_file = state_file
+        self._clock = clock
+        if state_file is not None:
+            state.resume(self.controller, state_file)
+        self._saved = clock()
+        self._shadows = ShadowRuns(self.controller, idle, after=self._save_if_due)
+
+    def decide(self, token_ids: np.ndarray[Any, Any] | None, **asked: Any) -> Decision:
+        """The decision for a prompt [T] int64; `asked` as in `Controller.decide`.
+
+        A prompt of None is one that cannot be read here: its loss is not predicted. Raises UserError for an empty one.
+        """
+        start = self._clock()
+        features_F, predicted = np.full(1, np.nan), float("inf")
+        if token_ids is not None:
+            features_F = self._router.features.extract(token_ids)
+            predicted = float(self._router.predictor.predict(features_F).loss)
+        decision = self.controller.decide(features_F, predicted, **asked)
+        self.controller.count(metrics.SECONDS, max(self._clock() - start, 0.0))
+        self.controller.count(metrics.TIMED)
+        return decision
+
+    def answered(self, decision: Decision, measure: Measure) -> None:
+        """Call it after the answer was sent: queues the shadow run that the decision asks for."""
+        if decision.shadow:
+            self._shadows.offer(decision, measure)
+
+    def samples(self) -> dict[Sample, float]:
+        """The value of each metric now."""
+        return self.controller.samples()
+
+    def close(self) -> None:
+        """Ends the shadow runs and writes the state."""
+        self._shadows.stop()
+        self._save()
+
+    def _save_if_due(self) -> None:
+        if not 0 <= self._clock() - self._saved < _SAVE_PERIOD:  # also a clock that was set back
+            self._save()
+
+    def _save(self) -> None:
+        self._saved = self._clock()
+        if self._state_file is not None:
+            try:
+                state.save(self.controller, self._state_file)
+            except OSError as error:  # a full disk must not stop the service
+                log.warning("'%s' cannot be written: %s", self._state_file, error)

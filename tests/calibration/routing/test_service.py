@@ -1,0 +1,95 @@
+"""The router in service: bad prompts, clocks that jump, and what a restart finds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibration.routing import metrics
+from calibration.routing.controller import Settings
+from calibration.routing.metrics import Sample
+from calibration.routing.service import RouterService
+from plugins.common.errors import UserError
+from tests.support.routing import BUDGET, EASY, HARD, UNREADABLE, SimpleRouter
+
+ALL = Settings(shadow=1.0)
+
+
+def until_measured(service: RouterService, count: int) -> None:
+    deadline = time.monotonic() + 10
+    while service.samples().get(Sample(metrics.MEASURED), 0) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers"), [(EASY, "built"), (HARD, "dense"), (UNREADABLE, "dense"), (None, "dense"), ([5], "built")]
+)
+def test_a_prompts_tokens_decide(prompt: list[int] | None, answers: str) -> None:
+    service = RouterService(SimpleRouter(), idle=lambda: True)
+    assert service.decide(None if prompt is None else np.array(prompt, np.int64)).variant == answers
+    service.close()
+
+
+def test_an_empty_prompt_is_refused_and_counts_nothing() -> None:
+    service = RouterService(SimpleRouter(), idle=lambda: True)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        service.decide(np.array([], np.int64))
+    assert Sample(metrics.TIMED) not in service.samples()
+    service.close()
+
+
+def jumping() -> Iterator[float]:
+    while True:
+        yield from (1e9, -1e9, 0.0, 5.0, 1e18, -5.0)
+
+
+def test_a_clock_that_jumps_breaks_nothing(tmp_path: Path) -> None:
+    times = jumping()
+    service = RouterService(SimpleRouter(), lambda: True, ALL, tmp_path / "state.json", clock=lambda: next(times))
+    for count in range(30):
+        decision = service.decide(np.array(EASY))
+        assert decision.variant == "built"
+        service.answered(decision, lambda: BUDGET)
+        until_measured(service, count + 1)
+    service.close()
+    samples = service.samples()
+    assert samples[Sample(metrics.SECONDS)] >= 0
+    assert json.loads((tmp_path / "state.json").read_text())["measured"] == 30
+
+
+def test_the_state_is_written_now_and_then_and_at_the_end(tmp_path: Path) -> None:
+    path, now = tmp_path / "state.json", [0.0]
+    service = RouterService(SimpleRouter(), lambda: True, ALL, path, clock=lambda: now[0])
+
+    def measure(count: int) -> None:
+        service.answered(service.decide(np.array(EASY)), lambda: 5 * BUDGET)
+        until_measured(service, count)
+
+    measure(1)
+    time.sleep(0.05)
+    assert not path.exists()
+    now[0] = 11.0
+    measure(2)
+    deadline = time.monotonic() + 10
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    measure(3)
+    service.close()
+    again = RouterService(SimpleRouter(), lambda: True, ALL, path)
+    assert again.controller.state() == service.controller.state()
+    assert again.controller.state()["threshold"] < SimpleRouter().threshold
+    again.close()
+
+
+def test_a_place_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    service = RouterService(SimpleRouter(), lambda: True, ALL, tmp_path / "file" / "state.json")
+    assert service.decide(np.array(EASY)).variant == "built"
+    service.close()
