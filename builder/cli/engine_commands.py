@@ -1,4 +1,4 @@
-"""The commands for engines and machines: engine, bench, deploy, serve, doctor, adapter, plugins build."""
+"""The commands for engines and machines: engine, bench, deploy, serve, route, doctor, adapter, plugins build."""
 
 from __future__ import annotations
 
@@ -151,6 +151,47 @@ def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_po
     run(repository, Ports(http_port, grpc_port, metrics_port), host, say=click.echo)
 
 
+@click.command(
+    short_help="Route OpenAI requests between a dense server and a built one.",
+    epilog=example(
+        "twofour route --dense http://127.0.0.1:8101 --built http://127.0.0.1:8102 --router build/docs-llama/routing"
+    ),
+)
+@click.option("--dense", required=True, metavar="URL", help="Send to this OpenAI-compatible server of the dense model.")
+@click.option("--built", required=True, metavar="URL", help="Send to this one of the build.")
+@click.option("--router", type=click.Path(path_type=Path), required=True, help="Decide by this router: OUT/routing.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
+@click.option("--port", default=8100, show_default=True, help="Listen on this port.")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), help="Encode with this directory's.  [default: OUT/checkpoint]"
+)
+@click.option(
+    "--capacity",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Count a server as full at this many requests.",
+)
+@click.option(
+    "--shadow",
+    type=click.FloatRange(0, 1),
+    help="Measure this share of the requests on both servers.  [default: the recipe's]",
+)
+@click.option(
+    "--rest",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Scale the threshold by this beside an idle dense server.",
+)
+@click.option("--state", type=click.Path(path_type=Path), help="Keep the threshold here.  [default: ~/.cache/twofour]")
+def route(**options: Any) -> None:
+    """Answer OpenAI requests with a dense server or a built one, under the router's budget, until Ctrl-C."""
+    from builder.pipeline.route import route as run
+
+    run(**options, say=click.echo)
+
+
 @click.command(short_help="Show what this machine has and what it lacks.", epilog=example("twofour doctor"))
 @json_option
 def doctor(as_json: bool) -> None:
@@ -210,4 +251,4 @@ def adapter(adapter_directory: Path, checkpoint: Path, out: Path, as_json: bool)
     tables.as_json(facts) if as_json else click.echo(f"{moved} matrices reordered: {out}")
 
 
-COMMANDS = (engine, bench, deploy, serve, doctor, adapter, plugins)
+COMMANDS = (engine, bench, deploy, serve, route, doctor, adapter, plugins)

@@ -31,12 +31,20 @@ MEMORY = 1000  # shadow runs that the recent measured loss is a mean over
 class Policy(Protocol):
     """What the controller reads of a router. Losses in nats a token; histograms as `Drift` takes them."""
 
-    build_id: str
-    variants: tuple[str, ...]  # the dense one, then the cheap one, then any others, poorer and poorer
-    budget_kl: float
-    threshold: float
-    reference_FB: np.ndarray[Any, Any]
-    edges: np.ndarray[Any, Any]
+    @property
+    def build_id(self) -> str: ...
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The dense one, then the cheap one, then any others, poorer and poorer."""
+
+    @property
+    def budget_kl(self) -> float: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def edges(self) -> np.ndarray[Any, Any]: ...
+    @property
+    def reference_FB(self) -> np.ndarray[Any, Any]: ...  # noqa: N802
 
 
 class UnavailableError(Exception):

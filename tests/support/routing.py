@@ -1,13 +1,16 @@
-"""A router's facts for tests of what uses them: two features, uniform over ten bins on the training prompts."""
+"""Routers for tests of what uses them: bare facts of two features that are uniform over ten bins, and a learned one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from plugins.common.errors import UserError
+from calibration.routing.features import fit_features
+from calibration.routing.predictor import fit
+from calibration.routing.router import Router, histograms
 
 BUDGET = 0.05
 
@@ -22,33 +25,17 @@ class Policy:
     edges: np.ndarray[Any, Any] = field(default_factory=lambda: np.tile(np.arange(0.1, 0.95, 0.1), (2, 1)))
 
 
-@dataclass
-class Loss:
-    loss: float
-
-
-class Share:
-    """Features and predictor in one: the share of a prompt's tokens that are above 2000, and a loss in its proportion.
-
-    A first token of 666 gives features that are not finite.
-    """
-
-    def extract(self, token_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        if not len(token_ids):
-            raise UserError("the prompt is empty", "send at least one token")
-        share = np.nan if token_ids[0] == 666 else (token_ids > 2000).mean()
-        return np.array([share, 0.5], np.float32)
-
-    def predict(self, features_F: np.ndarray[Any, Any]) -> Loss:
-        return Loss(float(features_F[0]) if np.isfinite(features_F).all() else float("inf"))
-
-
-@dataclass
-class SimpleRouter(Policy):
-    """A router without learning: easy prompts have small tokens."""
-
-    features: Share = field(default_factory=Share)
-    predictor: Share = field(default_factory=Share)
+@cache
+def learned_router(threshold: float = 0.1) -> Router:
+    """A router of docs-llama's vocabulary that learned that tokens above 2000 are hard; one token has no features."""
+    random = np.random.default_rng(0)
+    features = fit_features(random.integers(0, 2000, (64, 64)), np.zeros((4096, 8), np.float32), [" word"] * 4096)
+    hard_N = random.random(200)
+    prompts = [np.where(random.random(20) < hard, 3000, 5) for hard in hard_N]
+    features_NF = np.stack([features.extract(prompt) for prompt in prompts])
+    predictor = fit(features_NF, np.exp(-4 + 3 * hard_N)).predictor
+    features.projected_VD[UNREADABLE[0]] = np.nan
+    return Router(features, predictor, "this", ("dense", "built"), BUDGET, threshold, *histograms(features_NF))
 
 
 EASY = [5, 6, 7, 8]

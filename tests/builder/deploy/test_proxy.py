@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +23,7 @@ from calibration.routing import metrics
 from calibration.routing.controller import Settings
 from plugins.common.errors import UserError
 from tests.support.openai_server import OpenAIServer, until
-from tests.support.routing import EASY, HARD, UNREADABLE, SimpleRouter
+from tests.support.routing import EASY, HARD, UNREADABLE, learned_router
 
 httpx = pytest.importorskip("httpx", reason="needs the extra 'route'")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra 'route'")
@@ -33,7 +37,7 @@ MIXED = Settings(shadow=0.0)
 def routed(dense: OpenAIServer, built: OpenAIServer, **options: Any) -> Iterator[Any]:
     """A client of a proxy in front of the two servers."""
     chosen = replace(Options(dense.url, built.url, settings=MIXED), **options)
-    proxy, service = make_proxy(SimpleRouter(), DOCS_LLAMA, chosen)
+    proxy, service = make_proxy(learned_router(), DOCS_LLAMA, chosen)
     server = uvicorn.Server(uvicorn.Config(proxy.app(), host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -56,6 +60,39 @@ def servers() -> Iterator[tuple[OpenAIServer, OpenAIServer]]:
             stack.enter_context(OpenAIServer("dense").running()),
             stack.enter_context(OpenAIServer("built").running()),
         )
+
+
+def test_the_command_serves_with_a_builds_router_and_keeps_its_state(
+    servers: tuple[OpenAIServer, OpenAIServer], tmp_path: Path
+) -> None:
+    learned_router().save(tmp_path / "routing")
+    (tmp_path / "checkpoint").symlink_to(DOCS_LLAMA)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", "from builder.cli.commands import main; main()", "route"]
+    command += ["--dense", servers[0].url, "--built", servers[1].url + "/v1", "--router", str(tmp_path / "routing")]
+    process = subprocess.Popen(
+        [*command, "--port", str(port), "--shadow", "1", "--state", str(tmp_path / "state.json")]
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            until(lambda: reachable(client), seconds=60)
+            assert complete(client).headers["x-twofour-variant"] == "built"
+            assert complete(client, HARD).headers["x-twofour-variant"] == "dense"
+            until(lambda: metric(client, metrics.MEASURED) == 2)
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, 130)
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert (state["build_id"], state["measured"]) == ("this", 2)
+
+
+def reachable(client: Any) -> bool:
+    try:
+        return bool(client.get("/health").status_code == 200)
+    except httpx.TransportError:
+        return False
 
 
 def complete(client: Any, prompt: Any = EASY, **fields: Any) -> Any:
@@ -286,10 +323,10 @@ def test_another_builds_state_is_refused_at_the_start(tmp_path: Path) -> None:
     state = tmp_path / "state.json"
     state.write_text('{"build_id": "other", "threshold": 0.1, "measured": 3, "loss": 0.01}')
     with pytest.raises(UserError, match="is the state of build 'other'"):
-        make_proxy(SimpleRouter(), DOCS_LLAMA, Options("http://a", "http://b", state_file=state))
+        make_proxy(learned_router(), DOCS_LLAMA, Options("http://a", "http://b", state_file=state))
 
 
 @pytest.mark.parametrize(("dense", "words"), [("localhost:8000", "is no URL"), ("http://b/v1", "are both")])
 def test_wrong_urls_are_quoted(dense: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        make_proxy(SimpleRouter(), DOCS_LLAMA, Options(dense, "http://b"))
+        make_proxy(learned_router(), DOCS_LLAMA, Options(dense, "http://b"))

@@ -15,7 +15,7 @@ from calibration.routing.controller import Settings
 from calibration.routing.metrics import Sample
 from calibration.routing.service import RouterService
 from plugins.common.errors import UserError
-from tests.support.routing import BUDGET, EASY, HARD, UNREADABLE, SimpleRouter
+from tests.support.routing import BUDGET, EASY, HARD, UNREADABLE, learned_router
 
 ALL = Settings(shadow=1.0)
 
@@ -31,13 +31,13 @@ def until_measured(service: RouterService, count: int) -> None:
     ("prompt", "answers"), [(EASY, "built"), (HARD, "dense"), (UNREADABLE, "dense"), (None, "dense"), ([5], "built")]
 )
 def test_a_prompts_tokens_decide(prompt: list[int] | None, answers: str) -> None:
-    service = RouterService(SimpleRouter(), idle=lambda: True)
+    service = RouterService(learned_router(), idle=lambda: True)
     assert service.decide(None if prompt is None else np.array(prompt, np.int64)).variant == answers
     service.close()
 
 
 def test_an_empty_prompt_is_refused_and_counts_nothing() -> None:
-    service = RouterService(SimpleRouter(), idle=lambda: True)
+    service = RouterService(learned_router(), idle=lambda: True)
     with pytest.raises(UserError, match="the prompt is empty"):
         service.decide(np.array([], np.int64))
     assert Sample(metrics.TIMED) not in service.samples()
@@ -51,7 +51,7 @@ def jumping() -> Iterator[float]:
 
 def test_a_clock_that_jumps_breaks_nothing(tmp_path: Path) -> None:
     times = jumping()
-    service = RouterService(SimpleRouter(), lambda: True, ALL, tmp_path / "state.json", clock=lambda: next(times))
+    service = RouterService(learned_router(), lambda: True, ALL, tmp_path / "state.json", clock=lambda: next(times))
     for count in range(30):
         decision = service.decide(np.array(EASY))
         assert decision.variant == "built"
@@ -65,7 +65,7 @@ def test_a_clock_that_jumps_breaks_nothing(tmp_path: Path) -> None:
 
 def test_the_state_is_written_now_and_then_and_at_the_end(tmp_path: Path) -> None:
     path, now = tmp_path / "state.json", [0.0]
-    service = RouterService(SimpleRouter(), lambda: True, ALL, path, clock=lambda: now[0])
+    service = RouterService(learned_router(), lambda: True, ALL, path, clock=lambda: now[0])
 
     def measure(count: int) -> None:
         service.answered(service.decide(np.array(EASY)), lambda: 5 * BUDGET)
@@ -82,14 +82,14 @@ def test_the_state_is_written_now_and_then_and_at_the_end(tmp_path: Path) -> Non
         time.sleep(0.005)
     measure(3)
     service.close()
-    again = RouterService(SimpleRouter(), lambda: True, ALL, path)
+    again = RouterService(learned_router(), lambda: True, ALL, path)
     assert again.controller.state() == service.controller.state()
-    assert again.controller.state()["threshold"] < SimpleRouter().threshold
+    assert again.controller.state()["threshold"] < learned_router().threshold
     again.close()
 
 
 def test_a_place_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    service = RouterService(SimpleRouter(), lambda: True, ALL, tmp_path / "file" / "state.json")
+    service = RouterService(learned_router(), lambda: True, ALL, tmp_path / "file" / "state.json")
     assert service.decide(np.array(EASY)).variant == "built"
     service.close()

@@ -1,0 +1,45 @@
+"""`twofour route`: opens a build's router and runs the proxy with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from builder import recipe
+from builder.pipeline.build import default_store
+from calibration.config import Routing
+from plugins.common.errors import UserError
+
+
+def route(
+    dense: str,
+    built: str,
+    router: Path,
+    host: str,
+    port: int,
+    tokenizer: Path | None,
+    capacity: int,
+    shadow: float | None,
+    rest: float,
+    state: Path | None,
+    say: Callable[[str], None],
+) -> None:
+    """Serves until Ctrl-C. Raises UserError for a wrong router, tokenizer, URL or state."""
+    from builder.deploy.route import Options, serve
+    from calibration.routing.controller import Settings
+    from calibration.routing.router import Router
+
+    opened = Router.load(router)
+    encoding = tokenizer or router.resolve().parent / "checkpoint"
+    if not encoding.is_dir():
+        raise UserError(f"'{encoding}' holds no tokenizer", "name the model's directory with --tokenizer")
+    settings = Settings(shadow=_shadow(router) if shadow is None else shadow, rest=rest)
+    state_file = state or default_store() / "routing" / f"{opened.build_id[:16]}.json"
+    serve(opened, encoding, Options(dense, built, capacity, settings, state_file), host, port, say)
+
+
+def _shadow(router: Path) -> float:
+    """The share that the build's recipe asks for; the default where the router lies outside a build."""
+    path = router.resolve().parent / "recipe.yaml"
+    asked = recipe.load(str(path)).routing if path.is_file() else None
+    return (asked or Routing()).shadow
