@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from benchmarks.report import formatting, panels, plots, summary, tables
+from benchmarks.report import formatting, panels, plots, routing_plot, summary, tables
 from benchmarks.report.schema import Report
 from plugins.common.files import replacing
 
@@ -38,7 +38,9 @@ def _environment(html: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals.update(formatting=formatting, summary=summary, tables=tables, plots=plots, panels=panels)
+    environment.globals.update(
+        formatting=formatting, summary=summary, tables=tables, plots=plots, panels=panels, routing_plot=routing_plot
+    )
     for function in (formatting.number, formatting.amount, formatting.percent, formatting.times, formatting.interval):
         environment.filters[function.__name__] = function
     return environment

@@ -115,6 +115,28 @@ class Gate(_Part):
     message: str = ""
 
 
+class RoutingPoint(_Part):
+    """Mean loss over all requests, nats a token, where the build serves `share` of them: by router, coin and oracle."""
+
+    share: float
+    loss: float
+    loss_interval: Interval = None
+    random_loss: float
+    oracle_loss: float
+
+
+class Routing(_Part):
+    """The router between the dense model and the build, on held-out prompts. `share` and `loss`: at its threshold."""
+
+    curve: list[RoutingPoint]
+    gate: Gate
+    budget_kl: float
+    share: float
+    loss: float
+    controller_us: float
+    decision: dict[str, str]
+
+
 class Report(_Part):
     """The whole report. A build that stopped early leaves out what it did not reach."""
 
@@ -127,6 +149,7 @@ class Report(_Part):
     accuracy: Accuracy | None = None
     size: Size | None = None
     layers: list[Layer] = []
+    routing: Routing | None = None
     performance: list[Point] = []
     predicted: dict[str, Any] | list[dict[str, Any]] | None = None
     pareto: list[ParetoPoint] = []

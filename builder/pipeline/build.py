@@ -58,7 +58,8 @@ def build(
     started = now()
     plan = resolve(recipe, gpu, until=until)
     recovery = recipe.recovery.data if recipe.recovery else None
-    for data in (recipe.calibration.data, recipe.accuracy.data, recovery):
+    prompts = recipe.routing.prompts if recipe.routing else None
+    for data in (recipe.calibration.data, recipe.accuracy.data, recovery, prompts):
         if data is not None:
             find_file(data)  # a wrong path is an error now, not after the stages before it
     plan, model = check_files(recipe, plan)

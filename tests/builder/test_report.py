@@ -106,6 +106,24 @@ def _full() -> dict[str, Any]:
         },
         "pareto": [{"label": "6 of 12", "bytes": 8_000_000, "perplexity": 22.4}],
         "environment": {"python": "3.11.7", "versions": {"torch": "2.13.0"}},
+        "routing": {
+            "curve": [
+                {
+                    "share": share,
+                    "loss": 0.12 * share**2,
+                    "loss_interval": [0.1 * share**2, 0.14 * share**2],
+                    "random_loss": 0.12 * share,
+                    "oracle_loss": 0.12 * share**4,
+                }
+                for share in (0, 0.25, 0.5, 0.75, 1)
+            ],
+            "gate": {"name": "routing", "passed": True, "message": "the router loses 33% less than a random mix"},
+            "budget_kl": 0.05,
+            "share": 0.6,
+            "loss": 0.043,
+            "controller_us": 35.2,
+            "decision": {"serve": "router", "reason": "it loses less than a random mix"},
+        },
         "gates": [
             {"name": "verification", "passed": True, "message": "every check holds"},
             {"name": "perplexity", "limit": 0.15, "value": 0.17, "passed": False, "message": "17.0% is above 15.0%"},
@@ -237,7 +255,7 @@ def test_text_has_the_contrast_that_wcag_asks_in_light_and_dark(pages: Path) -> 
 def test_every_plot_is_well_formed_named_and_inside_its_frame(pages: Path) -> None:
     html = (pages / "report.html").read_text(encoding="utf8")
     plots = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    assert len(plots) == 2 * (1 + 2 + 4 + 3)  # wide and narrow: accuracy, 2 workloads, 4 ratios, 3 latencies
+    assert len(plots) == 2 * (1 + 2 + 4 + 3 + 1)  # wide and narrow: accuracy, 2 loads, 4 ratios, 3 latencies, routing
     for plot in plots:
         root = ElementTree.fromstring(plot)
         width, height = float(root.attrib["width"]), float(root.attrib["height"])

@@ -1,0 +1,49 @@
+"""Prompts of many lengths, and losses over the dense model's answer alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from calibration.routing.prompts import SHORTEST, cut_prompts, measure_losses
+
+
+def test_prompts_are_the_beginnings_of_their_windows_in_many_lengths():
+    windows = np.arange(200 * 64).reshape(200, 64)
+    prompts = cut_prompts(windows)
+    lengths = [len(prompt) for prompt in prompts]
+    assert all(prompt == tuple(row[: len(prompt)]) for prompt, row in zip(prompts, windows, strict=True))
+    assert min(lengths) >= SHORTEST
+    assert max(lengths) <= 64
+    assert len(set(lengths)) > 20
+    assert prompts == cut_prompts(windows)
+
+
+def test_the_loss_is_the_divergence_over_the_answer_and_no_token_of_the_prompt():
+    torch.manual_seed(0)
+    table = torch.randn(16, 16)
+
+    def dense(ids):
+        return table[ids]
+
+    def cheap(ids):
+        """Differs at token 3 alone."""
+        return table[ids] + (ids == 3)[..., None] * torch.arange(16.0)
+
+    (inside,) = measure_losses(dense, cheap, [(1, 2)], [[3, 4, 5]])
+    (outside,) = measure_losses(dense, cheap, [(3, 2)], [[4, 5]])
+    expected = torch.nn.functional.kl_div(
+        cheap(torch.tensor([3]))[0].log_softmax(0), dense(torch.tensor([3]))[0].log_softmax(0),
+        log_target=True, reduction="sum",
+    )  # fmt: skip
+    assert inside.kl == pytest.approx(float(expected) / 3, rel=1e-5)  # token 3 predicts one of the answer's 3 tokens
+    assert inside.disagreement == pytest.approx(1 / 3)
+    assert outside.kl == pytest.approx(0, abs=1e-6)
+    assert outside.disagreement == 0
+
+
+def test_equal_models_lose_nothing():
+    table = torch.randn(8, 8)
+    (loss,) = measure_losses(lambda ids: table[ids], lambda ids: table[ids], [(1, 2, 3)], [[4]])
+    assert (loss.kl, loss.disagreement) == (0.0, 0.0)

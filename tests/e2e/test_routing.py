@@ -1,0 +1,58 @@
+"""A build with a routing section: learned, proved and reported; what is not proven keeps one engine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.support.command import twofour
+
+SETTINGS = (
+    "--preset", "2of4-all", "--set", "sparsity.method=magnitude", "--set", "accuracy.data=null",
+    "--set", "routing.samples=64", "--set", "routing.max_new_tokens=4", "--until", "evaluate",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+def routing_of(docs_llama, store, out, *overrides):
+    sets = [part for override in overrides for part in ("--set", override)]
+    done = twofour("build", docs_llama, *SETTINGS, *sets, "--store", store, "--out", out)
+    assert done.status == 0, done.stderr
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert "Routing" in (out / "report" / "report.html").read_text()
+    return report["routing"]
+
+
+def test_a_router_is_proved_and_kept_only_if_it_beats_a_coin(docs_llama, store, tmp_path):
+    routing = routing_of(docs_llama, store, tmp_path / "out", "routing.budget.kl=100")
+    assert routing["curve"][0]["loss"] == 0
+    assert routing["curve"][-1]["loss"] == pytest.approx(routing["curve"][-1]["random_loss"])
+    assert all(point["oracle_loss"] <= point["loss"] + 1e-9 for point in routing["curve"])
+    assert routing["prompts"]["trained"] + routing["prompts"]["held_out"] == 64
+    assert routing["controller_us"] > 0
+    serves = routing["decision"]["serve"]
+    assert serves == ("router" if routing["gate"]["passed"] else "dense")
+    assert (tmp_path / "out" / "routing" / "router.json").is_file() == (serves == "router")
+
+
+def test_a_budget_that_only_dense_meets_keeps_dense_and_says_why(docs_llama, store, tmp_path):
+    routing = routing_of(docs_llama, store, tmp_path / "out", "routing.budget.kl=1.0e-9")
+    assert routing["share"] == 0
+    assert routing["decision"]["serve"] == "dense"
+    assert routing["decision"]["reason"]
+    assert not (tmp_path / "out" / "routing").exists()
+
+
+def test_prompts_that_are_not_there_are_named_before_anything_runs(docs_llama, store, tmp_path):
+    done = twofour(
+        "build", docs_llama, *SETTINGS, "--set", "routing.prompts=nowhere.jsonl", "--store", store, "--out",
+        tmp_path / "out",
+    )  # fmt: skip
+    assert done.status == 2
+    assert "nowhere.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
