@@ -29,7 +29,7 @@ def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) ->
     from calibration.evaluation.evaluate import evaluate
 
     assert config.data is not None
-    text = windows(config.data, model, config.sequence_length, config.samples)
+    text = windows(config.data, model, config.sequence_length, config.samples, key="accuracy.samples")
     precise = config.compute == "float32"
     dense, built = registry.load_dense(model, engine, precise=precise), registry.load(engine, precise=precise)
     measured = evaluate(dense.logits, built.logits, text.tokens, text.documents, progress).to_dict()

@@ -86,7 +86,7 @@ def _prompts(context: BuildContext) -> Any:
     assert routing is not None
     text = windows(
         _data(context), context.model, calibration.sequence_length, routing.samples, calibration.seed + 1,
-        calibration.chat_template,
+        calibration.chat_template, "routing.samples",
     )  # fmt: skip
     return text, cut_prompts(text.tokens)
 

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from benchmarks.roofline import roofline
 from builder.planning.compatibility import features_of
 from builder.planning.hub import find_config
-from builder.planning.kv_cache import Capacity, capacity, check_budget, check_eviction, eviction_notes
+from builder.planning.kv_cache import Capacity, capacity, check_budget, check_eviction
 from builder.planning.model_config import Architecture, Linear, architecture
+from builder.planning.notes import notes
 from builder.recipe import Recipe
 from calibration.config import check_adapter_rank
 from plugins.common import defaults
@@ -99,6 +100,7 @@ def make_plan(
     head = layers[-1].dense_bytes if shapes.tied_embeddings else 0  # counted with the embedding
     shared = head if layers[-1].format == _dense_format(shapes) else 0
     kv_bytes = shapes.kv_values_per_token * (1 if recipe.quantization.kv_cache != "none" else 2)
+    dense_bytes = sum(layer.dense_bytes for layer in layers) + other - head
     built_bytes = sum(layer.built_bytes for layer in layers) + other - shared
     return Plan(
         model=recipe.model,
@@ -106,7 +108,7 @@ def make_plan(
         format=recipe.format,
         backend=recipe.engine.backend,
         layers=layers,
-        dense_bytes=sum(layer.dense_bytes for layer in layers) + other - head,
+        dense_bytes=dense_bytes,
         built_bytes=built_bytes,
         activations=recipe.quantization.activations,
         kv_bytes_per_token=kv_bytes,
@@ -115,7 +117,7 @@ def make_plan(
         blocks=shapes.num_blocks,
         calibration_bytes=_calibration_bytes(recipe, shapes, layers, other),
         predicted=predict(gpu, shapes, layers, kv_bytes, batch, context),
-        notes=tuple(_notes(recipe, layers)),
+        notes=notes(recipe, any(layer.sparse for layer in layers), dense_bytes, built_bytes),
     )
 
 
@@ -283,17 +285,3 @@ def _launch_bound(card: roofline.Gpu, tokens: int, products: Sequence[roofline.L
     times = [roofline.gemm_time(card, tokens, x.out_features, x.in_features, x.format) for x in sparse]
     bound = sum(time.bound == "launch" for time in times)
     return {"products": bound, "of": len(sparse), "kernel_us": round(card.least_kernel_seconds * 1e6, 3)}
-
-
-def _notes(recipe: Recipe, layers: Sequence[LayerPlan]) -> list[str]:
-    notes = eviction_notes(recipe.engine, recipe.accuracy.sequence_length)
-    if recipe.sparsity and not any(layer.sparse for layer in layers):
-        notes.append("no layer is pruned: sparsity.layers and sparsity.exclude leave none")
-    if recipe.sparsity and recipe.sparsity.budget:
-        notes.append("bytes and times are those of all candidates 2:4: the build prunes only what fits the budget")
-    if recipe.sparsity:
-        notes.append(
-            "2:4 needs a GPU with sparse tensor cores (SM80 and later) to pay in full; a CPU saves bytes, and time "
-            "only where reading weights is the limit"
-        )
-    return notes

@@ -47,11 +47,13 @@ def windows(
     samples: int | None = None,
     seed: int | None = None,
     chat_template: bool | None = None,
+    key: str = "calibration.samples",
 ) -> Windows:
     """Windows of `length` tokens: first the first window of each document, then the second of each, and so on.
 
     What is left of each document is joined into further windows, so that short documents count too. `samples` None
-    takes all, `seed` None keeps the order of the data. Raises UserError where there are fewer than `samples`.
+    takes all, `seed` None keeps the order of the data. Raises UserError where there are fewer than `samples`, which the
+    recipe's `key` sets.
     """
     vocabulary = _vocabulary(model)
     if data.lower().endswith((".safetensors", ".npy")):
@@ -67,7 +69,7 @@ def windows(
         asked = f"{samples} samples" if samples else "a sample"
         raise UserError(
             f"'{data}' holds {count} samples of {length} tokens, and {asked} are needed: add text, or use fewer"
-            + (f" (--set calibration.samples={count})" if count else "")
+            + (f" (--set {key}={count})" if count else "")
         )
     if tokens.tokens.min() < 0 or tokens.tokens.max() >= vocabulary:
         raise UserError(

@@ -1,0 +1,26 @@
+"""What a reader of a plan should know beside its figures."""
+
+from __future__ import annotations
+
+from builder.planning.kv_cache import eviction_notes
+from builder.recipe import Recipe
+
+
+def notes(recipe: Recipe, prunes: bool, dense_bytes: int, built_bytes: int) -> tuple[str, ...]:
+    """A sentence each. `prunes`: whether any layer is a candidate for 2:4; bytes are those of all weights."""
+    lines = eviction_notes(recipe.engine, recipe.accuracy.sequence_length)
+    if recipe.sparsity and not prunes:
+        lines.append("no layer is pruned: sparsity.layers and sparsity.exclude leave none")
+    if recipe.sparsity and recipe.sparsity.budget:
+        lines.append("bytes and times are those of all candidates 2:4: the build prunes only what fits the budget")
+    if recipe.sparsity:
+        lines.append(
+            "2:4 needs a GPU with sparse tensor cores (SM80 and later) to pay in full; a CPU saves bytes, and time "
+            "only where reading weights is the limit"
+        )
+    if recipe.routing:
+        lines.append(
+            f"routing holds two engines: {dense_bytes / 1e6:.4g} MB of dense weights beside {built_bytes / 1e6:.4g} MB "
+            "of the build's, each with a KV cache of its own; they share the tokenizer"
+        )
+    return tuple(lines)
