@@ -51,3 +51,5 @@ class DeployConfig(Config):
     max_queue_size: int = Field(default=0, ge=0)  # requests that may wait behind the running batch; 0: no limit
     max_tokens: int = Field(default=64, ge=1)  # default for a request without max_tokens
     engine_path: str | None = None  # as in config.pbtxt, relative to the model's directory; None: computed
+    shadow: float = 0.01  # of a router: share of the requests that both engines score
+    router_path: str | None = None  # as engine_path

@@ -28,6 +28,12 @@ from plugins.common.json_files import read_json, write_json
 Make = Callable[[Path, Path], None]
 
 
+def default_store() -> Path:
+    """Where stage outputs are kept unless --store says otherwise: shared by all builds of this user."""
+    cache = os.environ.get("TWOFOUR_STORE")
+    return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twofour"
+
+
 def key(stage: str, inputs: Mapping[str, str], config: Any, code: str, tools: Mapping[str, str]) -> str:
     """The name of a stage's output: the sha256 of its inputs' digests, config, code's digest and tools' versions."""
     return digest_of({"stage": stage, "inputs": inputs, "config": config, "code": code, "tools": tools})

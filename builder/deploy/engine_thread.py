@@ -33,6 +33,10 @@ class EngineLoop:
         """Ends a request. If the engine cannot cancel, the request finishes and its tokens are discarded."""
         self._commands.put(partial(self._drop, request_id))
 
+    def run(self, job: Callable[[Engine], None]) -> None:
+        """Runs `job` with the engine between two of its steps. It must not raise."""
+        self._commands.put(lambda: job(self._engine))
+
     def stop(self) -> None:
         """Ends the thread after the current step; open requests get no more tokens."""
         self._commands.put(self._halt)

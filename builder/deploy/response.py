@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from builder.deploy import request_schema
+from builder.deploy import request_schema, scoring
 from builder.deploy.detokenizer import TextStream
-from builder.engines.base import Token
+from builder.engines.base import Engine, Token
+from calibration.routing.controller import UnavailableError
 from plugins.common.errors import UserError
 
 
@@ -24,6 +25,8 @@ class Reply:
         self.sender = sender
         self.count = 0
         self.ended = False
+        self.ticket: str | None = None  # names the request for a router
+        self.left = False  # the router's client left
         self._text = text
         self._end_ids = end_ids
         self._arrival = arrival
@@ -94,13 +97,43 @@ class CancelledError(Exception):
     """The client disconnected."""
 
 
+class CallError(Exception):
+    """An error of another model that was called. `code`: Triton's; None: INTERNAL."""
+
+    def __init__(self, message: str, code: Any = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def send_error(sender: Any, error: Exception) -> None:
-    codes = {UserError: "INVALID_ARG", FullError: "UNAVAILABLE", CancelledError: "CANCELLED"}
-    code = next((name for kind, name in codes.items() if isinstance(error, kind)), "INTERNAL")
-    if code == "INTERNAL":
+    codes = {
+        UserError: "INVALID_ARG",
+        FullError: "UNAVAILABLE",
+        UnavailableError: "UNAVAILABLE",
+        CancelledError: "CANCELLED",
+    }
+    name = next((name for kind, name in codes.items() if isinstance(error, kind)), "INTERNAL")
+    code = getattr(error, "code", None) or getattr(pb_utils.TritonError, name)
+    if code == pb_utils.TritonError.INTERNAL:
         pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-    triton_error = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, code))
+    triton_error = pb_utils.TritonError(str(error), code)
     sender.send(pb_utils.InferenceResponse(error=triton_error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def send_text(sender: Any, text: str) -> None:
+    """The whole response: one text."""
+    response = pb_utils.InferenceResponse(output_tensors=[_strings("text_output", text)])
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def send_score(sender: Any, engine: Engine, input_ids: list[int], start: int) -> None:
+    """The score of the tokens from `start` on, or the error that it raised."""
+    try:
+        text = scoring.score(engine, input_ids, start)
+    except Exception as error:
+        send_error(sender, error)
+    else:
+        send_text(sender, text)
 
 
 def _strings(name: str, value: str) -> Any:

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 import triton_python_backend_utils as pb_utils
 
-from builder.deploy import request_schema
+from builder.deploy import request_schema, scoring
 from builder.deploy.detokenizer import TextStream
 from builder.deploy.engine_thread import EngineLoop
-from builder.deploy.response import CancelledError, FullError, Reply, send_error
+from builder.deploy.response import CancelledError, FullError, Reply, send_error, send_score, send_text
 from builder.engines.base import Engine, Token
 from plugins.common.json_files import read_json
 
@@ -77,9 +77,20 @@ class EngineModel:
         if self._capacity and len(self._open) >= self._capacity:
             raise FullError(f"{len(self._open)} requests are waiting or running: try again later")
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        values = request_schema.read(tensors, json.loads(request.parameters()))
+        parameters = json.loads(request.parameters())
+        ticket = parameters.pop(scoring.TICKET, None)
+        if scoring.CANCEL in parameters:
+            self._cancel_ticket(parameters[scoring.CANCEL])
+            send_text(sender, "")
+            return
+        start = parameters.pop(scoring.SCORE_FROM, None)
+        values = request_schema.read(tensors, parameters)
+        if start is not None:
+            self._loop.run(lambda engine: send_score(sender, engine, values["input_ids"], int(start)))
+            return
         ask = request_schema.understand(values, request_id, self._limits, self._encode, self._decode)
         reply = Reply(ask, sender, TextStream(self._decode, ask.request.input_ids), self._limits.end_ids, arrival)
+        reply.ticket = ticket
         self._open[request_id] = reply
         self._loop.submit(ask.request, lambda event: self._outbox.put((reply, event)))
 
@@ -132,9 +143,13 @@ class EngineModel:
         if reply.ended:
             del self._open[reply.id]
 
+    def _cancel_ticket(self, ticket: str) -> None:
+        for reply in list(self._open.values()):
+            reply.left = reply.left or reply.ticket == ticket
+
     def _drop_cancelled(self) -> None:
         for reply in list(self._open.values()):
-            if reply.sender.is_cancelled():
+            if reply.left or reply.sender.is_cancelled():
                 del self._open[reply.id]
                 self._loop.cancel(reply.id)
                 self._counters.add("cancelled_requests", 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 
 from benchmarks.roofline import roofline
-from builder.artifacts.cache import Cache, CachedOutput
+from builder.artifacts.cache import Cache, CachedOutput, default_store
 from builder.artifacts.install import claimed, publish
 from builder.artifacts.manifest import MANIFEST, as_bytes, make_manifest, now
 from builder.context import BuildContext, Outputs
@@ -34,12 +33,6 @@ from calibration.data.documents import find_file
 from plugins.common import defaults
 from plugins.common.errors import GateError
 from plugins.common.json_files import read_json
-
-
-def default_store() -> Path:
-    """Where stage outputs are kept unless --store says otherwise: shared by all builds of this user."""
-    cache = os.environ.get("TWOFOUR_STORE")
-    return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twofour"
 
 
 def build(

@@ -12,11 +12,12 @@ from builder.artifacts.filesystem import remove, sha256_tree
 from builder.artifacts.install import claimed, publish
 from builder.artifacts.manifest import MANIFEST, as_bytes, is_build, make_manifest, now, record_folder
 from builder.checkpoint import Checkpoint
-from builder.config import EngineConfig
+from builder.config import DeployConfig, EngineConfig
 from builder.engines.trtllm import version_lock
 from builder.hardware import machine
 from builder.pipeline import measure
 from builder.pipeline.build import pick_backend
+from builder.pipeline.route import shadow_share
 from builder.planning.hub import find_model
 from builder.progress import Console
 from builder.verify import verify
@@ -137,26 +138,36 @@ def _backend_of(source: Checkpoint, asked: str, config: EngineConfig) -> str:
 
 def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Writes build/triton and notes it in the manifest."""
-    from builder.config import DeployConfig
-    from builder.deploy.repository import write_repository
-
     version_lock.require(build / "engine")
     config = DeployConfig(**options, engine_path="../../engine")
     repository = build / "triton"
     if is_build(build):  # all of its triton/ is ours: the new model replaces the one that the build wrote
         with tempfile.TemporaryDirectory(dir=build.resolve().parent, prefix=f".{build.name}-triton-") as scratch:
-            write_repository(build / "engine", Path(scratch) / "triton", config)
+            _write_repository(build, Path(scratch) / "triton", config)
             remove(repository)
             (Path(scratch) / "triton").rename(repository)
         record_folder(build, "triton")
     else:
-        write_repository(build / "engine", repository, config)
+        _write_repository(build, repository, config)
     return {
         "repository": str(repository),
         "model": config.model_name,
         "files": list(sha256_tree(repository)),
         "message": _how_to_start(build, repository, config.model_name),
     }
+
+
+def _write_repository(build: Path, out: Path, config: DeployConfig) -> None:
+    """The build's engine; with the dense model and a router in front of both, where the build has one."""
+    from builder.deploy.repository import write_repository
+    from builder.deploy.routed_repository import write_routed_repository
+
+    engine, router = build / "engine", build / "routing"
+    if not router.is_dir():
+        write_repository(engine, out, config)
+        return
+    routed = config.model_copy(update={"router_path": "../../routing", "shadow": shadow_share(router)})
+    write_routed_repository(engine, _dense(_recipe(build), None), router, out, routed)
 
 
 def _how_to_start(build: Path, repository: Path, model: str) -> str:

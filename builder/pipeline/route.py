@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from builder import recipe
-from builder.pipeline.build import default_store
+from builder.deploy.routed_repository import state_file
 from calibration.config import Routing
 from plugins.common.errors import UserError
 
@@ -33,12 +33,12 @@ def route(
     encoding = tokenizer or router.resolve().parent / "checkpoint"
     if not encoding.is_dir():
         raise UserError(f"'{encoding}' holds no tokenizer", "name the model's directory with --tokenizer")
-    settings = Settings(shadow=_shadow(router) if shadow is None else shadow, rest=rest)
-    state_file = state or default_store() / "routing" / f"{opened.build_id[:16]}.json"
-    serve(opened, encoding, Options(dense, built, capacity, settings, state_file), host, port, say)
+    settings = Settings(shadow=shadow_share(router) if shadow is None else shadow, rest=rest)
+    options = Options(dense, built, capacity, settings, state or state_file(opened.build_id))
+    serve(opened, encoding, options, host, port, say)
 
 
-def _shadow(router: Path) -> float:
+def shadow_share(router: Path) -> float:
     """The share that the build's recipe asks for; the default where the router lies outside a build."""
     path = router.resolve().parent / "recipe.yaml"
     asked = recipe.load(str(path)).routing if path.is_file() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,7 @@ class RouterService:
         self._clock = clock
         if state_file is not None:
             state.resume(self.controller, state_file)
-        self._saved = clock()
+        self._saved = -math.inf
         self._shadows = ShadowRuns(self.controller, idle, after=self._save_if_due)
 
     def decide(self, token_ids: np.ndarray[Any, Any] | None, **asked: Any) -> Decision:
@@ -92,19 +93,20 @@ class RouterService:
         """The value of each metric now."""
         return self.controller.samples()
 
-    def close(self) -> None:
-        """Ends the shadow runs and writes the state."""
-        self._shadows.stop()
-        self._save()
-
-    def _save_if_due(self) -> None:
-        if not 0 <= self._clock() - self._saved < _SAVE_PERIOD:  # also a clock that was set back
-            self._save()
-
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Writes the state now."""
         self._saved = self._clock()
         if self._state_file is not None:
             try:
                 state.save(self.controller, self._state_file)
             except OSError as error:  # a full disk must not stop the service
                 log.warning("'%s' cannot be written: %s", self._state_file, error)
+
+    def close(self) -> None:
+        """Ends the shadow runs and writes the state."""
+        self._shadows.stop()
+        self.save()
+
+    def _save_if_due(self) -> None:
+        if not 0 <= self._clock() - self._saved < _SAVE_PERIOD:  # also a clock that was set back
+            self.save()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,15 @@ from tests.support.routing import BUDGET, EASY, HARD, UNREADABLE, learned_router
 ALL = Settings(shadow=1.0)
 
 
-def until_measured(service: RouterService, count: int) -> None:
+def wait(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while service.samples().get(Sample(metrics.MEASURED), 0) < count:
+    while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def until_measured(service: RouterService, count: int) -> None:
+    wait(lambda: service.samples().get(Sample(metrics.MEASURED), 0) >= count)
 
 
 @pytest.mark.parametrize(
@@ -71,16 +75,18 @@ def test_the_state_is_written_now_and_then_and_at_the_end(tmp_path: Path) -> Non
         service.answered(service.decide(np.array(EASY)), lambda: 5 * BUDGET)
         until_measured(service, count)
 
+    def written(count: int) -> bool:
+        return path.exists() and json.loads(path.read_text())["measured"] == count
+
     measure(1)
-    time.sleep(0.05)
-    assert not path.exists()
-    now[0] = 11.0
+    wait(lambda: written(1))
     measure(2)
-    deadline = time.monotonic() + 10
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    time.sleep(0.05)
+    assert written(1)
+    now[0] = 11.0
     measure(3)
+    wait(lambda: written(3))
+    measure(4)
     service.close()
     again = RouterService(learned_router(), lambda: True, ALL, path)
     assert again.controller.state() == service.controller.state()
