@@ -66,6 +66,7 @@ class Policy:
     build_id: str = "simulation"
     variants: tuple[str, ...] = ("dense", "built")
     budget_kl: float = BUDGET
+    prompts: int = 100_000
 
 
 def simulate(scenario: Scenario) -> Requests:

@@ -55,7 +55,10 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     threshold = choose_threshold(fitted.left_out_N, loss_N[~held_N], routing.budget.kl)
     edges, reference_FB = histograms(features_NF[~held_N])
     identity = hashlib.sha256("".join(_inputs(context, outputs).values()).encode()).hexdigest()
-    router = Router(features, fitted.predictor, identity, VARIANTS, routing.budget.kl, threshold, edges, reference_FB)
+    router = Router(
+        features, fitted.predictor, identity, VARIANTS, routing.budget.kl, threshold, edges, reference_FB,
+        prompts=int((~held_N).sum()),
+    )  # fmt: skip
     predicted_N, microseconds = _timed(router, [prompt for prompt, held in zip(prompts, held_N, strict=True) if held])
     proof = prove(predicted_N, loss_N[held_N], windows.documents[held_N])
     cheap_N = predicted_N <= threshold

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 
 from calibration.routing import metrics
-from calibration.routing.drift import BOUND, Drift
+from calibration.routing.drift import BOUND, Drift, noise
 from calibration.routing.metrics import Sample
 from calibration.routing.threshold import IntegralControl
 from plugins.common.errors import UserError
@@ -45,6 +45,9 @@ class Policy(Protocol):
     def edges(self) -> np.ndarray[Any, Any]: ...
     @property
     def reference_FB(self) -> np.ndarray[Any, Any]: ...  # noqa: N802
+    @property
+    def prompts(self) -> int:
+        """How many prompts the histograms were made of."""
 
 
 class UnavailableError(Exception):
@@ -56,7 +59,7 @@ class Settings:
     """shadow: share of `auto` requests that are measured
     rest: the threshold beside an idle dense engine, as a share of the threshold that meets the budget
     gain: of the integral control
-    window, bound: requests in the drift index, and the index above which the alarm is on
+    window, bound: requests in the drift index, and the index above which the alarm is on, without its noise
     """
 
     shadow: float = 0.01
@@ -90,7 +93,8 @@ class Controller:
         self._lock = threading.Lock()
         self._coin = random.Random(seed)
         self._control = IntegralControl(policy.budget_kl, policy.threshold, self.settings.gain)
-        self._drift = Drift(policy.reference_FB, policy.edges, self.settings.window, self.settings.bound)
+        bound = self.settings.bound + noise(policy.prompts, policy.reference_FB.shape[1])
+        self._drift = Drift(policy.reference_FB, policy.edges, self.settings.window, bound)
         self._totals: defaultdict[Sample, float] = defaultdict(float)
         self._measured = 0  # shadow runs in the mean
         self._loss = 0.0  # mean of the recent ones, nats a token

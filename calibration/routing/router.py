@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.routing.features import Features
+from calibration.routing.features import NAMES, Features
 from calibration.routing.predictor import Prediction, Predictor
 from plugins.common.errors import UserError
 from plugins.common.files import replacing
@@ -33,6 +33,7 @@ class Router:
     budget_kl: mean loss over all requests that the deployment may cost, nats a token
     threshold: predicted loss, nats a token; below 0 no prompt goes to the cheap engine
     edges, reference_FB: inner edges [F, B - 1] of the bins of each feature, and the training prompts' share in each bin
+    prompts: how many the router was trained on
     """
 
     features: Features
@@ -43,6 +44,7 @@ class Router:
     threshold: float
     edges: NDArray[np.float32]
     reference_FB: NDArray[np.float32]
+    prompts: int
 
     def predict(self, token_ids: Any) -> Prediction:
         """The prediction for a prompt. Raises UserError for an empty one."""
@@ -54,7 +56,7 @@ class Router:
         own = {"edges": self.edges, "reference_FB": self.reference_FB}
         with replacing(directory / ARRAYS) as partial:
             np.savez(partial, **self.features.arrays(), **self.predictor.arrays(), **own)
-        names = ("build_id", "variants", "budget_kl", "threshold")
+        names = ("build_id", "variants", "budget_kl", "threshold", "prompts")
         write_json(directory / FACTS, {name: getattr(self, name) for name in names})
 
     @classmethod
@@ -73,7 +75,12 @@ class Router:
                 float(facts["threshold"]),
                 arrays["edges"],
                 arrays["reference_FB"],
+                int(facts["prompts"]),
             )
+            if router.prompts < 1 or len(router.variants) < 2:
+                raise ValueError(f"{router.prompts} prompts, {len(router.variants)} variants")
+            if router.reference_FB.shape != (len(NAMES), BINS) or router.edges.shape != (len(NAMES), BINS - 1):
+                raise ValueError(f"histograms {router.reference_FB.shape}, edges {router.edges.shape}")
         except FileNotFoundError:
             raise UserError(f"'{directory}' holds no router", "build with a 'routing' section in the recipe") from None
         except (KeyError, ValueError, TypeError, OSError, EOFError, BadZipFile) as error:

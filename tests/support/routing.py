@@ -22,6 +22,7 @@ class Policy:
     variants: tuple[str, ...] = ("dense", "built")
     budget_kl: float = BUDGET
     reference_FB: np.ndarray[Any, Any] = field(default_factory=lambda: np.full((2, 10), 0.1))
+    prompts: int = 10_000
     edges: np.ndarray[Any, Any] = field(default_factory=lambda: np.tile(np.arange(0.1, 0.95, 0.1), (2, 1)))
 
 
@@ -35,7 +36,9 @@ def learned_router(threshold: float = 0.1) -> Router:
     features_NF = np.stack([features.extract(prompt) for prompt in prompts])
     predictor = fit(features_NF, np.exp(-4 + 3 * hard_N)).predictor
     features.projected_VD[UNREADABLE[0]] = np.nan
-    return Router(features, predictor, "this", ("dense", "built"), BUDGET, threshold, *histograms(features_NF))
+    return Router(
+        features, predictor, "this", ("dense", "built"), BUDGET, threshold, *histograms(features_NF), len(features_NF)
+    )
 
 
 EASY = [5, 6, 7, 8]

@@ -11,6 +11,7 @@ import pytest
 from calibration.routing import metrics
 from calibration.routing.controller import Controller, Decision, Settings, UnavailableError, route_around
 from calibration.routing.metrics import Sample
+from calibration.routing.router import histograms
 from calibration.routing.threshold import AIM, NARROWEST, WIDEST, IntegralControl
 from plugins.common.errors import UserError
 from tests.support.routing import BUDGET, Policy
@@ -169,6 +170,19 @@ def test_drift_sends_requests_to_dense_until_it_recedes() -> None:
     assert controller.state() == state, "the threshold decides nothing now"
     answers(400, 0.0)
     assert set(answers(300, 0.0)) == {"built"}
+
+
+@pytest.mark.parametrize("prompts", [22, 90, 700])
+def test_few_training_prompts_raise_no_false_alarm(prompts: int) -> None:
+    random = np.random.default_rng(prompts)
+    edges, reference_FB = histograms(random.standard_normal((prompts, 14)))
+    controller = Controller(Policy(edges=edges, reference_FB=reference_FB, prompts=prompts))
+    for _ in range(3000):
+        controller.decide(random.standard_normal(14), 0.01)
+        assert not controller.alarm
+    for _ in range(1000):
+        controller.decide(random.standard_normal(14) + 3, 0.01)
+    assert controller.alarm
 
 
 def test_features_that_are_not_finite_go_to_dense_and_leave_drift_alone() -> None:

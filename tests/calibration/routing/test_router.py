@@ -110,7 +110,7 @@ def router() -> Router:
     prompts = [RANDOM.integers(0, 8, RANDOM.integers(2, 30)) for _ in range(60)]
     features_NF = np.stack([own.extract(prompt) for prompt in prompts])
     predictor = fit(features_NF, np.exp(RANDOM.standard_normal(60))).predictor
-    return Router(own, predictor, "a" * 64, ("dense", "built"), 0.05, 0.1, *histograms(features_NF))
+    return Router(own, predictor, "a" * 64, ("dense", "built"), 0.05, 0.1, *histograms(features_NF), len(features_NF))
 
 
 def test_a_router_comes_back_from_its_files_as_it_was(tmp_path):
@@ -129,7 +129,9 @@ def test_the_router_of_another_build_is_refused(tmp_path):
         Router.load(tmp_path, "b" * 64)
 
 
-@pytest.mark.parametrize("damage", ["no files", "not json", "no threshold", "cut arrays", "no arrays"])
+@pytest.mark.parametrize(
+    "damage", ["no files", "not json", "no threshold", "cut arrays", "no arrays", "no prompts", "wrong edges"]
+)
 def test_a_damaged_router_is_one_line(tmp_path, damage):
     router().save(tmp_path)
     facts, arrays = tmp_path / "router.json", tmp_path / "router.npz"
@@ -139,6 +141,10 @@ def test_a_damaged_router_is_one_line(tmp_path, damage):
         facts.write_text("{")
     elif damage == "no threshold":
         facts.write_text(json.dumps({**json.loads(facts.read_text()), "threshold": None}))
+    elif damage == "no prompts":
+        facts.write_text(json.dumps({**json.loads(facts.read_text()), "prompts": 0}))
+    elif damage == "wrong edges":
+        np.savez(arrays, **{**dict(np.load(arrays)), "edges": np.zeros((2, 9))})
     elif damage == "cut arrays":
         arrays.write_bytes(arrays.read_bytes()[:200])
     else:
