@@ -1,13 +1,8 @@
 """The report: three files from a full and from a minimal dictionary, honest words, a page that needs nothing else."""
 
-import copy
-import functools
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,127 +11,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.config import Workload
 from benchmarks.report import render, summary, tables
 from benchmarks.report.schema import Report
 from benchmarks.report.svg import Scale, ticks
 from benchmarks.roofline import roofline
-from benchmarks.serving.records import Record
-from benchmarks.serving.summarize import Run, Side, summarise
-
-MINIMAL: dict[str, Any] = {"twofour": "0.1.0", "model": "examples/docs-llama"}
-
-
-def point(concurrency: int, dense_pace: float, built_pace: float, input_tokens: int = 128) -> dict[str, Any]:
-    """A measured point: 4 rounds of 8 requests, the pace of each round a little different."""
-    runs = []
-    paces: dict[Side, float] = {"dense": dense_pace, "built": built_pace}
-    for number in range(1, 5):
-        for side, pace in paces.items():
-            step = pace * (1 + 0.01 * number + (0.002 * number if side == "built" else 0))
-            records = tuple(
-                Record(str(i), input_tokens, 16, float(i), tuple(i + step * (3 + t + 0.1 * i) for t in range(16)))
-                for i in range(8)
-            )
-            runs.append(Run(side, 0, concurrency, number, records))
-    return summarise(runs, Workload(input_tokens=input_tokens, output_tokens=16), concurrency)
-
-
-def layer(name: str, out_features: int, in_features: int, sparse: bool = True) -> dict[str, Any]:
-    dense = out_features * in_features * 2
-    return {
-        "name": name,
-        "out_features": out_features,
-        "in_features": in_features,
-        "format": "fp8" if sparse else "bf16",
-        "sparse": sparse,
-        "zeros": 0.5 if sparse else 0.0,
-        "dense_bytes": dense,
-        "built_bytes": int(dense * 0.3125) if sparse else dense,
-        "kernel": "reference",
-        "reason": "2:4 pays: predicted 1.3x to 1.6x" if sparse else "excluded by the recipe",
-    }
-
-
-def full() -> dict[str, Any]:
-    return copy.deepcopy(_full())
-
-
-@functools.cache
-def _full() -> dict[str, Any]:
-    card = roofline.gpu("H100")
-    shapes = [roofline.Layer(4096, 4096, "bf16", count=64), roofline.Layer(32000, 4096, last_token=True)]
-    sparse = [roofline.Layer(4096, 4096, "fp8", True, 64), roofline.Layer(32000, 4096, last_token=True)]
-    return {
-        **MINIMAL,
-        "created": "2026-11-22T14:03:00Z",
-        "backend": "torch",
-        "device": {"type": "cpu", "name": "AMD EPYC", "cores": 2},
-        "recipe": {"sparsity": {"method": "sparsegpt", "layers": ["*"]}, "quantization": {"format": "fp8"}},
-        "accuracy": {
-            "dense": {"perplexity": 21.31},
-            "built": {"perplexity": 24.93},
-            "perplexity_increase": 0.17,
-            "perplexity_increase_interval": [0.152, 0.189],
-            "kl": 0.142,
-            "top1_agreement": 0.853,
-            "tokens": 51200,
-            "documents": 212,
-            "context_length": 256,
-        },
-        "size": {"dense_bytes": 11_300_000, "built_bytes": 5_900_000},
-        "layers": [
-            *(layer(f"model.layers.{block}.mlp.up_proj", 768, 256) for block in range(6)),
-            *(layer(f"model.layers.{block}.mlp.down_proj", 256, 768) for block in range(6)),
-            layer("lm_head", 4096, 256, sparse=False),
-        ],
-        "performance": [point(1, 0.002, 0.0021), point(4, 0.003, 0.0025), point(4, 0.003, 0.003, input_tokens=512)],
-        "predicted": {
-            "gpu": card.name,
-            "batch": 8,
-            "context": 1024,
-            "decode": {
-                "dense": roofline.decode_ceiling(card, shapes, 8, 1024, 131072),
-                "built": roofline.decode_ceiling(card, sparse, 8, 1024, 131072),
-            },
-            "prefill": {
-                "dense": roofline.prefill_ceiling(card, shapes, 1024),
-                "built": roofline.prefill_ceiling(card, sparse, 1024),
-            },
-        },
-        "pareto": [{"label": "6 of 12", "bytes": 8_000_000, "perplexity": 22.4}],
-        "environment": {"python": "3.11.7", "versions": {"torch": "2.13.0"}},
-        "routing": {
-            "curve": [
-                {
-                    "share": share,
-                    "loss": 0.12 * share**2,
-                    "loss_interval": [0.1 * share**2, 0.14 * share**2],
-                    "random_loss": 0.12 * share,
-                    "oracle_loss": 0.12 * share**4,
-                }
-                for share in (0, 0.25, 0.5, 0.75, 1)
-            ],
-            "gate": {"name": "routing", "passed": True, "message": "the router loses 33% less than a random mix"},
-            "budget_kl": 0.05,
-            "share": 0.6,
-            "loss": 0.043,
-            "controller_us": 35.2,
-            "decision": {"serve": "router", "reason": "it loses less than a random mix"},
-        },
-        "gates": [
-            {"name": "verification", "passed": True, "message": "every check holds"},
-            {"name": "perplexity", "limit": 0.15, "value": 0.17, "passed": False, "message": "17.0% is above 15.0%"},
-        ],
-        "notes": ["2:4 gives no speed on a CPU because it has no sparse matrix instructions."],
-    }
-
-
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("report")
-    render(full(), out)
-    return out
+from tests.support.report import MINIMAL, full
 
 
 def html_of(report: dict[str, Any], out: Path) -> str:
@@ -389,57 +268,3 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     assert 2 <= len(made) <= 12
     assert all(low - 1e-12 <= tick <= high * (1 + 1e-9) for tick in made)
     assert Scale(low, high, 0, 100)(high) == pytest.approx(100)
-
-
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr"),
-)
-browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: the page is checked as text only")
-
-
-def browse(page: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(profile)}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr, done.stderr
-    return done
-
-
-@browser
-@pytest.mark.parametrize(("scheme", "flags"), [("light", ()), ("dark", ("--force-dark-mode",))])
-def test_chromium_shows_the_page_in_its_colours(
-    pages: Path, tmp_path: Path, scheme: str, flags: tuple[str, ...]
-) -> None:
-    shot = tmp_path / f"{scheme}.png"
-    browse(pages / "report.html", tmp_path / "profile", f"--screenshot={shot}", "--window-size=900,1200", *flags)
-    pixels = pytest.importorskip("matplotlib.image").imread(shot)[..., :3]
-    page = pixels[4, 4]
-    assert (page.mean() > 0.9) == (scheme == "light")
-    assert (page.mean() < 0.15) == (scheme == "dark")
-    assert len({tuple(pixel) for pixel in pixels[::7, ::7].reshape(-1, 3).round(2).tolist()}) > 20  # plots, not a blank
-
-
-@browser
-def test_chromium_lays_it_out_without_sideways_scrolling_on_a_phone(pages: Path, tmp_path: Path) -> None:
-    probe = tmp_path / "probe.html"
-    inner = (pages / "report.html").read_text(encoding="utf8").replace('"', "&quot;")
-    probe.write_text(
-        f'<body><iframe id="f" style="width:375px;height:800px;border:0" srcdoc="{inner}"></iframe>'
-        "<script>f.onload=()=>{const d=f.contentDocument;document.body.dataset.width=d.documentElement.scrollWidth;"
-        "document.body.dataset.plots=[...d.querySelectorAll('svg')].filter(s=>s.getBoundingClientRect().width>0).length;"
-        "document.body.dataset.widest=Math.max(...[...d.querySelectorAll('svg,h1,p,.card')]"
-        ".map(e=>e.getBoundingClientRect().right))}</script>",
-        encoding="utf8",
-    )
-    dom = browse(probe, tmp_path / "profile", "--dump-dom", "--virtual-time-budget=3000").stdout
-    found = dict(re.findall(r'data-(width|plots|widest)="([\d.]+)"', dom))
-    assert int(found["width"]) <= 375
-    assert int(found["plots"]) == 10  # the narrow ones, and only they
-    assert float(found["widest"]) <= 375

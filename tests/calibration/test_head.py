@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_sparsify import CONFIGS, SIZES, make_model, prune
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -15,6 +14,7 @@ from calibration.model.activation_file import ActivationFile
 from calibration.model.blocks import Blocks
 from calibration.pruning.block_pruner import LayerReport, Outcome
 from calibration.pruning.lm_head_refit import refit_head
+from tests.support.pruning import CONFIGS, SIZES, make_model, prune
 
 D = SIZES["hidden_size"]
 MIXED = torch.eye(D) + 0.2 * torch.randn(D, D, generator=torch.Generator().manual_seed(1))

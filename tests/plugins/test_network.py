@@ -11,29 +11,22 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pytorch_backend import LINEARS, MODEL, ROOT, prune, token_ids
 
 from builder import checkpoint
-from builder.config import EngineConfig
 from builder.engines.torch_backend import artifact
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
-from builder.engines.trtllm import launch, sparsity_report, tensorrt, version_lock
+from builder.engines.trtllm import launch, tensorrt, version_lock
 from builder.verify import verify
 from plugins.autotune import tactics
 from plugins.common.errors import UserError
-from plugins.common.nvidia_smi import Gpu
-from plugins.tensorrt_llm import inspector
+from tests.support.network_exports import CONFIG, FORMATS, RANKS
+from tests.support.pytorch_checkpoints import MODEL, ROOT, token_ids
 from tests.support.stand_ins import STAND_IN
-
-FORMATS = ("none", "fp8", "int8")
-RANKS = 2
-CONFIG = EngineConfig(backend="tensorrt", max_batch_size=4, max_seq_len=128, tensor_parallel=RANKS)
 
 CHILD = """
 import json, sys, threading, torch
@@ -64,37 +57,6 @@ def run(checkpoint, hooks, ranks):
 tokens = torch.load(sys.argv[1])
 torch.save([run(*job) for job in json.loads(sys.argv[2])], sys.argv[3])
 """
-
-
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory):
-    """{format: directory with hf/ and trtllm/}, written by calibration's own code."""
-    from calibration.config import Quantization
-    from calibration.quantization import export
-    from calibration.quantization.quantize import load_model, quantize
-    from plugins.sparsity.declaration import Declaration
-
-    layers = [f"model.layers.{i}.{'self_attn' if n in LINEARS[:4] else 'mlp'}.{n}" for i in range(6) for n in LINEARS]
-    declared = Declaration(tuple(layers), method="magnitude")
-    root, found = tmp_path_factory.mktemp("exports"), {}
-    for number_format in FORMATS:
-        model = load_model(MODEL)
-        with torch.no_grad():
-            for name in layers:
-                weight = model.get_submodule(name).weight
-                weight.copy_(prune(weight))
-        out = root / number_format
-        if number_format != "none":
-            model = quantize(model, Quantization(format=number_format), layers, token_ids().numpy())
-        export.export_trtllm(model, MODEL, out / "trtllm", declared, RANKS, 1)
-        if number_format == "none":
-            model.save_pretrained(out / "hf")
-            export.copy_tokenizer(MODEL, out / "hf")
-            declared.write(out / "hf")
-        else:
-            export.export_hf(model, MODEL, out / "hf", declared)
-        found[number_format] = out
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -177,19 +139,6 @@ def test_plugin_and_native_layers_agree(told, number_format):
     assert kl(told[number_format, False]["logits"], told[number_format, True]["logits"]) < 0.01
 
 
-# -- the whole build, two ranks in processes of their own
-
-
-@pytest.fixture
-def with_stand_in(monkeypatch):
-    """This process as if it stood in TensorRT-LLM's container, on two GPUs; the ranks import the stand-in."""
-    monkeypatch.setenv("PYTHONPATH", f"{STAND_IN}:{ROOT}")
-    monkeypatch.setattr(version_lock, "installed", {"tensorrt_llm": "1.2.1", "tensorrt": "10.14.1"}.get)
-    cards = (Gpu("NVIDIA H100", 90, 80 << 30, 79 << 30, "580.1"),) * 2
-    for module in (tensorrt, sparsity_report, version_lock):
-        monkeypatch.setattr(module, "gpus", lambda: cards)
-
-
 def test_build_runs_every_rank_and_says_what_was_picked(exports, tmp_path, with_stand_in):
     engine = tmp_path / "engine"
     tensorrt.build(exports["fp8"] / "trtllm", engine, CONFIG)
@@ -239,20 +188,6 @@ def test_layers_on_our_plugin_are_hidden_from_tensorrt(exports, tmp_path, with_s
     version_lock.require(engine)
 
 
-def test_pipeline_stages_take_their_own_layers(exports, tmp_path, with_stand_in):
-    """Two stages of three blocks: each has files and layers that are numbered from 0, and routes that are not."""
-    engine, library = tmp_path / "engine", tmp_path / "libtwofour_tensorrt.so"
-    library.write_bytes(b"")
-    staged = write_stages(exports["none"] / "trtllm", tmp_path / "trtllm")
-    names = trtllm_checkpoint.read(staged).sparse_layers
-    config = CONFIG.model_copy(update={"tensor_parallel": 1, "pipeline_parallel": 2})
-    plugged = dict.fromkeys([name for name in names if name.endswith("mlp.proj")], 1.4)
-    tensorrt.build(staged, engine, config, tokenizer=MODEL, ratios=plugged, plugin=library)
-    told = layers_of(engine)
-    assert {name for name, layer in told.items() if layer["route"] == "plugin"} == set(plugged)
-    assert {layer["status"] for layer in told.values()} == {"picked"}
-
-
 def write_stages(source: Path, out: Path) -> Path:
     """A checkpoint of two tensor-parallel ranks, as one of two pipeline stages. The halves of a layer are laid together
     without regard to q, k and v: nothing here is multiplied."""
@@ -273,67 +208,15 @@ def write_stages(source: Path, out: Path) -> Path:
     return out
 
 
-def test_rank_that_fails_is_named_with_its_cause(exports, tmp_path, with_stand_in, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the failed rank's log is kept
-    broken = tmp_path / "trtllm"
-    shutil.copytree(exports["fp8"] / "trtllm", broken)
-    tensors = load_file(broken / "rank1.safetensors")
-    del tensors["transformer.layers.3.mlp.proj.weight"]
-    save_file(tensors, broken / "rank1.safetensors")
-    with pytest.raises(UserError, match=r"rank 1 ended with status 1, 'Required but not provided tensors.*mlp\.proj"):
-        tensorrt.build(broken, tmp_path / "engine", CONFIG)
-    assert not (tmp_path / "engine/tactics.json").exists()
-
-
-REFUSALS = """
-import sys, tensorrt
-from plugins.common.errors import UserError
-from plugins.tensorrt_llm.network import add_plugin, swap
-from tensorrt_llm.models import LLaMAForCausalLM, PretrainedConfig
-tensorrt.get_plugin_registry().preloaded = False
-model = LLaMAForCausalLM(PretrainedConfig.from_json_file(sys.argv[1]))
-for refused in (lambda: add_plugin(None, None, None), lambda: swap(model, {"transformer.layers.0.mlp.fused_fc"})):
-    try:
-        refused()
-    except UserError as error:
-        print(error)
-"""
-
-
-def test_missing_plugin_library_and_unknown_layer_are_refused_in_words(exports):
-    config = str(exports["fp8"] / "trtllm/config.json")
-    environment = {**os.environ, "PYTHONPATH": f"{STAND_IN}:{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSALS, config], capture_output=True, text=True, env=environment, check=True
-    )
-    missing, unknown = done.stdout.splitlines()
-    assert missing.startswith("TensorRT knows no plugin TwofourGemm: preload libtwofour_tensorrt.so")
-    assert unknown.startswith("'transformer.layers.0.mlp.fused_fc' is no layer in this model")
-
-
-def test_inspector_names_sparse_tactics_by_module():
-    layers = [
-        {
-            "Name": "LLaMAForCausalLM/transformer/layers/0/mlp/proj/MATRIX_MULTIPLY_0",
-            "TacticName": "sm80_xmma_sparse_gemm_x",
-        },
-        {"Name": "__myl_Fc_7", "Metadata": "[x: transformer/layers/1/attention/qkv/MM_0]", "TacticName": "sm90_spgemm"},
-        {"Name": "transformer/layers/2/attention/qkv/MM_0", "TacticName": "sm80_xmma_gemm_bf16"},
-    ]
-    found = inspector.parse(json.dumps({"Layers": layers}))
-    assert [tactic.is_of("transformer.layers.0.mlp.proj") for tactic in found] == [True, False]
-    assert found[1].is_of("transformer.layers.1.attention.qkv")
-    assert not any(tactic.is_of("transformer.layers.2.attention.qkv") for tactic in found)
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"Layers": ["only names"]}', '{"Layers": [{"Name": "x"}]}'])
-def test_inspector_without_tactics_says_nothing(text):
-    assert inspector.parse(text) is None
-
-
-def test_settings_of_two_ranks_share_no_timing_cache(tmp_path):
-    from plugins.tensorrt_llm.build_rank import settings
-
-    (tmp_path / "build_config.json").write_text(json.dumps({"input_timing_cache": "t", "output_timing_cache": "t"}))
-    assert settings(tmp_path, 0)["output_timing_cache"] != settings(tmp_path, 1)["output_timing_cache"]
-    assert Path(settings(tmp_path, 0)["output_timing_cache"]).parent == tmp_path
+def test_pipeline_stages_take_their_own_layers(exports, tmp_path, with_stand_in):
+    """Two stages of three blocks: each has files and layers that are numbered from 0, and routes that are not."""
+    engine, library = tmp_path / "engine", tmp_path / "libtwofour_tensorrt.so"
+    library.write_bytes(b"")
+    staged = write_stages(exports["none"] / "trtllm", tmp_path / "trtllm")
+    names = trtllm_checkpoint.read(staged).sparse_layers
+    config = CONFIG.model_copy(update={"tensor_parallel": 1, "pipeline_parallel": 2})
+    plugged = dict.fromkeys([name for name in names if name.endswith("mlp.proj")], 1.4)
+    tensorrt.build(staged, engine, config, tokenizer=MODEL, ratios=plugged, plugin=library)
+    told = layers_of(engine)
+    assert {name for name, layer in told.items() if layer["route"] == "plugin"} == set(plugged)
+    assert {layer["status"] for layer in told.values()} == {"picked"}

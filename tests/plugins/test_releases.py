@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_pytorch_backend import CONFIG, WIDE, token_ids, write_checkpoint
 
 from builder.engines.torch_backend import artifact
 from builder.engines.trtllm import launch, pytorch, tensorrt
 from builder.planning import compatibility
 from tests.support import stand_ins
 from tests.support.contract import SECTIONS, facts
+from tests.support.pytorch_checkpoints import CONFIG, WIDE, token_ids, write_checkpoint
 from tests.support.stand_ins import RELEASES, environment, job
 
 LAYOUTS = {"one rank": (1, 1), "tensor parallel 2": (2, 1), "pipeline parallel 2": (1, 2)}

@@ -4,28 +4,19 @@ libraries, which refuse what the real ones are known to refuse. The kernels' spe
 from __future__ import annotations
 
 import ctypes
-from functools import partial
 
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
-from benchmarks.kernels import gemm
-from plugins.autotune import choice, tactics, timing, tuner
-from plugins.common.errors import UserError
-from plugins.libtwofour import bindings, structures, torch_ops
+from plugins.libtwofour import bindings, structures
 from tests.support import native
-from tests.support.stand_in_gpu import CPU, open_gpu, set_environment, use_times, use_torch
+from tests.support.stand_in_gpu import open_gpu, set_environment
 
 DTYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
+
+
 CAPTURING = 0xC  # a stream
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> bindings.Context:
-    """A context on the stand-in GPU: an H100 unless STAND_IN_SM says otherwise."""
-    return open_gpu(monkeypatch)
 
 
 class Layer:
@@ -286,73 +277,3 @@ def test_two_contexts_are_apart(gpu: bindings.Context) -> None:
     assert gpu.algorithm(problem)[0] == 0
     other.close()
     assert ctypes.c_void_p.from_buffer(other._handle).value is None
-
-
-@pytest.fixture
-def torch_on_stand_in(gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> bindings.Context:
-    """torch's CPU tensors as the stand-in's device memory: what the operators and the tuner do on CUDA, done here."""
-    use_torch(monkeypatch, gpu)
-    return gpu
-
-
-@pytest.mark.parametrize("dtype", list(torch_ops.FORMATS))
-@pytest.mark.parametrize("kernel", structures.KERNELS)
-def test_operators_hand_over_what_libtwofour_needs(
-    torch_on_stand_in: bindings.Context, kernel: str, dtype: torch.dtype
-) -> None:
-    w, x = (
-        timing.random_2to4(64, 96, dtype, torch.device("cpu")),
-        timing.random_operand(13, 96, dtype, torch.device("cpu")),
-    )
-    out = dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    scales = torch.rand(64) * 1e-3 if dtype == torch.int8 else None
-    rest = (0.5, scales, torch.randn(64).to(out), 64, out)
-    y = torch_ops.launch(kernel, x, torch_ops.prepare(w, kernel), *rest)
-    expected = torch_ops.dense_linear(x, w, *rest)
-    torch.testing.assert_close(y, expected, rtol=2**-7, atol=2e-2)
-    assert torch_ops.launch(kernel, x[:0], torch_ops.prepare(w, kernel), *rest).shape == (0, 64)
-
-
-def test_memory_that_runs_out_for_a_calls_workspace_is_said(
-    torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    w, x = timing.random_2to4(64, 96, torch.bfloat16, CPU), timing.random_operand(13, 96, torch.bfloat16, CPU)
-    compressed, empty = torch_ops.prepare(w, "cusparselt"), torch.empty
-
-    def full(*shape: object, dtype: torch.dtype, **where: object) -> torch.Tensor:
-        if dtype == torch.uint8:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return empty(*shape, dtype=dtype, **where)
-
-    monkeypatch.setattr(torch, "empty", full)
-    words = "no GPU memory for the 0 MiB of workspace that cusparselt needs at 13 tokens: lower engine.max_num_tokens"
-    with pytest.raises(UserError, match=words):
-        torch_ops.launch("cusparselt", x, compressed, 1.0, None, None, 64, torch.bfloat16)
-
-
-def test_tuner_times_every_kernel(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From shapes to tactics.json; every kernel takes as long as every other, so dense stays."""
-    use_times(monkeypatch, lambda bench, kernel, tokens: 5.0)
-    layers = {"a": choice.Shape(64, 96, "bf16"), "b": choice.Shape(64, 96, "bf16"), "c": choice.Shape(100, 96, "int8")}
-    found = tactics.Tactics.model_validate(tuner.tune(layers, buckets=(8, 96)))
-    assert found.layers["a"] == found.layers["b"]
-    assert {b.kernel for b in found.layers["a"].buckets} == {"dense-cublaslt"}
-    assert found.layers["a"].buckets[0].algorithm == (0,) * 8  # the first of equals
-    assert found.layers["a"].reason.startswith("stays dense: no sparse kernel is faster by 2% on Stand-in; the best is")
-    assert found.layers["c"].buckets[0].sparse_us is not None  # the skinny kernel takes 100 rows
-    assert found.layers["c"].buckets[1].sparse_us is None  # cuSPARSELt does not
-    assert (found.versions["cusparselt"], found.versions["cublaslt"]) == (801, 130000)
-    assert found.device is not None
-    assert found.device.clocks == {"sm": 1980.0}
-
-
-def test_row_of_the_table_measures_errors(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "measure", lambda call, copies, *rounds: timing.Time(5.0, 5.0, 5.0))
-    monkeypatch.setattr(tuner, "WORKSPACE", 1 << 20)
-    for name in ("skinny", "cusparselt"):
-        operator = partial(torch_ops.launch, name)
-        monkeypatch.setattr(torch_ops, f"{name}_linear", operator)
-    bench = tuner.Bench(choice.Shape(64, 96, "bf16"), CPU, 16, 1 << 20)
-    row = gemm.row(bench, 16, gemm.Ceilings(1e9, {"bf16": 1e12}), peers=False, timer=tuner.time_kernel)
-    assert set(row["kernels_us"]) == {"cublaslt", "torch", "cusparselt", "skinny"}
-    assert 0 < row["error"]["sparse"] < 1.05 * row["error"]["dense"]

@@ -109,3 +109,9 @@ def use_machine(monkeypatch: pytest.MonkeyPatch, sm: int = 90) -> None:
 def by_kernel(times: Mapping[str, float]) -> Callable[[tuner.Bench, str, int], float]:
     """Times that depend on the kernel alone."""
     return lambda bench, kernel, tokens: times[kernel]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> bindings.Context:
+    """A context on the stand-in GPU: an H100 unless STAND_IN_SM says otherwise."""
+    return open_gpu(monkeypatch)

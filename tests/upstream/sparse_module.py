@@ -46,8 +46,7 @@ def check(fp8: bool, require: Callable[[bool, str], None]) -> str:
 
 
 def write_engine(folder: Path, fp8: bool) -> Path:
-    sys.path.insert(0, str(ROOT / "tests" / "plugins"))
-    from test_pytorch_backend import write_checkpoint
+    from tests.support.pytorch_checkpoints import write_checkpoint
 
     checkpoint = write_checkpoint(folder / "checkpoint", fp8, sparse=True)
     pytorch.build(checkpoint, folder / "engine", EngineConfig(backend="pytorch", max_batch_size=4, max_seq_len=128))

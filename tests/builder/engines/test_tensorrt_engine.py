@@ -11,23 +11,20 @@ import yaml
 from builder.config import EngineConfig
 from builder.engines import measured_tactics
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
-from builder.engines.trtllm import gpu_memory, sparsity_report, tensorrt, version_lock
+from builder.engines.trtllm import gpu_memory, tensorrt, version_lock
 from plugins.common.errors import UserError
 from plugins.common.nvidia_smi import Gpu
 from plugins.tensorrt_llm import releases
-from plugins.tensorrt_llm.inspector import SparseTactic
-from plugins.tensorrt_llm.log import parse
 from tests.support.stand_in_checkpoint import LAYERS, write_checkpoint
 
 CONFIG = EngineConfig(backend="tensorrt", max_batch_size=8, max_seq_len=512, max_num_tokens=1024)
+
+
 H100 = Gpu("NVIDIA H100 80GB HBM3", 90, 80 << 30, 79 << 30, "580.1")
 
 
 def option(command: list[str], name: str) -> str:
     return command[command.index(name) + 1]
-
-
-# -- the build command
 
 
 def test_sparse_build_keeps_gemm_plugins_off_and_asks_for_sparsity(tmp_path):
@@ -110,9 +107,6 @@ def test_block_reuse_and_chunked_prefill_only_where_prompts_can_read_the_paged_c
             tensorrt.prepare(checkpoint, tmp_path / "chunked", chunked)
 
 
-# -- what prepare writes
-
-
 def test_prepare_writes_all_that_needs_no_gpu(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "trtllm")
     (tmp_path / "hf").mkdir()
@@ -143,9 +137,6 @@ def test_build_script_runs_the_same_command_wherever_the_artifact_lies(tmp_path)
     expected = [word.replace(made, now).replace(str(checkpoint), f"{now}/../checkpoint-trtllm") for word in command]
     assert words == expected
     assert path.startswith(f"PYTHONPATH={now}/hooks")  # trtllm-build's workers import `models` from here
-
-
-# -- checkpoints that cannot become an engine
 
 
 @pytest.mark.parametrize(
@@ -231,9 +222,6 @@ def test_missing_plugin_library_is_named_before_the_build(tmp_path, monkeypatch)
         )
 
 
-# -- memory
-
-
 def test_memory_is_refused_before_with_the_figures():
     model = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80,
              "intermediate_size": 28672, "vocab_size": 128256}  # fmt: skip
@@ -262,53 +250,3 @@ def test_kv_cache_estimate_counts_every_head_and_halves_for_8_bit():
 def test_fewer_gpus_than_ranks_is_refused_when_serving():
     with pytest.raises(UserError, match="spans 2 GPUs and this machine has 1"):
         gpu_memory.require(gpu_memory.Estimate(0, 0, 0), [H100], 2)
-
-
-# -- evidence
-
-
-def rank(log: str, sparse=None) -> sparsity_report.Rank:
-    return sparsity_report.Rank(parse(log), sparse, range(2), 2)
-
-
-def test_layer_counts_as_picked_only_where_every_rank_picked_it():
-    name = "LLaMAForCausalLM/transformer/layers/0/{}/MATRIX_MULTIPLY_0"
-    a, b = name.format("mlp/fused_fc"), name.format("mlp/proj")
-    found = f"(Sparsity) Found 2 layer(s) eligible to use sparse tactics: {a}, {b}\n"
-    both = rank(f"{found}(Sparsity) Chose 2 layer(s) using sparse tactics: {a}, {b}")
-    one = rank(f"{found}(Sparsity) Chose 1 layer(s) using sparse tactics: {a}")
-    status = {
-        n: sparsity_report.judge(f"transformer.layers.0.mlp.{n}", "native", [both, one]) for n in ("fc", "gate", "proj")
-    }
-    assert status == {"fc": "picked", "gate": "picked", "proj": "eligible"}  # fc and gate under their fused name
-
-
-def test_silent_log_claims_nothing_and_the_inspector_may_know_more():
-    silent, layer = "Engine generation completed", "transformer.layers.0.mlp.fc"
-    assert sparsity_report.judge(layer, "native", [rank(silent)]) == "unknown"
-    seen = SparseTactic("transformer/layers/0/mlp/fused_fc/MATRIX_MULTIPLY_0", "sm90_xmma_sparse_gemm")
-    assert sparsity_report.judge(layer, "native", [rank(silent, [seen])]) == "picked"
-    assert sparsity_report.judge("transformer.layers.0.mlp.proj", "native", [rank(silent, [seen])]) == "unknown"
-
-
-def test_layers_of_a_pipeline_stage_are_looked_up_by_the_stages_own_numbers():
-    first = SparseTactic("transformer/layers/0/mlp/proj/MATRIX_MULTIPLY_0", "sm90_xmma_sparse_gemm")
-    stages = [
-        sparsity_report.Rank(parse("(Sparsity) Chose 0 layer(s) using sparse tactics"), [], range(2), 4),
-        sparsity_report.Rank(parse("silent"), [first], range(2, 4), 4),  # its block 0 is the model's block 2
-    ]
-    status = {n: sparsity_report.judge(f"transformer.layers.{n}.mlp.proj", "native", stages) for n in range(4)}
-    assert status == {0: "unknown", 1: "unknown", 2: "picked", 3: "unknown"}
-    assert sparsity_report.judge("lm_head", "native", stages) == "unknown"
-
-
-def test_trimmed_log_keeps_sparsity_lines_and_errors(tmp_path):
-    log = tmp_path / "build-rank0.log"
-    log.write_text(
-        "[d] [TRT] [V] tactic 1\n[d] [TRT] [V] (Sparsity) Chose 0 layer(s) using sparse tactics\n[d] [TRT] [E] no\n"
-    )
-    sparsity_report.trim(log)
-    assert log.read_text().splitlines() == [
-        "[d] [TRT] [V] (Sparsity) Chose 0 layer(s) using sparse tactics",
-        "[d] [TRT] [E] no",
-    ]
