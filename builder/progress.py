@@ -8,16 +8,17 @@ import time
 from types import TracebackType
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 PACKAGES = ("builder", "calibration", "benchmarks", "plugins")
 QUIET_SECONDS = 10.0  # between plain lines of one stage
 
 
 class Console:
-    """Says which stage runs and how far it is, and what to beware of. `close` leaves the terminal as it was.
+    """Shows which stage runs, how far it is and how long it will take, and warnings. `close` leaves the terminal as it
+    was.
 
-    It keeps the standard error that it began with, as libraries at work below have theirs redirected.
+    It keeps the standard error that it began with, because libraries below have theirs redirected.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -27,6 +28,7 @@ class Console:
         self._handler = _Warnings(self)
         self._bar: Progress | None = None
         self._last = time.monotonic()
+        self._step, self._began = "", 0.0  # what is counted now, and since when
 
     def __enter__(self) -> Console:
         for package in PACKAGES:
@@ -53,16 +55,22 @@ class Console:
         """`done` of `total` steps of `what`. Fits every part's `progress` argument."""
         if self.quiet:
             return
+        now = time.monotonic()
+        if what != self._step:  # a first report comes after a first part: time counts from the last report before it
+            self._step, self._began = what, self._last
+            self.close()
         if self.terminal.is_terminal:
             self._show(what, done, total)
-        elif time.monotonic() - self._last > QUIET_SECONDS:
-            self._last = time.monotonic()
-            print(f"  {what}: {done}/{total}", file=self.stream, flush=True)
+        elif now - self._last > QUIET_SECONDS:
+            self._last = now
+            left = (now - self._began) / max(done, 1) * (total - done)
+            print(f"  {what}: {done}/{total}, {_clock(left)} left", file=self.stream, flush=True)
 
     def stage_done(self) -> None:
         """Ends the current bar and starts the plain lines' clock."""
         self.close()
         self._last = time.monotonic()
+        self._step = ""
 
     def close(self) -> None:
         if self._bar:
@@ -71,11 +79,17 @@ class Console:
 
     def _show(self, what: str, done: int, total: int) -> None:
         if self._bar is None:
-            columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            times = (TimeElapsedColumn(), TextColumn("time left"), TimeRemainingColumn())
+            columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), *times)
             self._bar = Progress(*columns, console=self.terminal, transient=True)
             self._bar.add_task(what, total=total)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total)
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, as 4:05."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 class _Warnings(logging.Handler):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import make_help
+import make_kernels
 import make_predictions
 import make_readme
 import make_recipe
@@ -16,6 +17,7 @@ import make_routing
 DOCS = Path(__file__).parent
 PAGES: dict[Path, Callable[[], str]] = {
     DOCS / "commands.md": make_help.page,
+    DOCS / "kernels.md": make_kernels.page,
     DOCS / "predictions.md": make_predictions.page,
     DOCS / "recipe.md": make_recipe.page,
     DOCS / "recipe.schema.json": make_recipe.schema,

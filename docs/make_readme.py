@@ -41,8 +41,15 @@ the dense bfloat16 model, whose perplexity is {own:.2f} on held-out text of the 
 {other:.2f} on text of another kind, and which takes {dense_mb:.0f} MB and gives {tokens:.0f} tokens/s to 1 request
 ([values and intervals]({path})):
 
-| | perplexity | on other text | weights | {loads} |
+| | perplexity | on other text | weights | {columns} |
 |---|---|---|---|{lines}|
+{rows}"""
+LLAMA_CPP = """
+The same model for one request on {threads} threads, against llama.cpp on its GGUF file
+(`python -m benchmarks.pruning.llama_cpp`, a prompt of {prompt} tokens, [values]({path})):
+
+| | each later token | prompt | perplexity | weights |
+|---|---|---|---|---|
 {rows}"""
 KERNELS = """
 2:4 FP8 kernels against the best dense FP8 kernel on {gpu}: Llama-3.1-8B's layers, weights cold,
@@ -57,13 +64,6 @@ model with the fastest products ([another run](docs/kernels.md#what-has-run) gav
 
 | requests at a time | bf16 | FP8 | FP8 + 2:4 | over FP8 | over bf16 |
 |---|---|---|---|---|---|
-{rows}"""
-CPU = """
-A decode step of {model} on one thread of an {processor}, by CPU time
-({note}[values]({path})):
-
-| requests at a time | dense bf16 | dense INT8 | INT8 + 2:4 |
-|---|---|---|---|
 {rows}"""
 PREDICTED = """
 **Predicted**, not measured: decoding Llama-3.1-8B on an H100, batch 8, context 1024, with 2:4 on all layers of the
@@ -89,12 +89,12 @@ def fill(path: Path, blocks: dict[str, Callable[[], str]]) -> str:
 
 def results() -> str:
     parts = [
-        *map(_accuracy, newest(RESULTS, "accuracy_peers", lambda result: result["settings"]["model"]).values()),
         *map(_smollm2, newest(RESULTS, "smollm2", lambda result: result["model"]).values()),
+        *map(_llama_cpp, newest(RESULTS, "llama_cpp", lambda result: "one request").values()),
+        *map(_accuracy, newest(RESULTS, "accuracy_peers", lambda result: result["settings"]["model"]).values()),
         *map(_build, newest(RESULTS, "quickstart", lambda report: report["model"]).values()),
         *map(_kernels, newest(RESULTS, "gpu", device_name).values()),
         *map(_decode, newest(RESULTS, "gpu", device_name).values()),
-        *map(_cpu, newest(RESULTS, "cpu_decode", lambda result: result["environment"]["processor"]).values()),
         _predicted(),
     ]
     return "".join(parts).lstrip("\n")
@@ -157,11 +157,13 @@ def _smollm2(file: tuple[dict[str, Any], Path]) -> str:
     result, path = file
     device, variants = result["device"], result["variants"]
     first = next(iter(variants.values()))
-    points = first["performance"]
+    columns = [column for number in range(len(first["performance"])) for column in _columns(first, number)]
     rows = [
         f"| {name} | {values['accuracy']['perplexity_increase']:+.1%} "
         f"| {values['other_text']['perplexity_increase']:+.1%} "
-        f"| {values['size']['built_bytes'] / 1e6:.0f} MB | {' | '.join(map(_gain, values['performance']))} |\n"
+        f"| {values['size']['built_bytes'] / 1e6:.0f} MB "
+        + "".join(f"| {values['performance'][at]['speedup'][metric]['ratio']:.2f}x " for _, at, metric in columns)
+        + "|\n"
         for name, values in variants.items()
     ]
     return SMOLLM2.format(
@@ -169,26 +171,33 @@ def _smollm2(file: tuple[dict[str, Any], Path]) -> str:
         own=first["accuracy"]["dense"]["perplexity"],
         other=first["other_text"]["dense"]["perplexity"],
         dense_mb=first["size"]["dense_bytes"] / 1e6,
-        tokens=points[0]["dense"]["output_token_throughput"]["mean"],
+        tokens=first["performance"][0]["dense"]["output_token_throughput"]["mean"],
         path=path.relative_to(ROOT).as_posix(),
-        loads=" | ".join(map(_load, points)),
-        lines="|".join(["---"] * len(points)),
+        columns=" | ".join(title for title, *_ in columns),
+        lines="|".join(["---"] * len(columns)),
         rows="".join(rows),
     )
 
 
-def _load(point: dict[str, Any]) -> str:
-    """Of a benchmark's point: short answers are there for the time to the first token."""
-    workload, concurrency = point["workload"], point["concurrency"]
+def _columns(variant: dict[str, Any], number: int) -> list[tuple[str, int, str]]:
+    """Title, number and metric of what a measured point shows: a short answer is there for the first token."""
+    workload, concurrency = (variant["performance"][number][key] for key in ("workload", "concurrency"))
     if workload["output_tokens"] < SHORT_ANSWER:
-        return f"first token at {workload['input_tokens']}"
-    return "tokens/s, 1 request" if concurrency == 1 else f"{concurrency} requests"
+        return [(f"first token at {workload['input_tokens']}", number, "time_to_first_token")]
+    if concurrency > 1:
+        return [(f"{concurrency} requests", number, "output_token_throughput")]
+    later = ("each later token", number, "inter_token_latency")
+    return [later, ("tokens/s, 1 request", number, "output_token_throughput")]
 
 
-def _gain(point: dict[str, Any]) -> str:
-    if point["workload"]["output_tokens"] < SHORT_ANSWER:
-        return f"{point['speedup']['time_to_first_token']['ratio']:.2f}x"
-    return f"{point['speedup']['output_token_throughput']['ratio']:.2f}x"
+def _llama_cpp(file: tuple[dict[str, Any], Path]) -> str:
+    result, path = file
+    rows = [
+        f"| {name} | {row['decode_ms']:.1f} ms | {row['prefill_ms']:.0f} ms | {row['perplexity']:.2f} "
+        f"| {row['bytes'] / 1e6:.0f} MB |\n"
+        for name, row in result["contenders"].items()
+    ]
+    return LLAMA_CPP.format(**result["settings"], path=path.relative_to(ROOT).as_posix(), rows="".join(rows))
 
 
 def _speed(point: dict[str, Any]) -> str:
@@ -235,25 +244,6 @@ def _decode(file: tuple[dict[str, Any], Path]) -> str:
         for batch, us in times["fp8-2of4"].items()
     ]
     return DECODE.format(context=engine["context"], rows="".join(rows))
-
-
-def _cpu(file: tuple[dict[str, Any], Path]) -> str:
-    result, path = file
-    sides = result["sides"]
-    counts = sorted(
-        {key.removeprefix("cpu_ms_a_step_") for side in sides.values() for key in side if key.startswith("cpu_ms_a")}
-    )
-    rows = [
-        f"| {count} | " + " | ".join(f"{side[f'cpu_ms_a_step_{count}']:.1f} ms" for side in sides.values()) + " |\n"
-        for count in counts
-    ]
-    return CPU.format(
-        model=result["model"],
-        processor=result["environment"]["processor"],
-        note="the machine was busy; " if "not a quiet machine" in result["note"] else "",
-        path=path.relative_to(ROOT).as_posix(),
-        rows="".join(rows),
-    )
 
 
 def _predicted() -> str:

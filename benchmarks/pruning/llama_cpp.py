@@ -122,7 +122,8 @@ def main() -> None:
     arguments = parser.parse_args()
     results = run_in_scratch(run, arguments)
     print(_table(results["contenders"]))
-    print(write_result("llama_cpp", results, arguments.out))
+    name = f"llama_cpp_busy-{arguments.threads}threads" if arguments.busy_core else "llama_cpp"
+    print(write_result(name, results, arguments.out))
 
 
 if __name__ == "__main__":

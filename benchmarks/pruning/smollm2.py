@@ -35,7 +35,7 @@ WORKLOADS = (
     "{input_tokens: 128, output_tokens: 32, concurrency: [16], requests: 16}",
     "{input_tokens: 512, output_tokens: 8, concurrency: [1], requests: 4}",
 )
-METRICS = ("output_token_throughput", "time_to_first_token")
+METRICS = ("output_token_throughput", "time_to_first_token", "inter_token_latency")
 
 
 def run(chosen: Sequence[str], store: Path | None) -> dict[str, Any]:

@@ -41,13 +41,13 @@ class Stage:
     after: Callable[[BuildContext, CachedOutput], None] | None = None  # what to tell the user about the output
 
 
-def run_stage(stage: Stage, context: BuildContext, outputs: Outputs) -> CachedOutput:
-    """The stage's output: cached, or made now."""
+def run_stage(stage: Stage, context: BuildContext, outputs: Outputs, place: str = "") -> CachedOutput:
+    """The stage's output: cached, or made now. `place` shows where in the build it stands."""
     inputs, config = stage.inputs(context, outputs), stage.config(context, outputs)
     tools = machine.versions(*stage.tools)
     code = code_digest(stage.code, inspect.getsource(stage.run))
     description = {"inputs": dict(inputs), "config": config, "code": code, "tools": tools}
-    context.console.say(f"{stage.name} ...")
+    context.console.say(f"{stage.name} ...{place}")
     output = context.cache.run(
         stage.name,
         key(stage.name, inputs, config, code, tools),

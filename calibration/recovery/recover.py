@@ -8,12 +8,14 @@ CPU or a GPU; where several GPUs are seen the training starts itself under `acce
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 PLANNED = 1.1  # of the steps that fit: the time ends the training, and a step timed alone may be slower than the others
 SHARE = 0.98  # of the minutes that is planned with
 LEAST = 20  # steps: fewer are not worth starting
+MIXES = (1.0, 0.5, 0.25)  # of the way from the pruned weights to the trained ones; the best on held-out windows is kept
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class RecoveryReport:
     sampled_windows: int
     seconds: float
     kl_before: float
-    kl_after: float | None  # None: not finite
+    kl_after: float | None  # of the best mix; None: no mix is finite
+    mix: float  # how far the weights that were judged best lie from the pruned ones towards the trained ones
     kept: bool  # false: training did not help, and the weights are the pruned ones
 
 
@@ -165,22 +169,21 @@ def _launch(work: Path, processes: int) -> None:
 
 
 def _finish(job: Job, work: Path, plan: dict[str, Any], out: Path, started: float) -> RecoveryReport:
-    """Rounds the trained weights to their dtype, judges them, and writes them, or the pruned ones if not better."""
+    """Rounds the trained weights to their dtype and writes the best of MIXES, or the pruned weights if none is better.
+
+    Weights between two ends of a training are often better than either (Wortsman et al., 2022, arXiv 2109.01903): a
+    rate that is too high for the time costs less.
+    """
     from calibration.recovery import distill
 
     checkpoint = distill.last_checkpoint(work)
     assert checkpoint, "the Trainer saves when it ends"
     trained = _Trained(Path(job.pruned), checkpoint, set(job.layers()))
-    dense, student = job.models(work)
-    for name, parameter in student.named_parameters():
-        if name in trained.names:
-            parameter.data.copy_(trained.stored(name))
-    try:
-        kl = _held_out_kl(dense, student, work)
-    except GateError:  # the training diverged
-        kl = None
+    kls = _judge_mixes(job, trained, work)
+    mix = min(kls, key=lambda share: kls[share])
+    kl = kls[mix] if math.isfinite(kls[mix]) else None
     kept = kl is not None and kl < plan["kl_before"]
-    copy_with(Path(job.pruned), out, trained.names if kept else [], trained.stored)
+    copy_with(Path(job.pruned), out, trained.names if kept else [], partial(trained.stored, mix=mix))
     report = RecoveryReport(
         steps=read_json(checkpoint / "trainer_state.json", None)["global_step"],
         planned_steps=plan["steps"],
@@ -189,10 +192,26 @@ def _finish(job: Job, work: Path, plan: dict[str, Any], out: Path, started: floa
         seconds=time.monotonic() - started,
         kl_before=plan["kl_before"],
         kl_after=kl,
+        mix=mix,
         kept=kept,
     )
     write_json(out / "recovery.json", asdict(report))
     return report
+
+
+def _judge_mixes(job: Job, trained: _Trained, work: Path) -> dict[float, float]:
+    """The held-out KL of each of MIXES; infinite where it is not finite."""
+    dense, student = job.models(work)
+    parameters = {name: value for name, value in student.named_parameters() if name in trained.names}
+    kls = {}
+    for mix in MIXES:
+        for name, parameter in parameters.items():
+            parameter.data.copy_(trained.stored(name, mix))
+        try:
+            kls[mix] = _held_out_kl(dense, student, work)
+        except GateError:  # the training diverged
+            kls[mix] = math.inf
+    return kls
 
 
 class _Trained:
@@ -202,9 +221,10 @@ class _Trained:
         self.pruned, self.trained, self.sparse = Weights(pruned), Weights(checkpoint), sparse
         self.names = [name for name in self.pruned.file_of if name in self.trained.file_of]
 
-    def stored(self, name: str) -> Tensor:
-        """In the file's dtype, and +0 wherever the weight of a sparse layer was 0."""
-        weight = self.trained.read(name).to(self.pruned.dtype(name))
+    def stored(self, name: str, mix: float = 1.0) -> Tensor:
+        """Mixed with the pruned weight, in the file's dtype, and +0 wherever the weight of a sparse layer was 0."""
+        mixed = torch.lerp(self.pruned.read(name).float(), self.trained.read(name).float(), mix)
+        weight = mixed.to(self.pruned.dtype(name))
         if name.removesuffix(".weight") not in self.sparse:
             return weight
         return apply(weight, self.pruned.read(name) != 0)

@@ -16,6 +16,11 @@ from plugins.libtwofour import bindings, compiler
 from tests.support import native
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    native.use_library()
+
+
 def test_no_gpu_is_said() -> None:
     if ctypes.util.find_library("cuda"):
         pytest.skip("there is a CUDA driver here")

@@ -61,10 +61,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A build's own checkpoint/ in bf16 and in FP8, and a 2:4 one of each family's smallest random model."""
     folder = tmp_path_factory.mktemp("readers")
     recipe = write_recipe(folder / "recipe.yaml", cut_llama(folder / "llama"))
-    for preset in ("2of4-all", "fp8-2of4-all"):
-        done("build", recipe, "--preset", preset, "--set", "sparsity.method=magnitude", "--until", "checkpoint",
-             "--out", folder / preset, "--store", folder / "store")  # fmt: skip
-        (folder / preset / "checkpoint").rename(folder / f"built-{preset}")
+    builds = {
+        "2of4-all": ("--preset", "2of4-all"),
+        "fp8-2of4-all": ("--preset", "fp8-2of4-all"),
+        "hybrid": ("--preset", "2of4-all", "--set", "sparsity.fraction=50%"),  # channels in another order
+    }
+    for name, options in builds.items():
+        done("build", recipe, *options, "--set", "sparsity.method=magnitude", "--until", "checkpoint",
+             "--out", folder / name, "--store", folder / "store")  # fmt: skip
+        (folder / name / "checkpoint").rename(folder / f"built-{name}")
     for family in FAMILIES:
         source = random_model(folder / f"{family}-dense", family)
         tensors = load_file(source / "model.safetensors")
@@ -72,7 +77,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         tensors |= {f"{layer}.weight": prune(tensors[f"{layer}.weight"]) for layer in layers}
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
         copy_checkpoint(source, folder / family, Declaration(tuple(layers), method="magnitude"), set(tensors))
-    return {name: folder / name for name in (*FAMILIES, "built-2of4-all", "built-fp8-2of4-all")}
+    return {name: folder / name for name in (*FAMILIES, *(f"built-{name}" for name in builds))}
 
 
 def own_tokens(checkpoint: Path, ids: list[int], out: Path) -> list[int]:

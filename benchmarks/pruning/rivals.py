@@ -1,0 +1,124 @@
+"""python -m benchmarks.pruning.rivals: what 2:4 in part costs, beside other ways to the same time, on one model.
+
+Decoding is bound by the bytes of the weights, so rows of equal predicted time save equal shares of the blocks' bytes:
+2:4 in the share F of the weights saves 0.375 F of them at 8 bit. Our rows are builds with `sparsity.fraction`; whole
+layers are chosen by the same prices, as TensorRT-LLM's backends need them. All are pruned without quantization, by
+SparseGPT in one pass where a solver is needed, on the same tokens, and judged on text that none saw. 6:8 and
+unstructured sparsity have no kernel here: their rows are accuracy alone. llm-compressor runs in an environment of its
+own, with --peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import describe
+from benchmarks.pruning.accuracy import (
+    LLMCOMPRESSOR,
+    add_arguments,
+    environment_python,
+    judge,
+    linear_layers,
+    make_tokens,
+    run_in_scratch,
+    run_script,
+    write_result,
+)
+from benchmarks.pruning.fractions import COMMAND
+from plugins.common.errors import UserError
+from plugins.common.json_files import read_json
+
+SAVED = 0.375  # of a weight's bytes at 8 bit, by 2:4
+FRACTIONS = (0.25, 0.5)
+PATTERNS = ("6:8", "25%")
+
+
+def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Every row: bytes saved, where a kernel saves them, and accuracy. Raises UserError where one cannot be made."""
+    layers, tokens = linear_layers(arguments.model), make_tokens(arguments, work)
+    rows: dict[str, dict[str, Any]] = {"dense": {"bytes_saved": 0.0}}
+    directories = {"dense": str(arguments.model)}
+
+    def add(name: str, directory: Path, saved: float | None) -> None:
+        directories[name], rows[name] = str(directory), {"bytes_saved": saved}
+
+    def prune(name: str, script: str, method: str, python: str = sys.executable) -> tuple[Path, Any]:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        out, metered = work / f"{len(rows)}", work / f"{len(rows)}.json"
+        paths = (str(arguments.model), str(tokens), json.dumps(layers), str(out), str(metered))
+        run_script(python, script, method, *paths)
+        return out, read_json(metered)
+
+    for fraction in FRACTIONS:
+        for name, backend in (("coupled channels", "torch"), ("whole layers", "pytorch")):
+            out = build(arguments, work, fraction, backend, work / f"{len(rows)}")
+            add(f"2:4 in {fraction:.0%}, {name}", out, SAVED * fraction)
+        for kind in ("blocks", "channels"):
+            out, facts = prune(f"{kind} at {fraction:.0%}", "prune_rival", f"{kind} {SAVED * fraction}")
+            add(f"{facts['left_out']:.1%} of the blocks' weights: {kind} dropped", out, facts["left_out"])
+    for pattern in PATTERNS:
+        out, _ = prune(pattern, "prune_rival", pattern)
+        add(f"{pattern} in all layers" if ":" in pattern else f"{pattern} unstructured", out, None)
+    out, _ = prune("2:4", "prune_twofour", "sparsegpt")
+    add("2:4 in all layers", out, SAVED)
+    if arguments.peers:
+        python = environment_python(arguments.environment, LLMCOMPRESSOR)
+        out, _ = prune("llm-compressor", "prune_llmcompressor", "sparsegpt", python)
+        add("2:4 in all layers, llm-compressor", out, SAVED)
+    for name, judged in judge(arguments, layers, directories).items():
+        rows[name] |= judged
+    settings = {name: str(getattr(arguments, name)) for name in ("model", "calibration", "evaluation", "samples")}
+    return {"environment": describe(), "settings": settings, "rows": rows}
+
+
+def build(arguments: argparse.Namespace, work: Path, fraction: float, backend: str, out: Path) -> Path:
+    """The checkpoint of a build with 2:4 in `fraction` of the weights. Raises UserError where it fails."""
+    settings = {
+        "engine.backend": backend,
+        "sparsity.method": "sparsegpt",
+        "sparsity.fraction": fraction,
+        "calibration.data": arguments.calibration,
+        "calibration.samples": arguments.samples,
+        "calibration.sequence_length": arguments.sequence_length,
+        "calibration.seed": arguments.seed,
+    }
+    command = [*COMMAND, "build", str(arguments.model), "--preset", "2of4-all", "--until", "checkpoint"]
+    command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    print(f"{fraction:.0%} on {backend} ...", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [*command, "--out", str(out), "--store", str(work / "store")], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"the build ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+    return out / "checkpoint"
+
+
+def _table(rows: dict[str, Any]) -> str:
+    lines = [f"{'':52}{'bytes saved':>12}{'perplexity':>12}{'increase':>10}{'95% interval':>20}{'KL':>8}"]
+    for name, row in rows.items():
+        saved = "-" if row["bytes_saved"] is None else f"{row['bytes_saved']:.1%}"
+        low, high = row["perplexity_increase_interval"]
+        judged = f"{row['built']['perplexity']:12.2f}{row['perplexity_increase']:10.1%}"
+        lines.append(f"{name:52}{saved:>12}{judged}{f'{low:.1%} to {high:.1%}':>20}{row['kl']:8.4f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parses the command line, runs, prints the table and writes the file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning.rivals", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--peers", action="store_true", help="run llm-compressor too")
+    parser.add_argument("--environment", type=Path, default=Path("build/peers/llmcompressor"))
+    arguments = parser.parse_args()
+    results = run_in_scratch(run, arguments)
+    print(_table(results["rows"]))
+    print(write_result("rivals", results, arguments.out))
+
+
+if __name__ == "__main__":
+    main()
