@@ -121,7 +121,8 @@ def run_script(python: str, script: str, *arguments: str) -> str:
     """Runs a module of benchmarks/pruning/scripts with the environment of `python`; returns its standard output."""
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if python == sys.executable:  # as the product runs; a peer keeps its own settings
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     done = subprocess.run(
         [python, "-m", f"benchmarks.pruning.scripts.{script}", *arguments],
         capture_output=True,

@@ -58,7 +58,7 @@ class Pool {
     chunks_.store(static_cast<uint32_t>(chunks), std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     const uint32_t phase = phase_.load(std::memory_order_relaxed) + 1;
-    ticket_.store(uint64_t{phase} << 32, std::memory_order_release);
+    ticket_.store(uint64_t{phase} << 32 | static_cast<uint32_t>(chunks), std::memory_order_release);
     phase_.store(phase);
     if (sleepers_.load() > 0) syscall(SYS_futex, &phase_, FUTEX_WAKE_PRIVATE, wanted_ - 1, nullptr, nullptr, 0);
     const uint32_t own = take_chunks(phase);
@@ -66,18 +66,19 @@ class Pool {
   }
 
  private:
-  // Takes chunks of `phase` until none is left. A ticket is the phase and the next chunk in one word: taking one
-  // proves that the phase is not over, so what was read of its job is whole.
+  // Takes chunks of `phase` until none is left. A ticket is the phase and the number of chunks left in one word: taking
+  // one proves that the phase is not over, so what was read of its job is whole. (The number is part of the word
+  // because a worker that comes late may read the next phase's.)
   uint32_t take_chunks(uint32_t phase) {
     uint32_t own = 0;
     for (;;) {
       uint64_t ticket = ticket_.load(std::memory_order_acquire);
       const auto body = body_.load(std::memory_order_relaxed);
       const auto context = context_.load(std::memory_order_relaxed);
-      const uint32_t chunk = static_cast<uint32_t>(ticket);
-      if (ticket >> 32 != phase || chunk >= chunks_.load(std::memory_order_relaxed)) return own;
-      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-      body(context, chunk);
+      const uint32_t chunks = chunks_.load(std::memory_order_relaxed), left = static_cast<uint32_t>(ticket);
+      if (ticket >> 32 != phase || left == 0) return own;
+      if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+      body(context, chunks - left);
       done_.fetch_add(1, std::memory_order_release);
       ++own;
     }

@@ -14,6 +14,7 @@ typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 
 template <class To, class From>
 ALWAYS_INLINE To bits(const From& from) {
@@ -61,15 +62,23 @@ ALWAYS_INLINE Floats rounded(uint16_t, Floats value) {
   return bits<Floats>((word + 0x7FFF + (word >> 16 & 1)) & 0xFFFF0000u);
 }
 
+// One number of all lanes: halves are combined, so that four steps do what a loop does in fifteen.
+template <class Combine>
+ALWAYS_INLINE float reduced(Floats value, const Combine& combine) {
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  struct { Eight low, high; } eights = bits<decltype(eights)>(value);
+  const Eight eight = combine(eights.low, eights.high);
+  struct { Four low, high; } fours = bits<decltype(fours)>(eight);
+  const Four four = combine(fours.low, fours.high);
+  return combine(combine(four[0], four[2]), combine(four[1], four[3]));
+}
+
 ALWAYS_INLINE float sum(Floats value) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += value[i];
-  return total;
+  return reduced(value, [](auto a, auto b) ALWAYS_INLINE_LAMBDA { return a + b; });
 }
 ALWAYS_INLINE float largest(Floats value) {
-  float most = value[0];
-  for (int i = 1; i < kLanes; ++i) most = value[i] > most ? value[i] : most;
-  return most;
+  return reduced(value, [](auto a, auto b) ALWAYS_INLINE_LAMBDA { return a > b ? a : b; });
 }
 
 // e^x: 2^n times a polynomial of the rest (Cephes' expf), to about one unit in the last place.
