@@ -34,7 +34,9 @@ def _kernels() -> str:
         for row in result["rows"]
         if row["tokens"] == 1
     ]
-    bandwidth = ", ".join(f"{value:.1f} GB/s with {count} thread(s)" for count, value in result["read_gb_per_s"].items())
+    bandwidth = ", ".join(
+        f"{value:.1f} GB/s with {count} thread(s)" for count, value in result["read_gb_per_s"].items()
+    )
     return KERNELS.format(bandwidth=bandwidth, path=path.relative_to(ROOT).as_posix(), rows="".join(rows))
 
 
@@ -48,7 +50,9 @@ def _busy() -> str:
     (one, one_path), (two, two_path) = files["1"], files["2"]
     rows = [
         f"| {name} | "
-        + " | ".join(f"{result['contenders'][name][key]:.1f}" for key in ("decode_ms", "prefill_ms") for result in (one, two))
+        + " | ".join(
+            f"{result['contenders'][name][key]:.1f}" for key in ("decode_ms", "prefill_ms") for result in (one, two)
+        )
         + " |\n"
         for name in one["contenders"]
     ]

@@ -63,7 +63,8 @@ def test_the_reordered_model_is_the_dense_one(tmp_path: Path, family: str) -> No
     with torch.no_grad():
         torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits, atol=1e-5, rtol=1e-5)
     answers = [
-        reader.generate(TOKENS, max_new_tokens=24, do_sample=False, pad_token_id=0).tolist() for reader in (again, model)
+        reader.generate(TOKENS, max_new_tokens=24, do_sample=False, pad_token_id=0).tolist()
+        for reader in (again, model)
     ]
     assert answers[0] == answers[1]
 
