@@ -85,7 +85,7 @@ def drop_channels(model: nn.Module, batches: tuple[Tensor, ...], share: float) -
         refitted = torch.linalg.solve(kept_moment, moment_KK[kept] @ down.weight.T).T
         down.weight.zero_()
         down.weight[:, kept] = refitted
-    return count * channel / weights
+    return float(count * channel / weights)
 
 
 def _add(moment_KK: Tensor, x_BTK: Tensor) -> None:
