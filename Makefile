@@ -1,5 +1,5 @@
 # make quickstart   sets everything up, builds examples/docs-llama and shows what came out
-# make example      the same with SmolLM2-135M-Instruct, a public model, in about 20 minutes on two cores
+# make example      the same with SmolLM2-135M-Instruct, a public model, in about 12 minutes on two cores
 # make test         sets everything up, checks the code and runs the tests
 # make test-fast    the tests without whole builds, compilers and servers, in a minute
 # make docs         writes the generated pages
