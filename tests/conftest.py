@@ -39,6 +39,7 @@ TIERS = {  # what `make test-fast` leaves out, beside tests/gpu
         "benchmarks/test_gpu_bundle.py",
         "benchmarks/test_gpu_suite.py",
         "builder/deploy/test_proxy.py",
+        "builder/deploy/test_proxy_failures.py",
         "builder/engines/test_speed.py",
         "builder/engines/test_torch_artifact.py",
         "builder/engines/test_torch_engine.py",

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,40 +18,16 @@ import pytest
 from benchmarks.config import Workload
 from benchmarks.serving.drivers import triton
 from benchmarks.serving.workload import make_requests
-from builder.config import DeployConfig, EngineConfig
-from builder.deploy.repository import write_repository
-from builder.deploy.server import Ports, Server
+from builder.deploy.server import Server
 from builder.engines.base import Engine, Request
-from plugins.common.errors import UserError
+from tests.support.triton_server import DOCS_LLAMA, generate, grpc, metric, post, refusal, tensor
+from tests.support.triton_server import build as build
+from tests.support.triton_server import server as server
 
-grpc = pytest.importorskip("tritonclient.grpc", reason="needs the extra 'triton'")
 pytest.importorskip("pytriton", reason="needs the extra 'triton'")
 
-DOCS_LLAMA = Path(__file__).parents[2] / "examples" / "docs-llama"
-BATCH = 4
+
 PROMPT = "The SELECT statement"
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build: an engine and a repository with a streaming and a caching model of it."""
-    from builder.engines.torch_backend import artifact
-
-    directory = tmp_path_factory.mktemp("build")
-    artifact.build(DOCS_LLAMA, directory / "engine", EngineConfig(max_batch_size=BATCH, max_seq_len=512))
-    repository = directory / "triton"
-    write_repository(directory / "engine", repository, DeployConfig(model_name="llm", max_queue_size=4))
-    caching = DeployConfig(model_name="cached", response_cache=True, dynamic_batching=True)
-    write_repository(directory / "engine", repository, caching)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def server(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    moved = tmp_path_factory.mktemp("moved") / "build"
-    shutil.copytree(build, moved)  # a build is deployed where it was not made
-    with Server(moved / "triton", Ports.free(), log=moved / "log.txt") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +50,6 @@ def tokens_of(engine: Engine, input_ids: list[int], **options: Any) -> list[int]
     return [token.token for token in engine.generate([request])]
 
 
-def post(server: Server, path: str, body: dict[str, Any]) -> Any:
-    """The raw answer to a POST; raises HTTPError."""
-    url = f"http://{server.url()}/v2/models/{path}"
-    return urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60)
-
-
-def generate(server: Server, model: str = "llm", **body: Any) -> dict[str, Any]:
-    with post(server, f"{model}/generate", body) as answer:
-        reply: dict[str, Any] = json.load(answer)
-    reply["output_ids"] = np.atleast_1d(reply["output_ids"]).tolist()  # Triton writes one value without brackets
-    return reply
-
-
 def generate_stream(server: Server, **body: Any) -> list[dict[str, Any]]:
     with post(server, "llm/generate_stream", {"stream": True, **body}) as answer:
         return [json.loads(line.removeprefix(b"data: ")) for line in answer if line.startswith(b"data: ")]
@@ -103,27 +58,6 @@ def generate_stream(server: Server, **body: Any) -> list[dict[str, Any]]:
 def streamed(chunks: list[dict[str, Any]]) -> list[int]:
     """The tokens of a stream: one in a chunk, or several where the server had several."""
     return [token for chunk in chunks for token in np.atleast_1d(chunk["output_ids"]).tolist()]
-
-
-def refusal(server: Server, model: str = "llm", **body: Any) -> str:
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        post(server, f"{model}/generate", body)
-    words: str = json.load(caught.value)["error"]
-    return words
-
-
-def metric(server: Server, name: str, model: str) -> float:
-    with urllib.request.urlopen(f"http://{server.url('metrics')}/metrics", timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    return next(float(line.split()[-1]) for line in lines if line.startswith(name + "{") and f'"{model}"' in line)
-
-
-def tensor(name: str, kind: str, *values: Any, batched: bool = False) -> Any:
-    data = np.array(values, dtype={"BYTES": object, "INT32": np.int32, "BOOL": bool}[kind])
-    data = data[np.newaxis] if batched else data
-    one = grpc.InferInput(name, data.shape, kind)
-    one.set_data_from_numpy(data)
-    return one
 
 
 @pytest.mark.parametrize("model", ["llm", "cached"])
@@ -259,76 +193,3 @@ def test_the_examples_of_the_docs_run(server: Server) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     ).stdout
     assert said == whole
-
-
-def test_the_caching_model_says_that_it_cannot_stream(server: Server) -> None:
-    assert "deployed without streaming" in refusal(server, "cached", text_input="a", stream=True)
-
-
-def test_a_full_queue_refuses(server: Server) -> None:
-    def attempt(index: int) -> str:
-        try:
-            generate(server, input_ids=[40 + index], max_tokens=200, ignore_eos=True)
-        except urllib.error.HTTPError as error:
-            return str(json.load(error)["error"])
-        return "answered"
-
-    with ThreadPoolExecutor(BATCH + 4 + 6) as pool:
-        answers = list(pool.map(attempt, range(BATCH + 4 + 6)))
-    refused = [answer for answer in answers if answer != "answered"]
-    assert len(answers) - len(refused) >= BATCH + 4
-    assert refused
-    assert all(words.endswith("are waiting or running: try again later") for words in refused)
-
-
-def test_a_client_that_leaves_stops_its_request(server: Server) -> None:
-    gone, made = metric(server, "twofour_cancelled_requests", "llm"), metric(server, "twofour_output_tokens", "llm")
-    inputs = [
-        tensor("input_ids", "INT32", 5, 6, 7),
-        tensor("max_tokens", "INT32", 500),
-        tensor("stream", "BOOL", True),
-        tensor("ignore_eos", "BOOL", True),
-    ]
-    arrived = threading.Event()
-    with grpc.InferenceServerClient(server.url("grpc")) as client:
-        client.start_stream(lambda result, error: arrived.set())
-        client.async_stream_infer("llm", inputs)
-        assert arrived.wait(60)
-        client.stop_stream(cancel_requests=True)
-    deadline = time.monotonic() + 10
-    while metric(server, "twofour_cancelled_requests", "llm") == gone:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert metric(server, "twofour_output_tokens", "llm") == made
-
-
-def test_a_model_that_cannot_load_is_explained(build: Path, tmp_path: Path) -> None:
-    write_repository(build / "engine", tmp_path / "triton", DeployConfig(engine_path="../../missing"))
-    with (
-        pytest.raises(UserError, match=r"stopped before it was ready: .*no engine at '.*missing'"),
-        Server(tmp_path / "triton", Ports.free()),
-    ):
-        pass
-
-
-def test_serve_says_where_and_leaves_nothing_behind(build: Path, tmp_path: Path) -> None:
-    ports = Ports.free()
-    write_repository(build / "engine", tmp_path / "triton", DeployConfig())
-    code = "import sys; from pathlib import Path; from builder.deploy.server import Ports, serve; "
-    code += f"serve(Path(sys.argv[1]), {ports!r})"
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", code, str(tmp_path / "triton")],
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell's background job starts
-    )
-    assert process.stdout is not None
-    said = [next(process.stdout) for _ in range(6)]
-    assert f"http://127.0.0.1:{ports.http}" in said[1]
-    command = said[4].partition("try  ")[2].strip()
-    answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
-    assert "text_output" in json.loads(answer.stdout)
-    os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=45) == 0
-    assert "stopping" in process.stdout.read()
-    Ports.check(ports, "127.0.0.1")
