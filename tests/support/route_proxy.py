@@ -22,7 +22,7 @@ httpx = pytest.importorskip("httpx", reason="needs the extra 'route'")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra 'route'")
 
 
-DOCS_LLAMA = Path(__file__).parents[3] / "examples" / "docs-llama"
+DOCS_LLAMA = Path(__file__).parents[2] / "examples" / "docs-llama"
 
 
 MIXED = Settings(shadow=0.0)
