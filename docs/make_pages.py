@@ -10,6 +10,7 @@ from pathlib import Path
 import make_help
 import make_kernels
 import make_predictions
+import make_pruning
 import make_readme
 import make_recipe
 import make_routing
@@ -19,6 +20,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     DOCS / "commands.md": make_help.page,
     DOCS / "kernels.md": make_kernels.page,
     DOCS / "predictions.md": make_predictions.page,
+    DOCS / "pruning.md": make_pruning.page,
     DOCS / "recipe.md": make_recipe.page,
     DOCS / "recipe.schema.json": make_recipe.schema,
     DOCS / "routing.md": make_routing.page,

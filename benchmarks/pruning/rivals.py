@@ -11,6 +11,7 @@ own, with --peers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -42,21 +43,23 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Every row: bytes saved, where a kernel saves them, and accuracy. Raises UserError where one cannot be made."""
     layers, tokens = linear_layers(arguments.model), make_tokens(arguments, work)
     rows: dict[str, dict[str, Any]] = {"dense": {"bytes_saved": 0.0}}
-    directories = {"dense": str(arguments.model)}
+    directories, numbers = {"dense": str(arguments.model)}, itertools.count()
 
     def add(name: str, directory: Path, saved: float | None) -> None:
+        """A name that stands already is the same row: whole blocks round two shares to one number."""
         directories[name], rows[name] = str(directory), {"bytes_saved": saved}
 
     def prune(name: str, script: str, method: str, python: str = sys.executable) -> tuple[Path, Any]:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        out, metered = work / f"{len(rows)}", work / f"{len(rows)}.json"
+        number = next(numbers)
+        out, metered = work / f"{number}", work / f"{number}.json"
         paths = (str(arguments.model), str(tokens), json.dumps(layers), str(out), str(metered))
         run_script(python, script, method, *paths)
         return out, read_json(metered)
 
     for fraction in FRACTIONS:
         for name, backend in (("coupled channels", "torch"), ("whole layers", "pytorch")):
-            out = build(arguments, work, fraction, backend, work / f"{len(rows)}")
+            out = build(arguments, work, fraction, backend, work / f"{next(numbers)}")
             add(f"2:4 in {fraction:.0%}, {name}", out, SAVED * fraction)
         for kind in ("blocks", "channels"):
             out, facts = prune(f"{kind} at {fraction:.0%}", "prune_rival", f"{kind} {SAVED * fraction}")
