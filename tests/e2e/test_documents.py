@@ -18,7 +18,7 @@ from tests.support.models import cut_llama
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
 # run until Ctrl-C, need nvcc, or need an adapter: other tests run them
-PARSED_ONLY = ("twofour serve", "twofour plugins build", "twofour adapter")
+PARSED_ONLY = ("twofour serve", "twofour route", "twofour plugins build", "twofour adapter")
 
 
 def blocks(text: str, language: str) -> list[str]:
