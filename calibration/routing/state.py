@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from calibration.routing.controller import Controller
 from plugins.common.errors import UserError
-from plugins.common.files import replacing
-from plugins.common.json_files import read_json
+from plugins.common.json_files import read_json, write_json
 
 
 def save(controller: Controller, path: Path) -> None:
     """Writes the state as JSON, in one step and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"build_id": controller.policy.build_id, **controller.state()}
-    with replacing(path, durable=True) as partial:
-        partial.write_text(json.dumps(state, indent=1) + "\n", encoding="utf8")
+    write_json(path, state, durable=True)
 
 
 def resume(controller: Controller, path: Path) -> None:

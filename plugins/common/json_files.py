@@ -17,9 +17,9 @@ def read_json(path: Path, default: Any = ...) -> Any:
     return json.loads(path.read_text(encoding="utf8"))
 
 
-def write_json(path: Path, value: Any, indent: int = 1) -> None:
-    """Writes a JSON value for people to read, at once."""
-    with replacing(path) as partial:
+def write_json(path: Path, value: Any, indent: int = 1, *, durable: bool = False) -> None:
+    """Writes a JSON value for people to read, at once; `durable` as in `replacing`."""
+    with replacing(path, durable=durable) as partial:
         partial.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf8")
 
 
