@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plugins.common.files import replacing, sync
-from plugins.common.json_files import read_json
+from plugins.common.json_files import read_json, write_json
 
 
 class BlockStore:
@@ -27,8 +27,7 @@ class BlockStore:
         if read_json(marker, None) != {"key": key}:
             for file in [*work.glob("*.safetensors"), *work.glob("*.states")]:
                 file.unlink()
-            with replacing(marker, durable=True) as partial:
-                partial.write_text(json.dumps({"key": key}))
+            write_json(marker, {"key": key}, durable=True)
 
     def count(self) -> int:
         """The number of finished blocks."""
