@@ -24,6 +24,7 @@ TIERS = {  # what `make test-fast` leaves out, beside tests/gpu
     "native": (
         "builder/engines/test_tuned.py",
         "plugins/test_cpu_kernels.py",
+        "plugins/test_cpu_threads.py",
         "plugins/test_csrc.py",
         "plugins/test_csrc_loading.py",
         "plugins/test_ops.py",
@@ -36,6 +37,7 @@ TIERS = {  # what `make test-fast` leaves out, beside tests/gpu
         "benchmarks/test_drivers.py",
         "benchmarks/test_http_drivers.py",
         "benchmarks/test_llama_cpp.py",
+        "benchmarks/test_rivals.py",
         "benchmarks/test_gpu_bundle.py",
         "benchmarks/test_gpu_suite.py",
         "builder/deploy/test_proxy.py",
@@ -45,6 +47,7 @@ TIERS = {  # what `make test-fast` leaves out, beside tests/gpu
         "builder/engines/test_torch_engine.py",
         "builder/test_cli.py",
         "builder/test_doctor.py",
+        "builder/test_report_in_chromium.py",
         "calibration/test_budget.py",
         "calibration/test_channel_order.py",
         "calibration/test_head.py",
