@@ -172,7 +172,7 @@ def seconds_a_step(model: Any, tokens_BT: Tokens, config: Recovery) -> float:
     device = next(model.parameters()).device
     precision = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16())
     at_once = _windows_at_once(model, tokens_BT.shape[1], config)
-    passes = -(-config.batch_size // at_once) / max(1, torch.cuda.device_count())
+    passes = config.batch_size // at_once / max(1, torch.cuda.device_count())
     batch_BT = torch.from_numpy(np.resize(tokens_BT, (at_once, tokens_BT.shape[1]))).to(device)
     model.train()
     taken = []
@@ -190,8 +190,9 @@ def seconds_a_step(model: Any, tokens_BT: Tokens, config: Recovery) -> float:
 
 
 def _windows_at_once(model: Any, length: int, config: Recovery) -> int:
-    logits_a_window = length * int(model.config.vocab_size)
-    return max(1, min(config.batch_size, LOGITS_AT_ONCE // logits_a_window))
+    """Windows of one forward pass: the most that memory holds, of the numbers that divide a batch."""
+    most = LOGITS_AT_ONCE // (length * int(model.config.vocab_size))
+    return max((n for n in range(1, min(most, config.batch_size) + 1) if config.batch_size % n == 0), default=1)
 
 
 def _arguments(model: Any, length: int, config: Recovery, steps: int, work: Path) -> TrainingArguments:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,7 @@ def test_zeros_stay_zero_and_files_keep_their_form(models, recovered):
 KILLED = """
 import os, sys, numpy as np
 from pathlib import Path
+from types import SimpleNamespace
 from calibration.config import Recovery
 from calibration.recovery.recover import recover
 def die(stage, done, of):
@@ -180,6 +182,14 @@ def test_minutes_set_the_steps_and_too_few_are_refused(models, tokens, tmp_path,
         recover(*models, tokens, Recovery(minutes=1e-4), tmp_path / "out", tmp_path / "work", quietly)
     with pytest.raises(UserError, match="at least 4 windows"):
         recover(*models, tokens[:3], Recovery(), tmp_path / "out", tmp_path / "work", quietly)
+
+
+@pytest.mark.parametrize(("vocabulary", "at_once"), [(1_000, 8), (49_152, 4), (128_256, 2), (10**6, 1)])
+def test_a_step_trains_on_a_whole_batch_whatever_fits_into_memory(tmp_path, vocabulary, at_once):
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=vocabulary, hidden_size=64))
+    arguments = distill._arguments(model, 256, Recovery(batch_size=8), steps=20, work=tmp_path)
+    assert arguments.per_device_train_batch_size == at_once
+    assert at_once * arguments.gradient_accumulation_steps == 8
 
 
 def test_processes_of_a_launch_train_together(models, tokens, recovered, tmp_path):
