@@ -1,4 +1,4 @@
-// AVX2 and FMA. A 2:4 unit is expanded by byte shuffles whose controls come from a table of the mask's bytes.
+// AVX2 and FMA. A row's packed 2:4 values stay where they are: a byte shuffle brings each the input that it multiplies.
 //
 // vpmaddubsw multiplies unsigned by signed bytes and adds pairs, saturating at 16 bits: |x| times w with x's sign stays
 // within them for weights of -127 to 127. A weight that holds -128 is multiplied by the portable kernel.
@@ -14,46 +14,7 @@
 namespace twofour_cpu {
 namespace {
 
-constexpr int kAhead = 1024;  // bytes between a block's use and its prefetch
-
-// For each byte of a mask (two groups of 4), which of 4 values goes to each of its 8 elements; plus 0, 4, 8 and 12.
-struct Controls {
-  uint64_t of[4][256];
-  constexpr Controls() : of() {
-    for (int part = 0; part < 4; ++part)
-      for (int mask = 0; mask < 256; ++mask) {
-        uint64_t control = 0;
-        int next = 4 * part;
-        for (int i = 0; i < 8; ++i)
-          control |= static_cast<uint64_t>(mask >> i & 1 ? next++ & 15 : 0x80) << (8 * i);
-        of[part][mask] = control;
-      }
-  }
-};
-constexpr Controls kControls;
-
-struct Unit {
-  __m256i low, high;  // rows 0 to 7 and 8 to 15 of an int8 unit, 4 inputs each
-};
-
-inline __m256i expand_half(const uint8_t* values, uint32_t mask) {
-  const auto control = [&](int part) { return static_cast<int64_t>(kControls.of[part][mask >> (8 * part) & 255]); };
-  const __m256i controls = _mm256_set_epi64x(control(3), control(2), control(1), control(0));
-  const __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(values));
-  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(sixteen), controls);
-}
-
-template <bool Sparse>
-inline Unit int8_unit(const uint8_t* half, int unit) {
-  if constexpr (!Sparse) {
-    const __m256i* at = reinterpret_cast<const __m256i*>(half + 64 * unit);
-    return {_mm256_load_si256(at), _mm256_load_si256(at + 1)};
-  }
-  uint64_t mask;
-  memcpy(&mask, half + 256 + 8 * unit, 8);
-  const uint8_t* values = half + 32 * unit;
-  return {expand_half(values, static_cast<uint32_t>(mask)), expand_half(values + 16, static_cast<uint32_t>(mask >> 32))};
-}
+constexpr int kAhead = 2048;  // bytes between a block's use and its prefetch
 
 // y of one token and 8 rows from their sums.
 inline void finish(const Product& p, int64_t row, int64_t token, __m256 value) {
@@ -84,104 +45,181 @@ inline void finish(const Product& p, int64_t row, int64_t token, __m256 value) {
   }
 }
 
+// Four inputs, as signed numbers, in each lane of 32 bits.
+inline __m256i signed_inputs(const uint8_t* x) {
+  int32_t four;
+  memcpy(&four, x, sizeof(four));
+  return _mm256_xor_si256(_mm256_set1_epi32(four), _mm256_set1_epi8(static_cast<char>(kInt8Offset)));
+}
+
+// Sums of two products of signed bytes, as 16 bits.
+inline __m256i pair_products(__m256i inputs, __m256i w) {
+  return _mm256_maddubs_epi16(_mm256_abs_epi8(inputs), _mm256_sign_epi8(w, inputs));
+}
+
 template <int Bytes>
 inline void prefetch(const uint8_t* at) {
 #pragma GCC unroll 16
   for (int i = 0; i < Bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + i), _MM_HINT_T0);
 }
 
-// The functions below compute one half (0 or 1) of a tile; halves take turns in memory.
-template <bool Sparse, int Tokens>
-void int8_product(const Product& p, int64_t tile, int half, int64_t token) {
-  constexpr int kHalf = Sparse ? 320 : 512;
-  __m256i low[Tokens] = {}, high[Tokens] = {};
-  const __m256i ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(static_cast<char>(kInt8Offset));
-  const uint8_t* w = p.weight + tile * p.tile_bytes + half * kHalf;
+// The functions below compute `Halves` halves of a tile from half `first` on; halves take turns in memory.
+template <int Halves, int Tokens>
+void int8_product(const Product& p, int64_t tile, int first, int64_t token) {
+  constexpr int kHalf = half_bytes(TWOFOUR_CPU_INT8);
+  __m256i low[Halves][Tokens] = {}, high[Halves][Tokens] = {};
+  const __m256i ones = _mm256_set1_epi16(1);
+  const uint8_t* w = p.weight + tile * p.tile_bytes + first * kHalf;
   const uint8_t* x = p.x + token * p.x_stride;
   for (int64_t block = 0; block < p.blocks; ++block, w += 2 * kHalf, x += kBlockInputs) {
-    prefetch<kHalf>(w);
+    prefetch<Halves * kHalf>(w);
 #pragma GCC unroll 8
-    for (int unit = 0; unit < 8; ++unit) {
-      const Unit rows = int8_unit<Sparse>(w, unit);
+    for (int unit = 0; unit < 8; ++unit)
+#pragma GCC unroll 2
+      for (int half = 0; half < Halves; ++half) {
+        const __m256i* at = reinterpret_cast<const __m256i*>(w + half * kHalf + 64 * unit);
+        const __m256i rows[2] = {_mm256_load_si256(at), _mm256_load_si256(at + 1)};
 #pragma GCC unroll 4
-      for (int t = 0; t < Tokens; ++t) {
-        int32_t four;
-        memcpy(&four, x + t * p.x_stride + 4 * unit, 4);
-        const __m256i inputs = _mm256_xor_si256(_mm256_set1_epi32(four), offset), size = _mm256_abs_epi8(inputs);
-        const auto product = [&](__m256i w8) {
-          return _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(w8, inputs)), ones);
-        };
-        low[t] = _mm256_add_epi32(low[t], product(rows.low));
-        high[t] = _mm256_add_epi32(high[t], product(rows.high));
+        for (int t = 0; t < Tokens; ++t) {
+          const __m256i inputs = signed_inputs(x + t * p.x_stride + 4 * unit);
+          __m256i &above = low[half][t], &below = high[half][t];
+          above = _mm256_add_epi32(above, _mm256_madd_epi16(pair_products(inputs, rows[0]), ones));
+          below = _mm256_add_epi32(below, _mm256_madd_epi16(pair_products(inputs, rows[1]), ones));
+        }
       }
-    }
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < Tokens; ++t) {
-    finish(p, tile * kTileRows + half * kHalfRows, token + t, _mm256_cvtepi32_ps(low[t]));
-    finish(p, tile * kTileRows + half * kHalfRows + 8, token + t, _mm256_cvtepi32_ps(high[t]));
+#pragma GCC unroll 8
+  for (int i = 0; i < Halves * Tokens; ++i) {
+    const int half = i / Tokens, t = i % Tokens;
+    const int64_t row = tile * kTileRows + (first + half) * kHalfRows;
+    finish(p, row, token + t, _mm256_cvtepi32_ps(low[half][t]));
+    finish(p, row + 8, token + t, _mm256_cvtepi32_ps(high[half][t]));
   }
 }
 
-template <int Tokens>
-void bf16_product(const Product& p, int64_t tile, int half, int64_t token) {
-  constexpr int kHalf = 1024;
-  __m256 low[Tokens] = {}, high[Tokens] = {};
+// For each of a unit's 16 rows, which two of the 4 inputs its values multiply: a byte shuffle's control. A mask's four
+// bits have two set, so that three of them tell all six masks apart and leave a bit to choose the first or the second.
+inline __m256i choose_inputs(const uint8_t* mask) {
+  const __m256i choices = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 0, 1, 0, 2, 0, 1, 0, /* the second: */ 0, 3, 3, 1, 3, 2, 2, 0));
+  const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,
+                                          4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7);
+  int64_t bits;
+  memcpy(&bits, mask, sizeof(bits));
+  const __m256i even = _mm256_shuffle_epi8(_mm256_set1_epi64x(bits), spread);
+  const __m256i rows = _mm256_blend_epi16(even, _mm256_srli_epi16(even, 4), 0xAA);
+  const __m256i three = _mm256_and_si256(rows, _mm256_set1_epi8(7));
+  return _mm256_shuffle_epi8(choices, _mm256_or_si256(three, _mm256_set1_epi16(8 << 8)));
+}
+
+// 2:4: the weights stay packed, and each row's two values meet the inputs that they belong to.
+template <int Halves, int Tokens>
+void int8_2of4_product(const Product& p, int64_t tile, int first, int64_t token) {
+  constexpr int kHalf = half_bytes(TWOFOUR_CPU_INT8_2OF4), kMasks = 256;
+  __m256i low[Halves][Tokens] = {}, high[Halves][Tokens] = {};  // rows 0 to 3 and 8 to 11 of a half, and the others
+  const __m256i ones = _mm256_set1_epi16(1);
+  const uint8_t* w = p.weight + tile * p.tile_bytes + first * kHalf;
+  const uint8_t* x = p.x + token * p.x_stride;
+  for (int64_t block = 0; block < p.blocks; ++block, w += 2 * kHalf, x += kBlockInputs) {
+    prefetch<Halves * kHalf>(w);
+#pragma GCC unroll 4
+    for (int unit = 0; unit < 8; unit += 2)
+#pragma GCC unroll 2
+      for (int half = 0; half < Halves; ++half) {
+        const uint8_t* const masks = w + half * kHalf + kMasks + 8 * unit;
+        const __m256i choose[2] = {choose_inputs(masks), choose_inputs(masks + 8)};
+        const __m256i* const values = reinterpret_cast<const __m256i*>(w + half * kHalf + 32 * unit);
+#pragma GCC unroll 4
+        for (int t = 0; t < Tokens; ++t) {
+          const uint8_t* const at = x + t * p.x_stride + 4 * unit;
+          const auto rows = [&](int i) {
+            return pair_products(_mm256_shuffle_epi8(signed_inputs(at + 4 * i), choose[i]),
+                                 _mm256_load_si256(values + i));
+          };
+          const __m256i even = rows(0), odd = rows(1);
+          __m256i &some = low[half][t], &others = high[half][t];
+          some = _mm256_add_epi32(some, _mm256_madd_epi16(_mm256_unpacklo_epi16(even, odd), ones));
+          others = _mm256_add_epi32(others, _mm256_madd_epi16(_mm256_unpackhi_epi16(even, odd), ones));
+        }
+      }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Halves * Tokens; ++i) {
+    const int half = i / Tokens, t = i % Tokens;
+    const int64_t row = tile * kTileRows + (first + half) * kHalfRows;
+    const __m256i some = low[half][t], others = high[half][t];
+    finish(p, row, token + t, _mm256_cvtepi32_ps(_mm256_permute2x128_si256(some, others, 0x20)));
+    finish(p, row + 8, token + t, _mm256_cvtepi32_ps(_mm256_permute2x128_si256(some, others, 0x31)));
+  }
+}
+
+template <int Halves, int Tokens>
+void bf16_product(const Product& p, int64_t tile, int first, int64_t token) {
+  constexpr int kHalf = half_bytes(TWOFOUR_CPU_BF16);
+  __m256 low[Halves][Tokens] = {}, high[Halves][Tokens] = {};
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
-  const uint8_t* w = p.weight + tile * p.tile_bytes + half * kHalf;
+  const uint8_t* w = p.weight + tile * p.tile_bytes + first * kHalf;
   const uint8_t* x = p.x + token * p.x_stride;
   for (int64_t block = 0; block < p.blocks; ++block, w += 2 * kHalf, x += 2 * kBlockInputs) {
-    prefetch<kHalf>(w);
+    prefetch<Halves * kHalf>(w);
 #pragma GCC unroll 16
-    for (int unit = 0; unit < 16; ++unit) {
-      const __m256i* at = reinterpret_cast<const __m256i*>(w + 64 * unit);
-      const __m256i rows[2] = {_mm256_load_si256(at), _mm256_load_si256(at + 1)};
+    for (int unit = 0; unit < 16; ++unit)
+#pragma GCC unroll 2
+      for (int half = 0; half < Halves; ++half) {
+        const __m256i* at = reinterpret_cast<const __m256i*>(w + half * kHalf + 64 * unit);
+        const __m256i rows[2] = {_mm256_load_si256(at), _mm256_load_si256(at + 1)};
 #pragma GCC unroll 4
-      for (int t = 0; t < Tokens; ++t) {
-        int32_t pair;
-        memcpy(&pair, x + t * p.x_stride + 4 * unit, 4);
-        const __m256i inputs = _mm256_set1_epi32(pair);
-        const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(inputs, 16));
-        const __m256 second = _mm256_castsi256_ps(_mm256_and_si256(inputs, upper));
-        const auto add = [&](__m256 sum, __m256i w2) {
-          sum = _mm256_fmadd_ps(first, _mm256_castsi256_ps(_mm256_slli_epi32(w2, 16)), sum);
-          return _mm256_fmadd_ps(second, _mm256_castsi256_ps(_mm256_and_si256(w2, upper)), sum);
-        };
-        low[t] = add(low[t], rows[0]);
-        high[t] = add(high[t], rows[1]);
+        for (int t = 0; t < Tokens; ++t) {
+          int32_t pair;
+          memcpy(&pair, x + t * p.x_stride + 4 * unit, 4);
+          const __m256i inputs = _mm256_set1_epi32(pair);
+          const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(inputs, 16));
+          const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(inputs, upper));
+          const auto add = [&](__m256 sum, __m256i w2) {
+            sum = _mm256_fmadd_ps(even, _mm256_castsi256_ps(_mm256_slli_epi32(w2, 16)), sum);
+            return _mm256_fmadd_ps(odd, _mm256_castsi256_ps(_mm256_and_si256(w2, upper)), sum);
+          };
+          low[half][t] = add(low[half][t], rows[0]);
+          high[half][t] = add(high[half][t], rows[1]);
+        }
       }
-    }
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < Tokens; ++t) {
-    finish(p, tile * kTileRows + half * kHalfRows, token + t, low[t]);
-    finish(p, tile * kTileRows + half * kHalfRows + 8, token + t, high[t]);
+#pragma GCC unroll 8
+  for (int i = 0; i < Halves * Tokens; ++i) {
+    const int half = i / Tokens, t = i % Tokens;
+    const int64_t row = tile * kTileRows + (first + half) * kHalfRows;
+    finish(p, row, token + t, low[half][t]);
+    finish(p, row + 8, token + t, high[half][t]);
   }
 }
 
-template <bool Sparse, int Tokens>
+template <bool Sparse, int Halves, int Tokens>
 struct Int8 {
-  static void run(const Product& p, int64_t i, int64_t token) {
-    int8_product<Sparse, Tokens>(p, i / 2, static_cast<int>(i % 2), token);
+  static void run(const Product& p, int64_t tile, int first, int64_t token) {
+    if constexpr (Sparse) int8_2of4_product<Halves, Tokens>(p, tile, first, token);
+    else int8_product<Halves, Tokens>(p, tile, first, token);
   }
 };
 
-template <bool, int Tokens>
+template <bool, int Halves, int Tokens>
 struct Bf16 {
-  static void run(const Product& p, int64_t i, int64_t token) {
-    bf16_product<Tokens>(p, i / 2, static_cast<int>(i % 2), token);
+  static void run(const Product& p, int64_t tile, int first, int64_t token) {
+    bf16_product<Halves, Tokens>(p, tile, first, token);
   }
 };
 
-// All tokens of a run of tiles, as many at once as registers allow.
-template <template <bool, int> class Step, bool Sparse>
+// All tokens of a run of tiles, as many at once as registers allow; of few, a whole tile is read in one pass.
+template <template <bool, int, int> class Step, bool Sparse>
 void all_tokens(const Product& p, int64_t first, int64_t tiles) {
   if (p.holds_lowest) return kPortable.of_form[p.form](p, first, tiles);
-  for (int64_t half = 2 * first; half < 2 * (first + tiles); ++half) {
+  for (int64_t tile = first; tile < first + tiles; ++tile) {
     int64_t token = 0;
-    for (; p.tokens - token >= 4; token += 4) Step<Sparse, 4>::run(p, half, token);
-    for (; p.tokens - token >= 2; token += 2) Step<Sparse, 2>::run(p, half, token);
-    if (token < p.tokens) Step<Sparse, 1>::run(p, half, token);
+    for (; p.tokens - token >= 4; token += 4) {
+      Step<Sparse, 1, 4>::run(p, tile, 0, token);
+      Step<Sparse, 1, 4>::run(p, tile, 1, token);
+    }
+    for (; p.tokens - token >= 2; token += 2) Step<Sparse, 2, 2>::run(p, tile, 0, token);
+    if (token < p.tokens) Step<Sparse, 2, 1>::run(p, tile, 0, token);
   }
 }
 
