@@ -18,7 +18,7 @@ import torch
 from plugins.common.errors import UserError
 from plugins.libtwofour import cpu
 from plugins.linear.cpu_linear import CpuLinear, apply, join_parts
-from plugins.linear.torch_linear import Linear
+from plugins.linear.torch_linear import InputQuantizer, Linear
 from plugins.sparsity.segments import Axis, Kind, Segments
 from plugins.sparsity.torch_packing import pack, unpack
 
@@ -28,6 +28,7 @@ ALONG = {"rows": ("weight_scale", "bias"), "inputs": ("pre_quant_scale",)}  # wh
 
 Tensors = Mapping[str, torch.Tensor]
 Build = Callable[[Tensors], Linear]
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def encode(segments: Segments) -> torch.Tensor:
@@ -91,7 +92,10 @@ def build_hybrid(tensors: Tensors, build: Build) -> Linear:
 
 
 class HybridLinear(Linear):
-    """x [..., K] -> y [..., N]: of rows, two halves of y; of inputs, the sum of two products."""
+    """x [..., K] -> y [..., N]: of rows, two halves of y; of inputs, the sum of two products.
+
+    Parts of 8 bit that round their inputs alike have them rounded once, by the layer or by the operator before it.
+    """
 
     def __init__(self, parts: Sequence[Linear], segments: Segments) -> None:
         super().__init__()
@@ -103,6 +107,8 @@ class HybridLinear(Linear):
         by_row = segments.axis == "rows"
         self.out_features = sum(part.out_features for part in parts) if by_row else parts[0].out_features
         self.in_features = parts[0].in_features if by_row else sum(part.in_features for part in parts)
+        self.quantizer = _common_quantizer(self.sparse_part, self.dense_part, by_row)
+        self.operand = None if self.quantizer is None else self.sparse_part.operand
         self._problems: dict[tuple[int, int], cpu.Linear] = {}
 
     @property
@@ -123,11 +129,32 @@ class HybridLinear(Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.on_cpu_kernels:
             return apply(self.problem(x.numel() // self.in_features), x, self.out_features)
+        if self.quantizer is not None:
+            return self.multiply(self.quantizer(x).view(-1, self.in_features)).view(*x.shape[:-1], -1)
+        return self._combine(self.sparse_part, self.dense_part, x)
+
+    def multiply(self, q_MK: torch.Tensor) -> torch.Tensor:
+        return self._combine(self.sparse_part.multiply, self.dense_part.multiply, q_MK)
+
+    def _combine(self, sparse: Product, dense: Product, x: torch.Tensor) -> torch.Tensor:
+        """y [..., N] of x [..., K], by the products of both parts."""
         if self.segments.axis == "rows":
-            return torch.cat([self.sparse_part(x), self.dense_part(x)], -1)
-        sparse, dense = (x[..., part.slice] for part in self.segments.parts)
-        y: torch.Tensor = self.sparse_part(sparse.contiguous()) + self.dense_part(dense.contiguous())
-        return y
+            return torch.cat([sparse(x), dense(x)], -1)
+        first, rest = (x[..., part.slice].contiguous() for part in self.segments.parts)
+        return sparse(first) + dense(rest)
+
+
+def _common_quantizer(sparse: Linear, dense: Linear, by_row: bool) -> InputQuantizer | None:
+    """What rounds the whole input as each part rounds its own; None where none does."""
+    first, rest = sparse.quantizer, dense.quantizer
+    if first is None or rest is None or sparse.operand is None or sparse.operand != dense.operand:
+        return None
+    if torch.equal(first.multiplier, rest.multiplier) and (by_row or first.multiplier.numel() == 1):
+        return InputQuantizer(first.multiplier, first.quantize)
+    if by_row:
+        return None
+    of_inputs = [part.quantizer.multiplier.expand(part.in_features) for part in (sparse, dense) if part.quantizer]
+    return InputQuantizer(torch.cat(of_inputs), first.quantize)
 
 
 def _select(weight_NK: torch.Tensor, axis: int, segments: Segments, kind: Kind) -> torch.Tensor:

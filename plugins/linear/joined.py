@@ -55,7 +55,7 @@ def _join_scales(parts: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
 
 
 class SideBySide(Linear):
-    """Layers that one product cannot replace: each multiplies by itself."""
+    """Layers that one product cannot replace: each multiplies by itself, of one rounded input where all round it alike."""
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         super().__init__()
@@ -63,6 +63,15 @@ class SideBySide(Linear):
         self.format, self.sparse = "+".join(dict.fromkeys(x.format for x in layers)), any(x.sparse for x in layers)
         self.kernel = " and ".join(dict.fromkeys(layer.kernel for layer in layers))
         self.out_features, self.in_features = sum(layer.out_features for layer in layers), layers[0].in_features
+        if all(layer.operand == layers[0].operand and _round_alike(layer, layers[0]) for layer in layers):
+            self.quantizer, self.operand = layers[0].quantizer, layers[0].operand
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([layer(x) for layer in self.layers], dim=-1)
+
+    def multiply(self, q_MK: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer.multiply(q_MK) for layer in self.layers], dim=-1)
+
+
+def _round_alike(layer: Linear, other: Linear) -> bool:
+    return layer.quantizer is not None and other.quantizer is not None and layer.quantizer.rounds_like(other.quantizer)

@@ -14,6 +14,7 @@ from plugins.linear import cpu_linear
 from plugins.linear.cpu_linear import CpuLinear
 from plugins.linear.factory import build_linear
 from plugins.linear.hybrid_linear import HybridLinear, build_hybrid, decode, encode, join, split
+from plugins.linear.kernel_linear import DENSE
 from plugins.linear.torch_linear import Linear
 from plugins.sparsity.segments import Axis, Segments
 
@@ -26,6 +27,7 @@ SPLITS = {
     "inputs on 2 ranks": Segments.split("inputs", K, 64, ranks=2),
     "dense first": Segments.of("inputs", [("dense", 32), ("2:4", 96)]),
 }
+SKINNY = ((64, "skinny"), (65, "cublaslt"))
 FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 
 
@@ -111,6 +113,56 @@ def test_one_call_computes_both_parts_number_for_number(
         assert torch.equal(layer(x), expected)
     finally:
         cpu.use_isa(best)
+
+
+def on_our_kernels(weight: torch.Tensor, segments: Segments, common: Mapping[str, torch.Tensor]) -> HybridLinear:
+    """The layer as the torch engine has it on a GPU, by the operators' CPU forms."""
+
+    def build(tensors: Mapping[str, torch.Tensor]) -> Linear:
+        choices = SKINNY if "weight_values" in tensors else DENSE
+        return build_linear(tensors, torch.bfloat16, CPU, choices if weight.element_size() == 1 else None)
+
+    layer = build_hybrid(split(weight, segments) | common, build)
+    assert isinstance(layer, HybridLinear)
+    return layer
+
+
+def by_parts(layer: HybridLinear, x: torch.Tensor) -> torch.Tensor:
+    """y of both parts called by themselves."""
+    if layer.segments.axis == "rows":
+        return torch.cat([layer.sparse_part(x), layer.dense_part(x)], -1)
+    first, rest = (x[..., part.slice].contiguous() for part in layer.segments.parts)
+    return layer.sparse_part(first) + layer.dense_part(rest)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("dtype", FORMATS[2:])
+@pytest.mark.parametrize("axis", ["rows", "inputs"])
+def test_parts_of_8_bit_round_their_input_once(axis: Axis, dtype: torch.dtype, smoothed: bool) -> None:
+    segments = Segments.split(axis, N, 96)
+    weight = weight_of(segments, dtype)
+    common = layer_tensors(weight)
+    if smoothed:
+        common["pre_quant_scale"] = torch.linspace(0.5, 2, K)
+    else:
+        common.pop("pre_quant_scale", None)
+    layer = on_our_kernels(weight, segments, common)
+    assert layer.operand == dtype
+    assert layer.quantizer is not None
+    assert layer.quantizer.multiplier.numel() == (K if smoothed else 1)
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(layer(x), by_parts(layer, x))
+    assert torch.equal(layer.multiply(layer.quantizer(x)), by_parts(layer, x))
+
+
+def test_parts_that_round_by_themselves_go_on_doing_so() -> None:
+    weight = weight_of(SPLITS["rows"], torch.int8)
+    common = layer_tensors(weight)
+    common.pop("input_scale")  # each token has its own
+    layer = on_our_kernels(weight, SPLITS["rows"], common)
+    assert (layer.operand, layer.quantizer) == (None, None)
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(layer(x), by_parts(layer, x))
 
 
 def test_parts_that_do_not_fit_are_refused_by_the_library() -> None:
