@@ -55,7 +55,7 @@ def _join_scales(parts: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
 
 
 class SideBySide(Linear):
-    """Layers that one product cannot replace: each multiplies by itself, of one rounded input where all round it alike."""
+    """Layers that one product cannot replace: each multiplies by itself, its input rounded once where all agree."""
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         super().__init__()
