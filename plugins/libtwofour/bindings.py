@@ -26,6 +26,7 @@ from plugins.libtwofour.structures import (
 )
 
 HOST = -1
+VERSION = 101  # TWOFOUR_VERSION of the header that structures.py mirrors
 OLDEST_CUSPARSELT = 801  # 0.8.1; TWOFOUR_CUSPARSELT_OLDEST=800 accepts an older one for measuring, never for shipping
 MAX_ALGORITHMS = 512  # of one problem; cuSPARSELt has about 80
 STATUSES = (
@@ -99,6 +100,8 @@ def open_library(file: Path) -> ctypes.CDLL:
 
 def _declare(library: ctypes.CDLL) -> None:
     """Gives the functions their argument types."""
+    if library.twofour_version() != VERSION:
+        raise AttributeError(f"{library.twofour_version()}, not {VERSION}")
     library.twofour_last_error.restype = c_char_p
     library.twofour_destroy.restype = None
     library.twofour_destroy.argtypes = (c_void_p,)

@@ -18,13 +18,15 @@ class Gemm(Structure):
         ("kernel", c_int32),
         ("type", c_int32),
         ("out_type", c_int32),
-        ("reserved", c_int32),
+        ("accumulate", c_int32),
         ("tokens", c_int64),
         ("out_features", c_int64),
         ("in_features", c_int64),
         ("scale", c_float),
         ("channel_scales", c_void_p),
         ("bias", c_void_p),
+        ("x_pitch", c_int64),
+        ("y_pitch", c_int64),
     )
 
 
@@ -93,9 +95,10 @@ def gemm(
     scale: float = 1.0,
     channel_scales: int = 0,
     bias: int = 0,
+    pitches: tuple[int, int] = (0, 0),
+    accumulate: bool = False,
 ) -> Gemm:
-    """A problem from names; `channel_scales` and `bias` are addresses or 0."""
+    """A problem from names; `channel_scales` and `bias` are addresses or 0, `pitches` those of x and y."""
+    types = (FORMATS.index(format), FORMATS.index(out))
     sizes = (tokens, out_features, in_features)
-    return Gemm(
-        KERNELS.index(kernel), FORMATS.index(format), FORMATS.index(out), 0, *sizes, scale, channel_scales, bias
-    )
+    return Gemm(KERNELS.index(kernel), *types, accumulate, *sizes, scale, channel_scales, bias, *pitches)

@@ -175,6 +175,26 @@ def test_simulated_kernel_against_float64(
     assert (np.abs(y_MN.astype(np.float64) - expected) <= epsilon * np.abs(expected) + 2.0**-20 * size + 1e-7).all()
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("format", sorted(DTYPES))
+@pytest.mark.parametrize("words", [(2,), (1, 1), (3, 1, 2)], ids=["staged", "streamed", "streamed splits"])
+def test_slices_of_wider_matrices(host: bindings.Context, format: str, words: tuple[int, ...], tokens: int) -> None:
+    """The simulation reports a read of x outside of its own columns, but for rows in between; y's others must stay."""
+    rng, n, k = np.random.default_rng(3), 40, 544
+    w_NK = native.prune(random_values((n, k), format, rng), rng)
+    wide_x, wide_y = random_values((tokens, k + 32), format, rng), np.full((tokens, n + 24), 99, OUT["bf16"])
+    packed, x, y = native.aligned(skinny_layout.pack(w_NK, format)), native.aligned(wide_x), native.aligned(wide_y)
+    problem = structures.gemm("skinny", format, "bf16", n, k, tokens, 0.01, pitches=(k + 32, n + 24))
+    host.set_algorithm(problem, words + (0,) * (8 - len(words)))
+    workspace = native.aligned(np.zeros(host.workspace_bytes(problem), np.uint8))
+    first_x, first_y = x[:, 32:].ctypes.data, y[:, 8:].ctypes.data
+    host.matmul(problem, first_x, packed.ctypes.data, first_y, (workspace.ctypes.data, workspace.nbytes))
+    expected = matmul(host, wide_x[:, 32:], packed, format, "bf16", n, 0.01, words=words)
+    np.testing.assert_array_equal(y[:, 8 : n + 8].view(np.uint16), expected.view(np.uint16))
+    assert (y[:, :8] == 99).all()
+    assert (y[:, n + 8 :] == 99).all()
+
+
 @pytest.mark.parametrize("format", sorted(DTYPES))
 @pytest.mark.parametrize("words", [(4,), (4, 1, 1, 3)], ids=["staged", "streamed"])
 def test_same_bits_for_every_replay_of_a_split(host: bindings.Context, format: str, words: tuple[int, ...]) -> None:
@@ -247,6 +267,13 @@ def gemm(**changes: object) -> structures.Gemm:
         (gemm(in_features=250), "misaligned", "in_features=250 is not a multiple of 16 .* pad x and the weight to 256"),
         (gemm(tokens=65), "unsupported", "tokens=65: the skinny kernel takes 1 to 64; use cusparselt or cublaslt"),
         (gemm(tokens=0), "invalid argument", "tokens=0: at least 1"),
+        (
+            gemm(pitches=(255, 0)),
+            "misaligned",
+            "x_pitch=255 must be 256 or more, and a multiple of 16 .16 bytes.; copy",
+        ),
+        (gemm(pitches=(0, 20)), "misaligned", "y_pitch=20 must be 16 or more, and a multiple of 8"),
+        (gemm(accumulate=True), "unsupported", "accumulate=1 of skinny: cublaslt alone adds to what y holds"),
         (gemm(out_features=0), "invalid argument", r"a weight cannot be \[0, 256\]"),
         (gemm(kernel="cusparselt"), "no GPU", "cusparselt runs on a GPU only"),
         (gemm(kernel="cublaslt"), "no GPU", "cublaslt runs on a GPU only"),

@@ -83,6 +83,33 @@ def test_every_kernel_and_epilogue(
         np.testing.assert_array_equal(y, expected.astype(DTYPES[out]).astype(np.float32))
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 16, 24])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "channels"])
+@pytest.mark.parametrize("format", sorted(DTYPES))
+@pytest.mark.parametrize("kernel", structures.KERNELS)
+def test_slices_of_x_and_y_and_sums_added_to_y(
+    gpu: bindings.Context, kernel: str, format: str, scaled: bool, tokens: int
+) -> None:
+    """A layer between others in x and y: what is beside its columns stays. cuBLASLt adds to them too."""
+    if scaled and format in ("bf16", "fp16"):
+        return
+    layer = Layer(format, 64, 96, tokens, format if format in ("bf16", "fp16") else "bf16", seed=1)
+    scale = 2e-3 if format in ("int8", "fp8") else 1.0
+    wide_x = native.aligned(np.tile(layer.x, 3))
+    y, prepared = native.aligned(np.full((tokens, 128), 3, DTYPES[layer.out])), layer.prepare(gpu, kernel)
+    for accumulate in (False, True) if kernel == "cublaslt" else (False,):
+        problem = layer.problem(kernel, scale, scaled)
+        problem.x_pitch, problem.y_pitch, problem.accumulate = 288, 128, accumulate
+        workspace = native.aligned(np.full(gpu.workspace_bytes(problem), 0xCD, np.uint8))
+        place = (workspace.ctypes.data, workspace.nbytes)
+        before = y[:, 32:96].astype(np.float32) if accumulate else np.float32(0)
+        gpu.matmul(problem, wide_x[:, 96:].ctypes.data, prepared.ctypes.data, y[:, 32:].ctypes.data, place)
+        expected = layer.expected(scale, scaled, False) + before
+        np.testing.assert_allclose(y[:, 32:96].astype(np.float32), expected, rtol=2**-7, atol=2e-2)
+        assert (y[:, :32] == 3).all()
+        assert (y[:, 96:] == 3).all()
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 15, 16, 17, 33])
 @pytest.mark.parametrize("format", sorted(DTYPES))
 def test_cusparselt_pads_tokens_in_the_workspace(gpu: bindings.Context, format: str, tokens: int) -> None:

@@ -80,7 +80,7 @@ cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t d,
     return CUBLAS_STATUS_INVALID_VALUE;
   const bool types = integer ? op.compute == CUBLAS_COMPUTE_32I && op.scale == CUDA_R_32I && y.type == CUDA_R_32I
                              : op.compute == CUBLAS_COMPUTE_32F && op.scale == CUDA_R_32F && (!wide || y.type == a.type || y.type == CUDA_R_32F);
-  if (!types || a.ld * static_cast<int64_t>(bytes_of(a.type)) % 16 || algo->data[0] > 2) return CUBLAS_STATUS_NOT_SUPPORTED;
+  if (!types || a.ld * static_cast<int64_t>(bytes_of(a.type)) % 16 || b.ld < b.rows || y.ld < y.rows || algo->data[0] > 2) return CUBLAS_STATUS_NOT_SUPPORTED;
   result->workspaceSize = workspace_of(*algo);
   return CUBLAS_STATUS_SUCCESS;
 }
@@ -100,19 +100,21 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t h, cublasLtMatmul
 }
 
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void* alpha, const void* a, cublasLtMatrixLayout_t la,
-                              const void* b, cublasLtMatrixLayout_t lb, const void*, const void* c, cublasLtMatrixLayout_t,
+                              const void* b, cublasLtMatrixLayout_t lb, const void* beta, const void* c, cublasLtMatrixLayout_t,
                               void* y, cublasLtMatrixLayout_t ly, const cublasLtMatmulAlgo_t* algo, void* workspace,
                               size_t workspace_bytes, cudaStream_t) {
   const Operation& op = operation(d);
   const Layout &w = layout(la), &x = layout(lb), &out = layout(ly);
   if (c != y || workspace_bytes < workspace_of(*algo)) return CUBLAS_STATUS_INVALID_VALUE;
   const double scale = op.scale == CUDA_R_32I ? *static_cast<const int*>(alpha) : *static_cast<const float*>(alpha);
+  const double kept = op.scale == CUDA_R_32I ? *static_cast<const int*>(beta) : *static_cast<const float*>(beta);
   for (int64_t m = 0; m < x.cols; ++m)
     for (int64_t n = 0; n < w.cols; ++n) {
       double sum = 0;
       for (int64_t k = 0; k < w.rows; ++k) sum += load(w.type, a, n * w.ld + k) * load(x.type, b, m * x.ld + k);
       double value = sum * scale;
       if (op.epilogue == CUBLASLT_EPILOGUE_BIAS) value += load(static_cast<cudaDataType>(op.bias_type), op.bias, n);
+      if (kept != 0) value += kept * load(out.type, c, m * out.ld + n);
       store(out.type, y, m * out.ld + n, value);
     }
   if (workspace_of(*algo) != 0) std::memset(workspace, 0xEE, workspace_of(*algo));

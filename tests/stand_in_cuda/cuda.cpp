@@ -74,6 +74,13 @@ cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcp
 cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
   return cudaMemcpy(target, source, bytes, kind);
 }
+cudaError_t cudaMemcpy2DAsync(void* target, size_t target_pitch, const void* source, size_t source_pitch, size_t width,
+                              size_t height, cudaMemcpyKind kind, cudaStream_t) {
+  if (width > target_pitch || width > source_pitch) return cudaErrorInvalidValue;
+  for (size_t row = 0; row < height; ++row)
+    cudaMemcpy(static_cast<char*>(target) + row * target_pitch, static_cast<const char*>(source) + row * source_pitch, width, kind);
+  return cudaSuccess;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return capturing(stream) ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
@@ -125,7 +132,9 @@ void apply_epilogue(const twofour_gemm& g, const void* sums, void* y, cudaStream
                                              : static_cast<const float*>(sums)[i];
     float value = sum * (g.channel_scales != nullptr ? g.channel_scales[n] : g.scale);
     if (g.bias != nullptr) value += gpu::load_float(g.out_type, g.bias, n);
-    gpu::store_float(g.out_type, y, i, value);
+    const int64_t place = i / g.out_features * y_pitch(g) + n;
+    if (g.accumulate != 0) value += gpu::load_float(g.out_type, y, place);
+    gpu::store_float(g.out_type, y, place, value);
   }
 }
 void quantize(int, int, int64_t, int64_t, const void*, const float*, int64_t, uint8_t*, cudaStream_t) {

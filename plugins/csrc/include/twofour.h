@@ -2,8 +2,8 @@
  *
  * Every function computes or prepares  y[tokens, out_features] = scale * (x[tokens, in_features] w^T) + bias
  * for a weight w[out_features, in_features] that holds at most 2 nonzeros in each aligned group of 4 inputs.
- * All matrices are row-major and dense in memory. Pointers are device pointers, or host pointers where the
- * context was made for TWOFOUR_HOST.
+ * All matrices are row-major, and dense in memory but for x and y where the problem gives their pitches. Pointers are
+ * device pointers, or host pointers where the context was made for TWOFOUR_HOST.
  *
  * Rules:
  * - A function returns a status; twofour_last_error() then says in one line what is wrong and what to do (per thread).
@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 #define TWOFOUR_API __attribute__((visibility("default")))
-#define TWOFOUR_VERSION 100 /* 0.1.0 */
+#define TWOFOUR_VERSION 101 /* 0.1.1 */
 #define TWOFOUR_HOST (-1)   /* device number: runs the skinny kernel's own source on the CPU, thread by thread */
 
 typedef enum twofour_status {
@@ -56,11 +56,12 @@ typedef struct twofour_gemm {
   int32_t kernel;   /* twofour_kernel */
   int32_t type;     /* twofour_type of x and w */
   int32_t out_type; /* TWOFOUR_FP16 or TWOFOUR_BF16 */
-  int32_t reserved; /* 0 */
+  int32_t accumulate; /* 1: added to what y holds, in fp32; TWOFOUR_CUBLASLT only */
   int64_t tokens, out_features, in_features;
   float scale;                 /* used where channel_scales is NULL: input scale times weight scale */
   const float* channel_scales; /* [out_features] or NULL */
   const void* bias;            /* [out_features] of out_type, or NULL */
+  int64_t x_pitch, y_pitch;    /* elements from row to row, where x or y is a slice of a wider matrix; 0: dense */
 } twofour_gemm;
 
 /* What a prepared weight depends on; store it beside the weight and check it before use. */

@@ -33,9 +33,10 @@ class Backend {
 };
 
 // Problems with the same key share a plan: all layers of one shape without bias do. Scales are passed at each call.
-using ProblemKey = std::tuple<int, int, int64_t, int64_t, int64_t, bool, const void*>;
+using ProblemKey = std::tuple<int, int, int64_t, int64_t, int64_t, bool, const void*, int64_t, int64_t>;
 inline ProblemKey problem_key(const twofour_gemm& g) {
-  return {g.type, g.out_type, g.tokens, g.out_features, g.in_features, g.channel_scales != nullptr, g.bias};
+  return {g.type,   g.out_type,  g.tokens,   g.out_features, g.in_features, g.channel_scales != nullptr,
+          g.bias, x_pitch(g), y_pitch(g)};
 }
 
 constexpr size_t kWorkspaceAlignment = 256;

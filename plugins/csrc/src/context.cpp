@@ -79,6 +79,12 @@ twofour_context::BucketKey twofour_context::bucket_key(const twofour_gemm& g) {
   return {g.kernel, g.type, g.out_type, g.out_features, g.in_features, tokens_bucket(g.tokens)};
 }
 
+static void validate_pitch(const char* name, int64_t pitch, int64_t features, int bytes) {
+  if (pitch != 0 && (pitch < features || pitch * bytes % 16 != 0))
+    fail(TWOFOUR_MISALIGNED, "%s_pitch=%lld must be %lld or more, and a multiple of %d (16 bytes); copy it", name,
+         static_cast<long long>(pitch), static_cast<long long>(features), 16 / bytes);
+}
+
 void twofour_context::validate(const twofour_gemm& g) const {
   if (g.kernel < TWOFOUR_SKINNY || g.kernel > TWOFOUR_CUBLASLT)
     fail(TWOFOUR_INVALID_ARGUMENT, "kernel %d is not one of skinny (0), cusparselt (1), cublaslt (2)", g.kernel);
@@ -89,6 +95,10 @@ void twofour_context::validate(const twofour_gemm& g) const {
   if (g.out_features < 1 || g.in_features < 1 || g.out_features > INT32_MAX || g.in_features > INT32_MAX)
     fail(TWOFOUR_INVALID_ARGUMENT, "a weight cannot be [%lld, %lld]", static_cast<long long>(g.out_features),
          static_cast<long long>(g.in_features));
+  if (g.accumulate != 0 && (g.accumulate != 1 || g.kernel != TWOFOUR_CUBLASLT))
+    fail(TWOFOUR_UNSUPPORTED, "accumulate=%d of %s: cublaslt alone adds to what y holds (1)", g.accumulate, kernel_name(g.kernel));
+  validate_pitch("x", g.x_pitch, g.in_features, element_bytes(g.type));
+  validate_pitch("y", g.y_pitch, g.out_features, 2);
   if (g.kernel != TWOFOUR_SKINNY) return;
   const int64_t multiple = 16 / element_bytes(g.type);
   if (g.in_features % multiple != 0)
@@ -249,6 +259,8 @@ void twofour_context::run_skinny(const twofour_gemm& g, const void* x, const voi
   problem.tokens = static_cast<int>(g.tokens);
   problem.out_features = g.out_features;
   problem.in_features = g.in_features;
+  problem.x_pitch = x_pitch(g);
+  problem.y_pitch = y_pitch(g);
   problem.partials = static_cast<uint32_t*>(workspace);
   problem.counters = counters_;
   if (const auto plan = streamed(g)) {

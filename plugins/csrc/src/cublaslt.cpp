@@ -146,11 +146,11 @@ class Cublaslt final : public Backend {
     const bool raw = wants_raw_sums(g);
     void* const output = raw ? workspace + aligned(p.workspace) : y;
     const int one = 1, zero = 0;
-    const float scale = raw ? 1.0f : g.scale, nothing = 0.0f;
+    const float scale = raw ? 1.0f : g.scale, kept = raw ? 0.0f : static_cast<float>(g.accumulate);
     const bool integer = g.type == TWOFOUR_INT8;
     const cublasLtMatmulAlgo_t algo = unpack(p.algorithm);
     TWOFOUR_CALL(cublasLtMatmul, handle_, p.operation, integer ? static_cast<const void*>(&one) : &scale, prepared, p.a,
-                 x, p.b, integer ? static_cast<const void*>(&zero) : &nothing, output, p.d, output, p.d, &algo,
+                 x, p.b, integer ? static_cast<const void*>(&zero) : &kept, output, p.d, output, p.d, &algo,
                  workspace, p.workspace, stream);
     if (raw) apply_epilogue(g, output, y, stream);
   }
@@ -173,8 +173,8 @@ class Cublaslt final : public Backend {
     const auto m = static_cast<uint64_t>(g.tokens);
     const cudaDataType out = !raw ? cuda_type(g.out_type) : integer ? CUDA_R_32I : CUDA_R_32F;
     TWOFOUR_CALL(cublasLtMatrixLayoutCreate, &p.a, cuda_type(g.type), k, n, g.in_features);
-    TWOFOUR_CALL(cublasLtMatrixLayoutCreate, &p.b, cuda_type(g.type), k, m, g.in_features);
-    TWOFOUR_CALL(cublasLtMatrixLayoutCreate, &p.d, out, n, m, g.out_features);
+    TWOFOUR_CALL(cublasLtMatrixLayoutCreate, &p.b, cuda_type(g.type), k, m, x_pitch(g));
+    TWOFOUR_CALL(cublasLtMatrixLayoutCreate, &p.d, out, n, m, raw ? g.out_features : y_pitch(g));
   }
 
   template <class T>

@@ -43,6 +43,12 @@ struct Plan {
   }
 };
 
+void copy_rows(void* target, size_t target_pitch, const void* source, size_t source_pitch, size_t row_bytes, int64_t rows,
+               cudaStream_t stream) {
+  twofour::check(cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, row_bytes, static_cast<size_t>(rows),
+                                   cudaMemcpyDeviceToDevice, stream), "cudaMemcpy2DAsync");
+}
+
 class Cusparselt final : public Backend {
  public:
   explicit Cusparselt(int sm) : sm_(sm) { TWOFOUR_CALL(cusparseLtInit, &handle_); }
@@ -152,7 +158,7 @@ class Cusparselt final : public Backend {
     return aligned(p.workspace) + staged_x(g, p) + staged_y(g, p);
   }
 
-  // Workspace: the library's own | x padded to the library's tokens | y padded, or raw sums.
+  // Workspace: the library's own | x padded to the library's tokens, or gathered | y padded or dense, or raw sums.
   void matmul(const twofour_gemm& g, const void* x, const void* prepared, void* y, uint8_t* workspace,
               cudaStream_t stream) override {
     Plan& p = find(g);
@@ -160,10 +166,10 @@ class Cusparselt final : public Backend {
     uint8_t* const padded_y = padded_x + staged_x(g, p);
     const void* input = x;
     if (staged_x(g, p) != 0) {
-      const size_t bytes = static_cast<size_t>(g.tokens * g.in_features) * element_bytes(g.type);
-      const size_t rest = static_cast<size_t>((p.tokens - g.tokens) * g.in_features) * element_bytes(g.type);
-      twofour::check(cudaMemcpyAsync(padded_x, x, bytes, cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
-      twofour::check(cudaMemsetAsync(padded_x + bytes, 0, rest, stream), "cudaMemsetAsync");
+      const size_t row = static_cast<size_t>(g.in_features) * element_bytes(g.type);
+      const size_t bytes = static_cast<size_t>(g.tokens) * row, rest = static_cast<size_t>(p.tokens - g.tokens) * row;
+      copy_rows(padded_x, row, x, static_cast<size_t>(x_pitch(g)) * element_bytes(g.type), row, g.tokens, stream);
+      if (rest != 0) twofour::check(cudaMemsetAsync(padded_x + bytes, 0, rest, stream), "cudaMemsetAsync");
       input = padded_x;
     }
     void* const output = staged_y(g, p) != 0 ? padded_y : y;
@@ -173,8 +179,8 @@ class Cusparselt final : public Backend {
     if (p.raw) {
       apply_epilogue(g, output, y, stream);
     } else if (output != y) {
-      twofour::check(cudaMemcpyAsync(y, output, static_cast<size_t>(g.tokens * g.out_features) * 2,
-                                     cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
+      const size_t row = static_cast<size_t>(g.out_features) * 2;
+      copy_rows(y, static_cast<size_t>(y_pitch(g)) * 2, output, row, row, g.tokens, stream);
     }
   }
 
@@ -229,15 +235,19 @@ class Cusparselt final : public Backend {
   }
 
   static size_t staged_x(const twofour_gemm& g, const Plan& p) {
-    return p.tokens == g.tokens ? 0 : aligned(static_cast<size_t>(p.tokens * g.in_features) * element_bytes(g.type));
+    if (p.tokens == g.tokens && x_pitch(g) == g.in_features) return 0;
+    return aligned(static_cast<size_t>(p.tokens * g.in_features) * element_bytes(g.type));
   }
   static size_t staged_y(const twofour_gemm& g, const Plan& p) {
     const size_t element = p.raw ? 4 : 2;
-    return p.tokens == g.tokens && !p.raw ? 0 : aligned(static_cast<size_t>(p.tokens * g.out_features) * element);
+    if (p.tokens == g.tokens && y_pitch(g) == g.out_features && !p.raw) return 0;
+    return aligned(static_cast<size_t>(p.tokens * g.out_features) * element);
   }
 
-  // Token counts that are padded to the same share a plan: a prefill of any length finds one of few.
+  // Token counts that are padded to the same share a plan: a prefill of any length finds one of few. The library sees
+  // dense matrices: slices are staged.
   static ProblemKey key(twofour_gemm g) {
+    g.x_pitch = g.y_pitch = 0;
     g.tokens = round_up(g.tokens, token_multiple(g.type));
     return problem_key(g);
   }

@@ -104,7 +104,7 @@ TWOFOUR_DEVICE void store_output(const SkinnyProblem& p, int64_t feature, int to
   const float scale = p.channel_scales != nullptr ? p.channel_scales[feature] : p.scale;
   float value = gpu::multiply(static_cast<float>(sum), scale);
   if (p.bias != nullptr) value = gpu::add(value, gpu::load_float(p.out_type, p.bias, feature));
-  gpu::store_float(p.out_type, p.y, token * p.out_features + feature, value);
+  gpu::store_float(p.out_type, p.y, token * p.y_pitch + feature, value);
 }
 
 }  // namespace twofour

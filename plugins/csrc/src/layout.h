@@ -51,6 +51,10 @@ TWOFOUR_HD constexpr size_t packed_bytes(int type, int64_t out_features, int64_t
   return static_cast<size_t>(row_tiles(out_features) * input_blocks(in_features)) * static_cast<size_t>(block_bytes(type));
 }
 
+// Elements from row to row of x and y. One row has none after it: its slice is dense.
+TWOFOUR_HD int64_t x_pitch(const twofour_gemm& g) { return g.x_pitch == 0 || g.tokens == 1 ? g.in_features : g.x_pitch; }
+TWOFOUR_HD int64_t y_pitch(const twofour_gemm& g) { return g.y_pitch == 0 || g.tokens == 1 ? g.out_features : g.y_pitch; }
+
 // Which group of a unit (0..15) the hardware's group h (0..7) of step s is, for the m16n8k32 types. For fp8 the order
 // lets a lane pair fetch its activations with 16-byte loads: B register i of lane t holds half (t & 1) of the hardware
 // group 2 i + t / 2, and these land on 16 contiguous bytes of x.

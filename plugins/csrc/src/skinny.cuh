@@ -48,14 +48,14 @@ TWOFOUR_DEVICE void load_stage(const SkinnyProblem& p, uint8_t* stage, int64_t b
     }
   }
   constexpr int row_chunks = C::x_bytes / kChunkBytes;
-  const int64_t row_bytes = p.in_features * element_bytes(C::type);
+  const int64_t row_bytes = p.in_features * element_bytes(C::type), row_pitch = p.x_pitch * element_bytes(C::type);
   uint8_t* x_stage = stage + C::weight_stage_bytes;
   for (int i = thread; i < C::tokens * row_chunks; i += C::threads) {
     const int token = gpu::block_x() * C::tokens + i / row_chunks;
     const int64_t offset = block * C::x_bytes + i % row_chunks * kChunkBytes;
     const bool inside = token < p.tokens && offset < row_bytes;  // outside: zeros, never read
     gpu::copy_or_zero(x_stage + i / row_chunks * C::x_pitch + i % row_chunks * kChunkBytes,
-                      inside ? p.x + token * row_bytes + offset : p.x, inside);
+                      inside ? p.x + token * row_pitch + offset : p.x, inside);
   }
 }
 

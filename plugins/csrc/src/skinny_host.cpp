@@ -37,7 +37,7 @@ void skinny_simulate(int type, const SkinnyProblem& problem, size_t weight_bytes
   const SkinnyGeometry g = skinny_geometry(type, problem.tokens, problem.out_features, problem.in_features);
   dispatch_tokens<SkinnyChoice>(type, problem.tokens, [&](auto config) {
     using C = decltype(config);
-    const size_t x_bytes = static_cast<size_t>(problem.tokens * problem.in_features) * element_bytes(type);
+    const size_t x_bytes = x_extent(problem) * element_bytes(type);
     std::vector<uint8_t> memory(C::shared_bytes + 16);
     uint8_t* shared = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16;
     // Splits in descending order: the block that reduces is not the one with the last range of K.

@@ -103,8 +103,8 @@ template <class C>
 TWOFOUR_DEVICE void load_x(const SkinnyProblem& p, const Range& range, int tokens_here, int warp, int lane, uint8_t* x,
                            int64_t pitch, uint64_t* barriers) {
   constexpr int kChunks = C::x_bytes / kChunkBytes;  // of a token and a block
-  const int64_t row_bytes = p.in_features * element_bytes(C::type);
-  const uint8_t* source = p.x + gpu::block_y() * C::tokens * row_bytes;
+  const int64_t row_bytes = p.in_features * element_bytes(C::type), row_pitch = p.x_pitch * element_bytes(C::type);
+  const uint8_t* source = p.x + gpu::block_y() * C::tokens * row_pitch;
   // All thread blocks read the same lines: each begins elsewhere, so that they do not queue at one slice of the L2.
   const int chunks = C::x_rows(tokens_here) * kChunks, first = gpu::block_x() * kLanes % chunks + lane;
   for (int block = warp; block < range.blocks; block += C::warps) {
@@ -113,7 +113,7 @@ TWOFOUR_DEVICE void load_x(const SkinnyProblem& p, const Range& range, int token
       if (i >= chunks) i -= chunks;
       const int row = i / kChunks, at = i % kChunks * kChunkBytes;
       const bool inside = row < tokens_here && first_byte + at < row_bytes;
-      gpu::copy_or_zero(x + row * pitch + block * C::x_bytes + at, inside ? source + row * row_bytes + first_byte + at : p.x,
+      gpu::copy_or_zero(x + row * pitch + block * C::x_bytes + at, inside ? source + row * row_pitch + first_byte + at : p.x,
                         inside);
     }
     gpu::arrive_when_copied(barriers + block);

@@ -82,7 +82,7 @@ std::optional<StreamedPlan> streamed_plan(int type, int64_t tokens, int64_t out_
 void streamed_simulate(int type, const SkinnyProblem& problem, const StreamedPlan& plan) {
   dispatch_tokens<StreamedChoice>(type, problem.tokens, [&](auto config) {
     using C = decltype(config);
-    const size_t x_bytes = static_cast<size_t>(problem.tokens * problem.in_features) * element_bytes(type);
+    const size_t x_bytes = x_extent(problem) * element_bytes(type);
     const size_t weight_bytes = packed_bytes(type, problem.out_features, problem.in_features);
     std::vector<uint8_t> memory(plan.shared_bytes + 128);
     uint8_t* shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;

@@ -70,7 +70,13 @@ __global__ void __launch_bounds__(kThreads) epilogue_kernel(const Quad* __restri
       values[j] = gpu::multiply(values[j], scales[j]);
       if (gemm.bias != nullptr) values[j] = gpu::add(values[j], shifts[j]);
     }
-    y[token * quads + quad] = pack_four<Out>(values);
+    uint2& target = y[token * (y_pitch(gemm) / 4) + quad];
+    if (gemm.accumulate != 0) {
+      const uint2 before = target;
+      for (int j = 0; j < 4; ++j)
+        values[j] = gpu::add(values[j], static_cast<float>(reinterpret_cast<const Out*>(&before)[j]));
+    }
+    target = pack_four<Out>(values);
   }
 }
 

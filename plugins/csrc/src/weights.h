@@ -22,8 +22,8 @@ void unpack_device(int type, int64_t out_features, int64_t in_features, const ui
 // target = source with every -0.0 as 0; cuSPARSELt's compression takes -0.0 for a nonzero.
 void copy_canonical(int type, int64_t elements, const void* source, void* target, cudaStream_t stream);
 
-// y[tokens, out_features] = scale * sums + bias. `sums` are int32 for int8 weights and fp32 otherwise; out_features is
-// a multiple of 4.
+// y[tokens, out_features] = scale * sums + bias, or += where the problem accumulates. `sums` are dense, int32 for int8
+// weights and fp32 otherwise; out_features and y's pitch are multiples of 4.
 void apply_epilogue(const twofour_gemm& gemm, const void* sums, void* y, cudaStream_t stream);
 
 // One activation x * multiplier as a byte of int8 or e4m3.
