@@ -1,9 +1,10 @@
-"""The kernels as torch operators `torch.ops.twofour.*`: functional, with fake implementations, safe in CUDA graphs.
+"""The kernels as torch operators `torch.ops.twofour.*`: with fake implementations, safe in CUDA graphs.
 
     quantize(x_MK, multiplier, dtype)                                                     -> q_MK
     skinny_linear(x_MK, packed, scale, channel_scales, bias, out_features, out_dtype)     -> y_MN, 1 to 64 tokens
     cusparselt_linear(x_MK, compressed, ... the same ...)                                 -> y_MN
     dense_linear(x_MK, w_NK, ... the same ...)                                            -> y_MN, by cuBLASLt
+    linear_into(y_MN!, x_MK, weight, kernel, scale, channel_scales, bias, accumulate)     y_MN = or += the product
 
 y = s * (x_MK w_NK^T) + bias, where s is `channel_scales` [N] float32, or the number `scale` where that is None; the
 bias [N] has the out_dtype. x has the weight's dtype: float16, bfloat16, int8 or float8_e4m3fn. Numerics are those of
@@ -23,10 +24,10 @@ from typing import Any
 import torch
 
 from plugins.common import numerics
-from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
 from plugins.common.formats import format_of
 from plugins.libtwofour import bindings, structures
+from plugins.libtwofour.cpu_forms import check_skinny, reference_linear
 from plugins.sparsity import skinny_layout
 from plugins.sparsity.torch_packing import from_numpy, to_numpy
 
@@ -52,9 +53,9 @@ def skinny_linear(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """The skinny kernel; `packed_weight` as plugins/sparsity/skinny_layout.py. Raises UserError above 64 tokens."""
-    _check_skinny(x_MK)
+    check_skinny(x_MK)
     w_NK = unpack_skinny(packed_weight, out_features, x_MK.shape[1], x_MK.dtype)
-    return _reference(x_MK, w_NK, scale, channel_scales, bias, out_dtype)
+    return reference_linear(x_MK, w_NK, scale, channel_scales, bias, out_dtype)
 
 
 @torch.library.custom_op("twofour::cusparselt_linear", mutates_args=(), device_types="cpu")
@@ -82,7 +83,30 @@ def dense_linear(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """cuBLASLt, with the algorithm that a search kept."""
-    return _reference(x_MK, w_NK, scale, channel_scales, bias, out_dtype)
+    return reference_linear(x_MK, w_NK, scale, channel_scales, bias, out_dtype)
+
+
+@torch.library.custom_op("twofour::linear_into", mutates_args=("y_MN",), device_types="cpu")
+def linear_into(
+    y_MN: torch.Tensor,
+    x_MK: torch.Tensor,
+    weight: torch.Tensor,
+    kernel: str,
+    scale: float,
+    channel_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    accumulate: bool,
+) -> None:
+    """Writes the product of a kernel to y, or adds it in float32 ("cublaslt" alone). x and y may be slices."""
+    if accumulate and kernel != "cublaslt":
+        raise UserError(f"{kernel} cannot add to what y holds: use cublaslt")
+    if kernel == "cusparselt":
+        raise UserError("a weight compressed by cuSPARSELt is readable on its GPU only: use skinny or cublaslt")
+    if kernel == "skinny":
+        check_skinny(x_MK)
+        weight = unpack_skinny(weight, y_MN.shape[1], x_MK.shape[1], x_MK.dtype)
+    product_MN = reference_linear(x_MK, weight, scale, channel_scales, bias, torch.float32)
+    y_MN.copy_(y_MN + product_MN if accumulate else product_MN)
 
 
 @quantize.register_fake
@@ -118,11 +142,27 @@ def launch(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """What the operators do on CUDA: one call of libtwofour on torch's current stream."""
-    x_MK = x_MK.contiguous()
     y_MN = torch.empty((x_MK.shape[0], out_features), dtype=out_dtype, device=x_MK.device)
+    launch_into(y_MN, x_MK.contiguous(), weight, kernel, scale, channel_scales, bias, False)
+    return y_MN
+
+
+def launch_into(
+    y_MN: torch.Tensor,
+    x_MK: torch.Tensor,
+    weight: torch.Tensor,
+    kernel: str,
+    scale: float,
+    channel_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    accumulate: bool,
+) -> None:
+    """`linear_into` on CUDA."""
     if x_MK.shape[0] == 0:
-        return y_MN
-    problem = describe(kernel, x_MK, out_features, out_dtype, scale, channel_scales, bias)
+        return
+    problem = describe(kernel, x_MK, y_MN.shape[1], y_MN.dtype, scale, channel_scales, bias)
+    problem.x_pitch, problem.y_pitch = _pitch(x_MK), _pitch(y_MN)
+    problem.accumulate = accumulate
     context = bindings.context(x_MK.device.index)
     # From torch's allocator: inside a CUDA graph it comes from the graph's own pool.
     needed = context.workspace_bytes(problem)
@@ -135,7 +175,15 @@ def launch(
         ) from None
     place = (workspace.data_ptr(), workspace.nbytes)
     context.matmul(problem, x_MK.data_ptr(), weight.data_ptr(), y_MN.data_ptr(), place, _stream(x_MK))
-    return y_MN
+
+
+def _pitch(x_MK: torch.Tensor) -> int:
+    """Elements between rows where they are slices of wider ones; 0: dense."""
+    if x_MK.is_contiguous():  # one row, whatever its stride
+        return 0
+    if x_MK.stride(1) != 1:
+        raise UserError(f"a matrix with strides {x_MK.stride()}: its rows must be contiguous")
+    return int(x_MK.stride(0))
 
 
 def _register(op: Any, kernel: str) -> None:
@@ -154,6 +202,12 @@ def _register(op: Any, kernel: str) -> None:
     op.register_kernel("cuda")(partial(launch, kernel))
 
 
+@linear_into.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+linear_into.register_kernel("cuda")(launch_into)
 for _op, _kernel in ((skinny_linear, "skinny"), (cusparselt_linear, "cusparselt"), (dense_linear, "cublaslt")):
     _register(_op, _kernel)
 
@@ -215,31 +269,6 @@ def unpack_skinny(packed_weight: torch.Tensor, out_features: int, in_features: i
     """The dense weight [N, K] of a packed one, on the CPU."""
     bits = skinny_layout.unpack(packed_weight.numpy(), out_features, in_features, FORMATS[dtype])
     return from_numpy(bits, dtype)
-
-
-def _reference(
-    x_MK: torch.Tensor,
-    w_NK: torch.Tensor,
-    scale: float,
-    channel_scales: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    factor = torch.tensor(scale, dtype=torch.float32) if channel_scales is None else channel_scales
-    if x_MK.dtype == torch.int8:
-        y_MN = numerics.int8_linear(x_MK, w_NK, factor)
-    else:
-        y_MN = torch.nn.functional.linear(x_MK.float(), w_NK.float()) * factor
-    if bias is not None:
-        y_MN = y_MN + bias.float()
-    return y_MN.to(out_dtype)
-
-
-def _check_skinny(x_MK: torch.Tensor) -> None:
-    if x_MK.shape[0] > MAX_SKINNY_TOKENS:
-        raise UserError(
-            f"{x_MK.shape[0]} tokens: the skinny kernel takes 1 to {MAX_SKINNY_TOKENS}; use cusparselt_linear"
-        )
 
 
 def _stream(tensor: torch.Tensor) -> int:

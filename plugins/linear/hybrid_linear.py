@@ -28,7 +28,6 @@ ALONG = {"rows": ("weight_scale", "bias"), "inputs": ("pre_quant_scale",)}  # wh
 
 Tensors = Mapping[str, torch.Tensor]
 Build = Callable[[Tensors], Linear]
-Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def encode(segments: Segments) -> torch.Tensor:
@@ -101,7 +100,7 @@ class HybridLinear(Linear):
         super().__init__()
         self.sparse_part, self.dense_part = parts
         self.segments = segments
-        self.format, self.sparse = self.sparse_part.format, True
+        self.format, self.sparse, self.dtype = self.sparse_part.format, True, self.sparse_part.dtype
         self.kernel = " and ".join(dict.fromkeys(part.kernel for part in parts))
         self.refused = self.sparse_part.refused
         by_row = segments.axis == "rows"
@@ -130,18 +129,27 @@ class HybridLinear(Linear):
         if self.on_cpu_kernels:
             return apply(self.problem(x.numel() // self.in_features), x, self.out_features)
         if self.quantizer is not None:
-            return self.multiply(self.quantizer(x).view(-1, self.in_features)).view(*x.shape[:-1], -1)
-        return self._combine(self.sparse_part, self.dense_part, x)
+            x = self.quantizer(x)
+        return self.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
 
     def multiply(self, q_MK: torch.Tensor) -> torch.Tensor:
-        return self._combine(self.sparse_part.multiply, self.dense_part.multiply, q_MK)
+        y_MN = q_MK.new_empty(q_MK.shape[0], self.out_features, dtype=self.dtype)
+        self.write(y_MN, q_MK)
+        return y_MN
 
-    def _combine(self, sparse: Product, dense: Product, x: torch.Tensor) -> torch.Tensor:
-        """y [..., N] of x [..., K], by the products of both parts."""
+    def write(self, y_MN: torch.Tensor, x_MK: torch.Tensor, add: bool = False) -> None:
+        first, rest = (part.slice for part in self.segments.parts)
         if self.segments.axis == "rows":
-            return torch.cat([sparse(x), dense(x)], -1)
-        first, rest = (x[..., part.slice].contiguous() for part in self.segments.parts)
-        return sparse(first) + dense(rest)
+            self._write(self.sparse_part, y_MN[:, first], x_MK, add)
+            self._write(self.dense_part, y_MN[:, rest], x_MK, add)
+        else:
+            self._write(self.sparse_part, y_MN, x_MK[:, first], add)
+            self._write(self.dense_part, y_MN, x_MK[:, rest], add=True)
+
+    def _write(self, part: Linear, y_MN: torch.Tensor, x_MK: torch.Tensor, add: bool) -> None:
+        if self.operand is None and part.operand is not None and part.quantizer is not None:
+            x_MK = part.quantizer(x_MK)  # otherwise than the other part does
+        part.write(y_MN, x_MK, add)
 
 
 def _common_quantizer(sparse: Linear, dense: Linear, by_row: bool) -> InputQuantizer | None:

@@ -61,6 +61,7 @@ class SideBySide(Linear):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.format, self.sparse = "+".join(dict.fromkeys(x.format for x in layers)), any(x.sparse for x in layers)
+        self.dtype = layers[0].dtype
         self.kernel = " and ".join(dict.fromkeys(layer.kernel for layer in layers))
         self.out_features, self.in_features = sum(layer.out_features for layer in layers), layers[0].in_features
         if all(layer.operand == layers[0].operand and _round_alike(layer, layers[0]) for layer in layers):
@@ -70,7 +71,12 @@ class SideBySide(Linear):
         return torch.cat([layer(x) for layer in self.layers], dim=-1)
 
     def multiply(self, q_MK: torch.Tensor) -> torch.Tensor:
-        return torch.cat([layer.multiply(q_MK) for layer in self.layers], dim=-1)
+        y_MN = q_MK.new_empty(q_MK.shape[0], self.out_features, dtype=self.dtype)
+        for layer, columns in zip(
+            self.layers, y_MN.split([layer.out_features for layer in self.layers], 1), strict=True
+        ):
+            layer.write(columns, q_MK)
+        return y_MN
 
 
 def _round_alike(layer: Linear, other: Linear) -> bool:

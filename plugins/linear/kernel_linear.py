@@ -101,6 +101,14 @@ class KernelLinear(Linear):
         )
         return y_MN[:tokens]
 
+    def write(self, y_MN: torch.Tensor, x_MK: torch.Tensor, add: bool = False) -> None:
+        kernel = self.kernel_for(x_MK.shape[0])
+        dense = kernel == "cublaslt"
+        if (add and not dense) or (dense and self.dense != Dense()):  # those of `dense` put out a y of their own
+            super().write(y_MN, x_MK, add)
+            return
+        torch_ops.linear_into(y_MN, x_MK, self.weights[kernel], kernel, self.scale, self.channel_scales, self.bias, add)
+
     def _multiply_by_torch(self, q_MK: torch.Tensor) -> torch.Tensor:
         w_NK, factor = self.weights["cublaslt"], self._factor
         if factor is None:

@@ -21,6 +21,7 @@ class Linear(nn.Module):
     format: str  # of the stored weight, one of FORMATS
     sparse: bool  # whether the stored weight is packed 2:4
     kernel: str  # what multiplies, as reports name it
+    dtype: torch.dtype  # of y
     out_features: int
     in_features: int
     quantizer: InputQuantizer | None = None
@@ -30,6 +31,14 @@ class Linear(nn.Module):
     def multiply(self, q_MK: torch.Tensor) -> torch.Tensor:
         """y [M, N] of an input that was multiplied by `quantizer.multiplier` and rounded to `operand` already."""
         raise NotImplementedError
+
+    def write(self, y_MN: torch.Tensor, x_MK: torch.Tensor, add: bool = False) -> None:
+        """y [M, N] = or += the product of x [M, K], rounded already where there is an `operand`. Both may be slices."""
+        product_MN = self(x_MK) if self.operand is None else self.multiply(x_MK.contiguous())
+        if add:
+            y_MN.add_(product_MN)
+        else:
+            y_MN.copy_(product_MN)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format}{', 2:4' if self.sparse else ''}, {self.kernel}"
@@ -42,11 +51,23 @@ class DenseLinear(Linear):
 
     def __init__(self, w_NK: torch.Tensor, bias_N: torch.Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.weight = nn.Buffer(w_NK.to(dtype))
         self.bias = None if bias_N is None else nn.Buffer(bias_N.to(dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def write(self, y_MN: torch.Tensor, x_MK: torch.Tensor, add: bool = False) -> None:
+        w_KN = self.weight.t()
+        if add and self.bias is None:
+            y_MN.addmm_(x_MK, w_KN)
+        elif add:
+            super().write(y_MN, x_MK, add)
+        elif self.bias is None:
+            torch.mm(x_MK, w_KN, out=y_MN)
+        else:
+            torch.addmm(self.bias, x_MK, w_KN, out=y_MN)
 
 
 @dataclass(frozen=True)

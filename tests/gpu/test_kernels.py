@@ -80,6 +80,25 @@ def check(kernel: str, dtype: torch.dtype, n: int, k: int, tokens: int, scaled: 
 
 @each_dtype
 @each_kernel
+def test_slices_of_wider_matrices(kernel: str, dtype: torch.dtype) -> None:
+    """Beside others in x and y, and added to what y holds, as the parts of a hybrid layer are."""
+    out = out_of(dtype)
+    w = timing.random_2to4(512, 1024, dtype, DEVICE)
+    for tokens in (1, 3, 16, 64):
+        wide_x, y = timing.random_operand(tokens, 1536, dtype, DEVICE), torch.ones(tokens, 768, device=DEVICE).to(out)
+        weight, scale = torch_ops.prepare(w, kernel), 2.0**-9 if dtype.itemsize == 1 else 1.0
+        expected = OPERATORS[kernel](wide_x[:, 512:].contiguous(), weight, scale, None, None, 512, out).float()
+        torch_ops.linear_into(y[:, 256:], wide_x[:, 512:], weight, kernel, scale, None, None, False)
+        torch.testing.assert_close(y[:, 256:].float(), expected, rtol=2**-6, atol=2**-6 * float(expected.abs().max()))
+        if kernel == "cublaslt":
+            torch_ops.linear_into(y[:, 256:], wide_x[:, 512:], weight, kernel, scale, None, None, True)
+            atol = 2**-5 * float(expected.abs().max())
+            torch.testing.assert_close(y[:, 256:].float(), 2 * expected, rtol=2**-6, atol=atol)
+        assert bool((y[:, :256] == 1).all()), (kernel, dtype, tokens)
+
+
+@each_dtype
+@each_kernel
 def test_product_with_every_epilogue(kernel: str, dtype: torch.dtype) -> None:
     for scaled in (False, True):
         for biased in (False, True):

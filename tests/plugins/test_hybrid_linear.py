@@ -17,6 +17,7 @@ from plugins.linear.hybrid_linear import HybridLinear, build_hybrid, decode, enc
 from plugins.linear.kernel_linear import DENSE
 from plugins.linear.torch_linear import Linear
 from plugins.sparsity.segments import Axis, Segments
+from tests.support.launches import Launches
 
 CPU = torch.device("cpu")
 N = K = 128
@@ -135,6 +136,13 @@ def by_parts(layer: HybridLinear, x: torch.Tensor) -> torch.Tensor:
     return layer.sparse_part(first) + layer.dense_part(rest)
 
 
+def assert_same(y: torch.Tensor, expected: torch.Tensor, axis: Axis) -> None:
+    """Number for number; of inputs, but for the first product's rounding and the sum's, which are one now."""
+    if axis == "rows":
+        assert torch.equal(y, expected)
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-8 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize("dtype", FORMATS[2:])
 @pytest.mark.parametrize("axis", ["rows", "inputs"])
@@ -151,8 +159,22 @@ def test_parts_of_8_bit_round_their_input_once(axis: Axis, dtype: torch.dtype, s
     assert layer.quantizer is not None
     assert layer.quantizer.multiplier.numel() == (K if smoothed else 1)
     x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert torch.equal(layer(x), by_parts(layer, x))
-    assert torch.equal(layer.multiply(layer.quantizer(x)), by_parts(layer, x))
+    assert_same(layer(x), by_parts(layer, x), axis)
+    assert torch.equal(layer.multiply(layer.quantizer(x)), layer(x))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", FORMATS[1:])
+@pytest.mark.parametrize("axis", ["rows", "inputs"])
+def test_products_write_into_one_y(axis: Axis, dtype: torch.dtype, tokens: int) -> None:
+    """No cat, no copy and no sum of its own: two launches, and one that rounds the input."""
+    weight = weight_of(Segments.split(axis, N, 96), dtype)
+    layer = on_our_kernels(weight, Segments.split(axis, N, 96), layer_tensors(weight))
+    x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with Launches() as mode:
+        y = layer(x)
+    assert mode.counts.total() == 2 + (dtype.itemsize == 1), mode.counts
+    assert_same(y, by_parts(layer, x), axis)
 
 
 def test_parts_that_round_by_themselves_go_on_doing_so() -> None:

@@ -47,6 +47,28 @@ def test_operators_pass_torchs_own_checks(dtype: torch.dtype) -> None:
         torch.library.opcheck(torch_ops.quantize, quantize, test_utils=checks)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_write_into_slices_and_add_to_them(dtype: torch.dtype) -> None:
+    w, x = operands(dtype)
+    bias, scales, wide_x = torch.randn(48).half(), torch.rand(48), torch.cat([x, x], 1)
+    expected = torch_ops.dense_linear(x, w, 0.5, scales, bias, 48, torch.float16)
+    for kernel in ("skinny", "cublaslt"):
+        y = torch.full((5, 80), 2.0, dtype=torch.float16)
+        operand = torch_ops.prepare(w, kernel)
+        torch_ops.linear_into(y[:, 16:64], wide_x[:, 96:], operand, kernel, 0.5, scales, bias, False)
+        assert torch.equal(y[:, 16:64], expected)
+        assert torch.equal(y[:, :16], y[:, 64:]), "beside the slice"
+    torch_ops.linear_into(y[:, 16:64], x, w, "cublaslt", 0.5, scales, bias, True)
+    torch.testing.assert_close(y[:, 16:64], 2 * expected, rtol=2**-10, atol=0.06)
+    checks = CHECKS[:3] if dtype == torch.float8_e4m3fn else CHECKS
+    torch.library.opcheck(
+        torch_ops.linear_into, (y, x, torch.cat([w, w])[:80], "cublaslt", 0.5, None, None, True), test_utils=checks
+    )
+    for kernel, words in (("skinny", "skinny cannot add to what y holds"), ("cusparselt", "readable on its GPU only")):
+        with pytest.raises(UserError, match=words):
+            torch_ops.linear_into(y, x, w, kernel, 0.5, None, None, kernel == "skinny")
+
+
 def test_shapes_are_known_without_running() -> None:
     """What tracing needs of every operator on CUDA, cuSPARSELt's included, which no CPU can run."""
     with FakeTensorMode():

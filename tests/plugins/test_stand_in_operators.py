@@ -39,6 +39,21 @@ def test_operators_hand_over_what_libtwofour_needs(
     assert torch_ops.launch(kernel, x[:0], torch_ops.prepare(w, kernel), *rest).shape == (0, 64)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("kernel", structures.KERNELS)
+def test_operators_hand_over_slices(torch_on_stand_in: bindings.Context, kernel: str, tokens: int) -> None:
+    w = timing.random_2to4(64, 96, torch.int8, CPU)
+    wide_x, y = timing.random_operand(tokens, 192, torch.int8, CPU), torch.ones(tokens, 128).bfloat16()
+    for accumulate in (False, True) if kernel == "cublaslt" else (False,):
+        places = (y[:, 64:], wide_x[:, 96:], torch_ops.prepare(w, kernel), kernel, 2e-3, None, None, accumulate)
+        torch_ops.launch_into(*places)
+    expected = torch_ops.dense_linear(wide_x[:, 96:], w, 2e-3, None, None, 64, torch.bfloat16)
+    assert (y[:, :64] == 1).all()
+    torch.testing.assert_close(y[:, 64:], expected * (2 if kernel == "cublaslt" else 1), rtol=2**-7, atol=2e-2)
+    with pytest.raises(UserError, match=r"strides \(1, .*: its rows must be contiguous"):
+        torch_ops.launch_into(y[:, 64:], wide_x.new_zeros(96, 2).t(), *places[2:])
+
+
 def test_memory_that_runs_out_for_a_calls_workspace_is_said(
     torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,78 +2,27 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.kernels.model_shapes import Model
 from builder.engines.torch_backend import decoder as decoder_module
 from builder.engines.torch_backend import linears
 from builder.engines.torch_backend.attention import Decode, Prefill, Slice, Whole
 from builder.engines.torch_backend.decoder import Decoder
 from builder.engines.torch_backend.kv_cache import KVCache
-from builder.engines.torch_backend.random_model import RandomWeights
 from plugins.common.errors import UserError
 from plugins.linear.joined import SideBySide
 from plugins.linear.kernel_linear import DENSE, KernelLinear
 from plugins.triton_kernels import ops, overlap
 from plugins.triton_kernels.guarded import BlockOps
+from tests.support.block_models import CONFIG, FAMILIES, Weights
+from tests.support.launches import Launches
 
 CPU = torch.device("cpu")
 TABLE = torch.tensor([[3], [1]], dtype=torch.int32)  # blocks of two sequences
-CONFIG = Model(64, 96, 4, 2, 3, 128, head_dim=16).config()
-FAMILIES: dict[str, dict[str, object]] = {
-    "llama": {},
-    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5},
-    "qwen2": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "use_sliding_window": True,
-        "sliding_window": 7,
-        "max_window_layers": 1,
-    },
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
-}
-VIEWS = {
-    "_unsafe_view", "alias", "as_strided", "detach", "empty", "expand", "new_empty", "permute", "select", "slice",
-    "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
-}  # fmt: skip
-
-
-class Weights(RandomWeights):
-    """Random weights, the same of a name every time, with Qwen's biases and norms of heads."""
-
-    def of(self, module: str) -> dict[str, torch.Tensor]:
-        own = module.rpartition(".")[2]
-        generator = torch.Generator().manual_seed(zlib.crc32(module.encode()))
-        weight = torch.randn(self._shape(own), generator=generator) / 8
-        if own == "lm_head" or self.format == "bf16":
-            stored = {"weight": weight}
-        elif self.format == "int8":
-            scale = weight.abs().amax(1) / 127
-            stored = {"weight": (weight / scale[:, None]).round().to(torch.int8), "weight_scale": scale}
-        else:
-            scale = weight.abs().max() / 448
-            stored = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
-        if self.format == "int8":
-            stored["pre_quant_scale"] = torch.linspace(0.5, 1.5, weight.shape[1])
-        if self.format != "bf16":
-            stored["input_scale"] = torch.tensor(0.02)
-        if self.config["model_type"] == "qwen2" and own in ("q_proj", "k_proj", "v_proj"):
-            stored["bias"] = torch.randn(weight.shape[0], generator=generator) / 4
-        return stored
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        if name.endswith("embed_tokens.weight"):
-            return torch.randn(self.config["vocab_size"], self.config["hidden_size"], generator=generator)
-        heads = name.endswith(("q_norm.weight", "k_norm.weight"))
-        return torch.rand(self.config["head_dim" if heads else "hidden_size"], generator=generator) + 0.5
 
 
 class OurKernels:
@@ -132,20 +81,6 @@ def test_8_bit_layers_and_caches_compute_as_with_transformers_layers(format: str
     for out, expected in zip(*(outputs(decoder("qwen3", format, fused), kind) for fused in (True, False)), strict=True):
         assert (out - expected).abs().max() <= 2**-6 * expected.abs().max()
         assert (out.argmax(-1) == expected.argmax(-1)).float().mean() > 0.95
-
-
-class Launches(TorchDispatchMode):
-    """Counts what is a kernel on a GPU: every operator that is no view and no allocation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = operator.name().split("::")[1].split(".")[0]
-        if name not in VIEWS:
-            self.counts[name] += ops.LAUNCHES.get(name, 1)
-        return operator(*args, **(kwargs or {}))
 
 
 def launches(layers: int, family: str, format: str, fused: bool, kind: str) -> Counter[str]:
