@@ -43,7 +43,7 @@ class Console:
         self.close()
 
     def warn(self, message: object) -> None:
-        """One line that begins with `warning:`, also where nothing else is said."""
+        """One line that begins with `warning:`, also where nothing else is printed."""
         (self._bar.console if self._bar else self.terminal).print(f"warning: {message}", markup=False)
 
     def say(self, line: str) -> None:

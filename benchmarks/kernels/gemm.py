@@ -143,7 +143,7 @@ def table(
     expired: Callable[[], bool] = lambda: False,
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """The table of one model, the largest layers first. Stops early, and says so, once `expired()`.
+    """The table of one model, the largest layers first. Stops early, with a note, once `expired()`.
 
     `keep` gets the rows so far after each one: a kernel that ends the process takes only its own with it. Raises
     UserError where there is no GPU.

@@ -108,7 +108,7 @@ def make_tokens(arguments: argparse.Namespace, work: Path) -> Path:
 
 
 def judge(arguments: argparse.Namespace, layers: list[str], directories: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """By name, what the evaluation text says of each of the models against the dense one."""
+    """The accuracy of each model against the dense one on the evaluation text, by name."""
     print("judging ...", file=sys.stderr, flush=True)
     judged = run_script(
         sys.executable, "judge", str(arguments.model), arguments.evaluation, str(arguments.sequence_length),

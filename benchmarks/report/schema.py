@@ -46,7 +46,7 @@ class Size(_Part):
 
 
 class Layer(_Part):
-    """`zeros` is the share of zero weights; `kernel` and `reason` say what runs and why."""
+    """`zeros` is the share of zero weights; `kernel` is what runs and `reason` why."""
 
     name: str
     out_features: int

@@ -47,7 +47,7 @@ def _smaller(report: Report) -> str:
 
 
 def _speed(report: Report) -> str | None:
-    """What the intervals of every measured point allow to be said of the throughput."""
+    """The conclusion on throughput that the intervals of all measured points allow."""
     speedups = [
         point.speedup[formatting.HEADLINE] for point in report.performance if formatting.HEADLINE in point.speedup
     ]
@@ -83,7 +83,7 @@ def chips(report: Report) -> list[Chip]:
 
 
 def cards(report: Report) -> list[Card]:
-    """Perplexity, size, speed and gates; what was not measured says so."""
+    """Perplexity, size, speed and gates; a part that was not measured is named."""
     return [_perplexity(report), _size(report), _throughput(report), _gates(report)]
 
 

@@ -4,7 +4,7 @@ ROOT/entries/STAGE/KEY/   record.json and files/: finished, never changed again,
     work/KEY/             what a stage keeps while it runs; outlives a kill, so that the stage resumes
     tmp/KEY.PID/          the output of a running stage, renamed into entries/ when all of it is on the disk
     locks/KEY             held by the process that makes KEY
-    corrupt/KEY           the last entry of that key whose files were not what its record says
+    corrupt/KEY           the last entry of that key whose files differed from its record
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Make = Callable[[Path, Path], None]
 
 
 def default_store() -> Path:
-    """Where stage outputs are kept unless --store says otherwise: shared by all builds of this user."""
+    """Where stage outputs are kept unless --store names another place: shared by all builds of this user."""
     cache = os.environ.get("TWOFOUR_STORE")
     return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twofour"
 
@@ -57,7 +57,7 @@ class CachedOutput:
 
 
 class CorruptEntryError(Exception):
-    """An entry is not what its record says."""
+    """An entry differs from its record."""
 
 
 class Cache:

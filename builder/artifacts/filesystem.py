@@ -130,7 +130,7 @@ def disk_full_as_user_error(path: Path, doing: str) -> Iterator[None]:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether `error`, or what caused it, is a full disk. Libraries in Rust and C++ only say so in their message."""
+    """Whether `error`, or what caused it, is a full disk. Libraries in Rust and C++ show it in their message alone."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True

@@ -1,4 +1,4 @@
-"""What the config files of a checkpoint say: the model's shapes and the number formats."""
+"""What the config files of a checkpoint declare: the model's shapes and the number formats."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class UnsupportedError(ConfigError):
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a config says about number formats. `exclude` are globs over module names."""
+    """The number formats that a config declares. `exclude` are globs over module names."""
 
     format: str = "none"
     kv_cache: str = "none"
@@ -74,7 +74,7 @@ def read_hf(config: dict[str, Any], exported: dict[str, Any] | None) -> tuple[Ar
         kv_cache, exclude = section.get("kv_cache_quant_algo"), section.get("exclude_modules")
         other = _quantization(section.get("quant_algo"), kv_cache, exclude, exported)
         if replace(own, exclude=tuple(sorted(own.exclude))) != replace(other, exclude=tuple(sorted(other.exclude))):
-            raise ConfigError(f"it says {own}; hf_quant_config.json says {other}")
+            raise ConfigError(f"it has {own}; hf_quant_config.json has {other}")
     return _architecture({key: value for key, value in config.items() if key != "quantization_config"}), own
 
 
@@ -116,7 +116,7 @@ def _architecture(config: dict[str, Any]) -> Architecture:
 
 
 def _quantization(algorithm: Any, kv_cache: Any, exclude: Any, written: dict[str, Any]) -> Quantization:
-    """`written` is the config that says so, which may name its writer."""
+    """`written` is the config that declares it, which may name its writer."""
     _known("quant_algo", algorithm, ALGORITHMS, written)
     _known("kv_cache_quant_algo", kv_cache, OF_KV_ALGORITHM, written)
     exclude = exclude or []
@@ -136,7 +136,7 @@ def _known(key: str, value: Any, known: Collection[str | None], config: dict[str
 
 
 def _written_by(config: dict[str, Any]) -> str:
-    """Who wrote the config, where it says so, and what to do."""
+    """Who wrote the config, where it names its writer, and what to do."""
     producer = config.get("producer")
     if not isinstance(producer, dict) or not producer.get("version"):
         return ""

@@ -94,7 +94,7 @@ def trtllm_tensors(
     tensors: dict[str, Expected] = {}
     names = ("weights_scaling_factor", "activation_scaling_factor", "prequant_scaling_factor")
     for part in trtllm_parts(arch, mapping, rank):
-        if "attn_bias" not in config:  # ModelOpt alone does not say whether there are any
+        if "attn_bias" not in config:  # ModelOpt alone does not state whether there are any
             tensors[f"{part.local}.bias"] = Expected(((part.N,),), VECTORS, layer=part.name, required=False)
         tensors |= _linear(part, arch, quantization, *names)
     if arch.tied_embeddings and "lm_head.weight" in tensors:

@@ -66,7 +66,7 @@ class Unsupported(Violation):
 
 
 class VerificationError(GateError):
-    """A checkpoint is not what it says it is."""
+    """A checkpoint differs from what it declares."""
 
     def __init__(self, violation: Violation, more: int = 0) -> None:
         self.violation = violation

@@ -84,7 +84,7 @@ def load(engine: Path, *, precise: bool = False) -> Engine:
 
         return artifact.load(engine, dtype=artifact.precise_dtype() if precise else None)
     raise UserError(
-        f"'{engine}' is a {backend} engine, which this process cannot open: serve it as its launch file says, "
+        f"'{engine}' is a {backend} engine, which this process cannot open: serve it with its launch file, "
         "then measure it with twofour bench --url"
     )
 

@@ -1,7 +1,7 @@
 """Chooses the channels that go 2:4: those that reach the recipe's fraction, or what fits under its budget.
 
 Every layer is pruned once, alone, and every channel priced by it; the cheapest for what they gain go first. Under a
-budget at most three such choices are pruned, quantized as the recipe says and evaluated.
+budget at most three such choices are pruned, quantized as the recipe sets and evaluated.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class _Builds:
         self.measured: dict[str, Any] = read_json(self.record, {})
 
     def measure(self, allocation: Allocation) -> Accuracy:
-        """The built model against the dense one, everything quantized as the recipe says."""
+        """The built model against the dense one, everything quantized as the recipe sets."""
         from calibration.evaluation.evaluate import Accuracy
 
         key = " ".join(map(str, allocation.counts))

@@ -110,7 +110,7 @@ def build_engine(
 
 
 def _engine_config(checkpoint: Checkpoint, overrides: tuple[str, ...]) -> EngineConfig:
-    """The engine section: a checkpoint that is split already says over how many ranks, where the user does not."""
+    """The engine section: a checkpoint that is split already sets the number of ranks, where the user does not."""
     config = recipe.load("any/model", overrides=[f"engine.{override}" for override in overrides]).engine
     if checkpoint.kind == "hf":
         return config
@@ -172,7 +172,7 @@ def _write_repository(build: Path, out: Path, config: DeployConfig) -> None:
 
 def _how_to_start(build: Path, repository: Path, model: str) -> str:
     if (repository / "make_repository.py").is_file():
-        return f"run {repository}/make_repository.py in NVIDIA's Triton container (docs/deploy.md says how)"
+        return f"run {repository}/make_repository.py in NVIDIA's Triton container (see docs/deploy.md)"
     return f"{repository} serves '{model}': start it with twofour serve {build}"
 
 

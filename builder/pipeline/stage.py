@@ -38,7 +38,7 @@ class Stage:
     run: Callable[[BuildContext, Outputs, Path, Path], None]
     code: tuple[str, ...]
     tools: tuple[str, ...]
-    after: Callable[[BuildContext, CachedOutput], None] | None = None  # what to tell the user about the output
+    after: Callable[[BuildContext, CachedOutput], None] | None = None  # prints what the user should know of the output
 
 
 def run_stage(stage: Stage, context: BuildContext, outputs: Outputs, place: str = "") -> CachedOutput:

@@ -60,7 +60,7 @@ def check_budget(engine: EngineConfig, token_bytes: int, max_seq_len: int) -> No
 
 
 def eviction_notes(engine: EngineConfig, sequence_length: int) -> list[str]:
-    """What accuracy measured on sequences of `sequence_length` tokens says of a budget."""
+    """What accuracy measured on sequences of `sequence_length` tokens shows of a budget."""
     budget = engine.kv_cache_budget
     if budget is None:
         return []

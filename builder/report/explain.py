@@ -21,7 +21,7 @@ from plugins.sparsity.segments import Segments
 def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[str, Any]:
     """Facts of every linear layer of a build, an engine or a checkpoint.
 
-    Kernel times are the engine's own where they were measured, else the roofline's for `gpu`, and say which. Raises
+    Kernel times are the engine's own where they were measured, else the roofline's for `gpu`, and are marked so. Raises
     UserError where `artifact` is neither, or no layer matches.
     """
     weights, engine = _places(artifact)

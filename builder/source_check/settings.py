@@ -44,7 +44,7 @@ def check_settings(
         )
     notes = []
     if config.get("attention_bias") and not shapes.bias_o:
-        notes.append(f"config.json says attention_bias, which a {shapes.name} does not have: the key is ignored")
+        notes.append(f"config.json sets attention_bias, which a {shapes.name} does not have: the key is ignored")
     window = shapes.sliding_window
     if window is not None and window < max_seq_len and backend != "torch":
         notes.append(

@@ -67,7 +67,7 @@ def read_tensors(model: Path) -> dict[str, Tensor]:
 
 
 def _reason(missing: Collection[str], tensors: Collection[str]) -> str:
-    """Why tensors are missing, where the names that are there tell."""
+    """Why tensors are missing, where the names that are there show it."""
     for name in missing:
         for there in tensors:
             if there.endswith(f".{name}"):
@@ -86,7 +86,7 @@ def _check_tensor(model: Path, tensor: Tensor, allowed: Iterable[tuple[int, ...]
     if tensor.shape not in allowed:
         sizes = " or ".join(str(list(shape)) for shape in allowed)
         raise UserError(
-            f"'{model}': '{tensor.name}' has shape {list(tensor.shape)}, config.json says {sizes}: "
+            f"'{model}': '{tensor.name}' has shape {list(tensor.shape)}, config.json gives {sizes}: "
             "they do not belong together"
         )
     if tensor.dtype not in DTYPES:
@@ -122,7 +122,7 @@ def _check_unread(
     cut_off = [block for block in sorted(beyond) if _is_block(block, unread, expected)]
     if cut_off and not config.get("num_nextn_predict_layers"):
         raise UserError(
-            f"'{model}' holds decoder block {cut_off[0]}, and config.json says num_hidden_layers "
+            f"'{model}' holds decoder block {cut_off[0]}, and config.json has num_hidden_layers "
             f"{shapes.num_blocks}: fetch the config.json of these weights, or remove the block's tensors"
         )
     rest = [name for name in notable if not re.match(r"model\.layers\.\d+\.", name)]

@@ -80,7 +80,7 @@ def build(
 
 
 def verify(directory: str | Path, *, tensor_parallel: int = 1) -> Verification:
-    """Checks a build or a checkpoint from its files alone, as `twofour verify` does; `ok` says whether all checks hold.
+    """Checks a build or a checkpoint from its files alone, as `twofour verify` does; `ok`: all checks hold.
 
     Raises UserError where `directory` holds neither.
     """

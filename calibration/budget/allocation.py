@@ -98,7 +98,7 @@ class Allocator:
         return self._take(lambda taken, step: taken + step <= cost, which=0)
 
     def _take(self, fits: Callable[[float, float], bool], which: int) -> Allocation:
-        """The steps in order, as long as `fits` says of what is taken and of the step, by cost, gain or weights."""
+        """The steps in order, as long as `fits` is true of what is taken and of the step, by cost, gain or weights."""
         counts, taken, closed = [0] * len(self.units), np.zeros(3), set[int]()
         for step in self.steps:
             if step.unit in closed or not fits(float(taken[which]), float(step.sums[which])):

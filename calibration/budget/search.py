@@ -30,7 +30,7 @@ Measure = Callable[[Allocation], Accuracy]
 
 @dataclass(frozen=True)
 class Point:
-    """An allocation. `measured` says whether `loss`, in what the budget counts, was measured or predicted."""
+    """An allocation. `measured`: whether `loss`, in what the budget counts, was measured and not predicted."""
 
     allocation: Allocation
     loss: float

@@ -106,7 +106,7 @@ def _text_rows(text: str, path: Path) -> Iterator[Row]:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a file whose name does not say so holds JSON rows. A damaged one counts: it must not pass for prose."""
+    """Whether a file of any name holds JSON rows. A damaged one counts: it must not pass for prose."""
     if not text.lstrip().startswith(("{", "[")):
         return False
     for candidate in (text.lstrip().split("\n", 1)[0], text):

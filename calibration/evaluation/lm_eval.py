@@ -59,7 +59,7 @@ def lm_eval_tasks(logits: Logits, model: Path, tasks: Sequence[str], context: in
 
 
 def continuation(logits: Logits, prompt: Sequence[int], target: Sequence[int], context: int) -> tuple[float, bool]:
-    """Log likelihood (nats) of `target` after `prompt`, cut from the left to `context`; whether greedy would say it."""
+    """Log likelihood (nats) of `target` after `prompt`, cut from the left to `context`; whether it is greedy's."""
     ids = torch.tensor([*prompt, *target][-(context + 1) :])
     with torch.inference_mode():
         log_PV = logits(ids[None, :-1])[0].log_softmax(-1)[-len(target) :]

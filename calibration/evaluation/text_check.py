@@ -1,4 +1,4 @@
-"""Whether the calibration text is text of the model's kind: the dense model's perplexity on it tells."""
+"""Checks by the dense model's perplexity that the calibration text is of the model's kind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from calibration.data.windows import Tokens
 
-WINDOWS = 16  # of each text: enough to tell a wrong tokenizer or language
+WINDOWS = 16  # of each text: enough to detect a wrong tokenizer or language
 FAR = 3.0  # times the held-out text's perplexity
 
 

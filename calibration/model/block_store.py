@@ -15,7 +15,7 @@ from plugins.common.json_files import read_json, write_json
 
 
 class BlockStore:
-    """The finished blocks of one run in the directory `work`; `key` says which run it is. Another run's are dropped.
+    """The finished blocks of one run in the directory `work`; `key` identifies the run. Another run's are dropped.
 
     The states that leave a block are on the disk before the block's file is: the blocks' files count what is done.
     """

@@ -56,7 +56,7 @@ def _converted(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def _write_index(source: Path, out: Path, weight_map: dict[str, str], total: int) -> None:
-    """The index as it is, where it says what the shards hold; else a new one."""
+    """The index as it is, where it lists what the shards hold; else a new one."""
     if read_index(source) == weight_map:
         shutil.copyfile(source, out)
         return

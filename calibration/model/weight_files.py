@@ -56,7 +56,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def model_dtype(directory: Path) -> str:
-    """ "bfloat16", "float16" or "float32": as config.json says, or else as most bytes of the weights are stored.
+    """ "bfloat16", "float16" or "float32": as config.json gives it, or else as most bytes of the weights are stored.
 
     Raises UserError for another dtype.
     """

@@ -77,7 +77,7 @@ class SequentialPruner(BlockWalk):
 
     `segments` are those of each layer to prune. Two streams of hidden states go through the blocks: of the model as
     "pruned" so far, and as "dense" as it was, where the solver compares the two. A solver that looks at no inputs has
-    none. `finished` says where they are kept.
+    none. They are kept in `finished`.
     """
 
     def __init__(

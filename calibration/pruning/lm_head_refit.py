@@ -20,7 +20,7 @@ from calibration.model.device import return_freed_memory
 from calibration.pruning.block_pruner import LayerReport, Outcome, report
 from calibration.pruning.solvers.hessian import damped
 
-DAMPING = 0.1  # of the mean of the diagonal of P'P: draws A towards 0 where the text says little
+DAMPING = 0.1  # of the mean of the diagonal of P'P: draws A towards 0 where the text determines little
 HELD_BACK = 8  # one sample in so many judges the head and is not fitted to
 ROWS = 4096  # of the head that are in float32 together
 TOKENS = 64  # whose logits are in memory together

@@ -36,10 +36,10 @@ def trtllm_name(layer: str) -> str:
 
 
 def complete_config(hf_config: Mapping[str, Any], trtllm_config: Mapping[str, Any]) -> dict[str, Any]:
-    """`trtllm_config` with what the Hugging Face config says of the rotary embedding, the biases and the kind of Qwen.
+    """`trtllm_config` with the Hugging Face config's settings of the rotary embedding, the biases and the kind of Qwen.
 
     `hf_config` is the `config.json` of the source model, written by transformers 4 or 5. What is there already must
-    agree. Raises UserError for rotary settings by layer, which TensorRT-LLM's config cannot say, and where they do not.
+    agree. Raises UserError for rotary settings by layer, which TensorRT-LLM's config lacks, and where they do not.
     """
     base, scaling = rotary(hf_config)
     family = family_of(trtllm_config["architecture"], "config.json of the TensorRT-LLM checkpoint")

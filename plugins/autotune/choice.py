@@ -49,7 +49,7 @@ def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
     sparse = next((t for t in by_time if t.kernel not in NAMES), None)
     ours = next((t for t in by_time if t.kernel in OURS), None)
     if dense is None and sparse is None:
-        raise UserError(f"no kernel ran at {tokens} tokens: see the log; `twofour doctor` says what is missing")
+        raise UserError(f"no kernel ran at {tokens} tokens: see the log; `twofour doctor` lists what is missing")
     pays = sparse is not None and (dense is None or sparse.us * LEAST_GAIN <= dense.us)
     winner = sparse if pays else ours
     return {

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str | None:
-    """Gives libtwofour the algorithms that were found when `tactics` were measured, so that nothing is searched again.
+    """Gives libtwofour the algorithms that were chosen when `tactics` were measured, so that nothing is searched again.
 
     `out` is what the layers put out, "bf16" or "fp16". Only where they were measured on this kind of GPU with these
     libraries; else the libraries' own defaults run, and the result states the reason.

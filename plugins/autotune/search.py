@@ -59,7 +59,7 @@ def search(
 
 
 def _screen(call: Callable[[int], None], copies: int) -> float:
-    """Microseconds of a call, from as few calls as tell algorithms apart."""
+    """Microseconds of a call, from as few calls as distinguish algorithms."""
     us = timing.measure(call, min(copies, FEW_CALLS), SCREENING_ROUNDS, FEW_CALLS).us
     if us * copies > SCREENING_US:
         return us

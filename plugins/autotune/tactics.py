@@ -27,7 +27,7 @@ class Bucket(Config):
     sparse_us: float | None = None
     ratio: float | None = None
     measured: bool
-    algorithm: tuple[int, ...] | None = None  # of the kernel, as libtwofour's search found it for this GPU and version
+    algorithm: tuple[int, ...] | None = None  # of the kernel, as libtwofour's search chose it for this GPU and version
     notes: tuple[str, ...] = ()  # what a reader of the times should know: algorithms left out for want of memory
 
 

@@ -3,7 +3,7 @@
 For each unique shape and bucket of tokens, weights cold: on a GPU (autotune/timing.py) cuBLASLt on the dense weight
 (the best of our search and of torch's own call), cuSPARSELt, and the skinny kernel up to 64 tokens; on a CPU
 (cpu_bench.py) our dense kernel, torch's own product and our 2:4 kernel. A sparse kernel is kept where it is faster than
-dense by at least LEAST_GAIN. A layer on which none wins stays dense, and its entry says so.
+dense by at least LEAST_GAIN. A layer on which none wins stays dense, with the reason in its entry.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-CACHE_BYTES = 32 << 20  # assumed where the system does not say
+CACHE_BYTES = 32 << 20  # assumed where the system gives none
 UNITS = {"K": 10, "M": 20, "G": 30}
 
 

@@ -66,7 +66,7 @@ def path() -> Path:
 
 
 def tensorrt_plugin_path() -> Path:
-    """Where the TensorRT plugin is. Raises UserError that says how to build and load it."""
+    """Where the TensorRT plugin is. Raises UserError with how to build and load it."""
     chosen = Path(
         os.environ.get("TWOFOUR_PLUGIN_LIBRARY") or Path(__file__).parents[1] / "lib" / "libtwofour_tensorrt.so"
     )
@@ -130,7 +130,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def version(kernel: str) -> int:
-    """The version of what `kernel` runs on, found without a GPU: 801 is cuSPARSELt 0.8.1.
+    """The version of what `kernel` runs on, read without a GPU: 801 is cuSPARSELt 0.8.1.
 
     Raises UserError where it is missing or too old.
     """

@@ -20,7 +20,7 @@ def reference_linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """y [M, N] of x [M, K] and a dense weight [N, K], as torch_ops.py says."""
+    """y [M, N] of x [M, K] and a dense weight [N, K], as torch_ops.py defines it."""
     factor = torch.tensor(scale, dtype=torch.float32) if channel_scales is None else channel_scales
     if x_MK.dtype == torch.int8:
         y_MN = numerics.int8_linear(x_MK, w_NK, factor)

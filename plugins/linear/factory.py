@@ -5,7 +5,7 @@
                                                                     token has its own
     bias          [N]
 
-The weight's dtype says the format. Without `choices` a layer runs on torch's own products (torch_linear.py), with
+The weight's dtype gives the format. Without `choices` a layer runs on torch's own products (torch_linear.py), with
 them on our kernels (kernel_linear.py on CUDA, cpu_linear.py on a CPU).
 
 Legend: M tokens, N out_features, K in_features.

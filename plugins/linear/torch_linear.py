@@ -16,7 +16,7 @@ from plugins.common import numerics
 
 
 class Linear(nn.Module):
-    """What all layers tell: x [..., K] -> y [..., N] in the compute dtype."""
+    """What all layers have in common: x [..., K] -> y [..., N] in the compute dtype."""
 
     format: str  # of the stored weight, one of FORMATS
     sparse: bool  # whether the stored weight is packed 2:4

@@ -20,7 +20,7 @@ from plugins.common.json_files import read_json, write_json
 from plugins.sparsity.segments import Segments
 
 FILE = "sparsity.json"
-EXAMPLE = 'it does not say {"pattern": "2:4", "layers": [...]}'
+EXAMPLE = 'it is not of the form {"pattern": "2:4", "layers": [...]}'
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Segments:
         try:
             axis, sizes = content["axis"], [(kind, size) for kind, size in content["segments"]]
         except (TypeError, KeyError, ValueError):
-            raise UserError(f'{layer!r} does not say {{"axis": ..., "segments": [[kind, size], ...]}}') from None
+            raise UserError(f'{layer!r} is not of the form {{"axis": ..., "segments": [[kind, size], ...]}}') from None
         if axis not in ("rows", "inputs"):
             raise UserError(f"{layer!r} is split along {axis!r}: an axis is 'rows' or 'inputs'")
         for kind, size in sizes:

@@ -1,6 +1,6 @@
 """The skinny kernel's form of a 2:4 weight, in numpy: what libtwofour packs on a GPU, made and read without one.
 
-`plugins/csrc/src/layout.h` says where each byte goes and why. In short: blocks of 16 rows x 256 inputs, each holding
+`plugins/csrc/src/layout.h` gives each byte's place and why. In short: blocks of 16 rows x 256 inputs, each holding
 the kept values in the order in which the 32 lanes of a warp feed them to mma.sp, then 4-bit codes of their positions.
 The form is the same on every GPU. Element types: 16-bit ("fp16", "bf16" share one layout), "fp8" and "int8".
 

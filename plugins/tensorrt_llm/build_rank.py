@@ -61,7 +61,7 @@ def load_hooks(path: Path) -> ModuleType:
 
 
 def write_inspection(plan: Any, path: Path) -> None:
-    """What TensorRT's engine inspector says of every layer. Nothing where the plan cannot be opened here."""
+    """What TensorRT's engine inspector prints of every layer. Nothing where the plan cannot be opened here."""
     import tensorrt as trt
 
     opened = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)

@@ -1,6 +1,6 @@
 """Which layers of a built TensorRT engine run sparse tactics, from the engine inspector's JSON.
 
-Needs an engine that was built with detailed profiling verbosity. A tactic's name tells: `sm80_xmma_sparse_gemm_...`,
+Needs an engine that was built with detailed profiling verbosity. A tactic's name shows it: `sm80_xmma_sparse_gemm_...`,
 `..._spgemm_...`, `..._spmma...`. Layers that TensorRT fuses keep the names of their parts in Name or Metadata.
 """
 
@@ -16,7 +16,7 @@ _SPARSE = re.compile(r"sparse|spmma|sp_?gemm|sptensor", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class SparseTactic:
-    """One engine layer on a sparse tactic. `layer` is all that the inspector says of its name and origin."""
+    """One engine layer on a sparse tactic. `layer` is all that the inspector prints of its name and origin."""
 
     layer: str
     tactic: str

@@ -1,4 +1,4 @@
-"""What a TensorRT build log says of sparsity: which layers were eligible for sparse tactics, and which got one.
+"""The sparsity lines of a TensorRT build log: which layers were eligible for sparse tactics, and which got one.
 
 TensorRT has worded the two lines in two ways:
 
@@ -46,7 +46,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class SparsityLog:
-    """What the log says. `eligible` or `picked` is None where the log has no such line."""
+    """The log's counts. `eligible` or `picked` is None where the log has no such line."""
 
     eligible: Layers | None
     picked: Layers | None
@@ -85,12 +85,12 @@ class SparsityLog:
             case "eligible":
                 assert self.eligible is not None
                 return (
-                    f"TensorRT found {self.eligible.count} layers eligible and picked none: dense tactics were faster"
+                    f"TensorRT lists {self.eligible.count} eligible layers and picked none: dense tactics were faster"
                 )
             case "none":
-                return "TensorRT found no layer eligible: their weights reach it through a plugin, or are not 2:4"
+                return "TensorRT lists no eligible layer: their weights reach it through a plugin, or are not 2:4"
             case _:
-                return "the build log says nothing of sparsity: which tactics run is unknown"
+                return "the build log has no line on sparsity: which tactics run is unknown"
 
 
 def parse(text: str) -> SparsityLog:

@@ -1,4 +1,4 @@
-"""The releases of TensorRT-LLM that this code was checked against, and what to say of an older or a newer one.
+"""The releases of TensorRT-LLM that this code was checked against, and the note on an older or a newer one.
 
 The builder imports this module, and so do TensorRT-LLM's own processes: standard library only.
 """
@@ -41,7 +41,7 @@ def is_newer(version: str) -> bool:
 
 
 def caution(version: str) -> str:
-    """What to say of a release that `is_newer`."""
+    """The note on a release that `is_newer`."""
     return f"TensorRT-LLM {version} is newer than {dotted(NEWEST)}, the newest release that twofour was checked against"
 
 

@@ -1,7 +1,7 @@
 """The operators of ops.py, each compared with its reference when it first runs, and replaced by it where it fails.
 
 A Triton kernel is compiled on the machine that runs it: a compiler, a header or an instruction may be missing there.
-A decoder then runs slower, and says why in its remarks.
+A decoder then runs slower, with the reason in its remarks.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_a_model_saved_without_its_head_is_refused(model: Path) -> None:
 
 def test_a_shape_that_is_not_the_configs_is_refused(model: Path) -> None:
     change_config(model / "config.json", model / "config.json", intermediate_size=256)
-    assert "has shape [128, 64], config.json says [256, 64]" in refusal(model)
+    assert "has shape [128, 64], config.json gives [256, 64]" in refusal(model)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_prediction_block_with_a_whole_decoder_block_is_left_alone(model: Path
 
 def test_blocks_beyond_the_configs_are_refused(model: Path) -> None:
     rewrite(model, lambda tensors: tensors | _block(tensors, 2))
-    assert "holds decoder block 2, and config.json says num_hidden_layers 2" in refusal(model)
+    assert "holds decoder block 2, and config.json has num_hidden_layers 2" in refusal(model)
     change_config(model / "config.json", model / "config.json", num_nextn_predict_layers=1)
     assert check_source(model) == []
 

@@ -55,11 +55,11 @@ VALID: dict[str, Any] = {"axis": "rows", "segments": [["2:4", 64], ["dense", 64]
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"pattern": "4:8"}, "it does not say"),
-        ({"layers": "all"}, "it does not say"),
+        ({"pattern": "4:8"}, "it is not of the form"),
+        ({"layers": "all"}, "it is not of the form"),
         ({"hybrid": []}, "are not tables"),
         ({"layers": [UP]}, "as a whole and in part"),
-        ({"hybrid": {UP: {"axis": "rows"}}}, "does not say"),
+        ({"hybrid": {UP: {"axis": "rows"}}}, "is not of the form"),
         ({"hybrid": {UP: VALID | {"axis": "columns"}}}, "'columns'"),
         ({"hybrid": {UP: VALID | {"segments": [["4:8", 64]]}}}, "'4:8'"),
         ({"hybrid": {UP: VALID | {"segments": [["2:4", 30], ["dense", 98]]}}}, "segment of 30 rows"),

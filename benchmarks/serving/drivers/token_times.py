@@ -1,8 +1,8 @@
 """When each token came, from the events of a stream: some events carry several tokens, some none.
 
-Servers open a stream with an event without text before they have computed anything, and end it with one that only says
+Servers open a stream with an event without text before they have computed anything, and end it with one that only gives
 why. A token may have no text either, where it holds half a character. So the events are held against the server's own
-count of tokens, and an opening event never counts as a token unless both the count and its time say so.
+count of tokens, and an opening event never counts as a token unless both the count and its time show one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 class Chunk:
     """What one event holds.
 
-    `tokens` is how many, None where the event does not say; `text` whether it has any, `end` whether it says why the
-    answer ended. `output_tokens` and `input_tokens` are the server's counts so far, where the event has them.
+    `tokens` is how many, None where the event has no count; `text` whether it has any, `end` whether it gives a reason
+    for the answer's end. `output_tokens` and `input_tokens` are the server's counts so far, where the event has them.
     """
 
     tokens: int | None = 0

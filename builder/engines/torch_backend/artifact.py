@@ -40,8 +40,8 @@ LAYOUT = 2  # of the engine directory; an engine of another layout is refused
 def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: Mapping[str, Any] | None = None) -> None:
     """Writes the engine directory `out` from a unified Hugging Face checkpoint.
 
-    `max_seq_len` is cut to what the model's positions allow. Raises UserError where the checkpoint is not what it says,
-    or its architecture is not supported.
+    `max_seq_len` is cut to what the model's positions allow. Raises UserError where the checkpoint differs from what it
+    declares, or its architecture is not supported.
     """
     model_config = _read_json(checkpoint / "config.json", "a unified Hugging Face checkpoint")
     _check_architecture(checkpoint, model_config)

@@ -6,7 +6,7 @@ Three models: fp8 dense, fp8 2:4 with the very weights of the first (which happe
 with few kernels a block (fused_step.py). The 2:4 one runs the kernels that the tuner chose; the dense ones whatever is
 fastest of our cuBLASLt products with searched algorithms, the same with tokens padded, and torch's. A decode step is
 replayed from a CUDA graph, whose kernels are counted; the same step called eagerly stands beside it. Random weights
-say nothing of accuracy. Needs a GPU, torch and transformers alone.
+show nothing of accuracy. Needs a GPU, torch and transformers alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models of random weights in a known model's shape, for timing: they say nothing of accuracy."""
+"""Models of random weights in a known model's shape, for timing: they show nothing of accuracy."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def build_config(checkpoint: TrtllmCheckpoint, config: EngineConfig, chosen: Map
         "max_batch_size": config.max_batch_size,
         "max_num_tokens": config.max_num_tokens,
         "max_beam_width": 1,
-        "profiling_verbosity": "detailed",  # the inspector then tells each layer's tactic
+        "profiling_verbosity": "detailed",  # the inspector then lists each layer's tactic
         "weight_sparsity": native,
         "output_timing_cache": TIMING_CACHE,
         "input_timing_cache": TIMING_CACHE,  # ignored where it does not exist yet

@@ -1,4 +1,4 @@
-"""What a TensorRT-LLM checkpoint's `config.json` says, refused here where TensorRT-LLM would refuse it late, or never.
+"""A TensorRT-LLM checkpoint's `config.json`, refused here where TensorRT-LLM would refuse it late, or never.
 
 A TensorRT-LLM checkpoint is `config.json` and one `rank{N}.safetensors` a rank, with our `sparsity.json` beside them.
 """

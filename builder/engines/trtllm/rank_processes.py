@@ -1,4 +1,4 @@
-"""Runs one process a rank, keeps each one's log, and where one dies ends the others and says why it died, first."""
+"""Runs one process a rank, keeps each one's log, and where one dies ends the others and reports why it died, first."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a finished TensorRT build proves of sparsity, rank by rank and layer by layer.
 
 tactics.json        each linear layer as plugins/autotune/tactics.py; TensorRT's times are not known, so no buckets
-sparsity_log.json   what each rank's build log and engine inspector say, and each 2:4 layer's status
+sparsity_log.json   the sparsity of each rank's build log and engine inspector, and each 2:4 layer's status
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REASONS: dict[Status, str] = {
     "picked": "2:4: TensorRT timed a sparse tactic faster and picked it",
     "eligible": "runs dense: TensorRT found it eligible and timed a dense tactic faster",
     "none": "runs dense: TensorRT did not find it eligible; its weight reaches it through a plugin or is not 2:4",
-    "unknown": "2:4, but neither the build log nor the inspector says which tactic runs",
+    "unknown": "2:4, but neither the build log nor the inspector names the tactic that runs",
 }
 PLUGIN_REASON = "2:4: our plugin, which measured faster than the dense kernel"
 DENSE_REASON = "dense: the weight is not 2:4"
@@ -38,7 +38,7 @@ WEAKEST_FIRST: tuple[Status, ...] = ("unknown", "none", "eligible", "picked")
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank's build says: its log, and its inspector where there is one. It holds the blocks `held`."""
+    """What one rank's build left: its log, and its inspector where there is one. It holds the blocks `held`."""
 
     log: SparsityLog
     sparse: list[SparseTactic] | None
@@ -100,7 +100,7 @@ def remarks(engine: Path) -> list[str]:
 
 
 def judge(layer: str, route: str, ranks: Sequence[Rank]) -> Status:
-    """The weakest of what the ranks that hold the layer say: picked only where every one of them picked it."""
+    """The weakest status among the ranks that hold the layer: picked only where every one of them picked it."""
     statuses = [word for rank in ranks if (word := rank.of(layer)) is not None]
     return "picked" if route == "plugin" else min(statuses, key=WEAKEST_FIRST.index)
 

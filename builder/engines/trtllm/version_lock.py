@@ -81,7 +81,7 @@ def installed(distribution: str) -> str | None:
 
 
 def _toolkit() -> str | None:
-    """The version of CUDA's toolkit; None where there is none, or it does not say."""
+    """The version of CUDA's toolkit; None where there is none, or it does not print one."""
     try:
         return str(read_json(CUDA_TOOLKIT)["cuda"]["version"])
     except (OSError, ValueError, KeyError, TypeError):

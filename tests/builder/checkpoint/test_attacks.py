@@ -135,7 +135,7 @@ ATTACKS: dict[str, tuple[str, Attack, Code, str, str | None, int | None, int | N
     ),
     "configs that disagree": (
         "fp8", change_json("hf_quant_config.json", say_int8),
-        Code.CONFIG, "config.json", None, None, None, "it says fp8 without lm_head, model.embed_tokens, KV",
+        Code.CONFIG, "config.json", None, None, None, "it has fp8 without lm_head, model.embed_tokens, KV",
     ),
     "unknown format": (
         "fp8", set_both(lambda section: section.update(quant_algo="NVFP4")),
@@ -151,7 +151,7 @@ ATTACKS: dict[str, tuple[str, Attack, Code, str, str | None, int | None, int | N
     ),
     "sparsity of another pattern": (
         "fp8", change_json("sparsity.json", lambda content: content.update(pattern="4:8")),
-        Code.CONFIG, "sparsity.json", None, None, None, "it does not say",
+        Code.CONFIG, "sparsity.json", None, None, None, "it is not of the form",
     ),
     "config that is not JSON": (
         "fp8", lambda directory: (directory / "config.json").write_text("{"),

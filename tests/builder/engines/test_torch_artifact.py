@@ -94,7 +94,7 @@ def lose_shard(directory: Path) -> None:
         (pickle_only, "pickled weights are never loaded"),
         (truncate, "model.safetensors' cannot be read"),
         (lose_shard, "names 'model-00002.safetensors', which is missing"),
-        (lambda d: (d / "sparsity.json").write_text("{}"), "it does not say"),
+        (lambda d: (d / "sparsity.json").write_text("{}"), "it is not of the form"),
         (lambda d: (d / "config.json").unlink(), "it holds no config.json"),
         (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
         (
