@@ -198,7 +198,7 @@ def drip(handler: Handler, body: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "words"),
+    ("script", "fragment"),
     [
         (fail_plainly, "HTTP 503: model is loading"),
         (fail_in_a_200, "HTTP 200 with no stream: prompt too long"),
@@ -212,13 +212,13 @@ def drip(handler: Handler, body: dict[str, Any]) -> None:
     ],
 )
 def test_a_server_that_fails_is_recorded_in_its_own_words(
-    serve: Callable[[Script], Server], script: Script, words: str
+    serve: Callable[[Script], Server], script: Script, fragment: str
 ) -> None:
     patience = {"request_s": 0.6, "gap_s": 0.3} if script in (stall, drip) else {"request_s": 20.0, "gap_s": 10.0}
     endpoint = Endpoint(serve(script).url, "m", **patience)
     record = openai.run(endpoint, ask(requests=4)[:1], 1)[0]
     assert record.error is not None
-    assert words in record.error
+    assert fragment in record.error
     assert "\n" not in record.error
 
 

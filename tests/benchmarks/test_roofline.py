@@ -134,7 +134,7 @@ def test_prefill_runs_the_last_token_only_through_lm_head() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "format", "sparse", "words"),
+    ("name", "format", "sparse", "fragment"),
     [
         ("A100", "fp8", False, "SM89"),
         ("A10", "fp8", True, "SM89"),
@@ -142,13 +142,13 @@ def test_prefill_runs_the_last_token_only_through_lm_head() -> None:
         ("T4", "int8", True, "sparse tensor cores"),
     ],
 )
-def test_a_card_refuses_what_it_has_no_tensor_cores_for(name: str, format: str, sparse: bool, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_a_card_refuses_what_it_has_no_tensor_cores_for(name: str, format: str, sparse: bool, fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment):
         roofline.gemm_time(gpu(name), 1, 64, 64, format, sparse)
     ceiling = roofline.decode_ceiling(gpu(name), [Layer(64, 64, format, sparse)], 1, 0, 0)
     assert not ceiling.supported
     assert ceiling.seconds is ceiling.tokens_per_second is None
-    assert words in str(ceiling.reason)
+    assert fragment in str(ceiling.reason)
 
 
 def test_fp8_needs_sm89_on_every_card_of_the_table() -> None:

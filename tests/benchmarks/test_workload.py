@@ -64,7 +64,7 @@ def test_poisson_arrivals_come_at_the_rate_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "fragment"),
     [
         ({"arrival": "poisson"}, "request_rate"),
         ({"request_rate": 5.0}, "request_rate"),
@@ -74,8 +74,8 @@ def test_poisson_arrivals_come_at_the_rate_asked() -> None:
         ({"input_token": 5}, "Extra inputs"),
     ],
 )
-def test_a_workload_that_makes_no_sense_is_refused(fields: dict[str, object], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
+def test_a_workload_that_makes_no_sense_is_refused(fields: dict[str, object], fragment: str) -> None:
+    with pytest.raises(ValidationError, match=fragment):
         Workload.model_validate(fields)
 
 

@@ -65,8 +65,8 @@ def test_every_help_page_shows_an_example_and_json(path: tuple[str, ...]) -> Non
 def test_every_example_names_options_that_exist() -> None:
     for path, command in commands():
         options = {name for parameter in command.params for name in parameter.opts}
-        words = (command.epilog or "").split()
-        assert {word for word in words if word.startswith("--")} <= options, path
+        arguments = (command.epilog or "").split()
+        assert {word for word in arguments if word.startswith("--")} <= options, path
 
 
 def test_the_first_page_lists_the_commands_and_the_exit_statuses() -> None:
@@ -83,13 +83,13 @@ def test_the_version_is_told() -> None:
     "line", ["--help", "build --help", "plan MODEL --preset fp8-2of4", "plan MODEL --json", "doctor --help"]
 )
 def test_what_answers_at_once_imports_nothing_heavy(line: str, docs_llama: Path) -> None:
-    found = imported([str(docs_llama) if word == "MODEL" else word for word in line.split()])
-    assert not [name for name in HEAVY if name in found]
+    actual = imported([str(docs_llama) if word == "MODEL" else word for word in line.split()])
+    assert not [name for name in HEAVY if name in actual]
 
 
 def test_verify_imports_nothing_heavy(built: Path) -> None:
-    found = imported(["verify", str(built)])
-    assert not [name for name in HEAVY if name in found]
+    actual = imported(["verify", str(built)])
+    assert not [name for name in HEAVY if name in actual]
 
 
 def imported(arguments: list[str]) -> set[str]:
@@ -131,9 +131,9 @@ def test_plan_knows_the_gpus_of_the_design(gpu: str, docs_llama: Path) -> None:
 
 def test_verify_prints_what_it_checked(built: Path) -> None:
     assert "ok       every check holds" in done("verify", built).stdout
-    found = done("verify", built, "--json").json
-    assert found["violations"] == []
-    assert found["checkpoints"][0]["sparse_layers"] == 14
+    actual = done("verify", built, "--json").json
+    assert actual["violations"] == []
+    assert actual["checkpoints"][0]["sparse_layers"] == 14
 
 
 def test_verify_ends_with_status_1_at_a_violation(built: Path, tmp_path: Path) -> None:
@@ -150,23 +150,23 @@ def test_verify_ends_with_status_1_at_a_violation(built: Path, tmp_path: Path) -
     ended = twofour("verify", tmp_path / "checkpoint")
     assert ended.status == 1
     assert ended.stderr.startswith("failed: ")
-    for words in (name, "row 3", "group 1"):
-        assert words in ended.stderr
+    for fragment in (name, "row 3", "group 1"):
+        assert fragment in ended.stderr
     ended = twofour("verify", tmp_path / "checkpoint", "--json")
     assert ended.status == 1
     assert len(ended.json["violations"]) == 1
 
 
 def test_explain_says_of_each_layer_what_runs_and_why(built: Path) -> None:
-    found = done("explain", built, "--layers", "*.mlp.*", "--json").json
-    assert len(found["layers"]) == 6
-    for layer in found["layers"]:
+    actual = done("explain", built, "--layers", "*.mlp.*", "--json").json
+    assert len(actual["layers"]) == 6
+    for layer in actual["layers"]:
         assert layer["sparse"]
         assert layer["valid_2to4"]
         assert layer["zeros"] >= 0.5
         assert layer["reason"]
-        assert {bucket["measured"] for bucket in layer["buckets"]} == {found["source"] == "measured"}
-    assert found["source"] in done("explain", built).stdout
+        assert {bucket["measured"] for bucket in layer["buckets"]} == {actual["source"] == "measured"}
+    assert actual["source"] in done("explain", built).stdout
 
 
 @pytest.mark.parametrize("part", ["checkpoint", "engine"])
@@ -189,11 +189,11 @@ def test_an_engine_is_built_from_a_checkpoint_alone(built: Path, tmp_path: Path)
 
 
 def test_evaluate_finds_what_the_build_found(built: Path) -> None:
-    found = done("evaluate", built, "--json").json
+    actual = done("evaluate", built, "--json").json
     report = json.loads((built / "report" / "report.json").read_text())
-    assert found["built"] == report["accuracy"]["built"]
-    assert found["kl"] == report["accuracy"]["kl"]
-    assert done("evaluate", built, "--samples", 2, "--json").json["tokens"] < found["tokens"]
+    assert actual["built"] == report["accuracy"]["built"]
+    assert actual["kl"] == report["accuracy"]["kl"]
+    assert done("evaluate", built, "--samples", 2, "--json").json["tokens"] < actual["tokens"]
 
 
 def test_bench_measures_and_keeps_the_records(built: Path, tmp_path: Path) -> None:
@@ -206,13 +206,13 @@ def test_bench_measures_and_keeps_the_records(built: Path, tmp_path: Path) -> No
 
 
 def test_deploy_writes_the_repository_that_is_asked_for(built: Path) -> None:
-    found = done("deploy", built, "--model-name", "docs", "--response-cache", "--json").json
-    assert "docs/config.pbtxt" in found["files"]
+    actual = done("deploy", built, "--model-name", "docs", "--response-cache", "--json").json
+    assert "docs/config.pbtxt" in actual["files"]
     assert (built / "triton" / "docs" / "config.pbtxt").is_file()
     assert done("verify", built, "--json").json["violations"] == []  # the manifest knows of it
 
 
 def test_doctor_prints_json() -> None:
-    found = done("doctor", "--json").json
-    assert {finding["name"] for finding in found["findings"]} >= {"torch", "GPU"}
-    assert all(ability["able"] or ability["missing"] for ability in found["abilities"])
+    actual = done("doctor", "--json").json
+    assert {finding["name"] for finding in actual["findings"]} >= {"torch", "GPU"}
+    assert all(ability["able"] or ability["missing"] for ability in actual["abilities"])

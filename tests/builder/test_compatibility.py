@@ -34,7 +34,7 @@ def test_every_combination_has_one_answer_and_each_refusal_says_what_to_use():
 
 
 @pytest.mark.parametrize(
-    ("ask", "words"),
+    ("ask", "fragment"),
     [
         ({"format": "int8", "sparse": False, "backend": "pytorch", "sm": 90}, "no INT8 W8A8 linear layer"),
         ({"format": "int8", "sparse": True, "backend": "pytorch"}, "no INT8 W8A8 linear layer"),
@@ -63,11 +63,11 @@ def test_every_combination_has_one_answer_and_each_refusal_says_what_to_use():
         ),
     ],
 )
-def test_refusal(ask, words):
+def test_refusal(ask, fragment):
     verdict = check(**ask)
     assert not verdict.ok
-    assert words in verdict.reason
-    with pytest.raises(UserError, match=words):
+    assert fragment in verdict.reason
+    with pytest.raises(UserError, match=fragment):
         verdict.require()
 
 
@@ -98,13 +98,13 @@ def test_unknown_name_is_quoted():
 
 def test_auto_takes_the_first_that_can_run_and_says_why():
     assert choose_backend("fp8", True, 90, "1.2.1")[0] == "tensorrt"
-    backend, words = choose_backend("fp8", True, 90, "1.3.0")
+    backend, reason = choose_backend("fp8", True, 90, "1.3.0")
     assert backend == "pytorch"
-    assert "not tensorrt: TensorRT-LLM 1.3.0 is past the 1.2 line" in words
+    assert "not tensorrt: TensorRT-LLM 1.3.0 is past the 1.2 line" in reason
     assert choose_backend("int8", True, 100, "1.2.1")[0] == "torch"
-    backend, words = choose_backend("bf16", True, None, None)
+    backend, reason = choose_backend("bf16", True, None, None)
     assert backend == "torch"
-    assert "there is no GPU" in words
+    assert "there is no GPU" in reason
     with pytest.raises(UserError, match="sparse tensor cores"):
         choose_backend("bf16", True, 70, None)
 

@@ -53,9 +53,9 @@ def test_an_h100(nvidia_smi: Path) -> None:
 
 def test_a_gpu_without_sparse_tensor_cores(nvidia_smi: Path) -> None:
     nvidia_smi.write_text("#!/bin/sh\necho 'Tesla T4, 7.5, 15360, 15000, 580.65'\n")
-    found = probes.gpu()
-    assert (found.state, found.version) == ("unfit", "SM75")
-    assert "2:4 sparsity needs the sparse tensor cores that begin with SM80" in found.message
+    actual = probes.gpu()
+    assert (actual.state, actual.version) == ("unfit", "SM75")
+    assert "2:4 sparsity needs the sparse tensor cores that begin with SM80" in actual.message
 
 
 @pytest.mark.parametrize("answer", ["sleep 60", "exit 9", "echo garbage", "echo 'H100, [N/A], 1, 1, 1'"])
@@ -78,9 +78,9 @@ def test_kernels_that_were_compiled_for_another_gpu(
     (tmp_path / "libtwofour.so").touch()
     (tmp_path / "build.json").write_text('{"sms": ["80", "90a"], "nvcc": "13.0.88"}')
     monkeypatch.setenv("TWOFOUR_LIBRARY", str(tmp_path / "libtwofour.so"))
-    found = probes.kernels()
-    assert found.state == "unfit"
-    assert found.message.endswith("for SM 80, 90a, nvcc 13.0.88: not for this GPU")
+    actual = probes.kernels()
+    assert actual.state == "unfit"
+    assert actual.message.endswith("for SM 80, 90a, nvcc 13.0.88: not for this GPU")
 
 
 @pytest.fixture
@@ -105,9 +105,9 @@ def property_source(version: tuple[int, int, int]) -> str:
 
 def test_a_cusparselt_that_is_too_old(library: Path) -> None:
     compile_library(library, property_source((0, 7, 1)))
-    found = probes.cusparselt()
-    assert (found.state, found.version) == ("unfit", "0.7.1")
-    assert found.fix == "pip install 'nvidia-cusparselt-cu13>=0.8.1'"
+    actual = probes.cusparselt()
+    assert (actual.state, actual.version) == ("unfit", "0.7.1")
+    assert actual.fix == "pip install 'nvidia-cusparselt-cu13>=0.8.1'"
 
 
 def test_the_cusparselt_that_is_wanted(library: Path) -> None:
@@ -136,22 +136,26 @@ def install(site: Path, name: str, version: str, *files: str) -> None:
 def test_the_stub_that_pypi_serves_for_tensorrt_llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "tensorrt-llm", "1.2.1")
     monkeypatch.syspath_prepend(tmp_path)
-    found = package_probes.tensorrt_llm()
-    assert (found.state, found.version, found.message) == ("broken", "1.2.1", "a stub: the package holds no bindings")
+    actual = package_probes.tensorrt_llm()
+    assert (actual.state, actual.version, actual.message) == (
+        "broken",
+        "1.2.1",
+        "a stub: the package holds no bindings",
+    )
 
 
 @pytest.mark.parametrize(
-    ("version", "state", "words"),
+    ("version", "state", "fragment"),
     [("1.2.1", "ok", ""), ("0.20.0", "unfit", "older than 1.0"), ("1.3.0", "ok", "1.2 is the last with engines")],
 )
 def test_releases_of_tensorrt_llm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, state: str, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, state: str, fragment: str
 ) -> None:
     install(tmp_path, "tensorrt-llm", version, "bindings.cpython-312-x86_64-linux-gnu.so")
     monkeypatch.syspath_prepend(tmp_path)
-    found = package_probes.tensorrt_llm()
-    assert found.state == state
-    assert words in found.message
+    actual = package_probes.tensorrt_llm()
+    assert actual.state == state
+    assert fragment in actual.message
 
 
 def test_a_tensorrt_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,18 +168,18 @@ def test_a_pyarrow_that_refuses_numpy_makes_modelopt_drop_its_plugins(tmp_path: 
     """As with pyarrow 22 and numpy 1.26: ModelOpt only warns, and then quantizes less than it was asked to."""
     (tmp_path / "pyarrow").mkdir()
     (tmp_path / "pyarrow" / "__init__.py").write_text("raise ImportError('pyarrow requires numpy 2')\n")
-    found = package_probes.modelopt({**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert found.state == "broken"
-    assert "transformers plugins did not load" in found.message
-    assert "pyarrow requires numpy 2" in found.message
-    assert "pip install 'twofour[calibrate]'" in found.fix
+    actual = package_probes.modelopt({**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert actual.state == "broken"
+    assert "transformers plugins did not load" in actual.message
+    assert "pyarrow requires numpy 2" in actual.message
+    assert "pip install 'twofour[calibrate]'" in actual.fix
 
 
 def test_a_modelopt_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: cannot open')\n")
-    found = package_probes.modelopt({**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert found.state == "broken"
-    assert "libtorch.so: cannot open" in found.message
+    actual = package_probes.modelopt({**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert actual.state == "broken"
+    assert "libtorch.so: cannot open" in actual.message
 
 
 # Any probe
@@ -209,14 +213,14 @@ def test_every_need_names_a_probe() -> None:
 def findings(**states: str) -> list[Finding]:
     names = {need for needs in (*checks.NEEDS.values(), checks.KERNELS) for need in needs}
     versions = {"TensorRT-LLM": "1.2.1", "GPU": "SM90"}
-    found = {name: Finding(name, "ok", versions.get(name)) for name in names}
+    actual = {name: Finding(name, "ok", versions.get(name)) for name in names}
     for key, state in states.items():
         name = {"gpu": "GPU", "llm": "TensorRT-LLM", "trt": "TensorRT", "lt": "cuSPARSELt"}.get(key, key)
         if state[0].isdigit() or state.startswith("SM"):
-            found[name] = Finding(name, "ok", state)
+            actual[name] = Finding(name, "ok", state)
         else:
-            found[name] = Finding(name, state, None, f"{name} is {state}", f"get {name}")  # type: ignore[arg-type]
-    return list(found.values())
+            actual[name] = Finding(name, state, None, f"{name} is {state}", f"get {name}")  # type: ignore[arg-type]
+    return list(actual.values())
 
 
 @pytest.mark.parametrize(
@@ -237,14 +241,14 @@ def findings(**states: str) -> list[Finding]:
 def test_which_backends_run_and_the_one_thing_that_each_other_lacks(
     states: dict[str, str], able: list[str], missing: dict[str, str]
 ) -> None:
-    found = checks.Examination((), checks.abilities(findings(**states))).backends
-    assert [ability.name for ability in found if ability.able] == able
-    assert {ability.name: ability.missing for ability in found if not ability.able} == missing
-    assert all(ability.fix for ability in found if not ability.able)
+    actual = checks.Examination((), checks.abilities(findings(**states))).backends
+    assert [ability.name for ability in actual if ability.able] == able
+    assert {ability.name: ability.missing for ability in actual if not ability.able} == missing
+    assert all(ability.fix for ability in actual if not ability.able)
 
 
 @pytest.mark.parametrize(
-    ("sm", "backend", "words"),
+    ("sm", "backend", "fragment"),
     [
         ("SM90", "tensorrt", "2:4 layers in bf16, fp8, int8"),
         ("SM90", "pytorch", "2:4 layers in bf16, fp8; not int8: the PyTorch backend of TensorRT-LLM has no INT8 W8A8"),
@@ -252,9 +256,9 @@ def test_which_backends_run_and_the_one_thing_that_each_other_lacks(
         ("SM80", "tensorrt", "2:4 layers in bf16, int8; not fp8: FP8 needs the FP8 tensor cores that begin with SM89"),
     ],
 )
-def test_the_formats_are_those_of_the_compatibility_table(sm: str, backend: str, words: str) -> None:
+def test_the_formats_are_those_of_the_compatibility_table(sm: str, backend: str, fragment: str) -> None:
     notes = {ability.name: ability.note for ability in checks.abilities(findings(gpu=sm))}
-    assert notes[backend].startswith(words)
+    assert notes[backend].startswith(fragment)
 
 
 def test_the_torch_backend_says_what_keeps_it_from_its_kernels() -> None:

@@ -36,13 +36,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a build on a GPU leaves, as far as explain reads it."""
     out = tmp_path_factory.mktemp("built")
     checkpoint = random_model(out / "checkpoint", "Llama")
-    found = predict_tactics(checkpoint, "H100-SXM")
-    layers = {name: {**layer, "buckets": []} for name, layer in found["layers"].items()}
+    actual = predict_tactics(checkpoint, "H100-SXM")
+    layers = {name: {**layer, "buckets": []} for name, layer in actual["layers"].items()}
     layers[f"{MLP}.up_proj"] = entry(("3 algorithms want more than 128 MiB",), t8=(20.0, 13.0), t64=(20.0, 19.8))
     layers[f"{MLP}.gate_proj"] = entry(t8=(20.0, 13.0), t64=(20.0, 21.0))
     layers[f"{MLP}.down_proj"] = entry(t8=(10.0, 9.9), t64=(10.0, 10.5))
     device = {"name": "H100", "sm": 90, "driver": None, "clocks": {}}
-    measured = {**found, "device": device, "source": "measured", "gpu": "H100", "layers": layers}
+    measured = {**actual, "device": device, "source": "measured", "gpu": "H100", "layers": layers}
     artifact.build(checkpoint, out / "engine", CONFIG, measured)
     plan = [{"name": name, "sparse": ".layers.1." in name, "reason": "excluded by the recipe"} for name in layers]
     (out / "plan.json").write_text(json.dumps({"layers": plan}))
@@ -50,14 +50,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_margins_and_what_stays_dense(built: Path) -> None:
-    said = twofour("explain", built).stdout
-    assert "Kernel times are measured for H100.\n" in said
-    assert "    8 tokens  skinny          dense 20.00 us, 2:4 13.00 us, 1.54x  (measured)" in said
+    printed = twofour("explain", built).stdout
+    assert "Kernel times are measured for H100.\n" in printed
+    assert "    8 tokens  skinny          dense 20.00 us, 2:4 13.00 us, 1.54x  (measured)" in printed
     lost = "   64 tokens  dense-cublaslt  dense 20.00 us, 2:4 19.80 us, 1.01x (less than 1.02x is not worth it)"
-    assert f"{lost}  (measured)\n         dense-cublaslt: 3 algorithms want more than 128 MiB\n" in said
-    assert "2:4 is faster on H100: 1.54x at 8 tokens; dense at 64" in said
-    assert "predicted" not in said
-    _, _, dense = said.partition("13 of 15 layers run dense at every number of tokens\n")
+    assert f"{lost}  (measured)\n         dense-cublaslt: 3 algorithms want more than 128 MiB\n" in printed
+    assert "2:4 is faster on H100: 1.54x at 8 tokens; dense at 64" in printed
+    assert "predicted" not in printed
+    _, _, dense = printed.partition("13 of 15 layers run dense at every number of tokens\n")
     assert f"  {MLP}.down_proj: stays dense: no sparse kernel is faster by 2% on H100; the best is 1.01x at 8" in dense
     assert "  lm_head: dense: excluded by the recipe" in dense
     assert "  model.layers.1.mlp.up_proj: dense: its pruning does not fit the budget" in dense
@@ -67,26 +67,26 @@ def test_margins_and_what_stays_dense(built: Path) -> None:
 def test_layers_of_one_kind_with_different_reasons_stand_apart(built: Path) -> None:
     """As TensorRT leaves them: no times, and one picked sparse while the next is not."""
     path = built / "engine" / "tactics.json"
-    found = json.loads(path.read_text())
+    actual = json.loads(path.read_text())
     for block, reason in ((0, "2:4: TensorRT picked it"), (1, "runs dense: TensorRT found dense faster")):
-        layer = found["layers"][f"model.layers.{block}.self_attn.o_proj"]
+        layer = actual["layers"][f"model.layers.{block}.self_attn.o_proj"]
         layer |= {"sparse": True, "reason": reason, "runs_sparse": block == 0}
     before = path.read_text()
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(actual))
     rows = twofour("explain", built, "--layers", "*.o_proj", "--json").json["layers"]
-    said = twofour("explain", built, "--layers", "*.o_proj").stdout
+    printed = twofour("explain", built, "--layers", "*.o_proj").stdout
     path.write_text(before)
     assert [row["runs_dense"] for row in rows] == [False, True]
-    assert "2:4: TensorRT picked it" in said
-    assert "1 of 2 layers run dense" in said
+    assert "2:4: TensorRT picked it" in printed
+    assert "1 of 2 layers run dense" in printed
 
 
 def test_predicted_times_never_stand_for_measured_ones(built: Path) -> None:
-    found = twofour("explain", built, "--gpu", "L4", "--json").json
-    assert (found["source"], found["gpu"]) == ("measured", "H100"), "what was measured is not replaced"
-    said = twofour("explain", built / "checkpoint", "--gpu", "L4").stdout
-    assert "from its roofline: limits, not measurements" in said
-    assert "(measured)" not in said
+    actual = twofour("explain", built, "--gpu", "L4", "--json").json
+    assert (actual["source"], actual["gpu"]) == ("measured", "H100"), "what was measured is not replaced"
+    printed = twofour("explain", built / "checkpoint", "--gpu", "L4").stdout
+    assert "from its roofline: limits, not measurements" in printed
+    assert "(measured)" not in printed
     refused = twofour("explain", built / "checkpoint", "--gpu", "A100-SXM", "--json").json
     assert {row["runs_dense"] for row in refused["layers"]} == {True}
 

@@ -142,7 +142,7 @@ def test_the_kv_cache_is_counted_in_tokens_that_fit_beside_the_weights(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("memory", "words"),
+    ("memory", "fragment"),
     [
         ("1GB", "1000 MB holds 7616 tokens, fewer than engine.max_seq_len 8192"),
         ("2 furlongs", "write an amount such as 2GB"),
@@ -150,8 +150,10 @@ def test_the_kv_cache_is_counted_in_tokens_that_fit_beside_the_weights(tmp_path:
         ("150%", "more than 0% and at most 100%"),
     ],
 )
-def test_a_kv_cache_that_holds_no_sequence_or_is_no_amount_is_refused(tmp_path: Path, memory: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_a_kv_cache_that_holds_no_sequence_or_is_no_amount_is_refused(
+    tmp_path: Path, memory: str, fragment: str
+) -> None:
+    with pytest.raises(UserError, match=fragment):
         planned(tmp_path, LLAMA_8B, "fp8", "engine.max_seq_len=8192", f"engine.kv_cache_memory={memory}")
 
 

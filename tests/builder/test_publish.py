@@ -107,7 +107,7 @@ def _foreign_manifest(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prepare", "words"),
+    ("prepare", "fragment"),
     [
         (_foreign, "holds 'thesis.tex' and is not an earlier build"),
         (_foreign_manifest, "holds 'manifest.json' and is not an earlier build"),
@@ -115,12 +115,12 @@ def _foreign_manifest(out: Path) -> None:
     ],
 )
 def test_publishing_over_something_else_is_refused(
-    entry: CachedOutput, tmp_path: Path, prepare: Any, words: str
+    entry: CachedOutput, tmp_path: Path, prepare: Any, fragment: str
 ) -> None:
     out = tmp_path / "out"
     prepare(out)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=fragment):
         build(entry, out)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -21,9 +21,9 @@ from plugins.common.errors import UserError
     ],
 )
 def test_a_preset_is_named_for_what_it_builds(preset: str, format: str, sparse: bool) -> None:
-    found = recipe.load("acme/model", preset)
-    assert (found.model, found.quantization.format, found.sparsity is not None) == ("acme/model", format, sparse)
-    assert found.format == preset
+    actual = recipe.load("acme/model", preset)
+    assert (actual.model, actual.quantization.format, actual.sparsity is not None) == ("acme/model", format, sparse)
+    assert actual.format == preset
 
 
 def test_every_preset_is_listed() -> None:
@@ -34,11 +34,11 @@ def test_every_preset_is_listed() -> None:
 def test_the_file_lies_over_the_preset_and_the_overrides_over_both(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("model: acme/model\nsparsity: {method: wanda}\nquantization: {kv_cache: fp8}\n")
-    found = recipe.load(str(path), "fp8-2of4", ["sparsity.exclude=[down_proj, lm_head]", "calibration.samples=7"])
-    assert found.sparsity is not None
-    assert (found.sparsity.method, found.sparsity.exclude) == ("wanda", ("down_proj", "lm_head"))
-    assert (found.quantization.format, found.quantization.kv_cache) == ("fp8", "fp8")
-    assert found.calibration.samples == 7
+    actual = recipe.load(str(path), "fp8-2of4", ["sparsity.exclude=[down_proj, lm_head]", "calibration.samples=7"])
+    assert actual.sparsity is not None
+    assert (actual.sparsity.method, actual.sparsity.exclude) == ("wanda", ("down_proj", "lm_head"))
+    assert (actual.quantization.format, actual.quantization.kv_cache) == ("fp8", "fp8")
+    assert actual.calibration.samples == 7
 
 
 def test_a_fraction_replaces_the_budget_of_a_preset() -> None:
@@ -46,14 +46,14 @@ def test_a_fraction_replaces_the_budget_of_a_preset() -> None:
     assert budget is not None
     assert budget.budget is not None
     assert budget.budget.perplexity_increase == pytest.approx(0.02)
-    found = recipe.load("acme/model", "fp8-2of4", ["sparsity.fraction=50%"]).sparsity
-    assert found is not None
-    assert (found.fraction, found.budget) == (0.5, None)
+    actual = recipe.load("acme/model", "fp8-2of4", ["sparsity.fraction=50%"]).sparsity
+    assert actual is not None
+    assert (actual.fraction, actual.budget) == (0.5, None)
 
 
 def test_a_later_override_wins() -> None:
-    found = recipe.load("acme/model", None, ["calibration.seed=1", "calibration.seed=2"])
-    assert found.calibration.seed == 2
+    actual = recipe.load("acme/model", None, ["calibration.seed=1", "calibration.seed=2"])
+    assert actual.calibration.seed == 2
 
 
 def test_an_override_takes_any_yaml_value() -> None:
@@ -62,22 +62,22 @@ def test_an_override_takes_any_yaml_value() -> None:
         'quantization.exclude=["lm_head", "*.o_proj"]',
         "accuracy.max_perplexity_increase=5%",
     ]
-    found = recipe.load("acme/model", "fp8", overrides)
-    assert found.benchmark is None
-    assert found.quantization.exclude == ("lm_head", "*.o_proj")
-    assert found.accuracy.max_perplexity_increase == pytest.approx(0.05)
+    actual = recipe.load("acme/model", "fp8", overrides)
+    assert actual.benchmark is None
+    assert actual.quantization.exclude == ("lm_head", "*.o_proj")
+    assert actual.accuracy.max_perplexity_increase == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("written", ["15%", " 15 %".strip(), "0.15", "15.0%"])
 def test_a_percentage_is_written_either_way(written: str) -> None:
-    found = recipe.load("acme/model", None, [f"accuracy.max_perplexity_increase={written}"])
-    assert found.accuracy.max_perplexity_increase == pytest.approx(0.15)
+    actual = recipe.load("acme/model", None, [f"accuracy.max_perplexity_increase={written}"])
+    assert actual.accuracy.max_perplexity_increase == pytest.approx(0.15)
 
 
 def test_the_texts_beside_a_local_model_are_used(docs_llama: Path) -> None:
-    found = recipe.load(str(docs_llama))
-    assert found.calibration.data == str(docs_llama / "calibration.jsonl")
-    assert found.accuracy.data == str(docs_llama / "evaluation.jsonl")
+    actual = recipe.load(str(docs_llama))
+    assert actual.calibration.data == str(docs_llama / "calibration.jsonl")
+    assert actual.accuracy.data == str(docs_llama / "evaluation.jsonl")
     assert recipe.load(str(docs_llama), None, ["calibration.data=mine.txt"]).calibration.data == "mine.txt"
     assert recipe.load("acme/model").calibration.data is None
 
@@ -85,16 +85,16 @@ def test_the_texts_beside_a_local_model_are_used(docs_llama: Path) -> None:
 def test_a_recipe_reads_back_as_it_was_written(tmp_path: Path) -> None:
     import yaml
 
-    found = recipe.load("acme/model", "fp8-2of4", ["accuracy.max_perplexity_increase=5%"])
+    actual = recipe.load("acme/model", "fp8-2of4", ["accuracy.max_perplexity_increase=5%"])
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(found.model_dump(mode="json")))
-    assert recipe.load(str(path)) == found
+    path.write_text(yaml.safe_dump(actual.model_dump(mode="json")))
+    assert recipe.load(str(path)) == actual
 
 
 def test_a_recipe_cannot_change_once_read() -> None:
-    found = recipe.load("acme/model")
+    actual = recipe.load("acme/model")
     with pytest.raises(ValueError, match="frozen"):
-        found.model = "other/model"
+        actual.model = "other/model"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_an_override_takes_the_place_of_the_presets_alternative(
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "fragment"),
     [
         ("sparsity.metod=wanda", "unknown recipe key 'sparsity.metod' (did you mean 'method'?)"),
         ("engine.max_batchsize=3", "unknown recipe key 'engine.max_batchsize' (did you mean 'max_batch_size'?)"),
@@ -139,15 +139,15 @@ def test_an_override_takes_the_place_of_the_presets_alternative(
         ("calibration=yes", "recipe key 'calibration' is True"),
     ],
 )
-def test_a_wrong_key_or_value_is_quoted(override: str, words: str) -> None:
+def test_a_wrong_key_or_value_is_quoted(override: str, fragment: str) -> None:
     with pytest.raises(UserError) as error:
         recipe.load("acme/model", "fp8-2of4-all", [override])
-    assert words in str(error.value)
+    assert fragment in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "fragment"),
     [
         (b"model: [", "is not YAML"),
         (b"- a list", "is not a recipe"),
@@ -157,9 +157,9 @@ def test_a_wrong_key_or_value_is_quoted(override: str, words: str) -> None:
         (b"model: !!python/object/apply:os.system ['true']", "is not YAML"),
     ],
 )
-def test_a_broken_recipe_file(tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_broken_recipe_file(tmp_path: Path, content: bytes, fragment: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError, match=fragment) as error:
         recipe.load(str(path))
     assert "\n" not in str(error.value)

@@ -70,7 +70,7 @@ def test_json_keeps_what_was_given(pages: Path) -> None:
 
 def test_the_page_is_well_formed_and_says_the_main_figures(pages: Path) -> None:
     page = Page((pages / "report.html").read_text(encoding="utf8"))
-    for words in (
+    for fragment in (
         "A gate failed. 1.92x smaller, perplexity +17.0%",
         "24.93",
         "95% interval [+15.2%, +18.9%]",
@@ -82,7 +82,7 @@ def test_the_page_is_well_formed_and_says_the_main_figures(pages: Path) -> None:
         "2:4 gives no speed on a CPU because",
         "17.0% is above 15.0%",
     ):
-        assert words in page.text
+        assert fragment in page.text
 
 
 def test_the_page_needs_no_network_and_no_script(pages: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_wrong_report_is_refused_with_the_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "interval", "words"),
+    ("ratio", "interval", "fragment"),
     [
         (1.21, (1.15, 1.27), "1.21x as fast as dense"),
         (0.96, (0.9, 1.02), "as fast as dense within the noise (0.96x)"),
@@ -217,12 +217,12 @@ def test_a_wrong_report_is_refused_with_the_place(tmp_path: Path) -> None:
         (1.5, None, "as fast as dense within the noise (1.50x)"),
     ],
 )
-def test_the_verdict_claims_no_more_than_the_interval(ratio: float, interval: Any, words: str) -> None:
+def test_the_verdict_claims_no_more_than_the_interval(ratio: float, interval: Any, fragment: str) -> None:
     report = full()
     report["gates"] = []
     report["performance"] = report["performance"][:1]
     report["performance"][0]["speedup"]["output_token_throughput"] |= {"ratio": ratio, "interval": interval}
-    assert summary.verdict(Report.model_validate(report | {"predicted": None})).endswith(words)
+    assert summary.verdict(Report.model_validate(report | {"predicted": None})).endswith(fragment)
 
 
 def test_layers_are_grouped_over_blocks_and_bytes_add_up() -> None:

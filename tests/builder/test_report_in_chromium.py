@@ -60,7 +60,7 @@ def test_chromium_lays_it_out_without_sideways_scrolling_on_a_phone(pages: Path,
         encoding="utf8",
     )
     dom = browse(probe, tmp_path / "profile", "--dump-dom", "--virtual-time-budget=3000").stdout
-    found = dict(re.findall(r'data-(width|plots|widest)="([\d.]+)"', dom))
-    assert int(found["width"]) <= 375
-    assert int(found["plots"]) == 11  # the narrow ones, and only they
-    assert float(found["widest"]) <= 375
+    actual = dict(re.findall(r'data-(width|plots|widest)="([\d.]+)"', dom))
+    assert int(actual["width"]) <= 375
+    assert int(actual["plots"]) == 11  # the narrow ones, and only they
+    assert float(actual["widest"]) <= 375

@@ -61,7 +61,7 @@ def test_a_head_that_lacks_gets_advice_about_tying(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefix", "words"),
+    ("prefix", "fragment"),
     [
         ("_orig_mod.", "torch.compile"),
         ("base_model.model.", "merge_and_unload"),
@@ -70,11 +70,11 @@ def test_a_head_that_lacks_gets_advice_about_tying(model: Path) -> None:
         ("student.", "take it off"),
     ],
 )
-def test_names_behind_a_wrappers_prefix_are_refused_by_it(model: Path, prefix: str, words: str) -> None:
+def test_names_behind_a_wrappers_prefix_are_refused_by_it(model: Path, prefix: str, fragment: str) -> None:
     rewrite(model, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
     message = refusal(model)
     assert f"begin with '{prefix}'" in message
-    assert words in message
+    assert fragment in message
 
 
 def test_a_model_saved_without_its_head_is_refused(model: Path) -> None:
@@ -98,16 +98,16 @@ def test_a_tensor_of_a_block_that_nothing_computes_is_refused(model: Path, name:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "fragment"),
     [
         (f"{BLOCK}self_attn.q_proj.lora_A.weight", "an adapter that is not merged"),
         (f"{BLOCK}self_attn.q_proj.weight_scale", "quantized already"),
         (f"{BLOCK}mlp.up_proj.weight_mask", "a mask that is not folded in"),
     ],
 )
-def test_leftovers_of_other_tools_are_refused_by_kind(model: Path, name: str, words: str) -> None:
+def test_leftovers_of_other_tools_are_refused_by_kind(model: Path, name: str, fragment: str) -> None:
     rewrite(model, lambda tensors: tensors | {name: torch.ones(8, 64)})
-    assert words in refusal(model)
+    assert fragment in refusal(model)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_tensorrt_llms_own_rope_types_pass_where_nothing_is_evaluated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scaling", "words"),
+    ("scaling", "fragment"),
     [
         ({"rope_type": "llama3", "factor": 8.0}, "lacks 'low_freq_factor'"),
         ({"rope_type": "linear", "factor": "2"}, "factor is '2', not a number above 0"),
@@ -49,8 +49,8 @@ def test_tensorrt_llms_own_rope_types_pass_where_nothing_is_evaluated() -> None:
         ([], "rope_scaling is not a table"),
     ],
 )
-def test_rope_scalings_that_lack_a_number_are_refused(scaling: Any, words: str) -> None:
-    with pytest.raises(UserError, match="(?s)" + words):
+def test_rope_scalings_that_lack_a_number_are_refused(scaling: Any, fragment: str) -> None:
+    with pytest.raises(UserError, match="(?s)" + fragment):
         settings(rope_scaling=scaling)
 
 
@@ -104,7 +104,7 @@ def test_a_window_that_tensorrt_llm_does_not_apply_is_noted(
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "fragment"),
     [
         ({"hidden_act": "mish"}, "hidden_act 'mish'"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
@@ -118,14 +118,14 @@ def test_a_window_that_tensorrt_llm_does_not_apply_is_noted(
         ({"architectures": "LlamaForCausalLM", "vocab_size": None}, "vocab_size is 'None'"),
     ],
 )
-def test_settings_that_cannot_be_built_are_quoted(config: dict[str, Any], words: str) -> None:
+def test_settings_that_cannot_be_built_are_quoted(config: dict[str, Any], fragment: str) -> None:
     with pytest.raises(UserError) as error:
         settings(**config)
-    assert words in str(error.value)
+    assert fragment in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "fragment"),
     [
         ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>', not a token id"),
         ('{"eos_token_id": [1, null]}', "not a token id"),
@@ -133,11 +133,11 @@ def test_settings_that_cannot_be_built_are_quoted(config: dict[str, Any], words:
         ("{", "is not JSON"),
     ],
 )
-def test_a_generation_config_that_cannot_be_read_is_refused(model: Path, content: str, words: str) -> None:
+def test_a_generation_config_that_cannot_be_read_is_refused(model: Path, content: str, fragment: str) -> None:
     (model / "generation_config.json").write_text(content)
     with pytest.raises(UserError) as error:
         check_generation(model, {}, 4096)
-    assert words in str(error.value)
+    assert fragment in str(error.value)
 
 
 def test_an_end_of_text_outside_the_vocabulary_is_noted(model: Path) -> None:

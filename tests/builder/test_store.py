@@ -78,7 +78,7 @@ def _link(entry: CachedOutput) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "fragment"),
     [
         (_change, "'weights.bin' changed"),
         (lambda entry: (entry.path / "weights.bin").unlink(), "'weights.bin' is missing"),
@@ -89,7 +89,7 @@ def _link(entry: CachedOutput) -> None:
     ],
 )
 def test_a_damaged_entry_is_set_aside_with_one_line_and_made_again(
-    store: Cache, lines: list[str], damage: Any, words: str
+    store: Cache, lines: list[str], damage: Any, fragment: str
 ) -> None:
     first = store.run("sparsify", KEY, {}, write_one(b"w"))
     damage(first)
@@ -98,7 +98,7 @@ def test_a_damaged_entry_is_set_aside_with_one_line_and_made_again(
     assert again.digest == first.digest
     assert len(lines) == 1
     assert lines[0].startswith("warning: sparsify: a kept output is damaged")
-    assert words in lines[0]
+    assert fragment in lines[0]
     assert names(store.root / "corrupt") == [KEY]
     assert store.run("sparsify", KEY, {}, write_one(b"w")).reused
 

@@ -175,7 +175,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(small_disk: Pat
 
 
 def test_a_holder_that_has_not_written_its_name_yet_is_named_all_the_same(tmp_path: Path) -> None:
-    lock, told = tmp_path / "lock", []
+    lock, pids = tmp_path / "lock", []
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
 
@@ -184,7 +184,7 @@ def test_a_holder_that_has_not_written_its_name_yet_is_named_all_the_same(tmp_pa
             lock.write_text("4321")
 
         def give_up(pid: str) -> None:
-            told.append(pid)
+            pids.append(pid)
             raise UserError(pid)
 
         late = threading.Thread(target=write_late)
@@ -192,4 +192,4 @@ def test_a_holder_that_has_not_written_its_name_yet_is_named_all_the_same(tmp_pa
         with pytest.raises(UserError), locked(lock, give_up):
             pass
         late.join()
-    assert told == ["4321"]
+    assert pids == ["4321"]

@@ -132,13 +132,13 @@ def test_the_cheapest_channels_go_first_and_rising_budgets_nest() -> None:
 def test_no_other_choice_of_steps_gains_more_for_the_same_cost() -> None:
     chosen = made_up(layers=[name for name in LAYERS if "self_attn" in name][:4])
     for share in (0.2, 0.4, 0.6):
-        found = chosen.within(share * sum(step.cost for step in chosen.steps))
+        actual = chosen.within(share * sum(step.cost for step in chosen.steps))
         best = 0.0
         for counts in itertools.product(*(unit.counts() for unit in chosen.units)):
             units = list(zip(chosen.units, counts, strict=True))
-            if sum(sum(unit.prices[:count]) for unit, count in units) <= found.cost:
+            if sum(sum(unit.prices[:count]) for unit, count in units) <= actual.cost:
                 best = max(best, sum(unit.gain * count / len(unit.prices) for unit, count in units))
-        assert found.gain == pytest.approx(best)
+        assert actual.gain == pytest.approx(best)
 
 
 def test_a_fraction_below_one_step_leaves_everything_dense() -> None:
@@ -176,12 +176,12 @@ class Builds:
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
 def test_two_builds_end_within_the_budget_and_use_most_of_it(limit: dict[str, float], share: float) -> None:
     builds = Builds(share)
-    found = search(made_up(), Budget(**limit), "reconstruct", builds)
+    actual = search(made_up(), Budget(**limit), "reconstruct", builds)
     assert len(builds.made) <= 2
     loss = {"top1_agreement": 0.4}.get(next(iter(limit)), 0.2)
-    assert found.measured_loss <= loss
-    assert found.measured_loss > 0.6 * loss or found.allocation.fraction > 0.99
-    assert next(point for point in found.pareto if point["chosen"])["measured"]
+    assert actual.measured_loss <= loss
+    assert actual.measured_loss > 0.6 * loss or actual.allocation.fraction > 0.99
+    assert next(point for point in actual.pareto if point["chosen"])["measured"]
 
 
 def test_what_nothing_meets_names_the_smallest_loss() -> None:
@@ -190,8 +190,8 @@ def test_what_nothing_meets_names_the_smallest_loss() -> None:
 
 
 def test_a_budget_of_nothing_takes_what_costs_nothing() -> None:
-    found = search(made_up(), Budget(perplexity_increase=0), "reconstruct", lambda _: accuracy(-0.001))
-    assert found.measured_loss < 0
+    actual = search(made_up(), Budget(perplexity_increase=0), "reconstruct", lambda _: accuracy(-0.001))
+    assert actual.measured_loss < 0
 
 
 def test_a_first_build_that_took_long_ends_the_search() -> None:

@@ -70,13 +70,13 @@ def test_the_reordered_model_is_the_dense_one(tmp_path: Path, family: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("orders", "words"),
+    ("orders", "fragment"),
     [
         ({"model.layers.2.mlp": range(96)}, "there is no 'model.layers.2.mlp'"),
         ({"model.layers.0.self_attn": range(8)}, "each channel from 0 to 3 once"),
         ({"model.layers.0.mlp": [0] * 96}, "each channel from 0 to 95 once"),
     ],
 )
-def test_an_order_that_does_not_fit_the_model_is_refused(orders: dict[str, list[int]], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_an_order_that_does_not_fit_the_model_is_refused(orders: dict[str, list[int]], fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment):
         ChannelOrder(CONFIGS["llama"], orders)

@@ -54,7 +54,7 @@ def test_a_row_is_read_in_every_common_layout(row: Any, content: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "fragment"),
     [
         ({"text": None}, "'text' is null, not text"),
         ({"text": 3}, "'text' is a number, not text"),
@@ -74,11 +74,11 @@ def test_a_row_is_read_in_every_common_layout(row: Any, content: Any) -> None:
         ({"messages": [{"role": "user", "content": "\udc00"}]}, "holds \\udc00"),
     ],
 )  # fmt: skip
-def test_a_row_without_text_is_named_with_what_it_holds(row: Any, words: str) -> None:
+def test_a_row_without_text_is_named_with_what_it_holds(row: Any, fragment: str) -> None:
     with pytest.raises(UserError) as error:
         document_of(Row("'x' line 7", row))
     assert str(error.value).startswith("'x' line 7")
-    assert words in str(error.value)
+    assert fragment in str(error.value)
 
 
 @pytest.fixture(params=[False, True])
@@ -113,7 +113,7 @@ def test_tool_calls_are_part_of_the_text_without_a_template() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("template", "fragment"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[5]['content'] }}", "UndefinedError"),
@@ -123,14 +123,14 @@ def test_tool_calls_are_part_of_the_text_without_a_template() -> None:
     ],
 )
 def test_a_template_that_does_not_render_the_conversation_is_one_line(
-    template: str, words: str, docs_llama: Path
+    template: str, fragment: str, docs_llama: Path
 ) -> None:
     tokenizer: Any = load_tokenizer(docs_llama)
     tokenizer.chat_template = template
     with pytest.raises(UserError) as error:
         encode_documents([Document([USER, ASSISTANT], "'x' line 4")], tokenizer, None)
     assert str(error.value).startswith("'x' line 4: the chat template ")
-    assert words in str(error.value)
+    assert fragment in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -164,7 +164,7 @@ def test_damaged_json_under_a_text_name_is_not_prose(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "words"),
+    ("name", "data", "fragment"),
     [
         ("a.jsonl", b'{"text": "a", "text": "b"}\n{"text": "c"}', "line 1 is not JSON (the key 'text' stands twice)"),
         ("a.json", b'[{"text": "a"}, {"text": ]', "line 1 is not JSON"),
@@ -180,11 +180,13 @@ def test_damaged_json_under_a_text_name_is_not_prose(tmp_path: Path) -> None:
         ("a.jsonl", b"PK\x03\x04", "is a zip archive"),
     ],
 )  # fmt: skip
-def test_a_file_that_cannot_be_read_is_named_with_the_line(name: str, data: bytes, words: str, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named_with_the_line(
+    name: str, data: bytes, fragment: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as error:
         contents(tmp_path / name, data)
     assert str(error.value).startswith(f"'{tmp_path / name}' ")
-    assert words in str(error.value)
+    assert fragment in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -56,20 +56,20 @@ def test_first_comes_one_window_of_each_document_and_the_rest_is_joined(model: P
     data = write_jsonl(tmp_path / "texts.jsonl")
     tokenizer = load_tokenizer(model)
     ids = [list(tokenizer(text)["input_ids"]) for text in TEXTS]
-    found = windows(str(data), model, 32)
+    actual = windows(str(data), model, 32)
     whole = [len(document) // 32 for document in ids]
     round_robin = [(at, number) for number, count in enumerate(whole) for at in range(count)]
-    for row, (at, number) in zip(found.tokens, sorted(round_robin), strict=False):
+    for row, (at, number) in zip(actual.tokens, sorted(round_robin), strict=False):
         assert row.tolist() == ids[number][at * 32 : (at + 1) * 32]
     rest = [token for document, count in zip(ids, whole, strict=True) for token in document[count * 32 :]]
-    joined = found.tokens[sum(whole) :]
+    joined = actual.tokens[sum(whole) :]
     assert joined.flatten().tolist() == rest[: len(rest) // 32 * 32]
-    assert len(set(found.documents.tolist())) == sum(1 for count in whole if count) + len(joined)
+    assert len(set(actual.documents.tolist())) == sum(1 for count in whole if count) + len(joined)
 
 
 def test_the_order_of_the_data_is_kept_without_a_seed(model: Path, tmp_path: Path) -> None:
-    found = windows(str(write_jsonl(tmp_path / "texts.jsonl")), model, 32, samples=2)
-    assert found.documents.tolist() == [0, 1]
+    actual = windows(str(write_jsonl(tmp_path / "texts.jsonl")), model, 32, samples=2)
+    assert actual.documents.tolist() == [0, 1]
 
 
 def test_every_kind_of_text_file_holds_the_same_text(model: Path, tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_every_kind_of_text_file_holds_the_same_text(model: Path, tmp_path: Path
     (tmp_path / "a.md").write_text(text)
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write(json.dumps({"text": text}) + "\n")
-    found = {windows(str(path), model, 32).sha256 for path in tmp_path.iterdir()}
-    assert len(found) == 1
+    actual = {windows(str(path), model, 32).sha256 for path in tmp_path.iterdir()}
+    assert len(actual) == 1
 
 
 def test_a_form_feed_parts_the_documents_of_a_plain_text(tmp_path: Path) -> None:
@@ -96,13 +96,13 @@ def test_token_files_are_taken_as_they_are(model: Path, tmp_path: Path, name: st
     tokens = np.random.default_rng(0).integers(0, 4096, (5, 40), dtype=np.int32)
     path = tmp_path / name
     np.save(path, tokens) if name.endswith(".npy") else save_file({"input_ids": tokens}, path)
-    found = windows(str(path), model, 32, samples=4)
-    assert found.tokens.dtype == np.int64
-    assert (found.tokens == tokens[:4, :32]).all()
+    actual = windows(str(path), model, 32, samples=4)
+    assert actual.tokens.dtype == np.int64
+    assert (actual.tokens == tokens[:4, :32]).all()
 
 
 @pytest.mark.parametrize(
-    ("tokens", "words"),
+    ("tokens", "fragment"),
     [
         (np.zeros((2, 16), np.int64), "of shape [2, 16]: integers [samples, 32 or more] are needed"),
         (np.zeros((2, 32), np.float32), "holds float32"),
@@ -112,11 +112,11 @@ def test_token_files_are_taken_as_they_are(model: Path, tmp_path: Path, name: st
         (np.array([[None] * 32]), "cannot be read as tokens"),
     ],
 )
-def test_token_files_that_cannot_be_used(model: Path, tmp_path: Path, tokens: Any, words: str) -> None:
+def test_token_files_that_cannot_be_used(model: Path, tmp_path: Path, tokens: Any, fragment: str) -> None:
     np.save(tmp_path / "tokens.npy", tokens)
     with pytest.raises(UserError) as error:
         windows(str(tmp_path / "tokens.npy"), model, 32)
-    assert words in str(error.value)
+    assert fragment in str(error.value)
 
 
 def test_a_safetensors_file_without_input_ids(model: Path, tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_the_chat_template_is_applied_to_messages(model: Path, chat_model: Path,
     tokenizer = load_tokenizer(chat_model)
 
     def first(model: Path, chat_template: bool | None = None) -> str:
-        found = windows(str(path), model, 32, samples=1, chat_template=chat_template)
-        return str(tokenizer.decode(found.tokens[0], skip_special_tokens=True))
+        actual = windows(str(path), model, 32, samples=1, chat_template=chat_template)
+        return str(tokenizer.decode(actual.tokens[0], skip_special_tokens=True))
 
     assert first(chat_model).startswith("<user>Ask.")
     assert first(chat_model, chat_template=False).startswith("Ask.")

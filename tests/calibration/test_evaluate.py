@@ -38,13 +38,13 @@ def random_tokens(windows=10, length=16, vocabulary=64):
 def test_matches_hand_calculation():
     dense = table([[0.0, math.log(3)], [0.0, 0.0]])  # after 0: 1/4, 3/4; after 1: 1/2, 1/2
     built = table([[math.log(3), 0.0], [0.0, 0.0]])  # after 0: 3/4, 1/4
-    found = evaluate(dense, built, np.array([[0, 1, 0]]))  # predicts 1 after 0 and 0 after 1
-    assert found.dense.perplexity == pytest.approx(math.exp((math.log(4 / 3) + math.log(2)) / 2), rel=1e-6)
-    assert found.built.perplexity == pytest.approx(math.exp((math.log(4) + math.log(2)) / 2), rel=1e-6)
-    assert found.perplexity_increase == pytest.approx(math.sqrt(3) - 1, rel=1e-6)
-    assert found.kl == pytest.approx((0.25 * math.log(1 / 3) + 0.75 * math.log(3)) / 2, rel=1e-6)
-    assert found.top1_agreement == 0.5
-    assert (found.tokens, found.documents, found.context_length) == (2, 1, 3)
+    actual = evaluate(dense, built, np.array([[0, 1, 0]]))  # predicts 1 after 0 and 0 after 1
+    assert actual.dense.perplexity == pytest.approx(math.exp((math.log(4 / 3) + math.log(2)) / 2), rel=1e-6)
+    assert actual.built.perplexity == pytest.approx(math.exp((math.log(4) + math.log(2)) / 2), rel=1e-6)
+    assert actual.perplexity_increase == pytest.approx(math.sqrt(3) - 1, rel=1e-6)
+    assert actual.kl == pytest.approx((0.25 * math.log(1 / 3) + 0.75 * math.log(3)) / 2, rel=1e-6)
+    assert actual.top1_agreement == 0.5
+    assert (actual.tokens, actual.documents, actual.context_length) == (2, 1, 3)
 
 
 def test_matches_transformers_loss(llama):
@@ -52,45 +52,47 @@ def test_matches_transformers_loss(llama):
     with torch.inference_mode():
         ids = torch.from_numpy(tokens)
         loss = float(llama(ids, labels=ids).loss)
-    found = evaluate(hf_logits(llama), hf_logits(llama), tokens)
-    assert math.log(found.dense.perplexity) == pytest.approx(loss, rel=1e-6)
-    assert perplexity(hf_logits(llama), tokens) == pytest.approx(found.dense.perplexity, rel=1e-12)
+    actual = evaluate(hf_logits(llama), hf_logits(llama), tokens)
+    assert math.log(actual.dense.perplexity) == pytest.approx(loss, rel=1e-6)
+    assert perplexity(hf_logits(llama), tokens) == pytest.approx(actual.dense.perplexity, rel=1e-12)
 
 
 def test_a_model_against_itself_differs_in_nothing(llama):
-    found = evaluate(hf_logits(llama), hf_logits(llama), random_tokens())
-    assert found.perplexity_increase == 0
-    assert found.perplexity_increase_interval == (0, 0)
-    assert found.kl == 0
-    assert found.top1_agreement == 1
+    actual = evaluate(hf_logits(llama), hf_logits(llama), random_tokens())
+    assert actual.perplexity_increase == 0
+    assert actual.perplexity_increase_interval == (0, 0)
+    assert actual.kl == 0
+    assert actual.top1_agreement == 1
 
 
 def test_padding_counts_for_nothing(llama):
     tokens = random_tokens(windows=3, length=12)
     padded = np.concatenate([tokens, np.full((3, 5), -1)], axis=1)
-    plain, found = (evaluate(hf_logits(llama), table(np.eye(64)), each) for each in (tokens, padded))
-    assert found.tokens == plain.tokens == 33
-    assert found.built.perplexity == pytest.approx(plain.built.perplexity, rel=1e-6)
-    assert found.dense.perplexity == pytest.approx(plain.dense.perplexity, rel=1e-5)
+    plain, actual = (evaluate(hf_logits(llama), table(np.eye(64)), each) for each in (tokens, padded))
+    assert actual.tokens == plain.tokens == 33
+    assert actual.built.perplexity == pytest.approx(plain.built.perplexity, rel=1e-6)
+    assert actual.dense.perplexity == pytest.approx(plain.dense.perplexity, rel=1e-5)
 
 
 def test_interval_resamples_documents_in_pairs():
     dense, built = table([[0.0, 0.0], [0.0, 0.0]]), table([[0.0, 0.0], [0.0, 0.5]])
     tokens = np.array([[0, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]])
-    found = evaluate(dense, built, tokens, np.array([0, 0, 1, 1]))
-    assert found.documents == 2
-    assert found.perplexity_increase_interval == pytest.approx((found.perplexity_increase,) * 2)  # both documents alike
+    actual = evaluate(dense, built, tokens, np.array([0, 0, 1, 1]))
+    assert actual.documents == 2
+    assert actual.perplexity_increase_interval == pytest.approx(
+        (actual.perplexity_increase,) * 2
+    )  # both documents alike
     low, high = evaluate(dense, built, tokens).perplexity_increase_interval  # four documents, no longer alike
-    assert low < found.perplexity_increase < high
+    assert low < actual.perplexity_increase < high
     again = evaluate(dense, built, tokens).perplexity_increase_interval
     assert again == (low, high)
 
 
 def test_values_survive_json():
-    found = evaluate(table(np.eye(4)), table(np.eye(4) * 2), np.array([[0, 1, 2, 3]]))
-    values = found.to_dict()
+    actual = evaluate(table(np.eye(4)), table(np.eye(4) * 2), np.array([[0, 1, 2, 3]]))
+    values = actual.to_dict()
     assert json.loads(json.dumps(values)) == values
-    assert Accuracy.from_dict({**json.loads(json.dumps(values)), "tasks": {}}) == found
+    assert Accuracy.from_dict({**json.loads(json.dumps(values)), "tasks": {}}) == actual
     assert set(values) == {
         "dense", "built", "perplexity_increase", "perplexity_increase_interval", "kl", "top1_agreement", "tokens",
         "documents", "context_length",
@@ -98,16 +100,16 @@ def test_values_survive_json():
 
 
 def test_gates_pass_and_fail_with_words():
-    found = evaluate(table([[0.0, math.log(3)], [0.0, 0.0]]), table([[0.0, 0.0], [0.0, 0.0]]), np.array([[0, 1]]))
-    assert found.perplexity_increase == pytest.approx(0.5)
+    actual = evaluate(table([[0.0, math.log(3)], [0.0, 0.0]]), table([[0.0, 0.0], [0.0, 0.0]]), np.array([[0, 1]]))
+    assert actual.perplexity_increase == pytest.approx(0.5)
     loose = config.Accuracy(max_perplexity_increase=0.6)
     tight = config.Accuracy.model_validate({"max_perplexity_increase": "10%", "min_top1_agreement": "99%"})
-    assert gates(found, config.Accuracy()) == []
-    assert [gate["passed"] for gate in gates(found, loose)] == [True]
-    assert [(gate["name"], gate["passed"]) for gate in gates(found, tight)] == [
+    assert gates(actual, config.Accuracy()) == []
+    assert [gate["passed"] for gate in gates(actual, loose)] == [True]
+    assert [(gate["name"], gate["passed"]) for gate in gates(actual, tight)] == [
         ("perplexity_increase", False), ("top1_agreement", False),
     ]  # fmt: skip
-    assert "+50.00% (at most 10.00%)" in gates(found, tight)[0]["message"]
+    assert "+50.00% (at most 10.00%)" in gates(actual, tight)[0]["message"]
 
 
 def test_infinite_logits_are_named():
@@ -118,9 +120,9 @@ def test_infinite_logits_are_named():
 
 def test_a_hopeless_model_gives_numbers_too():
     sure = table([[0.0, 1e6], [1e6, 0.0]])  # of the wrong token
-    found = evaluate(table(np.eye(2)), sure, np.array([[0, 0, 0], [1, 1, 1]]))
+    actual = evaluate(table(np.eye(2)), sure, np.array([[0, 0, 0], [1, 1, 1]]))
     assert all(
-        map(math.isfinite, (found.built.perplexity, found.perplexity_increase, *found.perplexity_increase_interval))
+        map(math.isfinite, (actual.built.perplexity, actual.perplexity_increase, *actual.perplexity_increase_interval))
     )
     assert math.isfinite(perplexity(sure, np.array([[0, 0]])))
 

@@ -57,14 +57,14 @@ def test_moments_of_a_layer_that_adds_to_the_residual_stream(block: tuple[Blocks
     blocks, pruned, dense = block
     arguments = blocks.arguments(TOKENS.shape[1])[0]
     inputs, leaving = (ActivationFile(tmp_path / name, (*TOKENS.shape, HIDDEN)) for name in ("inputs", "leaving"))
-    found = collect_statistics("self_attn.o_proj", pruned, arguments, dense, inputs, leaving)
+    actual = collect_statistics("self_attn.o_proj", pruned, arguments, dense, inputs, leaving)
 
     before, x, _ = through_attention(blocks, pruned)
     after = through_attention(blocks, dense)[2]
     missing = after - before - pruned.block.self_attn.o_proj.bias
-    assert found.cross is None
-    torch.testing.assert_close(found.hessian, x.T @ x / len(x))
-    torch.testing.assert_close(found.wanted, missing.T @ x / len(x))
+    assert actual.cross is None
+    torch.testing.assert_close(actual.hessian, x.T @ x / len(x))
+    torch.testing.assert_close(actual.wanted, missing.T @ x / len(x))
     torch.testing.assert_close(inputs.read(range(len(TOKENS))).flatten(0, 1), x)
     torch.testing.assert_close(leaving.read(range(len(TOKENS))).flatten(0, 1), after)
 
@@ -73,23 +73,23 @@ def test_moments_of_a_layer_that_adds_to_the_residual_stream(block: tuple[Blocks
 def test_moments_of_a_layer_inside_a_half(block: tuple[Blocks, Stream, Stream]):
     blocks, pruned, dense = block
     arguments = blocks.arguments(TOKENS.shape[1])[0]
-    found = collect_statistics("mlp.up_proj", pruned, arguments, dense)
+    actual = collect_statistics("mlp.up_proj", pruned, arguments, dense)
     x, dense_x = (
         stream.block.post_attention_layernorm(stream.states.read(range(len(TOKENS)))).flatten(0, 1)
         for stream in (pruned, dense)
     )
-    assert found.wanted is None
-    torch.testing.assert_close(found.hessian, x.T @ x / len(x))
-    torch.testing.assert_close(found.cross, dense_x.T @ x / len(x))
+    assert actual.wanted is None
+    torch.testing.assert_close(actual.hessian, x.T @ x / len(x))
+    torch.testing.assert_close(actual.cross, dense_x.T @ x / len(x))
 
 
 @torch.no_grad()
 def test_a_hessian_of_a_width_that_does_not_divide_into_parts_is_whole(block: tuple[Blocks, Stream, Stream]):
     blocks, pruned, _ = block
-    found = collect_statistics("mlp.down_proj", pruned, blocks.arguments(TOKENS.shape[1])[0]).hessian
-    assert found.shape == (INNER, INNER)
+    actual = collect_statistics("mlp.down_proj", pruned, blocks.arguments(TOKENS.shape[1])[0]).hessian
+    assert actual.shape == (INNER, INNER)
     mlp = pruned.block.mlp
     normed = pruned.block.post_attention_layernorm(pruned.states.read(range(len(TOKENS)))).flatten(0, 1)
     x = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
-    torch.testing.assert_close(found, x.T @ x / len(x))
-    torch.testing.assert_close(found, found.T)
+    torch.testing.assert_close(actual, x.T @ x / len(x))
+    torch.testing.assert_close(actual, actual.T)

@@ -31,7 +31,7 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (12, 16))
 RANK = 4
 
 
-def quietly(*told: object) -> None:
+def quietly(*_: object) -> None:
     pass
 
 
@@ -118,14 +118,14 @@ def test_no_approximation_of_that_rank_has_less_weighted_error(shape: tuple[int,
     x_MK = torch.randn(500, shape[1], generator=generator) * scale_K
     hessian_KK = x_MK.T @ x_MK / 500
     b_NR, a_RK = low_rank("layer", error_NK, hessian_KK, RANK)
-    found = output_error(error_NK - b_NR @ a_RK, hessian_KK)
+    actual = output_error(error_NK - b_NR @ a_RK, hessian_KK)
 
     u, s, vh = torch.linalg.svd(error_NK, full_matrices=False)
     plain = output_error(error_NK - (u[:, :RANK] * s[:RANK]) @ vh[:RANK], hessian_KK)
     values, q_KK = torch.linalg.eigh(hessian_KK.double())
     left_S = torch.linalg.svdvals(error_NK.double() @ (q_KK * values.sqrt()))[RANK:]
     best = left_S.square().sum().item()  # Eckart and Young
-    assert best * 0.9999 <= found <= best * 1.01 < plain
+    assert best * 0.9999 <= actual <= best * 1.01 < plain
 
     b_NR, a_RK = low_rank("layer", error_NK, hessian_KK, min(shape))
     assert torch.allclose(b_NR @ a_RK, error_NK, atol=1e-4)
@@ -163,8 +163,8 @@ def test_peft_loads_it_and_gives_the_same_logits(models: tuple[Path, Path], tmp_
     adapted = [name for name, _ in model.named_modules() if name.endswith("lora_A.default")]
     assert len(adapted) == len(tensors) // 2
     with torch.no_grad():
-        found = model(torch.from_numpy(TOKENS)).logits
-    assert torch.allclose(found, logits(models[1], tensors), atol=1e-4)
+        actual = model(torch.from_numpy(TOKENS)).logits
+    assert torch.allclose(actual, logits(models[1], tensors), atol=1e-4)
 
 
 def test_a_killed_run_ends_with_the_same_bytes(models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -190,8 +190,11 @@ def test_a_killed_run_ends_with_the_same_bytes(models: tuple[Path, Path], tmp_pa
 
 
 def test_what_cannot_be_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
-    for rank, pruned, words in ((17, models[1], r"adapter_rank 17 .*k_proj.* 16 or less"), (4, models[0], "no layer")):
-        with pytest.raises(UserError, match=words) as error:
+    for rank, pruned, fragment in (
+        (17, models[1], r"adapter_rank 17 .*k_proj.* 16 or less"),
+        (4, models[0], "no layer"),
+    ):
+        with pytest.raises(UserError, match=fragment) as error:
             compensate(models[0], pruned, TOKENS, rank, tmp_path / "out", tmp_path / "work", quietly)
         assert "\n" not in str(error.value)
 
@@ -211,9 +214,9 @@ def test_a_build_leaves_the_adapter_and_says_that_the_engine_does_not_apply_it(t
     options = ("--preset", "2of4-all", "--set", "sparsity.method=magnitude", "--until", "checkpoint")
     done("build", recipe, *options, "--out", out, "--store", store)
     assert not (out / "adapter").exists()
-    said = done("build", recipe, *options, "--set", "sparsity.adapter_rank=8", "--out", out, "--store", store).stderr
-    assert "sparsify: cached" in said
-    assert "checkpoint: cached" in said
+    printed = done("build", recipe, *options, "--set", "sparsity.adapter_rank=8", "--out", out, "--store", store).stderr
+    assert "sparsify: cached" in printed
+    assert "checkpoint: cached" in printed
     assert done("verify", out, "--json").json["violations"] == []
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * 7
@@ -221,5 +224,5 @@ def test_a_build_leaves_the_adapter_and_says_that_the_engine_does_not_apply_it(t
     notes = json.loads((out / "report" / "report.json").read_text())["notes"]
     assert any("The engine does not apply it" in note for note in notes)
 
-    words = refused("plan", recipe, *options[:4], "--set", "sparsity.adapter_rank=100000", "--json")
-    assert words.startswith("sparsity.adapter_rank 100000 exceeds the largest rank of")
+    message = refused("plan", recipe, *options[:4], "--set", "sparsity.adapter_rank=100000", "--json")
+    assert message.startswith("sparsity.adapter_rank 100000 exceeds the largest rank of")

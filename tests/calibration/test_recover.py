@@ -128,7 +128,7 @@ def test_a_killed_run_ends_with_the_same_bytes(models, tokens, recovered, tmp_pa
     assert last_checkpoint(work)
     assert not out.exists()
     steps = []
-    recover(*models, tokens, Recovery(steps=STEPS, learning_rate=5e-3), out, work, lambda *told: steps.append(told))
+    recover(*models, tokens, Recovery(steps=STEPS, learning_rate=5e-3), out, work, lambda *call: steps.append(call))
     assert 1 < steps[0][1] <= 8  # not from the start
     assert (out / "model.safetensors").read_bytes() == (recovered[1] / "model.safetensors").read_bytes()
 

@@ -224,8 +224,8 @@ def test_the_joint_choice_is_the_best_of_all_masks_of_the_group() -> None:
             whole[kept] = values
             change = weight[row].double() - whole
             losses[pruned] = float(change @ hessian.double() @ change)
-        found = tuple(i for i in range(4) if not mask[i, row])
-        assert losses[found] <= min(losses.values()) * (1 + 1e-4)
+        actual = tuple(i for i in range(4) if not mask[i, row])
+        assert losses[actual] <= min(losses.values()) * (1 + 1e-4)
 
 
 def test_the_joint_choice_loses_less_over_a_whole_sweep() -> None:

@@ -95,7 +95,7 @@ def test_the_dense_inputs_make_up_for_the_2of4_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "words"),
+    ("target", "fragment"),
     [
         (Declaration(hybrid={names(0)[-1]: Segments.split("inputs", 96, 32)}), "cover 96 of its 48 inputs"),
         (Declaration(hybrid={"lm_head": Segments.split("rows", 96, 32)}), "is no linear layer of a decoder block"),
@@ -103,9 +103,9 @@ def test_the_dense_inputs_make_up_for_the_2of4_ones(tmp_path: Path) -> None:
     ],
 )
 def test_a_target_that_does_not_fit_the_model_is_refused(
-    llama: Path, tmp_path: Path, target: Declaration, words: str
+    llama: Path, tmp_path: Path, target: Declaration, fragment: str
 ) -> None:
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=fragment):
         prune_to(llama, tmp_path / "out", target, "sparsegpt")
 
 

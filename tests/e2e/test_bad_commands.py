@@ -20,7 +20,7 @@ from tests.support.small_disk import mounted
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "fragment"),
     [
         ("sparsity.metod=wanda", "unknown recipe key 'sparsity.metod' (did you mean 'method'?)"),
         ("quantisation.format=fp8", "unknown recipe key 'quantisation' (did you mean 'quantization'?)"),
@@ -36,8 +36,8 @@ from tests.support.small_disk import mounted
         ("sparsity.layers=[*.mlp]", "--set 'sparsity.layers=[*.mlp]': the value is not YAML; quote it"),
     ],
 )
-def test_recipe_keys(build: Callable[..., str], model: Path, override: str, words: str) -> None:
-    assert words in build(model, "--set", override)
+def test_recipe_keys(build: Callable[..., str], model: Path, override: str, fragment: str) -> None:
+    assert fragment in build(model, "--set", override)
 
 
 def test_an_unknown_preset_and_gpu(build: Callable[..., str], model: Path) -> None:
@@ -54,11 +54,11 @@ def test_an_output_directory_that_holds_something_else(model: Path, tmp_path: Pa
     out = tmp_path / "thesis"
     out.mkdir()
     (out / "chapter1.tex").write_text("mine")
-    words = refused("build", model, "--preset", "fp8", "--out", out, "--store", tmp_path / "store", "--json")
-    assert words.startswith(f"'{out}' holds 'chapter1.tex' and is not an earlier build")
+    message = refused("build", model, "--preset", "fp8", "--out", out, "--store", tmp_path / "store", "--json")
+    assert message.startswith(f"'{out}' holds 'chapter1.tex' and is not an earlier build")
     assert [path.name for path in out.iterdir()] == ["chapter1.tex"]
-    words = refused("build", model, "--preset", "fp8", "--out", out / "chapter1.tex", "--json")
-    assert "is a file: choose another --out" in words
+    message = refused("build", model, "--preset", "fp8", "--out", out / "chapter1.tex", "--json")
+    assert "is a file: choose another --out" in message
 
 
 @pytest.fixture
@@ -71,17 +71,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_under_the_store(model: Path, tmp_path: Path, small_disk: Path, preset: str) -> None:
     out, recipe = tmp_path / "out", write_recipe(tmp_path / "recipe.yaml", model)
     method = FAST if preset == "2of4-all" else ()
-    words = refused("build", recipe, "--preset", preset, *method, "--out", out, "--store", small_disk, "--json")
-    assert words.startswith(f"the disk is full at '{small_disk}'")
+    message = refused("build", recipe, "--preset", preset, *method, "--out", out, "--store", small_disk, "--json")
+    assert message.startswith(f"the disk is full at '{small_disk}'")
     assert nothing_left(out)
     assert not list((small_disk / "tmp").iterdir())
 
 
 def test_a_full_disk_under_the_output(model: Path, tmp_path: Path, small_disk: Path) -> None:
     out, recipe = small_disk / "out", write_recipe(tmp_path / "recipe.yaml", model)
-    words = refused("build", recipe, "--preset", "fp8", "--until", "checkpoint",
+    message = refused("build", recipe, "--preset", "fp8", "--until", "checkpoint",
                     "--out", out, "--store", tmp_path / "store", "--json")  # fmt: skip
-    assert words.startswith(f"the disk is full at '{small_disk}'")
+    assert message.startswith(f"the disk is full at '{small_disk}'")
     assert nothing_left(out)
 
 
@@ -95,11 +95,11 @@ def test_two_builds_on_one_store(model: Path, tmp_path: Path) -> None:
             time.sleep(0.005)
         first.send_signal(signal.SIGSTOP)  # in the middle of a stage, for as long as we need
         out = tmp_path / "second"
-        words = refused(*arguments, "--out", out, "--no-wait", "--json")
-        assert f"process {first.pid} is running stage" in words
+        message = refused(*arguments, "--out", out, "--no-wait", "--json")
+        assert f"process {first.pid} is running stage" in message
         assert nothing_left(out)
-        words = refused(*arguments, "--out", tmp_path / "first", "--json")
-        assert words.startswith(f"process {first.pid} is building '{tmp_path / 'first'}'")
+        message = refused(*arguments, "--out", tmp_path / "first", "--json")
+        assert message.startswith(f"process {first.pid} is building '{tmp_path / 'first'}'")
         threading.Timer(0.5, first.send_signal, [signal.SIGCONT]).start()
         assert f"process {first.pid} is making the same output; waiting for it" in done(*arguments, "--out", out).stderr
         assert first.wait(timeout=60) == 0

@@ -41,13 +41,13 @@ def test_a_file_where_a_model_should_be(build: Callable[..., str], model: Path) 
 
 def test_a_hub_id_without_network(build: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = build("acme/nonexistent-7b")
-    assert words.startswith("no directory 'acme/nonexistent-7b' here, and the Hugging Face hub cannot be reached")
-    assert "download the model where there is network" in words
+    message = build("acme/nonexistent-7b")
+    assert message.startswith("no directory 'acme/nonexistent-7b' here, and the Hugging Face hub cannot be reached")
+    assert "download the model where there is network" in message
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "fragment"),
     [
         ("GatedRepoError", "'acme/gated' is gated: accept its licence on the hub, then set HF_TOKEN"),
         ("RepositoryNotFoundError", "no model 'acme/gated' here or on the Hugging Face hub"),
@@ -55,7 +55,7 @@ def test_a_hub_id_without_network(build: Callable[..., str], monkeypatch: pytest
     ],
 )
 def test_what_the_hub_refuses(
-    build: Callable[..., str], monkeypatch: pytest.MonkeyPatch, kind: str, words: str
+    build: Callable[..., str], monkeypatch: pytest.MonkeyPatch, kind: str, fragment: str
 ) -> None:
     import httpx
     import huggingface_hub
@@ -66,7 +66,7 @@ def test_what_the_hub_refuses(
         )
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    assert words in build("acme/gated", "--set", "revision=v9")
+    assert fragment in build("acme/gated", "--set", "revision=v9")
 
 
 def test_a_pickle_only_checkpoint(build: Callable[..., str], broken: Path) -> None:
@@ -96,13 +96,13 @@ def _give_code(model: Path) -> None:
 
 def test_an_unsupported_architecture(build: Callable[..., str], broken: Path) -> None:
     change_config(broken / "config.json", broken / "config.json", architectures=["FalconForCausalLM"])
-    words = build(broken)
-    assert "'FalconForCausalLM', which is not supported" in words
-    assert "Qwen3ForCausalLM" in words
+    message = build(broken)
+    assert "'FalconForCausalLM', which is not supported" in message
+    assert "Qwen3ForCausalLM" in message
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "fragment"),
     [
         ({"hidden_size": None}, "hidden_size is 'None', not a positive whole number"),
         ({"architectures": None}, "names the architecture 'none'"),
@@ -111,10 +111,10 @@ def test_an_unsupported_architecture(build: Callable[..., str], broken: Path) ->
     ],
 )
 def test_a_config_that_cannot_be_built(
-    build: Callable[..., str], broken: Path, changes: dict[str, object], words: str
+    build: Callable[..., str], broken: Path, changes: dict[str, object], fragment: str
 ) -> None:
     change_config(broken / "config.json", broken / "config.json", **changes)
-    assert words in build(broken)
+    assert fragment in build(broken)
 
 
 def test_a_config_that_is_not_json(build: Callable[..., str], broken: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_model_without_a_tokenizer(build: Callable[..., str], broken: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("preset", "inner", "words"),
+    ("preset", "inner", "fragment"),
     [
         ("2of4-all", 770, "has in_features 770, and 2:4 needs a multiple of 4"),
         ("2of4-all", 776, "has in_features 776, and the kernels need a multiple of 16"),
@@ -158,18 +158,18 @@ def test_a_model_without_a_tokenizer(build: Callable[..., str], broken: Path) ->
     ],
 )
 def test_in_features_that_cannot_be_2of4(
-    build: Callable[..., str], broken: Path, preset: str, inner: int, words: str
+    build: Callable[..., str], broken: Path, preset: str, inner: int, fragment: str
 ) -> None:
     change_config(broken / "config.json", broken / "config.json", intermediate_size=inner)
-    told = build(broken, preset=preset)
-    assert f"'model.layers.0.mlp.down_proj' {words}" in told
-    advice = told.split("--set '")[1].rstrip("'")
+    error = build(broken, preset=preset)
+    assert f"'model.layers.0.mlp.down_proj' {fragment}" in error
+    advice = error.split("--set '")[1].rstrip("'")
     layers = done("plan", broken, "--preset", preset, "--set", advice, "--json").json["layers"]
     assert {layer["name"].rsplit(".", 1)[-1] for layer in layers if not layer["sparse"]} == {"down_proj", "lm_head"}
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "fragment"),
     [
         ("empty.jsonl", b"", "holds no text: it must hold at least one document"),
         ("blank.txt", b"\n \n", "holds no text: it must hold at least one document"),
@@ -183,11 +183,11 @@ def test_in_features_that_cannot_be_2of4(
     ],
 )  # fmt: skip
 def test_calibration_text(
-    build: Callable[..., str], model: Path, tmp_path: Path, name: str, content: bytes, words: str
+    build: Callable[..., str], model: Path, tmp_path: Path, name: str, content: bytes, fragment: str
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    assert build(model, "--set", f"calibration.data={path}").startswith(f"'{path}' {words}")
+    assert build(model, "--set", f"calibration.data={path}").startswith(f"'{path}' {fragment}")
 
 
 def test_a_byte_order_mark_and_carriage_returns_change_nothing(model: Path, tmp_path: Path) -> None:
@@ -204,8 +204,8 @@ def test_fewer_samples_than_asked(build: Callable[..., str], model: Path) -> Non
 
     data = model / "calibration.jsonl"
     count = len(windows(str(data), model, 64).tokens)
-    words = build(model, "--set", "calibration.samples=5000")
-    assert words == (
+    message = build(model, "--set", "calibration.samples=5000")
+    assert message == (
         f"'{data}' holds {count} samples of 64 tokens, and 5000 samples are needed: "
         f"add text, or use fewer (--set calibration.samples={count})"
     )
@@ -216,8 +216,10 @@ def test_calibration_text_that_looks_wrong_for_the_model(model: Path, tmp_path: 
     (tmp_path / "noise.txt").write_text(noise)
     options = ("--preset", "fp8", *FEW_TOKENS, "--until", "checkpoint", "--store", tmp_path / "store")
     for data, warns in ((model / "calibration.jsonl", False), (tmp_path / "noise.txt", True)):
-        told = done("build", model, *options, "--set", f"calibration.data={data}", "--out", tmp_path / data.stem).stderr
-        assert ("warning: the calibration text looks wrong for this model: perplexity " in told) == warns
+        error = done(
+            "build", model, *options, "--set", f"calibration.data={data}", "--out", tmp_path / data.stem
+        ).stderr
+        assert ("warning: the calibration text looks wrong for this model: perplexity " in error) == warns
 
 
 def test_a_budget_that_nothing_meets(docs_llama: Path, tmp_path: Path) -> None:
@@ -227,13 +229,13 @@ def test_a_budget_that_nothing_meets(docs_llama: Path, tmp_path: Path) -> None:
     ended = twofour("build", docs_llama, "--preset", "2of4-all", *options)
     assert ended.status == 1
     assert ended.stdout == ""
-    found = re.fullmatch(
+    actual = re.fullmatch(
         r"failed: nothing fits under sparsity.budget \(perplexity \+0.00%\): the smallest loss reached is "
         r"perplexity \+(\d+\.\d+)% with \d+% of the weights 2:4; raise the budget, or leave sparsity out\n",
         ended.stderr,
     )
-    assert found
-    assert float(found[1]) > 0
+    assert actual
+    assert float(actual[1]) > 0
     assert nothing_left(tmp_path / "out")
 
 
@@ -254,8 +256,8 @@ def test_tokens_of_another_vocabulary(build: Callable[..., str], model: Path, tm
     import numpy as np
 
     np.save(tmp_path / "tokens.npy", np.full((8, 64), 9999))
-    words = build(model, "--set", f"calibration.data={tmp_path / 'tokens.npy'}")
-    assert "holds token 9999, beyond the vocabulary of 4096" in words
+    message = build(model, "--set", f"calibration.data={tmp_path / 'tokens.npy'}")
+    assert "holds token 9999, beyond the vocabulary of 4096" in message
 
 
 def test_a_tokenizer_without_a_padding_token_works_and_leaves_the_embeddings_alone(

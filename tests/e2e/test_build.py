@@ -80,13 +80,13 @@ def weights(checkpoint: Path) -> dict[str, tuple[str, float]]:
 
     path = checkpoint / "model.safetensors"
     tensors = load_file(path)
-    found = {}
+    actual = {}
     with safe_open(path, "pt") as file:
         for name, tensor in tensors.items():
             if name.endswith(("_proj.weight", "lm_head.weight")):
                 zeros = (tensor.float() == 0).float().mean().item()
-                found[name.removesuffix(".weight")] = (file.get_slice(name).get_dtype(), zeros)
-    return found
+                actual[name.removesuffix(".weight")] = (file.get_slice(name).get_dtype(), zeros)
+    return actual
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -97,10 +97,10 @@ def test_a_preset_from_the_model_to_the_report(preset: str, recipe: Path, store:
     assert checked["violations"] == []
 
     dtype, pruned = PRESETS[preset]
-    found = weights(out / "checkpoint")
-    assert len(found) == 2 * 7 + 1
-    assert found.pop("lm_head")[0] == "BF16"
-    for name, (kind, zeros) in found.items():
+    actual = weights(out / "checkpoint")
+    assert len(actual) == 2 * 7 + 1
+    assert actual.pop("lm_head")[0] == "BF16"
+    for name, (kind, zeros) in actual.items():
         assert kind == dtype, name
         # INT8 rounds small weights to zero, most where SmoothQuant made an outlier's column large: 27% of one down_proj
         rounded = 0.3 if dtype == "I8" else 0.01
@@ -136,9 +136,11 @@ def test_a_failing_gate_ends_with_status_1_and_leaves_the_report(recipe: Path, s
 def test_a_second_build_makes_nothing_again(recipe: Path, store: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     built(recipe, store, first, "--preset", "fp8")
-    said = built(recipe, store, second, "--preset", "fp8").stderr
+    printed = built(recipe, store, second, "--preset", "fp8").stderr
     stages = ("calibration", "text_check", "checkpoint", "engine", "evaluate", "benchmark")
-    assert [line for line in said.splitlines() if line.endswith("cached")] == [f"{stage}: cached" for stage in stages]
+    assert [line for line in printed.splitlines() if line.endswith("cached")] == [
+        f"{stage}: cached" for stage in stages
+    ]
     for part in ("checkpoint/model.safetensors", "engine/model.safetensors", "report/records.jsonl"):
         assert (first / part).read_bytes() == (second / part).read_bytes()
 
@@ -146,10 +148,12 @@ def test_a_second_build_makes_nothing_again(recipe: Path, store: Path, tmp_path:
 def test_other_engine_options_keep_the_calibration(recipe: Path, store: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     built(recipe, store, out, "--preset", "fp8", "--until", "engine")
-    said = built(recipe, store, out, "--preset", "fp8", "--until", "engine", "--set", "engine.max_batch_size=3").stderr
-    assert "calibration: cached" in said
-    assert "checkpoint: cached" in said
-    assert "engine: kept" not in said
+    printed = built(
+        recipe, store, out, "--preset", "fp8", "--until", "engine", "--set", "engine.max_batch_size=3"
+    ).stderr
+    assert "calibration: cached" in printed
+    assert "checkpoint: cached" in printed
+    assert "engine: kept" not in printed
     assert json.loads((out / "engine" / "engine.json").read_text())["max_batch_size"] == 3
 
 
@@ -162,8 +166,8 @@ def test_a_changed_model_is_calibrated_anew(recipe: Path, store: Path, tmp_path:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     built(recipe, store, tmp_path / "out", "--preset", "fp8", "--until", "checkpoint")
     other = write_recipe(tmp_path / "other.yaml", model)
-    said = built(other, store, tmp_path / "other", "--preset", "fp8", "--until", "checkpoint").stderr
-    assert "kept" not in said
+    printed = built(other, store, tmp_path / "other", "--preset", "fp8", "--until", "checkpoint").stderr
+    assert "kept" not in printed
 
 
 def test_a_damaged_output_is_made_again(recipe: Path, tmp_path: Path) -> None:
@@ -174,8 +178,8 @@ def test_a_damaged_output_is_made_again(recipe: Path, tmp_path: Path) -> None:
     (kept,) = store.glob("entries/checkpoint/*/files/hf/model.safetensors")
     kept.unlink()  # OUT has a hard link to it
     kept.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    said = built(recipe, store, tmp_path / "again", *options).stderr
-    assert "'hf/model.safetensors' changed" in said.replace("\n", " ")
+    printed = built(recipe, store, tmp_path / "again", *options).stderr
+    assert "'hf/model.safetensors' changed" in printed.replace("\n", " ")
     assert (tmp_path / "again" / "checkpoint" / "model.safetensors").read_bytes() == before
 
 
@@ -191,15 +195,15 @@ def test_ten_kills_leave_the_same_checkpoint(model: Path, tmp_path: Path) -> Non
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run([*command, "10"], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    found = json.loads(ended.stdout)
-    assert found["status"] == 0
-    assert "model.safetensors" in found["undisturbed"]
-    assert len(found["kills"]) == 10
-    for kill in found["kills"]:
+    actual = json.loads(ended.stdout)
+    assert actual["status"] == 0
+    assert "model.safetensors" in actual["undisturbed"]
+    assert len(actual["kills"]) == 10
+    for kill in actual["kills"]:
         assert not kill["half"]
         assert kill["status"] == 0
-        assert kill["tree"] == found["undisturbed"]
-    states = {(*kill["finished"], *kill["begun"]) for kill in found["kills"]}
+        assert kill["tree"] == actual["undisturbed"]
+    states = {(*kill["finished"], *kill["begun"]) for kill in actual["kills"]}
     assert len(states) > 1, "the kills must meet builds that came differently far"
 
 
@@ -211,11 +215,11 @@ def test_other_families(family: str, tied: bool, tmp_path: Path) -> None:
     built(recipe, tmp_path / "store", out, "--preset", "fp8-2of4-all", "--set", "sparsity.method=wanda",
           "--until", "evaluate")  # fmt: skip
     assert done("verify", out, "--json").json["violations"] == []
-    found = weights(out / "checkpoint")
-    assert ("lm_head" in found) != tied
-    found.pop("lm_head", None)
-    assert len(found) == 2 * 7
-    assert all(kind == "F8_E4M3" and 0.5 <= zeros < 0.6 for kind, zeros in found.values())
+    actual = weights(out / "checkpoint")
+    assert ("lm_head" in actual) != tied
+    actual.pop("lm_head", None)
+    assert len(actual) == 2 * 7
+    assert all(kind == "F8_E4M3" and 0.5 <= zeros < 0.6 for kind, zeros in actual.values())
     plan = json.loads((out / "plan.json").read_text())
     assert plan["architecture"] == f"{family}ForCausalLM"
     report = json.loads((out / "report" / "report.json").read_text())

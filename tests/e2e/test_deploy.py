@@ -161,7 +161,7 @@ def test_the_benchmark_driver_measures_a_server(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "fragment"),
     [
         ({"max_tokens": 3}, "send one of 'text_input' and 'input_ids'"),
         ({"text_input": "a", "max_tokens": 0}, "'max_tokens' is 0"),
@@ -173,8 +173,10 @@ def test_the_benchmark_driver_measures_a_server(server: Server) -> None:
     ],
 )
 @pytest.mark.parametrize("model", ["llm", "cached"])
-def test_bad_input_is_answered_and_harms_nothing(server: Server, model: str, body: dict[str, Any], words: str) -> None:
-    assert words in refusal(server, model, **body)
+def test_bad_input_is_answered_and_harms_nothing(
+    server: Server, model: str, body: dict[str, Any], fragment: str
+) -> None:
+    assert fragment in refusal(server, model, **body)
     assert generate(server, model, text_input="a", max_tokens=2)["num_output_tokens"] == 2
 
 
@@ -185,11 +187,11 @@ def test_the_examples_of_the_docs_run(server: Server) -> None:
     programs = [block for block in blocks if block.lstrip().startswith("import")]
     assert (len(commands), len(programs)) == (1, 1)
     command = commands[0].replace("127.0.0.1:8000", server.url())
-    said = subprocess.run(["sh", "-ec", command], capture_output=True, text=True, timeout=60, check=True).stdout
-    assert said.count("text_output") > 2
+    printed = subprocess.run(["sh", "-ec", command], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert printed.count("text_output") > 2
     whole = generate(server, text_input="A trigger is", max_tokens=16)["text_output"]
     program = programs[0].replace("127.0.0.1:8001", server.url("grpc"))
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     ).stdout
-    assert said == whole
+    assert printed == whole

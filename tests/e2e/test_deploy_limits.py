@@ -42,7 +42,7 @@ def test_a_full_queue_refuses(server: Server) -> None:
     refused = [answer for answer in answers if answer != "answered"]
     assert len(answers) - len(refused) >= BATCH + 4
     assert refused
-    assert all(words.endswith("are waiting or running: try again later") for words in refused)
+    assert all(fragment.endswith("are waiting or running: try again later") for fragment in refused)
 
 
 def test_a_client_that_leaves_stops_its_request(server: Server) -> None:
@@ -87,9 +87,9 @@ def test_serve_says_where_and_leaves_nothing_behind(build: Path, tmp_path: Path)
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell's background job starts
     )
     assert process.stdout is not None
-    said = [next(process.stdout) for _ in range(6)]
-    assert f"http://127.0.0.1:{ports.http}" in said[1]
-    command = said[4].partition("try  ")[2].strip()
+    printed = [next(process.stdout) for _ in range(6)]
+    assert f"http://127.0.0.1:{ports.http}" in printed[1]
+    command = printed[4].partition("try  ")[2].strip()
     answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert "text_output" in json.loads(answer.stdout)
     os.kill(process.pid, signal.SIGINT)

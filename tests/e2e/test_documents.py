@@ -23,8 +23,8 @@ PARSED_ONLY = ("twofour serve", "twofour route", "twofour plugins build", "twofo
 
 def blocks(text: str, language: str) -> list[str]:
     """Fenced blocks of a language, without those that a comment before them marks as not run."""
-    found = re.findall(rf"(<!-- not run: [^>]+-->\n)?```{language}\n(.*?)```", text, re.DOTALL)
-    return [block for not_run, block in found if not not_run]
+    actual = re.findall(rf"(<!-- not run: [^>]+-->\n)?```{language}\n(.*?)```", text, re.DOTALL)
+    return [block for not_run, block in actual if not not_run]
 
 
 def commands(text: str, indent: int = 0) -> list[str]:
@@ -94,7 +94,7 @@ def test_commands_of_the_documents_parse(path: Path) -> None:
 def parse(line: str) -> None:
     """Fails where a command or an option does not exist."""
     command: click.Command = cli
-    words = arguments(line)
+    parts = arguments(line)
     while isinstance(command, click.Group):
-        command = command.commands[words.pop(0)]
-    command.make_context(command.name, words)
+        command = command.commands[parts.pop(0)]
+    command.make_context(command.name, parts)

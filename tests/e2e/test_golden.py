@@ -41,8 +41,8 @@ def test_a_method_keeps_its_perplexity(method: str, docs_llama: Path, tmp_path: 
     target = Declaration(tuple(f"model.layers.{block}.{part}" for block in range(blocks) for part in parts))
     config = Sparsity.model_validate({"method": method})
     sparsify(docs_llama, tokens, config, target, tmp_path / "pruned", tmp_path / "work", lambda *_: None)
-    found = measure(tmp_path / "pruned", docs_llama / "evaluation.jsonl", docs_llama)
-    assert found == pytest.approx(GOLDEN[method], rel=TOLERANCE)
+    actual = measure(tmp_path / "pruned", docs_llama / "evaluation.jsonl", docs_llama)
+    assert actual == pytest.approx(GOLDEN[method], rel=TOLERANCE)
 
 
 def test_the_published_table_agrees() -> None:

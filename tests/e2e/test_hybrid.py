@@ -141,7 +141,7 @@ def change(directory: Path, edit: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attack", "words"),
+    ("attack", "fragment"),
     [
         (break_a_segment, "4 of 4 values are nonzero, 2:4 allows 2', file='model.safetensors'"),
         (move_the_boundary, "has a segment of 17 rows: it must be a multiple of 32"),
@@ -151,11 +151,11 @@ def change(directory: Path, edit: Any) -> None:
         (repeat_a_channel, "does not hold each channel from 0 to 2 once"),
     ],
 )
-def test_verify_finds_what_is_amiss(built: Path, tmp_path: Path, attack: Any, words: str) -> None:
+def test_verify_finds_what_is_amiss(built: Path, tmp_path: Path, attack: Any, fragment: str) -> None:
     shutil.copytree(built / "checkpoint", tmp_path / "checkpoint")
     attack(tmp_path / "checkpoint")
-    found = verify(tmp_path / "checkpoint").violations
-    assert any(words in str(violation) for violation in found), [str(violation) for violation in found]
+    actual = verify(tmp_path / "checkpoint").violations
+    assert any(fragment in str(violation) for violation in actual), [str(violation) for violation in actual]
 
 
 def swap_the_order(directory: Path) -> None:
@@ -182,11 +182,11 @@ def test_another_model_proves_no_order(built: Path, tmp_path: Path) -> None:
 
 
 def test_ranks_without_their_share_are_found(built: Path) -> None:
-    words = [str(violation) for violation in verify(built / "checkpoint", tensor_parallel=2).violations]
-    assert any("are 2:4 on 2 ranks: prune for engine.tensor_parallel" in each for each in words)
+    messages = [str(violation) for violation in verify(built / "checkpoint", tensor_parallel=2).violations]
+    assert any("are 2:4 on 2 ranks: prune for engine.tensor_parallel" in each for each in messages)
 
 
 def test_modelopts_methods_refuse_a_fraction(docs_llama: Path, tmp_path: Path) -> None:
     options = settings("sparsity.fraction=50%", "sparsity.method=modelopt-sparsegpt")
-    words = refused("build", docs_llama, "--preset", "2of4-all", *options, "--out", tmp_path / "out", "--json")
-    assert "method modelopt-sparsegpt prunes whole layers only: use reconstruct or sparsegpt" in words
+    message = refused("build", docs_llama, "--preset", "2of4-all", *options, "--out", tmp_path / "out", "--json")
+    assert "method modelopt-sparsegpt prunes whole layers only: use reconstruct or sparsegpt" in message

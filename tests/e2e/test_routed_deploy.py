@@ -155,7 +155,7 @@ def test_requests_at_once_are_each_answered_once(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "fragment"),
     [
         ({"input_ids": EASY, "quality": "best"}, "'quality' is 'best': send one of high, auto, fast"),
         ({"input_ids": EASY, "variant": "tiny"}, "'variant' is 'tiny': send one of dense, built"),
@@ -167,8 +167,8 @@ def test_requests_at_once_are_each_answered_once(server: Server) -> None:
         ({"text_input": "", "add_special_tokens": False}, "the prompt is empty"),
     ],
 )
-def test_bad_input_is_answered_and_harms_nothing(server: Server, body: dict[str, Any], words: str) -> None:
-    assert words in refusal(server, **body)
+def test_bad_input_is_answered_and_harms_nothing(server: Server, body: dict[str, Any], fragment: str) -> None:
+    assert fragment in refusal(server, **body)
     assert generate(server, EASY, 2)[0] == "built"
 
 
@@ -285,15 +285,15 @@ def stubs(server: Server, model: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("option", "words"),
+    ("option", "fragment"),
     [
         ({"response_cache": True}, "response_cache is for one engine"),
         ({"dynamic_batching": True}, "dynamic_batching is for one engine"),
         ({"streaming": False}, "a router streams, and streaming is off"),
     ],
 )
-def test_options_that_a_router_lacks_are_refused(build: Path, option: dict[str, Any], words: str) -> None:
+def test_options_that_a_router_lacks_are_refused(build: Path, option: dict[str, Any], fragment: str) -> None:
     before = sorted((build / "triton").rglob("*"))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=fragment):
         deploy(build, {**OPTIONS, **option})
     assert sorted((build / "triton").rglob("*")) == before

@@ -174,8 +174,8 @@ def test_kernels_and_bytes_are_described(build: Callable[[str], Built]) -> None:
     engine: TorchEngine = artifact.load(build("int8-2of4").directory)
     facts = engine.describe()
     assert facts["kernels"]["cpu-2of4"] == 42
-    assert not any("unpacked" in words for words in facts["remarks"])
-    assert any("what is not 8 bit computes in" in words for words in facts["remarks"])
+    assert not any("unpacked" in remark for remark in facts["remarks"])
+    assert any("what is not 8 bit computes in" in remark for remark in facts["remarks"])
 
 
 def _request(name: str, prompt: torch.Tensor, new: int) -> Request:

@@ -100,7 +100,7 @@ def test_other_safetensors_and_unread_tensors_stay_out_of_the_checkpoint(model: 
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "fragment"),
     [
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope_type 'dynamic'"),
         ({"hidden_act": "mish"}, "hidden_act 'mish'"),
@@ -108,11 +108,11 @@ def test_other_safetensors_and_unread_tensors_stay_out_of_the_checkpoint(model: 
     ],
 )
 def test_what_a_later_stage_refuses_is_refused_by_plan_and_before_any_stage(
-    model: Path, tmp_path: Path, changes: dict[str, Any], words: str
+    model: Path, tmp_path: Path, changes: dict[str, Any], fragment: str
 ) -> None:
     change_config(model / "config.json", model / "config.json", **changes)
     recipe = write_recipe(tmp_path / "recipe.yaml", model)
-    assert words in refused("plan", recipe, "--preset", "fp8-2of4-all")
+    assert fragment in refused("plan", recipe, "--preset", "fp8-2of4-all")
     build = (
         "build",
         recipe,
@@ -124,7 +124,7 @@ def test_what_a_later_stage_refuses_is_refused_by_plan_and_before_any_stage(
         tmp_path / "store",
         "--json",
     )
-    assert words in refused(*build)
+    assert fragment in refused(*build)
     assert not (tmp_path / "store").exists()
 
 
@@ -141,7 +141,7 @@ def test_plan_checks_the_files_where_it_is_asked(model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "fragment"),
     [
         ({"accuracy": {"sequence_length": 512}}, "accuracy.sequence_length 512 is more than engine.max_seq_len 128"),
         ({"engine": {"max_seq_len": 4096}, "accuracy": {"sequence_length": 512}}, "the model's 256 positions"),
@@ -152,10 +152,10 @@ def test_plan_checks_the_files_where_it_is_asked(model: Path, tmp_path: Path) ->
     ],
 )
 def test_sequences_longer_than_the_engine_are_refused_by_plan(
-    model: Path, tmp_path: Path, changes: dict[str, Any], words: str
+    model: Path, tmp_path: Path, changes: dict[str, Any], fragment: str
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", model, **changes)
-    assert words in refused("plan", recipe, "--preset", "fp8")
+    assert fragment in refused("plan", recipe, "--preset", "fp8")
 
 
 def test_blocks_of_zeros_and_dead_channels_keep_their_zeros_and_a_usable_scale(model: Path, tmp_path: Path) -> None:

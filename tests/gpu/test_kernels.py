@@ -217,15 +217,15 @@ def test_capturing_without_a_plan_is_refused_with_words() -> None:
     context.weight_bytes(problem)  # opens cuSPARSELt, which no capture survives
     workspace = torch.empty(64 << 20, dtype=torch.uint8, device=DEVICE)
     where = (workspace.data_ptr(), workspace.nbytes)
-    words = ""
+    message = ""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         stream = torch.cuda.current_stream().cuda_stream
         y.zero_()
-        words = refused(
+        message = refused(
             lambda: context.matmul(problem, x.data_ptr(), compressed.data_ptr(), y.data_ptr(), where, stream)
         )
-    assert "the stream is capturing; call twofour_plan first" in words
+    assert "the stream is capturing; call twofour_plan first" in message
     context.close()
 
 
@@ -244,13 +244,13 @@ def test_search_keeps_an_algorithm_and_counts_what_memory_left_out() -> None:
 
 
 def test_tuner_measures_and_its_tactics_are_taken_back() -> None:
-    found = tuner.tune({"layer": choice.Shape(512, 1024, "bf16")}, buckets=(1, 64))
-    for bucket in found["layers"]["layer"]["buckets"]:
+    actual = tuner.tune({"layer": choice.Shape(512, 1024, "bf16")}, buckets=(1, 64))
+    for bucket in actual["layers"]["layer"]["buckets"]:
         assert bucket["measured"]
         assert bucket["dense_us"] > 0
         assert bucket["sparse_us"] > 0
-    assert reuse.apply(found, "bf16") is None
-    assert "build the engine again" in str(reuse.apply({**found, "source": "predicted"}, "bf16"))
+    assert reuse.apply(actual, "bf16") is None
+    assert "build the engine again" in str(reuse.apply({**actual, "source": "predicted"}, "bf16"))
 
 
 def test_layer_compiles_into_one_graph() -> None:

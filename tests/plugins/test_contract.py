@@ -73,11 +73,11 @@ def test_every_flag_of_the_build_command_is_in_the_contract(tmp_path):
         assert all(command[command.index(f) + 1] in ("enable", "disable") for f in features if f in command)
 
 
-def check_flags(words, known, switches=frozenset()):
+def check_flags(arguments, known, switches=frozenset()):
     """Every option is known, once, and has one value exactly where it takes one."""
-    options = [word for word in words if word.startswith("-")]
+    options = [word for word in arguments if word.startswith("-")]
     assert sorted(set(options)) == sorted(options)
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         if word.startswith("-"):
             assert word in known
             assert following.startswith("-") == (word in switches)
@@ -139,13 +139,13 @@ def switches(section: str) -> set[str]:
     return {name for name, fact in facts(section).items() if fact.get("switch")}
 
 
-def serve_words(script: Path) -> list[str]:
+def serve_arguments(script: Path) -> list[str]:
     """The words after the program in the command that a launch script ends with."""
     text = script.read_text().replace("\\\n", " ")
     line = next(line for line in text.splitlines() if "$engine" in line.lower() and "--backend" in line)
-    words = shlex.split(line.replace("exec ", "", 1).split("trtllm-llmapi-launch")[-1].strip().rstrip("'"))
-    program = 3 if words[0] == "python3" else 1
-    return [word for word in words[program:] if word != "$@"]
+    arguments = shlex.split(line.replace("exec ", "", 1).split("trtllm-llmapi-launch")[-1].strip().rstrip("'"))
+    program = 3 if arguments[0] == "python3" else 1
+    return [word for word in arguments[program:] if word != "$@"]
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -158,12 +158,12 @@ def test_serve_flags_are_in_the_contract(tmp_path, backend, sparse, release):
     command = tensorrt._serve(config) if backend == "tensorrt" else pytorch._serve(config, sparse)
     launch.write(tmp_path, config, command, "image", backend, modules=sparse, preload=False)
     for script in ("serve.sh", "slurm.sh"):
-        model, *words = serve_words(tmp_path / "launch" / script)
+        model, *arguments = serve_arguments(tmp_path / "launch" / script)
         assert model in ("$engine", "$ENGINE")
         known = facts("trtllm-serve", release)
-        at = words.index("--backend")
-        assert f"--backend {words[at + 1]}" in known
-        check_flags(words[:at] + words[at + 2 :], known)
+        at = arguments.index("--backend")
+        assert f"--backend {arguments[at + 1]}" in known
+        check_flags(arguments[:at] + arguments[at + 2 :], known)
 
 
 def test_nothing_that_slurms_launcher_would_split_is_quoted(tmp_path):

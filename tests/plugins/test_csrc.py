@@ -67,14 +67,14 @@ def matmul(
     scale: float = 1.0,
     channel_scales: np.ndarray | None = None,
     bias: np.ndarray | None = None,
-    words: tuple[int, ...] | None = None,
+    algorithm: tuple[int, ...] | None = None,
 ) -> np.ndarray:
     x = native.aligned(x_MK)
     y = native.aligned(np.full((x_MK.shape[0], out_features), np.nan, OUT[out]))
     addresses = [0 if a is None else a.ctypes.data for a in (channel_scales, bias)]
     problem = structures.gemm("skinny", format, out, out_features, x_MK.shape[1], x_MK.shape[0], scale, *addresses)
-    if words is not None:
-        host.set_algorithm(problem, words + (0,) * (8 - len(words)))
+    if algorithm is not None:
+        host.set_algorithm(problem, algorithm + (0,) * (8 - len(algorithm)))
     workspace = native.aligned(np.full(host.workspace_bytes(problem), 0xCD, np.uint8))
     host.matmul(problem, x.ctypes.data, packed.ctypes.data, y.ctypes.data, (workspace.ctypes.data, workspace.nbytes))
     return y
@@ -149,9 +149,9 @@ algorithms = st.one_of(
 
 
 @settings(max_examples=60, deadline=None)
-@given(tokens=st.integers(1, 64), words=algorithms, out=st.sampled_from(sorted(OUT)), **shapes)
+@given(tokens=st.integers(1, 64), algorithm=algorithms, out=st.sampled_from(sorted(OUT)), **shapes)
 def test_simulated_kernel_against_float64(
-    format: str, n: int, chunks: int, seed: int, tokens: int, words: tuple[int, ...], out: str
+    format: str, n: int, chunks: int, seed: int, tokens: int, algorithm: tuple[int, ...], out: str
 ) -> None:
     host, rng, k = bindings.context(bindings.HOST), np.random.default_rng(seed), in_features(format, chunks)
     w_NK = poison(native.prune(random_values((n, k), format, rng), rng), format, rng)
@@ -159,7 +159,7 @@ def test_simulated_kernel_against_float64(
     scales = rng.uniform(1e-3, 2e-3, n).astype(np.float32) if seed % 2 else None
     bias = native.aligned(rng.standard_normal(n).astype(OUT[out])) if seed % 3 else None
     packed = native.aligned(skinny_layout.pack(w_NK, format))
-    y_MN = matmul(host, x_MK, packed, format, out, n, 2e-3, scales, bias, words)
+    y_MN = matmul(host, x_MK, packed, format, out, n, 2e-3, scales, bias, algorithm)
 
     factor = np.float32(2e-3) if scales is None else scales
     shift = np.float32(0) if bias is None else bias.astype(np.float32)
@@ -177,32 +177,32 @@ def test_simulated_kernel_against_float64(
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("format", sorted(DTYPES))
-@pytest.mark.parametrize("words", [(2,), (1, 1), (3, 1, 2)], ids=["staged", "streamed", "streamed splits"])
-def test_slices_of_wider_matrices(host: bindings.Context, format: str, words: tuple[int, ...], tokens: int) -> None:
+@pytest.mark.parametrize("algorithm", [(2,), (1, 1), (3, 1, 2)], ids=["staged", "streamed", "streamed splits"])
+def test_slices_of_wider_matrices(host: bindings.Context, format: str, algorithm: tuple[int, ...], tokens: int) -> None:
     """The simulation reports a read of x outside of its own columns, but for rows in between; y's others must stay."""
     rng, n, k = np.random.default_rng(3), 40, 544
     w_NK = native.prune(random_values((n, k), format, rng), rng)
     wide_x, wide_y = random_values((tokens, k + 32), format, rng), np.full((tokens, n + 24), 99, OUT["bf16"])
     packed, x, y = native.aligned(skinny_layout.pack(w_NK, format)), native.aligned(wide_x), native.aligned(wide_y)
     problem = structures.gemm("skinny", format, "bf16", n, k, tokens, 0.01, pitches=(k + 32, n + 24))
-    host.set_algorithm(problem, words + (0,) * (8 - len(words)))
+    host.set_algorithm(problem, algorithm + (0,) * (8 - len(algorithm)))
     workspace = native.aligned(np.zeros(host.workspace_bytes(problem), np.uint8))
     first_x, first_y = x[:, 32:].ctypes.data, y[:, 8:].ctypes.data
     host.matmul(problem, first_x, packed.ctypes.data, first_y, (workspace.ctypes.data, workspace.nbytes))
-    expected = matmul(host, wide_x[:, 32:], packed, format, "bf16", n, 0.01, words=words)
+    expected = matmul(host, wide_x[:, 32:], packed, format, "bf16", n, 0.01, algorithm=algorithm)
     np.testing.assert_array_equal(y[:, 8 : n + 8].view(np.uint16), expected.view(np.uint16))
     assert (y[:, :8] == 99).all()
     assert (y[:, n + 8 :] == 99).all()
 
 
 @pytest.mark.parametrize("format", sorted(DTYPES))
-@pytest.mark.parametrize("words", [(4,), (4, 1, 1, 3)], ids=["staged", "streamed"])
-def test_same_bits_for_every_replay_of_a_split(host: bindings.Context, format: str, words: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("algorithm", [(4,), (4, 1, 1, 3)], ids=["staged", "streamed"])
+def test_same_bits_for_every_replay_of_a_split(host: bindings.Context, format: str, algorithm: tuple[int, ...]) -> None:
     """The counters return to zero, and sums are added in order: launching again gives the same bits."""
     rng = np.random.default_rng(1)
     w_NK = native.prune(random_values((80, 1024), format, rng), rng)
     x_MK, packed = random_values((9, 1024), format, rng), native.aligned(skinny_layout.pack(w_NK, format))
-    first, second = (matmul(host, x_MK, packed, format, "bf16", 80, 0.01, words=words) for _ in range(2))
+    first, second = (matmul(host, x_MK, packed, format, "bf16", 80, 0.01, algorithm=algorithm) for _ in range(2))
     np.testing.assert_array_equal(first.view(np.uint16), second.view(np.uint16))
 
 
@@ -224,9 +224,11 @@ def test_rings_of_the_streamed_kernel_turn_many_times(
     rng, n, k = np.random.default_rng(7), 232, 7424
     w_NK = native.prune(rng.integers(-3, 4, (n, k)).astype(DTYPES[format]), rng)
     x_MK = rng.integers(-2, 3, (tokens, k)).astype(DTYPES[format])
-    words = (splits, 1, share, blocks, 3, 0, 0, 0)
+    algorithm = (splits, 1, share, blocks, 3, 0, 0, 0)
     problem = structures.gemm("skinny", format, "fp16", n, k, tokens)
-    y_MN = matmul(host, x_MK, native.aligned(skinny_layout.pack(w_NK, format)), format, "fp16", n, 0.25, words=words)
+    y_MN = matmul(
+        host, x_MK, native.aligned(skinny_layout.pack(w_NK, format)), format, "fp16", n, 0.25, algorithm=algorithm
+    )
     ran = host.algorithm(problem)
     assert ran[1] == 1
     assert ran[0] >= splits
@@ -262,7 +264,7 @@ def gemm(**changes: object) -> structures.Gemm:
 
 
 @pytest.mark.parametrize(
-    ("problem", "status", "words"),
+    ("problem", "status", "algorithm"),
     [
         (gemm(in_features=250), "misaligned", "in_features=250 is not a multiple of 16 .* pad x and the weight to 256"),
         (gemm(tokens=65), "unsupported", "tokens=65: the skinny kernel takes 1 to 64; use cusparselt or cublaslt"),
@@ -279,8 +281,8 @@ def gemm(**changes: object) -> structures.Gemm:
         (gemm(kernel="cublaslt"), "no GPU", "cublaslt runs on a GPU only"),
     ],
 )
-def test_problem_that_cannot_run(host: bindings.Context, problem: structures.Gemm, status: str, words: str) -> None:
-    with pytest.raises(bindings.LibraryError, match=words) as caught:
+def test_problem_that_cannot_run(host: bindings.Context, problem: structures.Gemm, status: str, algorithm: str) -> None:
+    with pytest.raises(bindings.LibraryError, match=algorithm) as caught:
         host.workspace_bytes(problem)
     assert caught.value.status == status
     assert "\n" not in str(caught.value)
@@ -313,13 +315,13 @@ def test_stamp_of_another_shape_gpu_or_version_is_refused(host: bindings.Context
     problem = gemm()
     stamp = host.stamp(problem)
     host.check_stamp(problem, stamp)
-    for field, value, words in (
+    for field, value, algorithm in (
         ("out_features", 32, r"prepared for skinny, int8, \[32, 256\]; wanted skinny, int8, \[16, 256\]"),
         ("sm", 89, "prepared for SM 89 and version 1, here are SM 0 and version 1; prepare it again"),
         ("version", 7, "version 7"),
     ):
         wrong = structures.Stamp.from_buffer_copy(stamp)
         setattr(wrong, field, value)
-        with pytest.raises(bindings.LibraryError, match=words) as caught:
+        with pytest.raises(bindings.LibraryError, match=algorithm) as caught:
             host.check_stamp(problem, wrong)
         assert caught.value.status == "wrong build"

@@ -49,9 +49,9 @@ def test_libraries_of_the_wheels_are_found() -> None:
 
 
 def test_missing_library_names_the_wheel() -> None:
-    words = version_or_words("cusparselt", TWOFOUR_CUSPARSELT="/nowhere.so")
-    assert "/nowhere.so" in words
-    assert words.endswith("pip install nvidia-cusparselt-cu13, or set TWOFOUR_CUSPARSELT")
+    fragment = version_or_words("cusparselt", TWOFOUR_CUSPARSELT="/nowhere.so")
+    assert "/nowhere.so" in fragment
+    assert fragment.endswith("pip install nvidia-cusparselt-cu13, or set TWOFOUR_CUSPARSELT")
 
 
 def test_cusparselt_0_8_0_is_refused(tmp_path: Path) -> None:
@@ -61,12 +61,12 @@ def test_cusparselt_0_8_0_is_refused(tmp_path: Path) -> None:
     stubs += "int cusparseLtGetProperty(int which, int *value) { *value = which == 1 ? 8 : 0; return 0; }\n"
     (tmp_path / "old.c").write_text(stubs)
     subprocess.run(["gcc", "-shared", "-fPIC", "old.c", "-o", "old.so"], cwd=tmp_path, check=True)
-    words = version_or_words("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "old.so"))
-    assert words.startswith("cuSPARSELt 0.8.0 is too old: 0.8.0 is slow on H100 and L4; pip install")
+    fragment = version_or_words("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "old.so"))
+    assert fragment.startswith("cuSPARSELt 0.8.0 is too old: 0.8.0 is slow on H100 and L4; pip install")
     (tmp_path / "empty.c").write_text("int nothing;\n")
     subprocess.run(["gcc", "-shared", "-fPIC", "empty.c", "-o", "empty.so"], cwd=tmp_path, check=True)
-    words = version_or_words("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "empty.so"))
-    assert "undefined symbol: cusparseLtInit: install a newer version" in words
+    fragment = version_or_words("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "empty.so"))
+    assert "undefined symbol: cusparseLtInit: install a newer version" in fragment
 
 
 def test_library_that_is_not_built_says_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -85,9 +85,11 @@ def test_architecture_names(text: str, sm: str) -> None:
     assert compiler.parse_sm(text) == sm
 
 
-@pytest.mark.parametrize(("text", "words"), [("75", "'75' has no sparse tensor cores"), ("hopper", "is no GPU arch")])
-def test_architecture_that_cannot_be(text: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize(
+    ("text", "fragment"), [("75", "'75' has no sparse tensor cores"), ("hopper", "is no GPU arch")]
+)
+def test_architecture_that_cannot_be(text: str, fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment):
         compiler.parse_sm(text)
 
 

@@ -60,7 +60,7 @@ torch.save([run(*job) for job in json.loads(sys.argv[2])], sys.argv[3])
 
 
 @pytest.fixture(scope="module")
-def told(exports, tmp_path_factory):
+def outputs(exports, tmp_path_factory):
     """{(format, on our plugin): the stand-in's logits and how many plugins it ran}."""
     scratch, jobs = tmp_path_factory.mktemp("network"), {}
     for number_format, directory in exports.items():
@@ -85,10 +85,10 @@ def told(exports, tmp_path_factory):
 def test_both_ranks_of_a_tensor_parallel_export_verify(exports, number_format):
     verification = verify(exports[number_format] / "trtllm")
     assert verification.violations == ()
-    found = checkpoint.read(exports[number_format] / "trtllm")
-    assert found.mapping.ranks == RANKS
-    assert len(found.sparse_layers) == 6 * 5
-    assert {layer.sparse for layer in found.layers() if layer.name in found.sparse_layers} == {True}
+    actual = checkpoint.read(exports[number_format] / "trtllm")
+    assert actual.mapping.ranks == RANKS
+    assert len(actual.sparse_layers) == 6 * 5
+    assert {layer.sparse for layer in actual.layers() if layer.name in actual.sparse_layers} == {True}
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
@@ -114,29 +114,29 @@ def test_fused_layers_share_one_fp8_scale_so_that_nothing_is_rounded_twice(expor
 
 @pytest.mark.parametrize("on_plugin", [False, True], ids=["native", "plugin"])
 @pytest.mark.parametrize("number_format", FORMATS)
-def test_network_says_what_the_torch_engine_says(exports, told, tmp_path, number_format, on_plugin):
+def test_network_says_what_the_torch_engine_says(exports, outputs, tmp_path, number_format, on_plugin):
     artifact.build(exports[number_format] / "hf", tmp_path / "torch", CONFIG)
     expected = artifact.load(tmp_path / "torch", dtype=torch.float32).logits(token_ids())
-    found = told[number_format, on_plugin]
-    assert found["plugins"] == (RANKS * 6 * 5 if on_plugin else 0)
-    assert kl(expected, found["logits"]) < 0.01  # bfloat16 against float32; and q, k and v share one scale in FP8
+    actual = outputs[number_format, on_plugin]
+    assert actual["plugins"] == (RANKS * 6 * 5 if on_plugin else 0)
+    assert kl(expected, actual["logits"]) < 0.01  # bfloat16 against float32; and q, k and v share one scale in FP8
 
 
-def kl(expected: torch.Tensor, found: torch.Tensor) -> float:
+def kl(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """Mean over tokens, in nats."""
     return float(
-        torch.nn.functional.kl_div(found.log_softmax(-1), expected.softmax(-1), reduction="none").sum(-1).mean()
+        torch.nn.functional.kl_div(actual.log_softmax(-1), expected.softmax(-1), reduction="none").sum(-1).mean()
     )
 
 
-def test_the_measure_tells_pruned_from_dense(exports, told):
+def test_the_measure_tells_pruned_from_dense(exports, outputs):
     dense = artifact.load_hf(MODEL, dtype=torch.float32).logits(token_ids())
-    assert kl(dense, told["none", False]["logits"]) > 0.1  # or the tests around it show nothing
+    assert kl(dense, outputs["none", False]["logits"]) > 0.1  # or the tests around it show nothing
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
-def test_plugin_and_native_layers_agree(told, number_format):
-    assert kl(told[number_format, False]["logits"], told[number_format, True]["logits"]) < 0.01
+def test_plugin_and_native_layers_agree(outputs, number_format):
+    assert kl(outputs[number_format, False]["logits"], outputs[number_format, True]["logits"]) < 0.01
 
 
 def test_build_runs_every_rank_and_says_what_was_picked(exports, tmp_path, with_stand_in):
@@ -145,9 +145,9 @@ def test_build_runs_every_rank_and_says_what_was_picked(exports, tmp_path, with_
     assert {path.name for path in engine.glob("rank*.engine")} == {"rank0.engine", "rank1.engine"}
     facts = json.loads((engine / "engine.json").read_text())
     assert (facts["backend"], facts["format"], facts["kv_cache"]) == ("tensorrt", "fp8", "none")
-    told = json.loads((engine / "sparsity_log.json").read_text())
-    assert [rank["log"] for rank in told["ranks"]] == ["picked"] * RANKS
-    assert {layer["status"] for layer in told["layers"].values()} == {"picked"}
+    outputs = json.loads((engine / "sparsity_log.json").read_text())
+    assert [rank["log"] for rank in outputs["ranks"]] == ["picked"] * RANKS
+    assert {layer["status"] for layer in outputs["layers"].values()} == {"picked"}
     layers = tactics.read(engine).layers
     assert sum(layer.sparse for layer in layers.values()) == 6 * 5
     assert layers["lm_head"].reason.startswith("dense")
@@ -173,9 +173,9 @@ def test_layers_on_our_plugin_are_hidden_from_tensorrt(exports, tmp_path, with_s
     library.write_bytes(b"")
     names = trtllm_checkpoint.read(exports["int8"] / "trtllm").sparse_layers
     tensorrt.build(exports["int8"] / "trtllm", engine, CONFIG, ratios=dict.fromkeys(names, 1.4), plugin=library)
-    told = json.loads((engine / "sparsity_log.json").read_text())
-    assert [rank["log"] for rank in told["ranks"]] == ["none"] * RANKS
-    assert {layer["route"] for layer in told["layers"].values()} == {"plugin"}
+    outputs = json.loads((engine / "sparsity_log.json").read_text())
+    assert [rank["log"] for rank in outputs["ranks"]] == ["none"] * RANKS
+    assert {layer["route"] for layer in outputs["layers"].values()} == {"plugin"}
     assert version_lock.read(engine).plugin_sha256 == hashlib.sha256(b"").hexdigest()
     version_lock.require(engine)  # with the copy of the library that lies in it
     (engine / launch.PLUGIN_LIBRARY).write_bytes(b"another")
@@ -217,6 +217,6 @@ def test_pipeline_stages_take_their_own_layers(exports, tmp_path, with_stand_in)
     config = CONFIG.model_copy(update={"tensor_parallel": 1, "pipeline_parallel": 2})
     plugged = dict.fromkeys([name for name in names if name.endswith("mlp.proj")], 1.4)
     tensorrt.build(staged, engine, config, tokenizer=MODEL, ratios=plugged, plugin=library)
-    told = layers_of(engine)
-    assert {name for name, layer in told.items() if layer["route"] == "plugin"} == set(plugged)
-    assert {layer["status"] for layer in told.values()} == {"picked"}
+    outputs = layers_of(engine)
+    assert {name for name, layer in outputs.items() if layer["route"] == "plugin"} == set(plugged)
+    assert {layer["status"] for layer in outputs.values()} == {"picked"}

@@ -66,10 +66,10 @@ def test_inspector_names_sparse_tactics_by_module():
         {"Name": "__myl_Fc_7", "Metadata": "[x: transformer/layers/1/attention/qkv/MM_0]", "TacticName": "sm90_spgemm"},
         {"Name": "transformer/layers/2/attention/qkv/MM_0", "TacticName": "sm80_xmma_gemm_bf16"},
     ]
-    found = inspector.parse(json.dumps({"Layers": layers}))
-    assert [tactic.is_of("transformer.layers.0.mlp.proj") for tactic in found] == [True, False]
-    assert found[1].is_of("transformer.layers.1.attention.qkv")
-    assert not any(tactic.is_of("transformer.layers.2.attention.qkv") for tactic in found)
+    actual = inspector.parse(json.dumps({"Layers": layers}))
+    assert [tactic.is_of("transformer.layers.0.mlp.proj") for tactic in actual] == [True, False]
+    assert actual[1].is_of("transformer.layers.1.attention.qkv")
+    assert not any(tactic.is_of("transformer.layers.2.attention.qkv") for tactic in actual)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"Layers": ["only names"]}', '{"Layers": [{"Name": "x"}]}'])

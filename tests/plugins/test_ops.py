@@ -64,8 +64,11 @@ def test_products_write_into_slices_and_add_to_them(dtype: torch.dtype) -> None:
     torch.library.opcheck(
         torch_ops.linear_into, (y, x, torch.cat([w, w])[:80], "cublaslt", 0.5, None, None, True), test_utils=checks
     )
-    for kernel, words in (("skinny", "skinny cannot add to what y holds"), ("cusparselt", "readable on its GPU only")):
-        with pytest.raises(UserError, match=words):
+    for kernel, fragment in (
+        ("skinny", "skinny cannot add to what y holds"),
+        ("cusparselt", "readable on its GPU only"),
+    ):
+        with pytest.raises(UserError, match=fragment):
             torch_ops.linear_into(y, x, w, kernel, 0.5, None, None, kernel == "skinny")
 
 

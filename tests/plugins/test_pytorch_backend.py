@@ -25,16 +25,16 @@ from tests.support.stand_ins import environment, job
 @pytest.fixture(scope="module")
 def torch_logits(checkpoints, tmp_path_factory):
     """The torch engine's logits of each checkpoint, float32."""
-    found = {}
+    actual = {}
     for kind, checkpoint in checkpoints.items():
         engine = tmp_path_factory.mktemp("torch-engine")
         artifact.build(checkpoint, engine, CONFIG)
-        found[kind] = artifact.load(engine, dtype=getattr(torch, WIDE[kind[0]])).logits(token_ids())
-    return found
+        actual[kind] = artifact.load(engine, dtype=getattr(torch, WIDE[kind[0]])).logits(token_ids())
+    return actual
 
 
 @pytest.fixture(scope="module")
-def told(checkpoints, tmp_path_factory):
+def outputs(checkpoints, tmp_path_factory):
     """What the stand-in made of every (fp8, sparse, ranks)."""
     scratch, jobs = tmp_path_factory.mktemp("stand-in"), {}
     for (fp8, sparse), checkpoint in checkpoints.items():
@@ -48,25 +48,25 @@ def told(checkpoints, tmp_path_factory):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "2of4"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-def test_same_logits_as_the_torch_engine(told, torch_logits, fp8, sparse, ranks):
-    found, expected = told[fp8, sparse, ranks], torch_logits[fp8, sparse]
-    assert (found["logits"] - expected).abs().max() < (1e-5 if fp8 else 1e-4)
-    methods = {name: method for name, method in found["methods"].items() if name != "lm_head"}
+def test_same_logits_as_the_torch_engine(outputs, torch_logits, fp8, sparse, ranks):
+    actual, expected = outputs[fp8, sparse, ranks], torch_logits[fp8, sparse]
+    assert (actual["logits"] - expected).abs().max() < (1e-5 if fp8 else 1e-4)
+    methods = {name: method for name, method in actual["methods"].items() if name != "lm_head"}
     base = "FP8{}LinearMethod" if fp8 else "{}LinearMethod"
     stock, ours = base.format("QDQ" if fp8 else "Unquantized"), "Sparse" + base.format("")
     assert set(methods.values()) == {ours if sparse else stock}
-    assert found["methods"]["lm_head"] == "UnquantizedLinearMethod"
+    assert actual["methods"]["lm_head"] == "UnquantizedLinearMethod"
 
 
 def test_torch_engine_says_other_things_of_pruned_weights(torch_logits):
     assert (torch_logits[False, True] - torch_logits[False, False]).abs().max() > 1  # or the test above shows nothing
 
 
-def test_dense_weights_are_let_go_and_the_log_says_how_many(told):
-    found = told[True, True, 1]
-    kept = {name for (rank, name), count in found["dense_elements"].items() if count}
+def test_dense_weights_are_let_go_and_the_log_says_how_many(outputs):
+    actual = outputs[True, True, 1]
+    kept = {name for (rank, name), count in actual["dense_elements"].items() if count}
     assert kept == {"lm_head"}
-    assert any("42 of 42 declared 2:4 layers have the sparse method" in line for line in found["log"])
+    assert any("42 of 42 declared 2:4 layers have the sparse method" in line for line in actual["log"])
 
 
 def test_fused_layer_is_sparse_only_where_each_of_its_parts_is(checkpoints, tmp_path):
@@ -78,11 +78,11 @@ def test_fused_layer_is_sparse_only_where_each_of_its_parts_is(checkpoints, tmp_
     declared["layers"].remove("model.layers.0.self_attn.k_proj")
     (checkpoint / "sparsity.json").write_text(json.dumps(declared))
     pytorch.build(checkpoint, tmp_path / "engine", CONFIG)
-    (told,) = stand_ins.load(tmp_path, token_ids(), job(tmp_path / "engine"))
-    assert told["methods"]["model.layers.0.self_attn.qkv_proj"] == "UnquantizedLinearMethod"
-    assert told["methods"]["model.layers.1.self_attn.qkv_proj"] == "SparseLinearMethod"
+    (outputs,) = stand_ins.load(tmp_path, token_ids(), job(tmp_path / "engine"))
+    assert outputs["methods"]["model.layers.0.self_attn.qkv_proj"] == "UnquantizedLinearMethod"
+    assert outputs["methods"]["model.layers.1.self_attn.qkv_proj"] == "SparseLinearMethod"
     assert any(
-        "2 declared 2:4 layers stay dense, such as model.layers.0.self_attn.q_proj" in line for line in told["log"]
+        "2 declared 2:4 layers stay dense, such as model.layers.0.self_attn.q_proj" in line for line in outputs["log"]
     )
 
 
@@ -122,8 +122,8 @@ importlib.import_module(sys.argv[2])
 cls = MODEL_CLASS_MAPPING["LlamaForCausalLM"]
 print(pickle.dumps(cls).hex(), cls.__module__)
 """
-    words = [sys.executable, "-c", driver, str(engine), sparse_package.NAME]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=True)
+    fragment = [sys.executable, "-c", driver, str(engine), sparse_package.NAME]
+    done = subprocess.run(fragment, capture_output=True, text=True, env=environment(), check=True)
     pickled, module = done.stdout.split()
     worker = """
 import importlib, pickle, sys
@@ -133,6 +133,6 @@ print([base.__name__ for base in MODEL_CLASS_MAPPING["LlamaForCausalLM"].mro()][
 """
     for given in (pickled, "-"):
         command = f"source '{engine}/launch/env.sh' && exec '{sys.executable}' -c \"$0\" \"$@\""
-        words = ["bash", "-c", command, worker, given, module]
-        done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
+        fragment = ["bash", "-c", command, worker, given, module]
+        done = subprocess.run(fragment, capture_output=True, text=True, env=environment(), check=False)
         assert done.stdout.strip() == "['LlamaForCausalLM', 'SparseLinears', 'LlamaForCausalLM']", done.stderr

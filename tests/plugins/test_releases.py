@@ -115,8 +115,8 @@ has = {"Linear": [n for n in names["Linear"] if hasattr(own, n)],
 print(json.dumps(has))
 """
     names = {section: list(SECTIONS[section]["facts"]) for section in ("Linear", "LinearMethodBase")}
-    words = [sys.executable, "-c", code, json.dumps(names)]
-    ran = subprocess.run(words, capture_output=True, text=True, env=environment(release), check=True)
+    fragment = [sys.executable, "-c", code, json.dumps(names)]
+    ran = subprocess.run(fragment, capture_output=True, text=True, env=environment(release), check=True)
     for section, has in json.loads(ran.stdout).items():
         assert set(has) == set(facts(section, release)), section
 
@@ -158,8 +158,13 @@ def test_workers_that_would_not_find_the_package_are_told_the_file_and_how_to_lo
     engines: dict[bool, Path],
 ) -> None:
     engine = engines[True]
-    words = [sys.executable, "-m", "twofour_sparse", str(engine)]  # found in the folder where it is run, and only there
-    ran = subprocess.run(words, cwd=engine, capture_output=True, text=True, env=environment(), check=False)
+    fragment = [
+        sys.executable,
+        "-m",
+        "twofour_sparse",
+        str(engine),
+    ]  # found in the folder where it is run, and only there
+    ran = subprocess.run(fragment, cwd=engine, capture_output=True, text=True, env=environment(), check=False)
     assert ran.returncode == 2
     assert ran.stderr == (
         f"error: TensorRT-LLM's workers would not find '{engine}/twofour_sparse/__init__.py', which holds the sparse "
@@ -171,8 +176,8 @@ def test_a_python_without_twofour_is_told_what_to_install(engines: dict[bool, Pa
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['plugins'] = None\n")
     env = environment()
     env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(engines[True]), env["PYTHONPATH"]])
-    words = [sys.executable, "-c", "import twofour_sparse"]
-    ran = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
+    fragment = [sys.executable, "-c", "import twofour_sparse"]
+    ran = subprocess.run(fragment, capture_output=True, text=True, env=env, check=False)
     assert ran.stderr.splitlines()[-1].endswith(
         "twofour_sparse/__init__.py' needs twofour in this Python: pip install twofour==0.1.0"
     )

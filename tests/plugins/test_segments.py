@@ -33,9 +33,9 @@ def test_each_rank_holds_its_share_of_both_kinds() -> None:
     assert segments.indices("2:4").tolist() == [*range(64), *range(128, 192)]
 
 
-@pytest.mark.parametrize(("ranks", "words"), [(2, "100%, 0% are 2:4 on 2 ranks"), (3, "no multiple of 32")])
-def test_ranks_with_unequal_shares_are_refused(ranks: int, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize(("ranks", "fragment"), [(2, "100%, 0% are 2:4 on 2 ranks"), (3, "no multiple of 32")])
+def test_ranks_with_unequal_shares_are_refused(ranks: int, fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment):
         Segments.split("inputs", 128, 64).rank(0, ranks)
 
 
@@ -53,7 +53,7 @@ VALID: dict[str, Any] = {"axis": "rows", "segments": [["2:4", 64], ["dense", 64]
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "fragment"),
     [
         ({"pattern": "4:8"}, "it is not of the form"),
         ({"layers": "all"}, "it is not of the form"),
@@ -70,11 +70,11 @@ VALID: dict[str, Any] = {"axis": "rows", "segments": [["2:4", 64], ["dense", 64]
     ],
 )
 def test_a_declaration_that_makes_no_sense_is_refused_in_one_line(
-    tmp_path: Path, change: dict[str, Any], words: str
+    tmp_path: Path, change: dict[str, Any], fragment: str
 ) -> None:
     content = {"pattern": "2:4", "method": "", "layers": [], "hybrid": {UP: VALID}} | change
     (tmp_path / "sparsity.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=words) as raised:
+    with pytest.raises(UserError, match=fragment) as raised:
         Declaration.read(tmp_path)
     assert "\n" not in str(raised.value)
 

@@ -153,11 +153,11 @@ def search(gpu: bindings.Context, layer: Layer, kernel: str, bytes_: int) -> str
 def test_search_takes_the_fastest_that_fits_and_counts_the_rest(gpu: bindings.Context) -> None:
     """The stand-in's later algorithms are faster, and want more workspace."""
     layer = Layer("bf16", 64, 64, 16)
-    found = search(gpu, layer, "cusparselt", 250_000)
-    assert (found.tried, found.over_workspace) == (9, 0)  # 3 configurations x split-K of 1, and -1 in 2 modes
+    actual = search(gpu, layer, "cusparselt", 250_000)
+    assert (actual.tried, actual.over_workspace) == (9, 0)  # 3 configurations x split-K of 1, and -1 in 2 modes
     assert gpu.algorithm(layer.problem("cusparselt"))[0] == 2
-    found = search(gpu, layer, "cusparselt", 150_000)
-    assert (found.tried, found.over_workspace) == (6, 3)
+    actual = search(gpu, layer, "cusparselt", 150_000)
+    assert (actual.tried, actual.over_workspace) == (6, 3)
     assert gpu.algorithm(layer.problem("cusparselt"))[0] == 1
     with pytest.raises(bindings.LibraryError, match="no algorithm of cusparselt ran; 9 want more workspace than 100"):
         search(gpu, layer, "cusparselt", 100)
@@ -244,12 +244,12 @@ def test_token_counts_padded_to_the_same_share_a_plan(gpu: bindings.Context) -> 
 
 
 def test_shapes_that_a_library_cannot_take_say_what_works(gpu: bindings.Context) -> None:
-    for kernel, format, words in (
+    for kernel, format, fragment in (
         ("cusparselt", "bf16", r"multiples of 16: \[100, 200\] would fit as \[112, 208\]; use the skinny"),
         ("cusparselt", "fp8", r"multiples of 32: \[100, 200\] would fit as \[128, 224\]"),
         ("cublaslt", "fp8", r"multiples of 16: \[100, 200\] would fit as \[112, 208\]"),
     ):
-        with pytest.raises(bindings.LibraryError, match=words) as caught:
+        with pytest.raises(bindings.LibraryError, match=fragment) as caught:
             gpu.weight_bytes(structures.gemm(kernel, format, "bf16", 100, 200))
         assert caught.value.status == "misaligned"
     with pytest.raises(bindings.LibraryError, match="cuSPARSELt writes bf16 for bf16 weights, not fp16"):

@@ -66,8 +66,10 @@ def test_memory_that_runs_out_for_a_calls_workspace_is_said(
         return empty(*shape, dtype=dtype, **where)
 
     monkeypatch.setattr(torch, "empty", full)
-    words = "no GPU memory for the 0 MiB of workspace that cusparselt needs at 13 tokens: lower engine.max_num_tokens"
-    with pytest.raises(UserError, match=words):
+    fragment = (
+        "no GPU memory for the 0 MiB of workspace that cusparselt needs at 13 tokens: lower engine.max_num_tokens"
+    )
+    with pytest.raises(UserError, match=fragment):
         torch_ops.launch("cusparselt", x, compressed, 1.0, None, None, 64, torch.bfloat16)
 
 
@@ -75,16 +77,18 @@ def test_tuner_times_every_kernel(torch_on_stand_in: bindings.Context, monkeypat
     """From shapes to tactics.json; every kernel takes as long as every other, so dense stays."""
     use_times(monkeypatch, lambda bench, kernel, tokens: 5.0)
     layers = {"a": choice.Shape(64, 96, "bf16"), "b": choice.Shape(64, 96, "bf16"), "c": choice.Shape(100, 96, "int8")}
-    found = tactics.Tactics.model_validate(tuner.tune(layers, buckets=(8, 96)))
-    assert found.layers["a"] == found.layers["b"]
-    assert {b.kernel for b in found.layers["a"].buckets} == {"dense-cublaslt"}
-    assert found.layers["a"].buckets[0].algorithm == (0,) * 8  # the first of equals
-    assert found.layers["a"].reason.startswith("stays dense: no sparse kernel is faster by 2% on Stand-in; the best is")
-    assert found.layers["c"].buckets[0].sparse_us is not None  # the skinny kernel takes 100 rows
-    assert found.layers["c"].buckets[1].sparse_us is None  # cuSPARSELt does not
-    assert (found.versions["cusparselt"], found.versions["cublaslt"]) == (801, 130000)
-    assert found.device is not None
-    assert found.device.clocks == {"sm": 1980.0}
+    actual = tactics.Tactics.model_validate(tuner.tune(layers, buckets=(8, 96)))
+    assert actual.layers["a"] == actual.layers["b"]
+    assert {b.kernel for b in actual.layers["a"].buckets} == {"dense-cublaslt"}
+    assert actual.layers["a"].buckets[0].algorithm == (0,) * 8  # the first of equals
+    assert actual.layers["a"].reason.startswith(
+        "stays dense: no sparse kernel is faster by 2% on Stand-in; the best is"
+    )
+    assert actual.layers["c"].buckets[0].sparse_us is not None  # the skinny kernel takes 100 rows
+    assert actual.layers["c"].buckets[1].sparse_us is None  # cuSPARSELt does not
+    assert (actual.versions["cusparselt"], actual.versions["cublaslt"]) == (801, 130000)
+    assert actual.device is not None
+    assert actual.device.clocks == {"sm": 1980.0}
 
 
 def test_row_of_the_table_measures_errors(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,9 +69,9 @@ def test_torchs_own_refusal_leaves_out_torch_alone() -> None:
             raise RuntimeError("")  # torch._int_mm wants multiples of 8
         return Timing(kernel, 10.0, notes=("3 algorithms want more than 128 MiB of workspace",))
 
-    found = tuner.bucket_of(SimpleNamespace(shape=SHAPE), 128, timer)
-    assert (found["dense_us"], found["sparse_us"]) == (10.0, 10.0)
-    assert found["notes"][1] == "cusparselt: 3 algorithms want more than 128 MiB of workspace"
+    actual = tuner.bucket_of(SimpleNamespace(shape=SHAPE), 128, timer)
+    assert (actual["dense_us"], actual["sparse_us"]) == (10.0, 10.0)
+    assert actual["notes"][1] == "cusparselt: 3 algorithms want more than 128 MiB of workspace"
 
     def full(bench: object, kernel: str, tokens: int) -> Timing:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -113,16 +113,16 @@ def test_file_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "fragment"),
     [
         ({"source": "guessed"}, "source: Input should be 'measured' or 'predicted'"),
         ({"extra": 1}, "extra: Extra inputs are not permitted"),
         ({"layers": {"a": {}}}, "layers.a.out_features: Field required"),
     ],
 )
-def test_damaged_file_is_named(tmp_path: Path, change: dict, words: str) -> None:
+def test_damaged_file_is_named(tmp_path: Path, change: dict, fragment: str) -> None:
     (tmp_path / "tactics.json").write_text(json.dumps({**measured(), **change}))
-    with pytest.raises(UserError, match=f"is no tactics file: {words}; tune the engine again"):
+    with pytest.raises(UserError, match=f"is no tactics file: {fragment}; tune the engine again"):
         tactics.read(tmp_path)
 
 
@@ -135,8 +135,8 @@ def test_tactics_of_another_gpu_or_library_are_not_trusted() -> None:
     here = {"libtwofour": 100, "cusparselt": 801, "cublaslt": 130100}
     ours = {**measured(), "versions": here}
     assert reuse.check_device(ours, "H100", 90, here) is None
-    said = reuse.check_device(ours, "L4", 89, here)
-    assert said == "its kernels were timed on H100 (SM 90), and this is L4 (SM 89): build the engine again here"
+    printed = reuse.check_device(ours, "L4", 89, here)
+    assert printed == "its kernels were timed on H100 (SM 90), and this is L4 (SM 89): build the engine again here"
     newer = str(reuse.check_device(ours, "H100", 90, {**here, "cusparselt": 900}))
     assert newer == "its kernels were timed with cusparselt 801, and here is 900: build the engine again"
     unknown = str(reuse.check_device({**ours, "versions": {}}, "H100", 90, here))
@@ -148,8 +148,8 @@ def test_tactics_of_another_gpu_or_library_are_not_trusted() -> None:
 def test_algorithms_are_given_back_only_to_the_same_gpu_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[int, str, str, tuple[int, ...]]] = []
 
-    def take(problem: structures.Gemm, words: tuple[int, ...]) -> None:
-        given.append((problem.tokens, structures.FORMATS[problem.type], structures.FORMATS[problem.out_type], words))
+    def take(problem: structures.Gemm, algorithm: tuple[int, ...]) -> None:
+        given.append((problem.tokens, structures.FORMATS[problem.type], structures.FORMATS[problem.out_type], algorithm))
 
     fake = SimpleNamespace(
         info=lambda: SimpleNamespace(sm=90, cusparselt_version=801, cublaslt_version=130100),
@@ -203,7 +203,7 @@ def test_clocks_are_those_of_the_device_that_was_timed(monkeypatch: pytest.Monke
     facts = {"name": "H100", "major": 9, "minor": 0}
     monkeypatch.setattr(timing, "query", query)
     for properties in (SimpleNamespace(**facts, uuid="b7a2-7"), SimpleNamespace(**facts)):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, actual=properties: actual)
         assert timing.device_facts(1) == {"name": "H100", "sm": 90, "driver": "580.1", "clocks": {"sm": 1980.0}}
     assert asked == ["GPU-b7a2-7", "1"]
 

@@ -24,10 +24,10 @@ from tests.support.trtllm_builds import change
 
 
 def test_the_checkpoints_verify_on_both_ranks(built: Path) -> None:
-    found = done("verify", built, "--json").json
-    assert [(part["kind"], part["ranks"]) for part in found["checkpoints"]] == [("hf", 1), ("trtllm", 2)]
-    assert found["checkpoints"][1]["sparse_layers"] == 2 * 5
-    assert found["violations"] == []
+    actual = done("verify", built, "--json").json
+    assert [(part["kind"], part["ranks"]) for part in actual["checkpoints"]] == [("hf", 1), ("trtllm", 2)]
+    assert actual["checkpoints"][1]["sparse_layers"] == 2 * 5
+    assert actual["violations"] == []
 
 
 def test_the_build_command_is_left_ready_to_run_and_every_flag_is_in_the_contract(built: Path, tmp_path: Path) -> None:
@@ -35,9 +35,9 @@ def test_the_build_command_is_left_ready_to_run_and_every_flag_is_in_the_contrac
     (tmp_path / "trtllm-build").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ran = subprocess.run([built / "engine/build.sh"], capture_output=True, text=True, env=environment, check=True)
-    words = ran.stdout.splitlines()
-    check_flags(words, facts("trtllm-build"), switches("trtllm-build"))
-    given = dict(itertools.pairwise(words))
+    arguments = ran.stdout.splitlines()
+    check_flags(arguments, facts("trtllm-build"), switches("trtllm-build"))
+    given = dict(itertools.pairwise(arguments))
     assert Path(given["--checkpoint_dir"]).samefile(built / "checkpoint-trtllm")
     assert Path(given["--model_cls_file"]).samefile(built / "engine/hooks/models.py")
     assert (given["--gemm_plugin"], given["--workers"]) == ("disable", "2")
@@ -53,37 +53,37 @@ def test_scripts_of_a_build_can_be_run(built: Path) -> None:
 def test_engine_says_in_one_line_what_is_missing(
     built: Path, tmp_path: Path, machine: Callable[..., None], backend: str
 ) -> None:
-    words = refused("engine", built / "checkpoint-trtllm", "--backend", backend, "--out", tmp_path / "e")
-    assert words == (
+    arguments = refused("engine", built / "checkpoint-trtllm", "--backend", backend, "--out", tmp_path / "e")
+    assert arguments == (
         "engine.backend=tensorrt needs the package tensorrt_llm, which is not installed: run 'twofour engine' in the "
         "container nvcr.io/nvidia/tensorrt-llm/release:1.2.1, or use engine.backend=torch"
     )
     machine(cards=(), tensorrt_llm="1.2.1")
-    words = refused("engine", built / "checkpoint-trtllm", "--backend", backend, "--out", tmp_path / "e")
-    assert words.startswith("engine.backend=tensorrt needs a GPU, and there is none")
+    arguments = refused("engine", built / "checkpoint-trtllm", "--backend", backend, "--out", tmp_path / "e")
+    assert arguments.startswith("engine.backend=tensorrt needs a GPU, and there is none")
     assert nothing_left(tmp_path / "e")
 
 
 def test_a_checkpoint_goes_to_the_backends_that_read_its_kind(built: Path, tmp_path: Path) -> None:
-    words = refused("engine", built / "checkpoint", "--backend", "tensorrt", "--out", tmp_path / "e")
-    assert words.startswith(f"'{built}/checkpoint' is a unified Hugging Face checkpoint, and tensorrt needs")
-    assert "name OUT/checkpoint-trtllm of a build" in words
-    words = refused("engine", built / "checkpoint-trtllm", "--backend", "pytorch", "--out", tmp_path / "e")
-    assert words.endswith("name OUT/checkpoint of a build for engine.backend=pytorch, or use --backend tensorrt")
+    arguments = refused("engine", built / "checkpoint", "--backend", "tensorrt", "--out", tmp_path / "e")
+    assert arguments.startswith(f"'{built}/checkpoint' is a unified Hugging Face checkpoint, and tensorrt needs")
+    assert "name OUT/checkpoint-trtllm of a build" in arguments
+    arguments = refused("engine", built / "checkpoint-trtllm", "--backend", "pytorch", "--out", tmp_path / "e")
+    assert arguments.endswith("name OUT/checkpoint of a build for engine.backend=pytorch, or use --backend tensorrt")
     assert done("engine", built / "checkpoint", "--out", tmp_path / "e", "--json").json["backend"] == "torch"
 
 
 def test_ranks_are_the_checkpoints_own_unless_others_are_asked_for(built: Path, tmp_path: Path) -> None:
-    words = refused("engine", built / "checkpoint-trtllm", "--set", "tensor_parallel=4", "--out", tmp_path / "e")
-    assert "was exported for tensor_parallel 2 and engine.tensor_parallel is 4" in words
-    words = refused("engine", built / "checkpoint", "--set", "tensor_parallel=2", "--backend", "torch",
+    arguments = refused("engine", built / "checkpoint-trtllm", "--set", "tensor_parallel=4", "--out", tmp_path / "e")
+    assert "was exported for tensor_parallel 2 and engine.tensor_parallel is 4" in arguments
+    arguments = refused("engine", built / "checkpoint", "--set", "tensor_parallel=2", "--backend", "torch",
                     "--out", tmp_path / "e")  # fmt: skip
-    assert words.startswith("the torch engine runs on one device")
+    assert arguments.startswith("the torch engine runs on one device")
 
 
 @pytest.mark.parametrize("command", ["plan", "build"])
 @pytest.mark.parametrize(
-    ("changes", "keys", "words"),
+    ("changes", "keys", "arguments"),
     [
         ({"intermediate_size": 784}, {"tensor_parallel": 8, "backend": "pytorch"},
          "'model.layers.0.mlp.down_proj' has in_features 784: tensor_parallel 8 gives each rank 98, which cuts a 2:4"),
@@ -92,24 +92,24 @@ def test_ranks_are_the_checkpoints_own_unless_others_are_asked_for(built: Path, 
     ],
 )  # fmt: skip
 def test_a_split_that_cannot_be_is_refused_at_plan(
-    model: Path, tmp_path: Path, command: str, changes: dict[str, Any], keys: dict[str, Any], words: str
+    model: Path, tmp_path: Path, command: str, changes: dict[str, Any], keys: dict[str, Any], arguments: str
 ) -> None:
     shutil.copytree(model, tmp_path / "model")
     heads = {"num_attention_heads": 16, "num_key_value_heads": 16} if changes else {}
     change_config(model / "config.json", tmp_path / "model/config.json", **changes, **heads)
     given = [word for key, value in keys.items() for word in ("--set", f"engine.{key}={value}")]
     place = ("--out", tmp_path / "out", "--store", tmp_path / "store") if command == "build" else ()
-    told = refused(
+    message = refused(
         command, tmp_path / "model", "--preset", "2of4-all", "--set", "engine.backend=tensorrt", *given, *place
     )
-    assert words in told
-    assert f"use engine.{next(iter(keys))}=" in told
+    assert arguments in message
+    assert f"use engine.{next(iter(keys))}=" in message
     assert nothing_left(tmp_path / "out")
 
 
 def test_what_the_backend_or_the_card_cannot_do_is_told_at_plan(model: Path) -> None:
-    words = refused("plan", model, "--preset", "int8-2of4-all", "--set", "engine.backend=pytorch")
-    assert words.startswith(
+    arguments = refused("plan", model, "--preset", "int8-2of4-all", "--set", "engine.backend=pytorch")
+    assert arguments.startswith(
         "the PyTorch backend of TensorRT-LLM has no INT8 W8A8 linear layer ('unsupported quant mode')"
     )
     keys = ("--preset", "int8-2of4-all", "--set", "engine.backend=tensorrt", "--json")
@@ -126,7 +126,7 @@ def newer(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "words"),
+    ("edit", "arguments"),
     [
         (newer, "quant_algo is 'NVFP9': only NO_QUANT, W8A8_SQ_PER_CHANNEL, FP8, "
                 "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN are known here; modelopt 1.3.0 wrote it: export it again with "
@@ -139,7 +139,7 @@ def newer(config: dict[str, Any]) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["checkpoint", "checkpoint-trtllm"])
 def test_a_checkpoint_that_this_release_does_not_know(
-    built: Path, tmp_path: Path, kind: str, edit: Callable[[dict[str, Any]], object], words: str
+    built: Path, tmp_path: Path, kind: str, edit: Callable[[dict[str, Any]], object], arguments: str
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(built / kind, copy)
@@ -150,10 +150,10 @@ def test_a_checkpoint_that_this_release_does_not_know(
         change(copy / "config.json", lambda c: c.pop("architecture", None))
     else:
         change(copy / "config.json", lambda c: c.pop("architectures", None))
-    assert refused("engine", copy, "--out", tmp_path / "e").startswith(f"'{copy}/config.json': {words}")
+    assert refused("engine", copy, "--out", tmp_path / "e").startswith(f"'{copy}/config.json': {arguments}")
     assert nothing_left(tmp_path / "e")
     ended = twofour("verify", copy)
-    assert (ended.status, words in ended.stderr, "Traceback" in ended.stderr) == (1, True, False)
+    assert (ended.status, arguments in ended.stderr, "Traceback" in ended.stderr) == (1, True, False)
 
 
 def test_the_flat_form_of_a_newer_modelopt(built: Path, tmp_path: Path) -> None:
@@ -161,8 +161,8 @@ def test_the_flat_form_of_a_newer_modelopt(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built / "checkpoint", copy)
     flat = {"producer": {"name": "modelopt", "version": "1.0.2"}, "quant_method": "modelopt", "quant_algo": "FP8"}
     (copy / "hf_quant_config.json").write_text(json.dumps(flat))
-    words = refused("engine", copy, "--out", tmp_path / "e")
-    assert "hf_quant_config.json is of a form that is not known here; modelopt 1.0.2 wrote it: export" in words
+    arguments = refused("engine", copy, "--out", tmp_path / "e")
+    assert "hf_quant_config.json is of a form that is not known here; modelopt 1.0.2 wrote it: export" in arguments
 
 
 def test_tensors_of_another_dtype_than_the_config_says(built: Path, tmp_path: Path) -> None:

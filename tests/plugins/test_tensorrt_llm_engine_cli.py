@@ -32,18 +32,20 @@ def test_an_engine_runs_where_it_was_built_and_nowhere_else(
     assert (facts["backend"], facts["tensor_parallel"]) == ("tensorrt", 2)
     assert done("verify", engine, "--json").json["violations"] == []
     done("deploy", engine.parent)
-    words = refused("bench", engine, "--model", model)
-    assert "which this process cannot open: serve it as its launch file says" in words
+    fragment = refused("bench", engine, "--model", model)
+    assert "which this process cannot open: serve it as its launch file says" in fragment
     machine((replace(H100, name="NVIDIA A100", sm=80),), tensorrt_llm="1.2.1", tensorrt="10.14.1")
-    words = f"'{engine}' needs SM 90 (here: 80): use the container nvcr.io/nvidia/tensorrt-llm/release:1.2.1 on a GPU"
+    fragment = (
+        f"'{engine}' needs SM 90 (here: 80): use the container nvcr.io/nvidia/tensorrt-llm/release:1.2.1 on a GPU"
+    )
     shutil.rmtree(engine.parent / "triton")
-    assert refused("bench", engine).startswith(words)
-    assert refused("evaluate", engine, "--data", model / "evaluation.jsonl", "--model", model).startswith(words)
-    assert refused("deploy", engine.parent).startswith(words)
+    assert refused("bench", engine).startswith(fragment)
+    assert refused("evaluate", engine, "--data", model / "evaluation.jsonl", "--model", model).startswith(fragment)
+    assert refused("deploy", engine.parent).startswith(fragment)
     assert not (engine.parent / "triton").exists()
     ended = twofour("verify", engine)
     assert ended.status == 1
-    assert f"failed: [version-lock] lock.json: {words}" in ended.stderr
+    assert f"failed: [version-lock] lock.json: {fragment}" in ended.stderr
     machine(tensorrt_llm="1.1.0", tensorrt="10.13.3")
     assert "needs TensorRT-LLM 1.2.1 (here: 1.1.0), TensorRT 10.14.1 (here: 10.13.3)" in refused("bench", engine)
 
@@ -58,25 +60,27 @@ def test_engine_needs_neither_modelopt_nor_the_calibration_extra(
     hide = "import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(',')))"
     extra = "modelopt,accelerate,datasets,pulp,pyarrow,requests"
     script = f"{hide}; from builder.cli.commands import main; main()"
-    words = [script, extra, "engine", built / part, "--out", tmp_path / "e", "--set", "tensor_parallel=2"]
+    fragment = [script, extra, "engine", built / part, "--out", tmp_path / "e", "--set", "tensor_parallel=2"]
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT / 'tests' / 'stand_in'}:{ROOT}",
     }
-    ran = subprocess.run([sys.executable, "-c", *words], env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", *fragment], env=environment, capture_output=True, text=True, check=False
+    )
     assert (ran.returncode, ran.stdout) == (0, f"{backend} engine in {tmp_path / 'e'}\n"), ran.stderr
     assert json.loads((tmp_path / "e/lock.json").read_text())["tensorrt_llm"] == "1.2.1+standin"
 
 
 def test_too_little_gpu_memory_is_told_before(built: Path, tmp_path: Path, machine: Callable[..., None]) -> None:
     machine((replace(H100, memory_free=1 << 20),) * 2, tensorrt_llm="1.2.1")
-    words = refused("engine", built / "checkpoint-trtllm", "--out", tmp_path / "e")
-    assert words.startswith("GPU 0 (NVIDIA H100 80GB HBM3) has 0.0 GiB free and the engine needs about 1.")
+    fragment = refused("engine", built / "checkpoint-trtllm", "--out", tmp_path / "e")
+    assert fragment.startswith("GPU 0 (NVIDIA H100 80GB HBM3) has 0.0 GiB free and the engine needs about 1.")
     assert nothing_left(tmp_path / "e")
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "fragment"),
     [
         ("import os; os.kill(os.getpid(), 9)", "rank 1 was killed by SIGKILL"),
         ("print('[TRT] [E] 2: Cuda Runtime (out of memory)'); raise SystemExit(1)",
@@ -87,17 +91,17 @@ def test_too_little_gpu_memory_is_told_before(built: Path, tmp_path: Path, machi
     ids=["killed", "out of memory", "no plugin"],
 )  # fmt: skip
 def test_a_rank_that_ends_takes_the_others_with_it_and_leaves_nothing(
-    built: Path, tmp_path: Path, container: None, monkeypatch: pytest.MonkeyPatch, code: str, words: str
+    built: Path, tmp_path: Path, container: None, monkeypatch: pytest.MonkeyPatch, code: str, fragment: str
 ) -> None:
     alive = tmp_path / "alive"
     others = f"import os, pathlib, time; pathlib.Path({str(alive)!r}).write_text(str(os.getpid())); time.sleep(60)"
     last = f"import pathlib, time\nwhile not pathlib.Path({str(alive)!r}).exists(): time.sleep(0.01)\n{code}"
     monkeypatch.setattr(tensorrt, "_rank_command", lambda *_: [sys.executable, "-c", (others, last)[_[-1]]])
-    told = refused("engine", built / "checkpoint-trtllm", "--out", tmp_path / "e")
-    assert words in told
+    message = refused("engine", built / "checkpoint-trtllm", "--out", tmp_path / "e")
+    assert fragment in message
     assert not Path(f"/proc/{alive.read_text()}").exists()
     assert nothing_left(tmp_path / "e")
-    log = Path(told.split("its log: '")[1].rstrip("')"))
+    log = Path(message.split("its log: '")[1].rstrip("')"))
     assert log.is_file()
     shutil.rmtree(log.parent)
 

@@ -27,11 +27,11 @@ def build(tmp_path: Path) -> Callable[..., str]:
 
     def run(model: object, *options: object, preset: str = "fp8") -> str:
         out, store = tmp_path / "out", tmp_path / "store"
-        words = refused(
+        fragment = refused(
             "build", model, "--preset", preset, *FEW_TOKENS, *options, "--out", out, "--store", store, "--json"
         )
         assert nothing_left(out)
         assert not list((store / "tmp").glob("*"))
-        return words
+        return fragment
 
     return run

@@ -65,7 +65,7 @@ def main(recipe: str, preset: str, folder: Path, kills: int) -> None:
     began = time.monotonic()
     status = ended(start(arguments(0)))
     seconds = time.monotonic() - began
-    found = {"undisturbed": _tree(folder / "out0"), "status": status, "seconds": seconds, "kills": []}
+    actual = {"undisturbed": _tree(folder / "out0"), "status": status, "seconds": seconds, "kills": []}
     random.seed(24)
     for number in range(1, kills + 1):
         out = folder / f"out{number}"
@@ -76,8 +76,8 @@ def main(recipe: str, preset: str, folder: Path, kills: int) -> None:
             shutil.rmtree(folder / f"store{number}")
         half = out.exists() and not (out / "manifest.json").exists()
         status = ended(start(arguments(number)))
-        found["kills"].append({**killed, "half": half, "status": status, "tree": _tree(out)})
-    print(json.dumps(found))
+        actual["kills"].append({**killed, "half": half, "status": status, "tree": _tree(out)})
+    print(json.dumps(actual))
 
 
 def _tree(out: Path) -> dict[str, str]:

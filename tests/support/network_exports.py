@@ -28,7 +28,7 @@ def exports(tmp_path_factory):
 
     layers = [f"model.layers.{i}.{'self_attn' if n in LINEARS[:4] else 'mlp'}.{n}" for i in range(6) for n in LINEARS]
     declared = Declaration(tuple(layers), method="magnitude")
-    root, found = tmp_path_factory.mktemp("exports"), {}
+    root, actual = tmp_path_factory.mktemp("exports"), {}
     for number_format in FORMATS:
         model = load_model(MODEL)
         with torch.no_grad():
@@ -45,8 +45,8 @@ def exports(tmp_path_factory):
             declared.write(out / "hf")
         else:
             export.export_hf(model, MODEL, out / "hf", declared)
-        found[number_format] = out
-    return found
+        actual[number_format] = out
+    return actual
 
 
 @pytest.fixture

@@ -108,9 +108,11 @@ def load(
     With `must_work` an error is an AssertionError with its traceback; otherwise it is returned under "error".
     """
     torch.save(tokens, scratch / "ids.pt")
-    words = [sys.executable, "-c", LOAD, scratch / "ids.pt", json.dumps(jobs), scratch / "out.pt"]
-    words += ["--raise"] if must_work else []
-    ran = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment(release), check=False)
+    fragment = [sys.executable, "-c", LOAD, scratch / "ids.pt", json.dumps(jobs), scratch / "out.pt"]
+    fragment += ["--raise"] if must_work else []
+    ran = subprocess.run(
+        list(map(str, fragment)), capture_output=True, text=True, env=environment(release), check=False
+    )
     assert ran.returncode == 0, ran.stderr[-2000:]
     results: list[dict[str, Any]] = torch.load(scratch / "out.pt")
     return results

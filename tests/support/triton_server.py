@@ -64,8 +64,8 @@ def generate(server: Server, model: str = "llm", **body: Any) -> dict[str, Any]:
 def refusal(server: Server, model: str = "llm", **body: Any) -> str:
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(server, f"{model}/generate", body)
-    words: str = json.load(caught.value)["error"]
-    return words
+    fragment: str = json.load(caught.value)["error"]
+    return fragment
 
 
 def metric(server: Server, name: str, model: str) -> float:

@@ -78,10 +78,10 @@ def check_serve(tree: Path, backend: str) -> str:
     require(bool(names), "no options were found in commands/serve.py")
     if backend == "tensorrt" and not backends & {"trt", "tensorrt"}:
         raise NotApplicableError("this release serves no TensorRT engines")
-    words = tensorrt._serve(EngineConfig()) if backend == "tensorrt" else pytorch._serve(EngineConfig(), sparse=True)
-    asked = [word for word in words if word.startswith("--")]
+    fragment = tensorrt._serve(EngineConfig()) if backend == "tensorrt" else pytorch._serve(EngineConfig(), sparse=True)
+    asked = [word for word in fragment if word.startswith("--")]
     require(set(asked) <= names, f"trtllm-serve has no {sorted(set(asked) - names)}")
-    choice = words[words.index("--backend") + 1]
+    choice = fragment[fragment.index("--backend") + 1]
     require(choice in backends, f"--backend takes {sorted(backends)}, not {choice}")
     return f"{' '.join(asked)}, --backend {choice}"
 

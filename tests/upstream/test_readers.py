@@ -39,11 +39,11 @@ def python_of(reader: str) -> Path:
     return python
 
 
-def run(reader: str, *words: object) -> Any:
+def run(reader: str, *fragment: object) -> Any:
     """The JSON that a script of this folder prints in a reader's environment, after whatever else is printed there."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    command = [python_of(reader), Path(__file__).with_name(f"read_with_{reader.split('-')[0]}.py"), *words]
+    command = [python_of(reader), Path(__file__).with_name(f"read_with_{reader.split('-')[0]}.py"), *fragment]
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(next(line for line in reversed(ran.stdout.splitlines()) if line.startswith("{")))

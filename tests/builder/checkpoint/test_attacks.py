@@ -162,13 +162,13 @@ ATTACKS: dict[str, tuple[str, Attack, Code, str, str | None, int | None, int | N
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(copy_of: Any, name: str) -> None:
-    source, attack, code, file, tensor, row, group, words = ATTACKS[name]
+    source, attack, code, file, tensor, row, group, fragment = ATTACKS[name]
     directory = copy_of(source)
     attack(directory)
-    (found,) = verify(directory).violations
-    assert (found.code, found.file, found.tensor, found.row, found.group) == (code, file, tensor, row, group)
-    assert words in found.message
-    assert "\n" not in found.message
+    (actual,) = verify(directory).violations
+    assert (actual.code, actual.file, actual.tensor, actual.row, actual.group) == (code, file, tensor, row, group)
+    assert fragment in actual.message
+    assert "\n" not in actual.message
 
 
 def test_the_message_names_the_place(copy_of: Any) -> None:
@@ -192,8 +192,8 @@ def test_layers_that_are_not_declared_may_be_dense(copy_of: Any) -> None:
 def test_a_config_that_says_fp8_over_int8_weights(copy_of: Any) -> None:
     directory = copy_of("int8")
     set_both(lambda section: section.update(quant_algo="FP8"))(directory)
-    found = verify(directory).violations
-    assert Violation(Code.DTYPE, "it is I8, the config calls for F8_E4M3", MODEL, f"{UP}.weight") in found
+    actual = verify(directory).violations
+    assert Violation(Code.DTYPE, "it is I8, the config calls for F8_E4M3", MODEL, f"{UP}.weight") in actual
 
 
 def test_globs_in_the_list_of_excluded_modules(copy_of: Any) -> None:
@@ -203,9 +203,9 @@ def test_globs_in_the_list_of_excluded_modules(copy_of: Any) -> None:
         section.get("ignore", section.get("exclude_modules")).append("model.layers.1.mlp*")
 
     set_both(exclude_mlp)(directory)
-    found = {(violation.code, violation.tensor) for violation in verify(directory).violations}
+    actual = {(violation.code, violation.tensor) for violation in verify(directory).violations}
     parts = [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")]
-    assert found == {(Code.DTYPE, f"{part}.weight") for part in parts} | {
+    assert actual == {(Code.DTYPE, f"{part}.weight") for part in parts} | {
         (Code.UNEXPECTED_TENSOR, f"{part}.{scale}") for part in parts for scale in ("weight_scale", "input_scale")
     }
 
@@ -213,27 +213,27 @@ def test_globs_in_the_list_of_excluded_modules(copy_of: Any) -> None:
 def test_a_split_that_cuts_a_group_of_4(copy_of: Any) -> None:
     directory = copy_of("fp8")
     assert verify(directory, tensor_parallel=64).ok
-    found = verify(directory, tensor_parallel=128).violations
-    assert {violation.code for violation in found} == {Code.TENSOR_PARALLEL}
-    assert found[0].message == (
+    actual = verify(directory, tensor_parallel=128).violations
+    assert {violation.code for violation in actual} == {Code.TENSOR_PARALLEL}
+    assert actual[0].message == (
         "model.safetensors: 'model.layers.0.self_attn.o_proj.weight': "
         "in_features 256 over 128 ranks is 2 each, no multiple of 4"
     )
-    assert all(str(violation.tensor).endswith(("o_proj.weight", "down_proj.weight")) for violation in found)
+    assert all(str(violation.tensor).endswith(("o_proj.weight", "down_proj.weight")) for violation in actual)
 
 
 def test_a_rank_whose_share_cuts_a_group_of_4(tmp_path: Path) -> None:
     safetensors.numpy.save_file({"w": np.zeros((4, 6), np.int8)}, tmp_path / "rank0.safetensors")
-    (found,) = check_values(read_header(tmp_path / "rank0.safetensors")["w"], None, Segments.of("rows", [("2:4", 4)]))
-    assert found.code is Code.TENSOR_PARALLEL
+    (actual,) = check_values(read_header(tmp_path / "rank0.safetensors")["w"], None, Segments.of("rows", [("2:4", 4)]))
+    assert actual.code is Code.TENSOR_PARALLEL
 
 
 def test_damage_far_into_a_tensor_is_placed_in_its_row(tmp_path: Path) -> None:
     weight = np.zeros((5000, 4096), np.int8)
     weight[4321, 40:43] = 1
     safetensors.numpy.save_file({"w": weight}, tmp_path / "w.safetensors")
-    (found,) = check_values(read_header(tmp_path / "w.safetensors")["w"], None, Segments.of("rows", [("2:4", 5000)]))
-    assert (found.code, found.row, found.group) == (Code.SPARSITY, 4321, 10)
+    (actual,) = check_values(read_header(tmp_path / "w.safetensors")["w"], None, Segments.of("rows", [("2:4", 5000)]))
+    assert (actual.code, actual.row, actual.group) == (Code.SPARSITY, 4321, 10)
 
 
 # Shards and their index
@@ -265,7 +265,7 @@ def map_tensor(name: str, shard: str) -> Attack:
 
 
 @pytest.mark.parametrize(
-    ("attack", "code", "words"),
+    ("attack", "code", "fragment"),
     [
         (lambda directory: (directory / SHARD).unlink(), Code.MISSING_FILE,
          f"{MODEL}.index.json: it names the shard '{SHARD}', which is missing"),
@@ -283,8 +283,8 @@ def map_tensor(name: str, shard: str) -> Attack:
          f"{SHARD}: truncated: 7 bytes are missing at the end"),
     ],
 )  # fmt: skip
-def test_attack_on_shards(sharded: Path, attack: Attack, code: Code, words: str) -> None:
+def test_attack_on_shards(sharded: Path, attack: Attack, code: Code, fragment: str) -> None:
     attack(sharded)
     first = verify(sharded).violations[0]
     assert first.code is code
-    assert first.message.startswith(words)
+    assert first.message.startswith(fragment)

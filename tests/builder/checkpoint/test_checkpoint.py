@@ -35,9 +35,9 @@ from plugins.common.errors import UserError
 def test_what_modelopt_writes_verifies(
     copy_of: Any, name: str, kind: str, format: str, kv_cache: str, sparse: int
 ) -> None:
-    found = verify(copy_of(name))
-    assert [violation.message for violation in found.violations] == []
-    (checkpoint,) = found.require().checkpoints
+    actual = verify(copy_of(name))
+    assert [violation.message for violation in actual.violations] == []
+    (checkpoint,) = actual.require().checkpoints
     assert (checkpoint.kind, checkpoint.format, checkpoint.kv_cache) == (kind, format, kv_cache)
     assert checkpoint.sparse_layers == sparse
     assert checkpoint.ranks == (2 if kind == "trtllm" else 1)
@@ -56,11 +56,11 @@ def test_a_dense_16_bit_model_verifies(docs_llama: Path) -> None:
 def test_facts_about_a_layer(exports: Path, name: str, layer: str, bytes_a_layer: int) -> None:
     facts = {facts.name: facts for facts in read(exports / name).layers()}
     assert len(facts) == (11 if "trt" in name else 15)
-    found = facts[layer]
-    assert (found.out_features, found.in_features, found.sparse) == (768, 256, True)
-    assert found.zeros == pytest.approx(0.5, abs=0.01)
-    assert found.bytes == bytes_a_layer
-    assert found.packed_bytes == bytes_a_layer - 768 * 256 + 0.625 * 768 * 256
+    actual = facts[layer]
+    assert (actual.out_features, actual.in_features, actual.sparse) == (768, 256, True)
+    assert actual.zeros == pytest.approx(0.5, abs=0.01)
+    assert actual.bytes == bytes_a_layer
+    assert actual.packed_bytes == bytes_a_layer - 768 * 256 + 0.625 * 768 * 256
     head = facts["lm_head"]
     assert (head.out_features, head.in_features, head.format, head.sparse) == (4096, 256, "bf16", False)
 
@@ -86,23 +86,23 @@ def test_normalizing_zeros_changes_no_value(exports: Path, tmp_path: Path) -> No
 
 def test_unfolded_masks(exports: Path) -> None:
     """ModelOpt writes float weights and masks under a config that says FP8, and reports nothing."""
-    found = verify(exports / "unfolded")
-    first = found.violations[0]
+    actual = verify(exports / "unfolded")
+    first = actual.violations[0]
     assert first.code is Code.UNFOLDED_MASK
     assert first.message == (
         "model.safetensors: 'model.layers.0.mlp.down_proj._weight_mask': a ModelOpt mask: fold the masks "
         "into the weights (mts.export) before quantizing and exporting; the config has fp8, "
         "the weight beside it is BF16"
     )
-    assert {Code.MISSING_TENSOR, Code.DTYPE} <= {violation.code for violation in found.violations}
+    assert {Code.MISSING_TENSOR, Code.DTYPE} <= {violation.code for violation in actual.violations}
     with pytest.raises(VerificationError, match=r"^\[unfolded-mask\] model.safetensors: .* more: twofour verify lists"):
-        found.require()
+        actual.require()
 
 
 def test_negative_zeros_that_folding_by_multiplication_leaves(exports: Path) -> None:
-    found = verify(exports / "fp8-raw")
-    assert {violation.code for violation in found.violations} == {Code.NEGATIVE_ZERO}
-    assert len(found.violations) == 14
+    actual = verify(exports / "fp8-raw")
+    assert {violation.code for violation in actual.violations} == {Code.NEGATIVE_ZERO}
+    assert len(actual.violations) == 14
 
 
 # Records of what the files were
@@ -126,9 +126,9 @@ def test_a_rehashed_shard_inside_a_build(copy_of: Any) -> None:
     place = int(np.flatnonzero(weight.load().view(np.uint8) > 8)[0])
     edit(MODEL, f"{UP}.weight", place, bytes([weight.load().view(np.uint8).reshape(-1)[place] ^ 1]))(checkpoint)
     for directory in (build, checkpoint):
-        (found,) = verify(directory).violations
-        assert found.code is Code.DIGEST
-        assert found.message == "'checkpoint/model.safetensors' changed: its sha256 is not the manifest's"
+        (actual,) = verify(directory).violations
+        assert actual.code is Code.DIGEST
+        assert actual.message == "'checkpoint/model.safetensors' changed: its sha256 is not the manifest's"
 
 
 def test_an_engine_of_other_files(copy_of: Any) -> None:
@@ -138,25 +138,25 @@ def test_an_engine_of_other_files(copy_of: Any) -> None:
     record.write_text(json.dumps({"checkpoint_sha256": digest(checkpoint)}))
     assert verify(checkpoint).ok
     record.write_text(json.dumps({"checkpoint_sha256": "0" * 64}))
-    (found,) = verify(checkpoint).violations
-    assert found.code is Code.DIGEST
+    (actual,) = verify(checkpoint).violations
+    assert actual.code is Code.DIGEST
 
 
 # The user's slips
 
 
 @pytest.mark.parametrize(
-    ("prepare", "words"),
+    ("prepare", "fragment"),
     [
         (lambda place: None, "no checkpoint at"),
         (lambda place: place.mkdir(), "holds no config.json"),
         (lambda place: (place.mkdir(), (place / "engine.json").write_text("{}")), "is an engine"),
     ],
 )
-def test_a_directory_that_is_no_checkpoint(tmp_path: Path, prepare: Any, words: str) -> None:
+def test_a_directory_that_is_no_checkpoint(tmp_path: Path, prepare: Any, fragment: str) -> None:
     prepare(tmp_path / "place")
     for function in (read, verify):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=fragment):
             function(tmp_path / "place")
 
 

@@ -70,7 +70,7 @@ def test_chunks_of_a_scalar_and_a_vector_are_rows_of_one(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "fragment"),
     [
         (b"", "0 bytes are too few"),
         (b"1234567", "7 bytes are too few"),
@@ -100,11 +100,11 @@ def test_chunks_of_a_scalar_and_a_vector_are_rows_of_one(path: Path) -> None:
         (file_of({"a": A, "b": B}, bytes(21)), "1 bytes at the end belong to no tensor"),
     ],
 )
-def test_each_bad_file_has_its_own_words(path: Path, content: bytes, words: str) -> None:
+def test_each_bad_file_has_its_own_words(path: Path, content: bytes, fragment: str) -> None:
     path.write_bytes(content)
     with pytest.raises(HeaderError) as caught:
         read_header(path)
-    assert words in str(caught.value)
+    assert fragment in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -163,12 +163,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opens_or_fails_in_one_way(folder: Path) -> None:
-    said = ""
+    printed = ""
     try:
         assert isinstance(read(folder), Checkpoint)
     except (VerificationError, UserError) as error:
-        said = str(error)
-    assert said.encode().count(b"\n") == 0
+        printed = str(error)
+    assert printed.encode().count(b"\n") == 0
 
 
 @settings(max_examples=300, deadline=None)

@@ -94,7 +94,7 @@ def test_end_id_minus_one_never_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "words"),
+    ("inputs", "fragment"),
     [
         ({}, "send one of 'text_input' and 'input_ids'"),
         ({"text_input": "A", "input_ids": [3]}, "send one of"),
@@ -114,10 +114,10 @@ def test_end_id_minus_one_never_ends() -> None:
         ({"text_input": "A", "end_id": 5}, "'end_id' is 5: the model ends at [1]"),
     ],
 )
-def test_bad_input_is_quoted(inputs: dict[str, Any], words: str) -> None:
+def test_bad_input_is_quoted(inputs: dict[str, Any], fragment: str) -> None:
     with pytest.raises(UserError) as caught:
         ask(**inputs)
-    assert words in str(caught.value)
+    assert fragment in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -91,7 +91,7 @@ def test_headers_and_chats_are_routed_too(servers: tuple[OpenAIServer, OpenAISer
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "fragment"),
     [
         ({"prompt": ""}, "'prompt' is empty: send a prompt"),
         ({"prompt": []}, "'prompt' is empty"),
@@ -101,12 +101,12 @@ def test_headers_and_chats_are_routed_too(servers: tuple[OpenAIServer, OpenAISer
     ],
 )
 def test_bad_input_is_quoted_and_reaches_no_server(
-    servers: tuple[OpenAIServer, OpenAIServer], fields: dict[str, Any], words: str
+    servers: tuple[OpenAIServer, OpenAIServer], fields: dict[str, Any], fragment: str
 ) -> None:
     with routed(*servers) as client:
         refused = complete(client, **fields)
         assert refused.status_code == 400
-        assert words in refused.json()["error"]["message"]
+        assert fragment in refused.json()["error"]["message"]
         for content in (b"{", b"[]", b"\xff"):
             assert client.post("/v1/completions", content=content).status_code == 400
         assert client.post("/v1/chat/completions", json={}).json()["error"]["message"] == "no 'messages': send a prompt"

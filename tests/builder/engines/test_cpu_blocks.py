@@ -121,8 +121,8 @@ def test_decoded_tokens_do_not_depend_on_the_batch(family: str, tmp_path: Path) 
         assert alone == tokens
 
 
-@pytest.mark.parametrize(("isa", "words"), [("portable", "lacks AVX2"), ("avx2", "lacks AVX-512"), ("avx512", "")])
-def test_a_processor_without_the_best_instructions_is_noted(isa: str, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("isa", "fragment"), [("portable", "lacks AVX2"), ("avx2", "lacks AVX-512"), ("avx512", "")])
+def test_a_processor_without_the_best_instructions_is_noted(isa: str, fragment: str, tmp_path: Path) -> None:
     best = cpu.isa()
     try:
         cpu.use_isa(isa)
@@ -130,8 +130,8 @@ def test_a_processor_without_the_best_instructions_is_noted(isa: str, words: str
     finally:
         cpu.use_isa(best)
     noted = [remark for remark in remarks if "this processor lacks" in remark]
-    assert len(noted) == bool(words)
-    assert all(words in remark for remark in noted)
+    assert len(noted) == bool(fragment)
+    assert all(fragment in remark for remark in noted)
 
 
 def test_an_engine_that_is_only_asked_for_logits_allocates_no_cache(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_same_versions_may_run_and_a_local_label_or_cuda_minor_does_not_matter()
 
 
 @pytest.mark.parametrize(
-    ("here", "words"),
+    ("here", "fragment"),
     [
         ({"sm": 89}, "SM 90 (here: 89)"),
         ({"tensorrt": "10.16.0"}, "TensorRT 10.14.1 (here: 10.16.0)"),
@@ -39,8 +39,8 @@ def test_same_versions_may_run_and_a_local_label_or_cuda_minor_does_not_matter()
         ({"cuda": "12.9"}, "CUDA 13.0.1 (here: 12.9)"),
     ],
 )
-def test_mismatch_is_named(here, words):
-    assert list(version_lock.mismatches(locked(), locked(**here)).values()) == [words]
+def test_mismatch_is_named(here, fragment):
+    assert list(version_lock.mismatches(locked(), locked(**here)).values()) == [fragment]
 
 
 def test_engine_for_another_gpu_names_the_container_and_the_gpu(tmp_path, monkeypatch):
@@ -81,9 +81,9 @@ def test_cuda_is_the_toolkits_where_no_wheel_brings_it(tmp_path, monkeypatch):
 
 def test_nvidia_smi_answers_are_read_and_strange_lines_passed_over():
     text = "NVIDIA H100 80GB HBM3, 9.0, 81559, 81000, 580.65.06\nNVIDIA B200, 10.0, 183359, [N/A], 580.65.06\n"
-    found = nvidia_smi.parse(text)
-    assert [(g.name, g.sm) for g in found] == [("NVIDIA H100 80GB HBM3", 90)]
-    assert found[0].memory_total == 81559 << 20
+    actual = nvidia_smi.parse(text)
+    assert [(g.name, g.sm) for g in actual] == [("NVIDIA H100 80GB HBM3", 90)]
+    assert actual[0].memory_total == 81559 << 20
 
 
 def test_launch_scripts_are_valid_bash_and_pass_the_environment_on(tmp_path):
@@ -137,14 +137,14 @@ def test_launch_scripts_start_the_server_with_the_library_and_the_module(tmp_pat
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "ENGINE": str(engine)}
     command = [engine / "launch" / script, *(["repository"] if script == "triton.sh" else [])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    program, *words, preload, modules = done.stdout.splitlines()
+    program, *arguments, preload, modules = done.stdout.splitlines()
     assert (preload, modules) == (str(library), str(engine))
     if script == "triton.sh":
-        assert (program, words) == ("tritonserver", ["--model-repository=repository"])
+        assert (program, arguments) == ("tritonserver", ["--model-repository=repository"])
     else:
-        assert (program, words[0]) == ("trtllm-serve", str(engine))
-        assert words[words.index("--extra_llm_api_options") + 1] == f"{engine}/llm_args.yaml"
-        assert words[words.index("--port") + 1] == "8000"
+        assert (program, arguments[0]) == ("trtllm-serve", str(engine))
+        assert arguments[arguments.index("--extra_llm_api_options") + 1] == f"{engine}/llm_args.yaml"
+        assert arguments[arguments.index("--port") + 1] == "8000"
 
 
 def test_triton_starts_one_server_a_rank_of_a_tensorrt_engine(tmp_path):
@@ -157,10 +157,10 @@ def test_triton_starts_one_server_a_rank_of_a_tensorrt_engine(tmp_path):
     environment = {"PATH": f"{tools}:{os.environ['PATH']}"}
     command = [tmp_path / "launch/triton.sh", "a repository", "--http-port=9000"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    words = done.stdout.splitlines()
-    cut = words.index(":")
-    first, second = words[1:cut], words[cut + 1 :]
-    assert words[0] == "--allow-run-as-root"
+    arguments = done.stdout.splitlines()
+    cut = arguments.index(":")
+    first, second = arguments[1:cut], arguments[cut + 1 :]
+    assert arguments[0] == "--allow-run-as-root"
     common = ["-n", "1", "-x", "LD_PRELOAD", "-x", "PYTHONPATH", "tritonserver", "--model-repository=a repository"]
     assert first[: len(common)] == second[: len(common)] == common
     assert [side[-1] for side in (first, second)] == ["--http-port=9000"] * 2

@@ -12,9 +12,9 @@ def rank(log: str, sparse=None) -> sparsity_report.Rank:
 def test_layer_counts_as_picked_only_where_every_rank_picked_it():
     name = "LLaMAForCausalLM/transformer/layers/0/{}/MATRIX_MULTIPLY_0"
     a, b = name.format("mlp/fused_fc"), name.format("mlp/proj")
-    found = f"(Sparsity) Found 2 layer(s) eligible to use sparse tactics: {a}, {b}\n"
-    both = rank(f"{found}(Sparsity) Chose 2 layer(s) using sparse tactics: {a}, {b}")
-    one = rank(f"{found}(Sparsity) Chose 1 layer(s) using sparse tactics: {a}")
+    actual = f"(Sparsity) Found 2 layer(s) eligible to use sparse tactics: {a}, {b}\n"
+    both = rank(f"{actual}(Sparsity) Chose 2 layer(s) using sparse tactics: {a}, {b}")
+    one = rank(f"{actual}(Sparsity) Chose 1 layer(s) using sparse tactics: {a}")
     status = {
         n: sparsity_report.judge(f"transformer.layers.0.mlp.{n}", "native", [both, one]) for n in ("fc", "gate", "proj")
     }

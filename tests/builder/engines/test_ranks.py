@@ -70,7 +70,7 @@ def test_children_of_a_rank_end_with_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("log", "words"),
+    ("log", "fragment"),
     [
         ("x\n[TRT] [E] getPluginCreator could not find plugin: Gemm version: 1\n", "plugin library is missing"),
         ("RuntimeError: SmoothQuant is not supported on SM>=100", "use quantization.format=fp8"),
@@ -80,8 +80,8 @@ def test_children_of_a_rank_end_with_it(tmp_path):
         ("", "it wrote nothing"),
     ],
 )
-def test_failure_is_explained(log, words):
-    assert words in build_errors.explain(log)
+def test_failure_is_explained(log, fragment):
+    assert fragment in build_errors.explain(log)
 
 
 def test_code_that_a_traceback_quotes_is_not_what_happened():

@@ -112,16 +112,16 @@ def test_table_begins_with_the_largest_layers_and_keeps_every_row(monkeypatch: p
     row["peers_us"] = {"torch-cusparselt": 15.0, "torch-cutlass": "no fp8"}
     monkeypatch.setattr(gemm, "row", lambda *_: dict(row))
     kept: list[int] = []
-    said: list[str] = []
+    printed: list[str] = []
     late = iter([False, False, True])
     rows = gemm.table(
-        "llama-3.1-8b", ["fp8"], [8], report=said.append, expired=lambda: next(late),
+        "llama-3.1-8b", ["fp8"], [8], report=printed.append, expired=lambda: next(late),
         keep=lambda rows: kept.append(len(rows)),
     )  # fmt: skip
     assert [row["layer"] for row in rows] == ["gate_up_proj", "down_proj"]
     assert kept == [1, 2]
-    assert said[1].endswith("torch-cusparselt: 15.00 us\n" + " " * 26 + "torch-cutlass: no fp8")
-    assert said[-1] == "out of time before fp8 qkv_proj at 8 tokens"
+    assert printed[1].endswith("torch-cusparselt: 15.00 us\n" + " " * 26 + "torch-cutlass: no fp8")
+    assert printed[-1] == "out of time before fp8 qkv_proj at 8 tokens"
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "fp8"])
@@ -155,18 +155,18 @@ def test_engines_measurement_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, tm
     )
     monkeypatch.setattr(benchmark, "eager_us", lambda call: call() is None or 8.0)
     kept: list[list[str]] = []
-    found = benchmark.run("tiny", 60, lambda found: kept.append(list(found["results"])), device="cpu")
+    actual = benchmark.run("tiny", 60, lambda actual: kept.append(list(actual["results"])), device="cpu")
     steps = [[], ["fp8"], ["fp8", "fp8-2of4"], ["fp8", "fp8-2of4", "bf16"]]
     assert kept == [steps[0], *(step for step in steps[1:] for _ in range(4))], "after each batch and each model"
-    fp8 = found["results"]["fp8"]
+    fp8 = actual["results"]["fp8"]
     assert fp8["dense_us"]["8"] == dict.fromkeys(
         ("cublaslt", "torch", "cublaslt, padded to 16", "cublaslt, padded to 32", "torch, padded to 16"), 4.0
     )
     assert set(fp8["dense_us"]["64"]) == {"cublaslt", "torch"}
     assert fp8["kernels"]["1"] == "not counted: there is no GPU here"
-    assert found["tactics"]["asked"] == (1, 8, 64, 64)
-    assert found["speedup"]["decode_us over fp8"] == {"1": 1.0, "8": 1.0, "64": 1.0}
-    bytes_ = {name: result["weight_bytes"] for name, result in found["results"].items()}
+    assert actual["tactics"]["asked"] == (1, 8, 64, 64)
+    assert actual["speedup"]["decode_us over fp8"] == {"1": 1.0, "8": 1.0, "64": 1.0}
+    bytes_ = {name: result["weight_bytes"] for name, result in actual["results"].items()}
     shapes = [(128, 128), (64, 128), (64, 128), (128, 128), (256, 128), (256, 128), (128, 256)]  # of a block
     assert bytes_["bf16"] - bytes_["fp8"] == 2 * sum(n * k for n, k in shapes), "two blocks at half the bytes"
     packed = 2 * sum(skinny_layout.packed_bytes(n, k, "fp8") for n, k in shapes)

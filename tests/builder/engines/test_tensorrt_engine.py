@@ -53,16 +53,16 @@ def test_int8_never_meets_a_gemm_plugin_or_a_fused_mlp(tmp_path):
 
 
 def test_a_layer_goes_to_our_plugin_only_where_it_measured_faster(tmp_path):
-    found = trtllm_checkpoint.read(write_checkpoint(tmp_path))
-    chosen = tensorrt.routes(found, {LAYERS[0]: 1.3, LAYERS[1]: 0.9})
+    actual = trtllm_checkpoint.read(write_checkpoint(tmp_path))
+    chosen = tensorrt.routes(actual, {LAYERS[0]: 1.3, LAYERS[1]: 0.9})
     assert chosen[LAYERS[0]] == "plugin"
     assert {chosen[layer] for layer in LAYERS[1:]} == {"native"}
-    assert tensorrt.build_config(found, CONFIG, chosen)["plugin_config"]["use_fused_mlp"]
-    swapped = tensorrt.routes(found, dict.fromkeys(LAYERS, 2.0))
-    settings = tensorrt.build_config(found, CONFIG, swapped)
+    assert tensorrt.build_config(actual, CONFIG, chosen)["plugin_config"]["use_fused_mlp"]
+    swapped = tensorrt.routes(actual, dict.fromkeys(LAYERS, 2.0))
+    settings = tensorrt.build_config(actual, CONFIG, swapped)
     assert not settings["plugin_config"]["use_fused_mlp"]  # fusing would throw the swapped layers away
     assert not settings["weight_sparsity"]
-    mixed = tensorrt.routes(found, dict.fromkeys(LAYERS, 2.0), picked=LAYERS[:2])
+    mixed = tensorrt.routes(actual, dict.fromkeys(LAYERS, 2.0), picked=LAYERS[:2])
     assert [mixed[layer] for layer in LAYERS[:3]] == [
         "native",
         "native",
@@ -132,15 +132,15 @@ def test_build_script_runs_the_same_command_wherever_the_artifact_lies(tmp_path)
     (tools / "trtllm-build").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
     done = subprocess.run([moved / "engine/build.sh"], capture_output=True, text=True, env=environment, check=True)
-    *words, path = done.stdout.splitlines()
+    *arguments, path = done.stdout.splitlines()
     made, now = str(tmp_path / "made/engine"), str(moved / "engine")
     expected = [word.replace(made, now).replace(str(checkpoint), f"{now}/../checkpoint-trtllm") for word in command]
-    assert words == expected
+    assert arguments == expected
     assert path.startswith(f"PYTHONPATH={now}/hooks")  # trtllm-build's workers import `models` from here
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "fragment"),
     [
         ({"architecture": "Gemma9ForCausalLM"}, "'Gemma9ForCausalLM' is not an architecture"),
         ({"dtype": "float64"}, "dtype 'float64'"),
@@ -153,9 +153,9 @@ def test_build_script_runs_the_same_command_wherever_the_artifact_lies(tmp_path)
         ),
     ],
 )
-def test_bad_config_is_refused_in_one_line(tmp_path, changes, words):
+def test_bad_config_is_refused_in_one_line(tmp_path, changes, fragment):
     checkpoint = write_checkpoint(tmp_path, **changes)
-    with pytest.raises(UserError, match=words) as refused:
+    with pytest.raises(UserError, match=fragment) as refused:
         trtllm_checkpoint.read(checkpoint)
     assert "\n" not in str(refused.value)
 

@@ -87,7 +87,7 @@ def lose_shard(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attack", "words"),
+    ("attack", "fragment"),
     [
         (break_weight, "'model.layers.1.mlp.up_proj.weight' is declared 2:4, but row 3, group 1 "),
         (declare_missing, "declares 'model.layers.9.mlp.up_proj'"),
@@ -103,17 +103,17 @@ def lose_shard(directory: Path) -> None:
         ),
     ],
 )
-def test_a_broken_checkpoint_is_refused(attack, words: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_broken_checkpoint_is_refused(attack, fragment: str, tiny: Path, tmp_path: Path) -> None:
     checkpoint = sparse_checkpoint(tiny, tmp_path / "checkpoint")
     attack(checkpoint)
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError, match=fragment) as error:
         artifact.build(checkpoint, tmp_path / "engine", Limits())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "engine" / "engine.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("attack", "words"),
+    ("attack", "fragment"),
     [
         (lambda d: shutil.rmtree(d), "is not an engine directory: it holds no engine.json"),
         (lambda d: change_json(d / "engine.json", backend="tensorrt"), "engine of backend 'tensorrt'"),
@@ -128,10 +128,10 @@ def test_a_broken_checkpoint_is_refused(attack, words: str, tiny: Path, tmp_path
         ),
     ],
 )
-def test_a_foreign_engine_is_refused(attack, words: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_foreign_engine_is_refused(attack, fragment: str, tiny: Path, tmp_path: Path) -> None:
     artifact.build(tiny, tmp_path / "engine", Limits())
     attack(tmp_path / "engine")
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError, match=fragment) as error:
         artifact.load(tmp_path / "engine")
     assert "\n" not in str(error.value)
 

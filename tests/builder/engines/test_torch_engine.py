@@ -199,7 +199,7 @@ def test_an_abandoned_generation_leaves_nothing_behind(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "fragment"),
     [
         (Request("x", (), 1), "has no tokens"),
         (Request("x", (5,), 0), "asks for 0 tokens"),
@@ -213,10 +213,10 @@ def test_an_abandoned_generation_leaves_nothing_behind(tiny: Path) -> None:
         (Request("taken", (5,), 5), "an id of its own"),
     ],
 )
-def test_a_request_that_cannot_run_is_refused(tiny: Path, request_: Request, words: str) -> None:
+def test_a_request_that_cannot_run_is_refused(tiny: Path, request_: Request, fragment: str) -> None:
     engine = artifact.load_hf(tiny, max_num_tokens=20)
     engine.add(Request("taken", (5,), 5))
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError, match=fragment) as error:
         engine.add(request_)
     assert f"'{request_.id}'" in str(error.value)
     assert "\n" not in str(error.value)

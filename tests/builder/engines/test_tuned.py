@@ -54,9 +54,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> bindings.Context:
     return opened
 
 
-def sources(found: dict[str, Any]) -> set[tuple[str, bool]]:
+def sources(actual: dict[str, Any]) -> set[tuple[str, bool]]:
     """The file's source with every bucket's own word."""
-    return {(found["source"], bucket["measured"]) for layer in found["layers"].values() for bucket in layer["buckets"]}
+    return {
+        (actual["source"], bucket["measured"]) for layer in actual["layers"].values() for bucket in layer["buckets"]
+    }
 
 
 def test_torch_engine_is_tuned_on_a_gpu_and_obeys(
@@ -69,8 +71,8 @@ def test_torch_engine_is_tuned_on_a_gpu_and_obeys(
     use_times(monkeypatch, us)
     registry.build("torch", checkpoints, tmp_path / "engine", CONFIG, "H100-SXM")
     read = tactics.read(tmp_path / "engine")
-    found = json.loads((tmp_path / "engine" / "tactics.json").read_text())
-    assert sources(found) == {("measured", True)}
+    actual = json.loads((tmp_path / "engine" / "tactics.json").read_text())
+    assert sources(actual) == {("measured", True)}
     assert (read.source, read.gpu, read.versions["cusparselt"]) == ("measured", "Stand-in", 801)
     assert [(b.tokens, b.kernel, b.ratio) for b in read.layers[UP].buckets] == [
         (1, "skinny", 2.0), (8, "skinny", 2.0), (16, "skinny", 2.0),
@@ -80,7 +82,7 @@ def test_torch_engine_is_tuned_on_a_gpu_and_obeys(
     assert list(read.layers)[-1] == "lm_head"
     assert not read.layers["lm_head"].buckets
 
-    kernels = Kernels(found, torch.bfloat16, CUDA)
+    kernels = Kernels(actual, torch.bfloat16, CUDA)
     assert kernels.choices(UP, STORED) == [(1, "skinny"), (8, "skinny"), (16, "skinny")]
     assert kernels.choices(DOWN, STORED) == [(1, "cublaslt"), (8, "cublaslt"), (16, "cublaslt")]
     assert kernels.remarks == []
@@ -130,7 +132,7 @@ def test_predicted_or_foreign_tactics_on_a_gpu_are_said_to_be(
     from_a_cpu = registry.tactics(checkpoints / "hf", CONFIG, "L4")
     foreign = {**measured, "device": {**measured["device"], "name": "NVIDIA L4", "sm": 89}}
     older = {**measured, "versions": {**measured["versions"], "cusparselt": 900}}
-    for given, words in (
+    for given, fragment in (
         (predicted, "its kernels were chosen by prediction, not measured: build the engine again on this GPU"),
         (from_a_cpu, f"its kernels were timed on {processor()}, and this is Stand-in (SM 90): build the engine again"),
         (foreign, "its kernels were timed on NVIDIA L4 (SM 89), and this is Stand-in (SM 90): build the engine again"),
@@ -144,7 +146,7 @@ def test_predicted_or_foreign_tactics_on_a_gpu_are_said_to_be(
             kernels.choices(UP, STORED)
             kernels.choices(DOWN, STORED)
         (remark,) = kernels.remarks
-        assert remark.startswith(words)
+        assert remark.startswith(fragment)
         assert [record.message for record in caplog.records] == [remark]
 
 
@@ -205,8 +207,8 @@ def test_a_model_without_2to4_layers_needs_no_kernels(gpu: bindings.Context, mon
     layer = SimpleNamespace(
         name="lm_head", out_features=8, in_features=8, format="fp8", sparse=False, fraction=0.0, segments=None
     )
-    found = measured_tactics.tactics([layer], CONFIG, "bfloat16")
-    assert (found["source"], found["device"]["name"], found["layers"]["lm_head"]["buckets"]) == (
+    actual = measured_tactics.tactics([layer], CONFIG, "bfloat16")
+    assert (actual["source"], actual["device"]["name"], actual["layers"]["lm_head"]["buckets"]) == (
         "measured",
         "Stand-in",
         [],
