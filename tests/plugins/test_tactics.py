@@ -149,7 +149,8 @@ def test_algorithms_are_given_back_only_to_the_same_gpu_and_libraries(monkeypatc
     given: list[tuple[int, str, str, tuple[int, ...]]] = []
 
     def take(problem: structures.Gemm, algorithm: tuple[int, ...]) -> None:
-        given.append((problem.tokens, structures.FORMATS[problem.type], structures.FORMATS[problem.out_type], algorithm))
+        types = structures.FORMATS[problem.type], structures.FORMATS[problem.out_type]
+        given.append((problem.tokens, *types, algorithm))
 
     fake = SimpleNamespace(
         info=lambda: SimpleNamespace(sm=90, cusparselt_version=801, cublaslt_version=130100),
