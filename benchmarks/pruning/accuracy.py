@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         results[name] |= judged
     settings = {
         "model": str(arguments.model), "calibration": arguments.calibration, "evaluation": arguments.evaluation,
-        "samples": arguments.samples, "sequence_length": arguments.sequence_length, "seed": arguments.seed,
+        "every": arguments.every, "samples": arguments.samples, "sequence_length": arguments.sequence_length, "seed": arguments.seed,
         "layers": len(layers), "pattern": "2:4", "threads": arguments.threads,
     }  # fmt: skip
     return {"environment": describe(), "settings": settings, "methods": results, "shares": _shares(results)}
@@ -112,7 +112,7 @@ def judge(arguments: argparse.Namespace, layers: list[str], directories: dict[st
     print("judging ...", file=sys.stderr, flush=True)
     judged = run_script(
         sys.executable, "judge", str(arguments.model), arguments.evaluation, str(arguments.sequence_length),
-        json.dumps(layers), *directories.values(),
+        str(arguments.every), json.dumps(layers), *directories.values(),
     )  # fmt: skip
     return {name: json.loads(line) for name, line in zip(directories, judged.splitlines(), strict=True)}
 
@@ -188,6 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=Path("examples/docs-llama"))
     parser.add_argument("--calibration", default="examples/docs-llama/calibration.jsonl")
     parser.add_argument("--evaluation", default="examples/docs-llama/evaluation.jsonl")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="evaluate on every Nth sequence")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,7 @@
-"""python -m benchmarks.pruning.scripts.judge DENSE DATA LENGTH LAYERS MODEL...
+"""python -m benchmarks.pruning.scripts.judge DENSE DATA LENGTH EVERY LAYERS MODEL...
 
-Prints one JSON line a model: its accuracy against the dense model on held-out text, and whether LAYERS hold 2:4.
+Prints one JSON line a model: its accuracy against the dense model on held-out text, of which each EVERYth sequence is
+taken, and whether LAYERS hold 2:4.
 """
 
 import json
@@ -19,10 +20,11 @@ def logits(directory: str) -> Logits:
     return hf_logits(load_model(Path(directory)).to(torch.float32))
 
 
-def main(dense: str, data: str, length: str, layers: str, *models: str) -> None:
+def main(dense: str, data: str, length: str, every: str, layers: str, *models: str) -> None:
     text = windows(data, Path(dense), int(length))
+    tokens, documents = text.tokens[:: int(every)], text.documents[:: int(every)]
     for model in models:
-        accuracy = evaluate(logits(dense), logits(model), text.tokens, text.documents).to_dict()
+        accuracy = evaluate(logits(dense), logits(model), tokens, documents).to_dict()
         weights = Weights(Path(model))
         groups = [weights.read(f"{name}.weight").unflatten(1, (-1, 4)) for name in json.loads(layers)]
         holds = all(bool(((group != 0).sum(2) <= 2).all()) for group in groups)
