@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         results[name] |= judged
     settings = {
         "model": str(arguments.model), "calibration": arguments.calibration, "evaluation": arguments.evaluation,
-        "every": arguments.every, "samples": arguments.samples, "sequence_length": arguments.sequence_length, "seed": arguments.seed,
-        "layers": len(layers), "pattern": "2:4", "threads": arguments.threads,
+        "every": arguments.every, "samples": arguments.samples, "sequence_length": arguments.sequence_length,
+        "seed": arguments.seed, "layers": len(layers), "pattern": "2:4", "threads": arguments.threads,
     }  # fmt: skip
     return {"environment": describe(), "settings": settings, "methods": results, "shares": _shares(results)}
 

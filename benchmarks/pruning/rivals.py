@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         add("2:4 in all layers, llm-compressor", out, SAVED)
     for name, judged in judge(arguments, layers, directories).items():
         rows[name] |= judged
-    settings = {name: str(getattr(arguments, name)) for name in ("model", "calibration", "evaluation", "every", "samples")}
+    names = ("model", "calibration", "evaluation", "every", "samples")
+    settings = {name: str(getattr(arguments, name)) for name in names}
     return {"environment": describe(), "settings": settings, "rows": rows}
 
 
