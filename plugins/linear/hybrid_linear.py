@@ -1,93 +1,40 @@
 """The linear layer that is 2:4 in part: two layers, each on the kernel of its kind, of slices of x or of y.
 
-Stored beside the tensors of any layer (factory.py), in place of `weight`:
-
-    weight_values, weight_indices   the 2:4 rows or inputs side by side, packed
-    weight_dense                    the others
-    weight_segments                 int32: the axis, then kind and size of each segment in order
-
 Legend: M tokens, N out_features, K in_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from plugins.common.errors import UserError
 from plugins.libtwofour import cpu
 from plugins.linear.cpu_linear import CpuLinear, apply, join_parts
+from plugins.linear.hybrid_tensors import Tensors, common, join, parts_of
 from plugins.linear.torch_linear import InputQuantizer, Linear
-from plugins.sparsity.segments import Axis, Kind, Segments
-from plugins.sparsity.torch_packing import pack, unpack
+from plugins.sparsity.segments import Segments
 
-AXES: tuple[Axis, ...] = ("rows", "inputs")
-KINDS: tuple[Kind, ...] = ("dense", "2:4")
-ALONG = {"rows": ("weight_scale", "bias"), "inputs": ("pre_quant_scale",)}  # what is cut with the weight
-
-Tensors = Mapping[str, torch.Tensor]
 Build = Callable[[Tensors], Linear]
 
 
-def encode(segments: Segments) -> torch.Tensor:
-    """`weight_segments` of a layer."""
-    parts = [code for part in segments.parts for code in (KINDS.index(part.kind), part.size)]
-    return torch.tensor([AXES.index(segments.axis), *parts], dtype=torch.int32)
-
-
-def decode(stored: torch.Tensor) -> Segments:
-    """The segments that `encode` took. Raises UserError where the tensor is damaged."""
-    axis, *parts = stored.tolist()
-    if axis not in (0, 1) or len(parts) % 2 or set(parts[::2]) - {0, 1}:
-        raise UserError(f"weight_segments {stored.tolist()} are damaged: build the engine again")
-    return Segments.of(AXES[axis], [(KINDS[kind], size) for kind, size in zip(parts[::2], parts[1::2], strict=True)])
-
-
-def split(weight_NK: torch.Tensor, segments: Segments) -> dict[str, torch.Tensor]:
-    """The stored form of a weight [N, K]. Raises UserError where a 2:4 segment is not 2:4."""
-    axis = AXES.index(segments.axis)
-    sparse, dense = (_select(weight_NK, axis, segments, kind) for kind in ("2:4", "dense"))
-    values, indices = pack(sparse)
-    return {
-        "weight_values": values,
-        "weight_indices": indices,
-        "weight_dense": dense,
-        "weight_segments": encode(segments),
-    }
-
-
-def join(tensors: Tensors) -> torch.Tensor:
-    """The weight [N, K] that `split` took."""
-    segments, dense = decode(tensors["weight_segments"]), tensors["weight_dense"]
-    axis, sparse = AXES.index(segments.axis), unpack(tensors["weight_values"], tensors["weight_indices"])
-    side_by_side = torch.cat([_bits(sparse), _bits(dense)], axis)
-    places = torch.cat([_indices(segments, kind) for kind in ("2:4", "dense")]).to(dense.device)
-    return side_by_side.index_select(axis, places.argsort()).view(dense.dtype)
-
-
 def build_hybrid(tensors: Tensors, build: Build) -> Linear:
-    """The layer that `tensors` describe; `build` makes each part from its own tensors.
+    """The layer that `tensors` (hybrid_tensors.py) describe; `build` makes each part from its own tensors.
 
-    Where ranks hold their shares of both kinds the parts are no slices, and the layer is one dense one.
+    Where the parts are no slices the layer is one dense one.
     """
-    segments = decode(tensors["weight_segments"])
-    common = {name: tensor for name, tensor in tensors.items() if not name.startswith("weight_") or "scale" in name}
-    if [part.kind for part in segments.parts] != ["2:4", "dense"]:
-        layer = build({"weight": join(tensors), **common})
+    cut = parts_of(tensors)
+    if cut is None:
+        layer = build({"weight": join(tensors), **common(tensors)})
         layer.sparse = True
         return layer
-    parts = [
-        {"weight_values": tensors["weight_values"], "weight_indices": tensors["weight_indices"]},
-        {"weight": tensors["weight_dense"]},
-    ]
-    for stored, part in zip(parts, segments.parts, strict=True):
-        for name, tensor in common.items():
-            cut = name in ALONG[segments.axis] and tensor.numel() == segments.size
-            stored[name] = tensor[part.slice].clone() if cut else tensor
+    segments, parts = cut
     if segments.axis == "inputs":
         parts[1].pop("bias", None)  # it is added once
-    return HybridLinear([build(stored) for stored in parts], segments)
+    hybrid = HybridLinear([build(stored) for stored in parts], segments)
+    if "weight_joined" in tensors:
+        hybrid.sparse_rows = tuple(tensors["weight_joined"].tolist())
+    return hybrid
 
 
 class HybridLinear(Linear):
@@ -163,17 +110,3 @@ def _common_quantizer(sparse: Linear, dense: Linear, by_row: bool) -> InputQuant
         return None
     of_inputs = [part.quantizer.multiplier.expand(part.in_features) for part in (sparse, dense) if part.quantizer]
     return InputQuantizer(torch.cat(of_inputs), first.quantize)
-
-
-def _select(weight_NK: torch.Tensor, axis: int, segments: Segments, kind: Kind) -> torch.Tensor:
-    places = _indices(segments, kind).to(weight_NK.device)
-    return _bits(weight_NK).index_select(axis, places).view(weight_NK.dtype)
-
-
-def _indices(segments: Segments, kind: Kind) -> torch.Tensor:
-    return torch.from_numpy(segments.indices(kind))
-
-
-def _bits(weight: torch.Tensor) -> torch.Tensor:
-    """float8 has no index_select on a CPU: its bytes have."""
-    return weight.view(torch.uint8) if weight.element_size() == 1 else weight

@@ -5,12 +5,14 @@ Legend: M tokens, N out_features, K in_features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from plugins.linear.hybrid_tensors import Tensors, encode, parts_of
 from plugins.linear.torch_linear import Linear
+from plugins.sparsity.segments import Segments
 
 GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 ROWS = ("weight", "weight_values", "weight_indices", "bias")  # tensors of N rows, laid one after the other
@@ -18,12 +20,15 @@ SHARED = ("input_scale", "pre_quant_scale")  # of the input: one product has one
 KNOWN = {*ROWS, *SHARED, "weight_scale"}
 
 
-def join(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
+def join(parts: Sequence[Tensors], unit: int = 1) -> dict[str, torch.Tensor] | None:
     """The stored tensors of one layer that puts out what `parts` do, side by side, number for number.
 
-    Weight scales that differ become one a row. None where no one product gives the same numbers: another format, only
-    some 2:4, or inputs scaled differently.
+    Where some are 2:4 in part, so is the layer: first the 2:4 rows of all, a multiple of `unit` of each, then the dense
+    rows of all. Weight scales that differ become one a row. None where no one product of a kind gives the same numbers:
+    another format, only some 2:4, or inputs scaled differently.
     """
+    if any("weight_segments" in part for part in parts):
+        return _join_hybrid(parts, unit)
     first = parts[0]
     if any(set(part) != set(first) for part in parts) or not set(first) <= KNOWN:
         return None
@@ -38,6 +43,45 @@ def join(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     return joined
 
 
+def _join_hybrid(parts: Sequence[Tensors], unit: int) -> dict[str, torch.Tensor] | None:
+    cuts = [_cut(part) for part in parts]
+    sparse_rows = [0 if sparse is None else len(sparse["weight_values"]) for sparse, _ in cuts]
+    if any(cut == (None, None) for cut in cuts) or any(rows % unit for rows in sparse_rows):
+        return None
+    sparse, dense = (join([half for half in halves if half is not None]) for halves in zip(*cuts, strict=True))
+    if sparse is None or dense is None or not _alike(sparse, dense):
+        return None
+    rows = len(sparse["weight_values"]), len(dense["weight"])
+    joined = {name: sparse[name] for name in ("weight_values", "weight_indices", *SHARED) if name in sparse}
+    joined |= {"weight_dense": dense["weight"], "weight_joined": torch.tensor(sparse_rows, dtype=torch.int32)}
+    joined["weight_segments"] = encode(Segments.of("rows", [("2:4", rows[0]), ("dense", rows[1])]))
+    if "bias" in sparse:
+        joined["bias"] = torch.cat([sparse["bias"], dense["bias"]])
+    if "weight_scale" in sparse:
+        joined["weight_scale"] = _join_scales([sparse, dense])
+    return joined
+
+
+def _cut(part: Tensors) -> tuple[Tensors | None, Tensors | None]:
+    """The tensors of a layer's 2:4 rows and of its dense ones; neither where it cannot be cut so."""
+    if "weight_segments" not in part:
+        return (part, None) if "weight_values" in part else (None, part)
+    cut = parts_of(part)
+    if cut is None or cut[0].axis != "rows":
+        return None, None
+    sparse, dense = cut[1]
+    return sparse, dense
+
+
+def _alike(sparse: Tensors, dense: Tensors) -> bool:
+    """Whether both have numbers of one format, scales of one kind and the same inputs."""
+    if sparse["weight_values"].dtype != dense["weight"].dtype:
+        return False
+    if set(sparse) - {"weight_values", "weight_indices"} != set(dense) - {"weight"}:
+        return False
+    return all(torch.equal(sparse[name], dense[name]) for name in SHARED if name in sparse)
+
+
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """All rows; those of 8 bit as bytes, as not every operator knows float8."""
     dtype = tensors[0].dtype
@@ -46,7 +90,7 @@ def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(dtype)
 
 
-def _join_scales(parts: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+def _join_scales(parts: Sequence[Tensors]) -> torch.Tensor:
     scales = [part["weight_scale"].reshape(-1) for part in parts]
     if all(scale.numel() == 1 and torch.equal(scale, scales[0]) for scale in scales):
         return scales[0]

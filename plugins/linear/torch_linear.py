@@ -24,6 +24,7 @@ class Linear(nn.Module):
     dtype: torch.dtype  # of y
     out_features: int
     in_features: int
+    sparse_rows: tuple[int, ...] = ()  # of each of the layers that this one joins: y has these first, then the others
     quantizer: InputQuantizer | None = None
     refused: str | None = None  # why our kernels did not take the layer, where they were asked to
     operand: torch.dtype | None = None  # 8-bit dtype of what `multiply` takes; None: the layer rounds its input itself

@@ -52,12 +52,16 @@ def rope_and_cache(
     k_multiplier: torch.Tensor | None,
     v_multiplier: torch.Tensor | None,
     table: torch.Tensor | None,
+    q_first: int = 0,
+    k_first: int = 0,
+    v_first: int = 0,
 ) -> torch.Tensor:
     """Rotated queries [M, heads, D] of q, k and v side by side; writes token m's key and value at positions_M[m].
 
     `q_norm_D` and `k_norm_D` normalize each head first. The cache [P, H, S, D] is contiguous; `table` int32
     [M, pages] names the pages of S positions that hold token m's sequence; None: all of it lies in row m.
-    Multipliers [1] float32 (1 / scale) belong to an 8-bit cache.
+    Multipliers [1] float32 (1 / scale) belong to an 8-bit cache. The first so many heads of q, k and v (`q_first`,
+    `k_first`, `v_first`) come before all others in `qkv_MN`: those of 2:4 weights (Linear.sparse_rows).
     """
     return reference.rope_and_cache(
         qkv_MN,
@@ -72,6 +76,9 @@ def rope_and_cache(
         k_multiplier,
         v_multiplier,
         table,
+        q_first,
+        k_first,
+        v_first,
     )
 
 
@@ -100,9 +107,18 @@ def decode_attention(
 
 
 @torch.library.custom_op("twofour::silu_mul", mutates_args=(), device_types="cpu")
-def silu_mul(gate_up_MN: torch.Tensor, multiplier: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """silu(gate) * up [M, N / 2], rounded, of gate and up side by side."""
-    return reference.silu_mul(gate_up_MN, multiplier, dtype)
+def silu_mul(
+    gate_up_MN: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    dtype: torch.dtype,
+    gate_first: int = 0,
+    up_first: int = 0,
+) -> torch.Tensor:
+    """silu(gate) * up [M, N / 2], rounded, of gate and up side by side.
+
+    Their first `gate_first` and `up_first` columns come before all others: those of 2:4 weights (Linear.sparse_rows).
+    """
+    return reference.silu_mul(gate_up_MN, multiplier, dtype, gate_first, up_first)
 
 
 @rms_norm.register_fake
@@ -122,7 +138,7 @@ def _(q_BHD, keys, values, positions, table, length, window, scale, v_scale, mul
 
 
 @silu_mul.register_fake
-def _(gate_up_MN, multiplier, dtype):  # type: ignore[no-untyped-def]
+def _(gate_up_MN, multiplier, dtype, *_):  # type: ignore[no-untyped-def]
     return gate_up_MN.new_empty((gate_up_MN.shape[0], gate_up_MN.shape[1] // 2), dtype=dtype)
 
 

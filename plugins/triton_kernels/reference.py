@@ -8,6 +8,8 @@ H key-value heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from plugins.common import numerics
@@ -27,9 +29,16 @@ def rms_norm(
     return _round(normalize(residual_MK, weight_K, eps), multiplier, dtype)
 
 
-def silu_mul(gate_up_MN: torch.Tensor, multiplier: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def silu_mul(
+    gate_up_MN: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    dtype: torch.dtype,
+    gate_first: int = 0,
+    up_first: int = 0,
+) -> torch.Tensor:
     """See ops.silu_mul."""
-    gate, up = gate_up_MN.chunk(2, dim=1)
+    width = gate_up_MN.shape[1] // 2
+    gate, up = _take_apart(gate_up_MN, (width, width), (gate_first, up_first))
     return _round(torch.nn.functional.silu(gate) * up, multiplier, dtype)
 
 
@@ -46,9 +55,13 @@ def rope_and_cache(
     k_multiplier: torch.Tensor | None,
     v_multiplier: torch.Tensor | None,
     table: torch.Tensor | None,
+    q_first: int = 0,
+    k_first: int = 0,
+    v_first: int = 0,
 ) -> torch.Tensor:
     """See ops.rope_and_cache."""
-    q_MHD, k_MHD, v_MHD = split_heads(qkv_MN, keys_PHSD.shape[1], keys_PHSD.shape[3])
+    first = (q_first, k_first, v_first)
+    q_MHD, k_MHD, v_MHD = split_heads(qkv_MN, keys_PHSD.shape[1], keys_PHSD.shape[3], first)
     if q_norm_D is not None and k_norm_D is not None:
         q_MHD, k_MHD = normalize(q_MHD, q_norm_D, eps), normalize(k_MHD, k_norm_D, eps)
     cos, sin = cos_SD[positions_M][:, None], sin_SD[positions_M][:, None]
@@ -94,11 +107,23 @@ def decode_attention(
     return _round((out if v_scale == 1 else out * v_scale).reshape(requests, -1), multiplier, dtype)
 
 
-def split_heads(qkv: torch.Tensor, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v [..., heads, D] of [..., (heads + 2 H) * D]."""
-    whole = qkv.view(*qkv.shape[:-1], -1, head_dim)
-    q, k, v = whole.split([whole.shape[-2] - 2 * kv_heads, kv_heads, kv_heads], dim=-2)
+def split_heads(
+    qkv: torch.Tensor, kv_heads: int, head_dim: int, first: Sequence[int] = ()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v [..., heads, D] of [..., (heads + 2 H) * D]; the `first` heads of each come before all others."""
+    columns = [kv_heads * head_dim] * 2
+    apart = _take_apart(qkv, (qkv.shape[-1] - sum(columns), *columns), [heads * head_dim for heads in first])
+    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in apart)
     return q, k, v
+
+
+def _take_apart(whole: torch.Tensor, widths: Sequence[int], first: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Matrices of these widths that lie side by side, the `first` columns of each before all others."""
+    if not any(first):
+        return list(whole.split(list(widths), dim=-1))
+    rest = [width - size for width, size in zip(widths, first, strict=True)]
+    pieces = whole.split([*first, *rest], dim=-1)
+    return [torch.cat(pair, dim=-1) for pair in zip(pieces[: len(first)], pieces[len(first) :], strict=True)]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

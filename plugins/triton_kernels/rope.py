@@ -36,6 +36,18 @@ def _product(a, b):
 
 
 @triton.jit
+def _place(head, heads, kv_heads, q_first, k_first, v_first):
+    """Where head number `head` of q, k and v lies, if the first heads of each come before all others."""
+    first = q_first + k_first + v_first
+    place = tl.where(head < q_first, head, head + k_first + v_first)
+    of_k = head - heads
+    k_place = tl.where(of_k < k_first, q_first + of_k, first + heads - q_first + of_k - k_first)
+    of_v = of_k - kv_heads
+    v_place = tl.where(of_v < v_first, q_first + k_first + of_v, heads + kv_heads + of_v)
+    return tl.where(of_v >= 0, v_place, tl.where(of_k >= 0, k_place, place))
+
+
+@triton.jit(do_not_specialize=["q_first", "k_first", "v_first"])
 def _rope_and_cache(
     qkv_ptr,
     cos_ptr,
@@ -56,6 +68,10 @@ def _rope_and_cache(
     head_stride,
     page_size,
     table_stride,
+    q_first,
+    k_first,
+    v_first,
+    SPLIT: tl.constexpr,
     NORM: tl.constexpr,
     MULTIPLIERS: tl.constexpr,
     PAGED: tl.constexpr,
@@ -74,7 +90,10 @@ def _rope_and_cache(
     sin_first = tl.load(sin_ptr + angle, mask=inside, other=0.0)
     sin_second = tl.load(sin_ptr + angle + HEAD_DIM // 2, mask=inside, other=0.0)
     begin_kernel(OVERLAP)
-    source_ptr = qkv_ptr + (token * (heads + 2 * kv_heads) + head) * HEAD_DIM
+    source = head
+    if SPLIT:
+        source = _place(head, heads, kv_heads, q_first, k_first, v_first)
+    source_ptr = qkv_ptr + (token * (heads + 2 * kv_heads) + source) * HEAD_DIM
     first = tl.load(source_ptr + half, mask=inside, other=0.0)
     second = tl.load(source_ptr + HEAD_DIM // 2 + half, mask=inside, other=0.0)
     if head < heads + kv_heads:  # a query or a key
@@ -134,6 +153,9 @@ def rope_and_cache(
     k_multiplier: torch.Tensor | None,
     v_multiplier: torch.Tensor | None,
     table: torch.Tensor | None,
+    q_first: int = 0,
+    k_first: int = 0,
+    v_first: int = 0,
 ) -> torch.Tensor:
     """See ops.rope_and_cache."""
     tokens, width = qkv_MN.shape
@@ -160,6 +182,10 @@ def rope_and_cache(
         keys_PHSD.stride(1),
         page_size,
         0 if table is None else table.stride(0),
+        q_first,
+        k_first,
+        v_first,
+        SPLIT=q_first + k_first + v_first > 0,
         NORM=q_norm_D is not None,
         MULTIPLIERS=0 if k_multiplier is None else 1,
         PAGED=table is not None,

@@ -16,12 +16,15 @@ from plugins.triton_kernels.rounding import load_multiplier, round_to
 BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gate_first", "up_first"])
 def _silu_mul(
     gate_up_ptr,
     multiplier_ptr,
     out_ptr,
     width,
+    gate_first,
+    up_first,
+    SPLIT: tl.constexpr,
     MULTIPLIERS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -31,8 +34,12 @@ def _silu_mul(
     inside = columns < width
     multiplier = load_multiplier(multiplier_ptr, columns, inside, MULTIPLIERS)
     begin_kernel(OVERLAP)
-    gate = tl.load(gate_up_ptr + row * 2 * width + columns, mask=inside, other=0.0)
-    up = tl.load(gate_up_ptr + row * 2 * width + width + columns, mask=inside, other=0.0)
+    gate_at, up_at = columns, width + columns
+    if SPLIT:  # first columns of gate, of up, other columns of gate, of up
+        gate_at = tl.where(columns < gate_first, columns, columns + up_first)
+        up_at = tl.where(columns < up_first, columns + gate_first, columns + width)
+    gate = tl.load(gate_up_ptr + row * 2 * width + gate_at, mask=inside, other=0.0)
+    up = tl.load(gate_up_ptr + row * 2 * width + up_at, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
     activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
     y = (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
@@ -40,7 +47,13 @@ def _silu_mul(
     tl.store(out_ptr + row * width + columns, rounded, mask=inside)
 
 
-def silu_mul(gate_up_MN: torch.Tensor, multiplier: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def silu_mul(
+    gate_up_MN: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    dtype: torch.dtype,
+    gate_first: int = 0,
+    up_first: int = 0,
+) -> torch.Tensor:
     """See ops.silu_mul."""
     rows, width = gate_up_MN.shape[0], gate_up_MN.shape[1] // 2
     out_MN = torch.empty(rows, width, dtype=dtype, device=gate_up_MN.device)
@@ -49,6 +62,9 @@ def silu_mul(gate_up_MN: torch.Tensor, multiplier: torch.Tensor | None, dtype: t
         gate_up_MN if multiplier is None else multiplier,
         out_MN,
         width,
+        gate_first,
+        up_first,
+        SPLIT=gate_first + up_first > 0,
         MULTIPLIERS=0 if multiplier is None else min(multiplier.numel(), 2),
         BLOCK=BLOCK,
         num_warps=4,

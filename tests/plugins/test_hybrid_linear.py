@@ -13,7 +13,8 @@ from plugins.libtwofour import cpu
 from plugins.linear import cpu_linear
 from plugins.linear.cpu_linear import CpuLinear
 from plugins.linear.factory import build_linear
-from plugins.linear.hybrid_linear import HybridLinear, build_hybrid, decode, encode, join, split
+from plugins.linear.hybrid_linear import HybridLinear, build_hybrid
+from plugins.linear.hybrid_tensors import decode, encode, join, split
 from plugins.linear.kernel_linear import DENSE
 from plugins.linear.torch_linear import Linear
 from plugins.sparsity.segments import Axis, Segments

@@ -41,8 +41,8 @@ def block_cases(dtype: torch.dtype, out: torch.dtype, rows: int, width: int) -> 
     multipliers = [torch.tensor([25.0]), torch.linspace(10, 40, width)] if out in EIGHT_BIT else [None]
     for multiplier, added in product(multipliers, (x, None)):
         yield "rms_norm", [residual.clone(), added, weight, 1e-5, multiplier, out]
-    for multiplier in multipliers:
-        yield "silu_mul", [torch.randn(rows, 2 * width, dtype=dtype), multiplier, out]
+    for multiplier, first in product(multipliers, ((0, 0), (width // 4, width // 2), (0, width))):
+        yield "silu_mul", [torch.randn(rows, 2 * width, dtype=dtype), multiplier, out, *first]
 
 
 def cache_cases(
@@ -58,10 +58,14 @@ def cache_cases(
     scale = 1 / 30 if stored in EIGHT_BIT else 1.0
     multiplier = torch.tensor([1 / scale]) if stored in EIGHT_BIT else None
     keys, values = ((torch.randn(pages, kv_heads, page, head_dim) / scale).to(stored) for _ in "kv")
-    for norm in (None, torch.rand(head_dim, dtype=dtype) + 0.5):
+    norms = (None, torch.rand(head_dim, dtype=dtype) + 0.5)
+    for norm, first in product(norms, ((0, 0, 0), (group, 1, kv_heads), (0, kv_heads, 1))):
         qkv = torch.randn(4, (group + 2) * kv_heads * head_dim, dtype=dtype)
         caches = (keys.clone(), values.clone())
-        yield "rope_and_cache", [qkv, cos, sin, positions, norm, norm, 1e-5, *caches, multiplier, multiplier, table]
+        yield (
+            "rope_and_cache",
+            [qkv, cos, sin, positions, norm, norm, 1e-5, *caches, multiplier, multiplier, table, *first],
+        )
     q = torch.randn(4, kv_heads * group, head_dim, dtype=dtype)
     rounding = torch.linspace(20, 60, kv_heads * group * head_dim) if out in EIGHT_BIT else None
     for window in (None, 7):

@@ -62,6 +62,7 @@ class _Block:
         self._first_norm, self._second_norm = layer.input_layernorm, layer.post_attention_layernorm
         norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         self._q_norm, self._k_norm = (None if norm is None else norm.weight for norm in norms)
+        self._heads_first = tuple(rows // self._head_dim for rows in attention.qkv_proj.sparse_rows)
         self._qkv, self._o, self._gate_up, self._down = (
             _Product(layer) for layer in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
         )
@@ -81,7 +82,8 @@ class _Block:
         else:
             x_MK = self._o.layer(self._attend(qkv_MN.view(*shape, -1), positions, batch))
         gate_up_MN = self._gate_up(self._norm(self._second_norm, residual_MK, x_MK, self._gate_up))
-        return self._down(self._ops.silu_mul(gate_up_MN, *self._down.rounding(gate_up_MN.dtype)))
+        rounding = self._down.rounding(gate_up_MN.dtype)
+        return self._down(self._ops.silu_mul(gate_up_MN, *rounding, *self._gate_up.layer.sparse_rows))
 
     def _norm(
         self, norm: nn.Module, residual_MK: torch.Tensor, x_MK: torch.Tensor | None, product: _Product
@@ -105,6 +107,7 @@ class _Block:
             values,
             *cache.multipliers(layer),
             batch.table,
+            *self._heads_first,
         )
         return self._ops.decode_attention(
             q_MHD,
@@ -121,7 +124,7 @@ class _Block:
 
     def _attend(self, qkv_BTN: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Attention [M, heads * D] of several new tokens a request."""
-        q, k, v = reference.split_heads(qkv_BTN, self._kv_heads, self._head_dim)
+        q, k, v = reference.split_heads(qkv_BTN, self._kv_heads, self._head_dim, self._heads_first)
         if self._q_norm is not None and self._k_norm is not None:
             eps = self._first_norm.variance_epsilon
             q, k = reference.normalize(q, self._q_norm, eps), reference.normalize(k, self._k_norm, eps)

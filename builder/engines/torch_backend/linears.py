@@ -154,10 +154,16 @@ class _Loader:
     def __call__(self, unit: str, parts: Sequence[str]) -> dict[str, Linear]:
         """The layer `unit` of its stored parts; the parts themselves where one product cannot replace them."""
         stored = {part: self._stored(part) for part in parts}
-        whole = join(list(stored.values())) if len(parts) > 1 else stored[parts[0]]
+        whole = join(list(stored.values()), self._unit(parts)) if len(parts) > 1 else stored[parts[0]]
         if whole is None:
             return {part: self._layer(part, [part], stored[part]) for part in parts}
         return {unit: self._layer(unit, parts, whole)}
+
+    def _unit(self, parts: Sequence[str]) -> int:
+        """Rows that what reads their outputs takes together: those of a head."""
+        config = self._model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(head_dim) if parts[0].endswith("q_proj") else 1
 
     def _stored(self, name: str) -> dict[str, torch.Tensor]:
         stored = {key: tensor for key, tensor in self._tensors.of(name).items() if key not in KV_SCALES}

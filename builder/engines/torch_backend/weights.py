@@ -14,7 +14,7 @@ from calibration.model.weight_files import INDEX, weight_files
 from plugins.common.errors import UserError
 from plugins.common.formats import Format
 from plugins.common.json_files import write_json
-from plugins.linear.hybrid_linear import split
+from plugins.linear.hybrid_tensors import split
 from plugins.sparsity.declaration import Declaration
 from plugins.sparsity.segments import Segments
 from plugins.sparsity.torch_packing import pack
