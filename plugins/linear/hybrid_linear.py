@@ -77,7 +77,7 @@ class HybridLinear(Linear):
             return apply(self.problem(x.numel() // self.in_features), x, self.out_features)
         if self.quantizer is not None:
             x = self.quantizer(x)
-        return self.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
+        return self.multiply(x.view(-1, self.in_features)).view(*x.shape[:-1], -1)
 
     def multiply(self, q_MK: torch.Tensor) -> torch.Tensor:
         y_MN = q_MK.new_empty(q_MK.shape[0], self.out_features, dtype=self.dtype)

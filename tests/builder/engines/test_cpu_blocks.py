@@ -14,7 +14,7 @@ from builder.engines.request import Request
 from builder.engines.torch_backend import artifact
 from builder.engines.torch_backend.engine import TorchEngine
 from plugins.libtwofour import cpu
-from plugins.linear.hybrid_linear import split
+from plugins.linear.hybrid_tensors import split
 from plugins.sparsity.segments import Segments
 from plugins.sparsity.torch_packing import pack
 
