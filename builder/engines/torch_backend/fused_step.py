@@ -2,6 +2,7 @@
 
     norm | q, k, v | rope, cache | attention (2) | o | norm | gate, up | silu | down: ten kernels a block and token
 
+A layer that is 2:4 in part has two products: fourteen, where all four are.
 The numbers are those of transformers' own layers, rounded where they round. What a linear layer rounds its input to,
 the operator before it puts out. Sequences of more than one new token take the same linear layers, norms and silu;
 their rotary embedding and attention are torch's.
