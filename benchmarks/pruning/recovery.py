@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     run_script(sys.executable, "recover", model, pruned, arguments.text, length, minutes, recovered, str(report))
     results: dict[str, Any] = judge(arguments, layers, directories)
     lost, left = (results[name]["perplexity_increase"] for name in ("pruned", "recovered"))
-    names = ("model", "calibration", "evaluation", "every", "minutes")
-    settings = {name: str(getattr(arguments, name)) for name in names}
+    fields = ("model", "calibration", "evaluation", "every", "minutes")
+    settings = {name: str(getattr(arguments, name)) for name in fields}
     recovery = read_json(report)
     facts = {"environment": describe(), "settings": settings, "recovery": recovery}
     return {**facts, **results, "taken_back": 1 - left / lost}
