@@ -21,9 +21,10 @@ from plugins.common.nvidia_smi import gpus
 
 if TYPE_CHECKING:
     from builder.checkpoint.reading import LayerFacts
-    from plugins.autotune.choice import Shape
+    from plugins.autotune.choice import Hybrid, Shape
+    from plugins.sparsity.segments import Axis
 
-IN_PART = "2:4 in part: each part runs on a kernel of its kind, not timed"
+IN_PART = "2:4 in part: not timed"
 DTYPES = {format.dtype: format.value for format in KERNEL_OUTPUTS}  # config.json's name -> ours
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one product each in TensorRT-LLM
 
@@ -105,25 +106,58 @@ def _cpu_format(layer: Sized, dtype: str) -> str:
     return layer.format if layer.format in ("int8", "fp8") else DTYPES.get(dtype, dtype)
 
 
-def tactics(layers: Sequence[LayerFacts], config: EngineConfig, dtype: str, fused: bool = False) -> dict[str, Any]:
+def tactics(
+    layers: Sequence[LayerFacts], config: EngineConfig, dtype: str, fused: bool = False, in_part: bool = False
+) -> dict[str, Any]:
     """tactics.json of a checkpoint's layers, timed at every number of tokens that the engine may be given.
 
     `dtype` is the model's own, as its config.json names it. `fused`: as the torch engine and TensorRT-LLM's PyTorch
-    backend run them, q, k and v, and gate and up, as one product of one rank's shard. Raises UserError where this GPU
-    or its libraries cannot run 2:4 kernels: a build that went on would be dense under a sparse name.
+    backend run them, q, k and v, and gate and up, as one product of one rank's shard. `in_part`: layers that are 2:4 in
+    part too, as the torch engine runs them. Raises UserError where this GPU or its libraries cannot run 2:4 kernels: a
+    build that went on would be dense under a sparse name.
     """
     from plugins.autotune import tuner
 
     whole = [layer for layer in layers if layer.sparse and layer.segments is None]
     sparse = {layer.name: layer for layer in whole} if dtype in DTYPES else {}
-    shapes = {
+    shapes: dict[str, Shape | Hybrid] = {
         name: shape(layer, config.tensor_parallel if fused else 1, dtype, sparse if fused else {})
         for name, layer in sparse.items()
     }
+    if in_part and dtype in DTYPES:
+        shapes |= hybrids(layers, dtype)
     most = max(config.max_num_tokens, config.max_batch_size)
     table = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most))
     untimed = f"stays dense: the model computes in {dtype}, and the 2:4 kernels in 16 bit"
     return _with_all_layers(table, layers, untimed)
+
+
+def hybrids(layers: Sequence[LayerFacts], dtype: str) -> dict[str, Hybrid]:
+    """The products of layers that are 2:4 in part, under the name of each 2:4 layer that the engine joins in them."""
+    from plugins.autotune.choice import Hybrid
+
+    groups: dict[tuple[str, ...], list[LayerFacts]] = {}
+    for layer in layers:
+        block, _, last = layer.name.rpartition(".")
+        parts = next((parts for parts in FUSED if last in parts), (last,))
+        groups.setdefault((block, *parts), []).append(layer)
+    found: dict[str, Hybrid] = {}
+    for members in groups.values():
+        cuts = [member.segments for member in members if member.segments]
+        if not cuts or any([part.kind for part in cut.parts] != ["2:4", "dense"] for cut in cuts):
+            continue
+        first = shape(members[0], 1, dtype)
+        whole = replace(first, out_features=sum(member.out_features for member in members))
+        size = sum(_sparse_size(member, cuts[0].axis) for member in members)
+        found |= {member.name: Hybrid.of(whole, cuts[0].axis, size) for member in members if member.sparse}
+    return found
+
+
+def _sparse_size(layer: LayerFacts, axis: Axis) -> int:
+    """How many of a layer's rows or inputs are 2:4."""
+    if layer.segments is not None:
+        return sum(part.size for part in layer.segments.sparse)
+    return (layer.out_features if axis == "rows" else layer.in_features) if layer.sparse else 0
 
 
 def _with_all_layers(table: dict[str, Any], layers: Sequence[LayerFacts], untimed: str) -> dict[str, Any]:
@@ -140,15 +174,20 @@ def _with_all_layers(table: dict[str, Any], layers: Sequence[LayerFacts], untime
             "format": layer.format,
             "sparse": layer.sparse,
             "fraction": layer.fraction,
-            "reason": _reason(layer, timed["reason"]) if timed else IN_PART if layer.segments else why,
+            "reason": _reason(layer, timed) if timed else IN_PART if layer.segments else why,
             "buckets": timed["buckets"] if timed else [],
+            "products": timed.get("products") if timed else None,
         }
     checked: dict[str, Any] = Tactics.model_validate({**table, "layers": entries}).model_dump(mode="json")
     return checked
 
 
-def _reason(layer: LayerFacts, timed: str) -> str:
-    return f"2:4 in part ({layer.segments.fraction:.0%}), whose kernels: {timed}" if layer.segments else timed
+def _reason(layer: LayerFacts, timed: Mapping[str, Any]) -> str:
+    reason: str = timed["reason"]
+    if layer.segments is None:
+        return reason
+    part = f"2:4 in part ({layer.segments.fraction:.0%})"
+    return f"{part}: {reason}" if timed.get("products") else f"{part}, whose kernels: {reason}"
 
 
 def seconds_saved(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[str, float] | None:
@@ -213,7 +252,7 @@ def shape(layer: Sized, ranks: int, dtype: str, fused: Mapping[str, Sized] | Non
     return Shape(rows, columns, number_format, number_format == "int8", out)
 
 
-def _tune(shapes: Mapping[str, Shape], buckets: Sequence[int]) -> dict[str, Any]:
+def _tune(shapes: Mapping[str, Shape | Hybrid], buckets: Sequence[int]) -> dict[str, Any]:
     """The tuner's tactics; without a layer, this GPU's facts alone. Raises UserError that names the GPU."""
     from plugins.autotune import tuner
     from plugins.libtwofour import bindings

@@ -37,7 +37,7 @@ def build(
         from builder.engines.torch_backend import artifact
 
         fused = measured_tactics.can_measure()  # on a GPU, as this engine runs them there
-        choices = tactics(checkpoints / "hf", config, gpu, fused=fused, measured=speed_matters)
+        choices = tactics(checkpoints / "hf", config, gpu, fused=fused, in_part=fused, measured=speed_matters)
         artifact.build(checkpoints / "hf", out, config, choices)
     elif backend == "pytorch":
         from builder.engines.trtllm import pytorch
@@ -53,7 +53,13 @@ def build(
 
 
 def tactics(
-    checkpoint: Path, config: EngineConfig, gpu: str, *, fused: bool = False, measured: bool = True
+    checkpoint: Path,
+    config: EngineConfig,
+    gpu: str,
+    *,
+    fused: bool = False,
+    in_part: bool = False,
+    measured: bool = True,
 ) -> dict[str, Any]:
     """tactics.json of a checkpoint: all of it measured here, or all of it predicted for `gpu`.
 
@@ -69,7 +75,7 @@ def tactics(
     opened = checkpoints.read(checkpoint)
     if on_cpu:
         return measured_tactics.cpu_tactics(opened.layers(), config, opened.architecture.dtype)
-    return measured_tactics.tactics(opened.layers(), config, opened.architecture.dtype, fused)
+    return measured_tactics.tactics(opened.layers(), config, opened.architecture.dtype, fused, in_part)
 
 
 def load(engine: Path, *, precise: bool = False) -> Engine:

@@ -6,11 +6,12 @@ A sparse kernel is kept where it is faster than dense by at least LEAST_GAIN. Im
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plugins.common.defaults import LEAST_GAIN, SPARSE_KERNELS
 from plugins.common.errors import UserError
+from plugins.sparsity.segments import Axis
 
 HELD_ONCE = 0.15  # of time: what a second, dense copy of a weight must save on a CPU
 # of dense kernels in tactics.json; sparse kernels go by their own
@@ -30,6 +31,29 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.format} [{self.out_features}, {self.in_features}]"
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """A layer that is 2:4 in part: its product of 2:4 weights, that of the rest, and the dense layer's."""
+
+    sparse: Shape
+    rest: Shape
+    whole: Shape
+
+    @classmethod
+    def of(cls, whole: Shape, axis: Axis, size: int) -> Hybrid:
+        """With `size` of its rows or inputs 2:4."""
+        if axis == "rows":
+            sizes = size, whole.out_features - size
+            sparse, rest = (replace(whole, out_features=rows) for rows in sizes)
+        else:
+            sizes = size, whole.in_features - size
+            sparse, rest = (replace(whole, in_features=columns) for columns in sizes)
+        return cls(sparse, rest, whole)
+
+    def __str__(self) -> str:
+        return f"{self.whole}, 2:4 in [{self.sparse.out_features}, {self.sparse.in_features}]"
 
 
 @dataclass(frozen=True)
@@ -64,8 +88,26 @@ def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
     }
 
 
-def entry(shape: Shape, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str, Any]:
+def choose_hybrid(bucket: dict[str, Any], rest: Timing, whole: Timing) -> dict[str, Any]:
+    """The bucket of a hybrid layer from that of its 2:4 part: both products against the dense layer's one."""
+    own = bucket["sparse_us" if bucket["kernel"] in SPARSE_KERNELS else "dense_us"]
+    both = own + rest.us
+    return {
+        **bucket,
+        "dense_us": round(whole.us, 3),
+        "sparse_us": round(both, 3),
+        "ratio": round(whole.us / both, 4),
+        "rest_algorithm": None if rest.algorithm is None else list(rest.algorithm),
+    }
+
+
+def entry(shape: Shape | Hybrid, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str, Any]:
     """A layer's entry in tactics.json."""
+    if isinstance(shape, Hybrid):
+        products = [[part.out_features, part.in_features] for part in (shape.sparse, shape.rest)]
+        ratios = ", ".join(f"{bucket['ratio']:.2f}x at {bucket['tokens']}" for bucket in buckets)
+        why = f"dense time over that of both products on {gpu}: {ratios} tokens"
+        return {**entry(shape.whole, buckets, gpu), "products": products, "reason": why}
     return {
         "out_features": shape.out_features,
         "in_features": shape.in_features,

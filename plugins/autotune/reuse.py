@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,16 +26,23 @@ def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str
         return problem
     for layer in tactics["layers"].values():
         format = out if layer["format"] in ("fp16", "bf16") else layer["format"]
-        for bucket in layer["buckets"]:
-            kernel = bucket["kernel"].removeprefix("dense-")
-            if bucket.get("algorithm") is None or kernel not in structures.KERNELS:
-                continue
-            sizes = (layer["out_features"], layer["in_features"], bucket["tokens"])
+        for kernel, sizes, algorithm in _found(layer):
             try:
-                context.set_algorithm(structures.gemm(kernel, format, out, *sizes), tuple(bucket["algorithm"]))
+                context.set_algorithm(structures.gemm(kernel, format, out, *sizes), algorithm)
             except bindings.LibraryError as error:
-                log.info("%s keeps its default algorithm at %d tokens: %s", kernel, bucket["tokens"], error)
+                log.info("%s keeps its default algorithm at %d tokens: %s", kernel, sizes[2], error)
     return None
+
+
+def _found(layer: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int, int], tuple[int, ...]]]:
+    """Kernel, (out_features, in_features, tokens) and algorithm of each product of a layer of tactics.json."""
+    (rows, columns), *rest = layer.get("products") or [(layer["out_features"], layer["in_features"])]
+    for bucket in layer["buckets"]:
+        kernel = bucket["kernel"].removeprefix("dense-")
+        if bucket.get("algorithm") is not None and kernel in structures.KERNELS:
+            yield kernel, (rows, columns, bucket["tokens"]), tuple(bucket["algorithm"])
+        if bucket.get("rest_algorithm") is not None:
+            yield "cublaslt", (*rest[0], bucket["tokens"]), tuple(bucket["rest_algorithm"])
 
 
 def check_device(tactics: Mapping[str, Any], name: str, sm: int, here: Mapping[str, Any]) -> str | None:

@@ -28,6 +28,7 @@ class Bucket(Config):
     ratio: float | None = None
     measured: bool
     algorithm: tuple[int, ...] | None = None  # of the kernel, as libtwofour's search chose it for this GPU and version
+    rest_algorithm: tuple[int, ...] | None = None  # of the dense product, where the layer is 2:4 in part
     notes: tuple[str, ...] = ()  # what a reader of the times should know: algorithms left out for want of memory
 
 
@@ -41,6 +42,7 @@ class Layer(Config):
     fraction: float = 0.0  # of the weight that is 2:4
     reason: str
     buckets: tuple[Bucket, ...]
+    products: tuple[tuple[int, int], tuple[int, int]] | None = None  # [N, K], 2:4 and dense, of a layer 2:4 in part
     runs_sparse: bool | None = None  # where it is known without buckets, as from TensorRT's build log
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from plugins.autotune import search, timing
-from plugins.autotune.choice import Shape, Timing, choose, entry, hold_once
+from plugins.autotune.choice import Hybrid, Shape, Timing, choose, choose_hybrid, entry, hold_once
 from plugins.autotune.reuse import versions
 from plugins.common import numerics
 from plugins.common.defaults import MAX_SKINNY_TOKENS
@@ -59,12 +59,13 @@ class Bench:
         return self.weights[kernel]
 
 
+Timed = TypeVar("Timed")
 Timer = Callable[[Any, str, int], Timing]
 """Times a kernel on a bench (Bench or CpuBench) at a number of tokens."""
 
 
 def tune(
-    layers: Mapping[str, Shape],
+    layers: Mapping[str, Shape | Hybrid],
     buckets: Sequence[int] = BUCKETS,
     device: int = 0,
     progress: Progress = lambda what, done, total: None,
@@ -75,11 +76,12 @@ def tune(
     """
     info = bindings.context(device).info()
     unique = list(dict.fromkeys(layers.values()))
-    measured: dict[Shape, list[dict[str, Any]]] = {}
+    measured: dict[Shape | Hybrid, list[dict[str, Any]]] = {}
     facts = timing.device_facts(device)
     for done, shape in enumerate(unique):
         progress(str(shape), done, len(unique))
-        measured[shape] = _measure(shape, sorted(buckets), device, info.l2_bytes)
+        given = (sorted(buckets), device, info.l2_bytes)
+        measured[shape] = _measure_hybrid(shape, *given) if isinstance(shape, Hybrid) else _measure(shape, *given)
         clocks = timing.device_facts(device)["clocks"]  # while the GPU is still warm
         facts["clocks"] = {name: max(clock, facts["clocks"].get(name, 0.0)) for name, clock in clocks.items()}
     progress("done", len(unique), len(unique))
@@ -93,16 +95,39 @@ def tune(
 
 
 def _measure(shape: Shape, buckets: Sequence[int], device: int, l2_bytes: int) -> list[dict[str, Any]]:
-    """The shape's buckets; its operands are freed afterwards."""
+    """The shape's buckets."""
+    return _timed(
+        shape, lambda bench: [bucket_of(bench, tokens, time_kernel) for tokens in buckets], buckets, device, l2_bytes
+    )
+
+
+def _timed(
+    shape: Shape, times: Callable[[Bench], list[Timed]], buckets: Sequence[int], device: int, l2_bytes: int
+) -> list[Timed]:
+    """The `times` of the shape's operands, which are freed afterwards."""
     try:
-        bench = Bench(shape, torch.device("cuda", device), max(*buckets, *PADDED), l2_bytes)
-        return [bucket_of(bench, tokens, time_kernel) for tokens in buckets]
+        return times(Bench(shape, torch.device("cuda", device), max(*buckets, *PADDED), l2_bytes))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"GPU memory ran out while timing {shape}: free some and build again ({_line(error)})"
         ) from None
     finally:
         torch.cuda.empty_cache()
+
+
+def _measure_hybrid(shape: Hybrid, buckets: Sequence[int], device: int, l2_bytes: int) -> list[dict[str, Any]]:
+    """The buckets of a layer that is 2:4 in part: each product timed by itself, as the engine launches them in turn."""
+    sparse = _measure(shape.sparse, buckets, device, l2_bytes)
+    rest, whole = (
+        _timed(part, lambda bench: [_dense_time(bench, tokens) for tokens in buckets], buckets, device, l2_bytes)
+        for part in (shape.rest, shape.whole)
+    )
+    return [choose_hybrid(*times) for times in zip(sparse, rest, whole, strict=True)]
+
+
+def _dense_time(bench: Bench, tokens: int) -> Timing:
+    """By the product that the engine has for dense weights: cuBLASLt for those of 8 bit, torch for others."""
+    return time_kernel(bench, "cublaslt" if bench.shape.format in ("int8", "fp8") else "torch", tokens)
 
 
 def search_dense(shapes: Iterable[Shape], buckets: Sequence[int], device: int = 0) -> None:

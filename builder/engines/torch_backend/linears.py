@@ -72,7 +72,11 @@ class Kernels:
 def _join_tactics(layers: Mapping[str, Any]) -> dict[str, Any]:
     """The layers of tactics.json as the engine runs them on a GPU: q, k and v, and gate and up, were timed as one."""
     joined: dict[str, Any] = {}
+    in_part = {_joined_name(name): entry for name, entry in layers.items() if entry.get("products")}
     for name, entry in layers.items():
+        if (group_name := _joined_name(name)) in in_part:  # timed as one layer, under the name of each part
+            joined[group_name] = in_part[group_name]
+            continue
         parent, dot, own = name.rpartition(".")
         group = next((group for group, parts in GROUPS.items() if own in parts), own)
         parts = [layers.get(f"{parent}{dot}{part}", {}) for part in GROUPS.get(group, ())]
@@ -81,6 +85,12 @@ def _join_tactics(layers: Mapping[str, Any]) -> dict[str, Any]:
         elif own == GROUPS[group][0]:
             joined[f"{parent}{dot}{group}"] = {**entry, "out_features": sum(part["out_features"] for part in parts)}
     return joined
+
+
+def _joined_name(name: str) -> str:
+    """The name of the layer that the layer `name` becomes or becomes part of."""
+    parent, dot, own = name.rpartition(".")
+    return f"{parent}{dot}{next((group for group, parts in GROUPS.items() if own in parts), own)}"
 
 
 def _open_cpu() -> tuple[bool, str]:

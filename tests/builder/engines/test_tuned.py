@@ -22,6 +22,7 @@ from plugins.autotune import choice, tactics, tuner
 from plugins.common.errors import UserError
 from plugins.common.processor import processor
 from plugins.libtwofour import bindings, structures
+from plugins.sparsity.segments import Segments
 from tests.support.models import random_model
 from tests.support.stand_in_gpu import by_kernel, open_gpu, use_machine, use_times, use_torch
 
@@ -218,6 +219,50 @@ def test_a_model_without_2to4_layers_needs_no_kernels(gpu: bindings.Context, mon
     )
     reason = measured_tactics.tactics([wide], CONFIG, "float32")["layers"][UP]["reason"]
     assert reason == "stays dense: the model computes in float32, and the 2:4 kernels in 16 bit"
+
+
+def in_part(name: str, rows: int, columns: int, segments: Segments | None, sparse: bool = True) -> Any:
+    facts = {"out_features": rows, "in_features": columns, "format": "fp8", "sparse": sparse, "segments": segments}
+    return SimpleNamespace(name=name, fraction=segments.fraction if segments else float(sparse), **facts)
+
+
+def test_both_products_of_a_layer_that_is_2of4_in_part_are_timed(
+    gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gate (a third 2:4) and up (all of it) are one layer of two products; of down two thirds of the inputs are 2:4."""
+    gate, head = UP.replace("up_proj", "gate_proj"), in_part("lm_head", 128, 64, None, sparse=False)
+    split = {gate: Segments.split("rows", 96, 32), DOWN: Segments.split("inputs", 96, 64)}
+    layers = [in_part(gate, 96, 64, split[gate]), in_part(UP, 96, 64, None), in_part(DOWN, 64, 96, split[DOWN]), head]
+
+    def us(bench: tuner.Bench, kernel: str, tokens: int) -> float:
+        launch = 2.0
+        return launch + bench.shape.out_features * bench.shape.in_features / (2048 if kernel == "skinny" else 1024)
+
+    use_times(monkeypatch, us)
+    found = measured_tactics.tactics(layers, CONFIG, "bfloat16", fused=True, in_part=True)
+    entries = found["layers"]
+    assert entries[gate]["products"] == entries[UP]["products"] == [[128, 64], [64, 64]]
+    assert entries[DOWN]["products"] == [[64, 64], [64, 32]]
+    for name, both, dense in ((gate, (2 + 4) + (2 + 4), 2 + 12), (DOWN, (2 + 2) + (2 + 2), 2 + 6)):
+        bucket = entries[name]["buckets"][0]
+        assert (bucket["kernel"], bucket["sparse_us"], bucket["dense_us"]) == ("skinny", both, dense)
+    assert entries[DOWN]["reason"].startswith(
+        "2:4 in part (67%): dense time over that of both products on Stand-in: 1.00x"
+    )
+
+    fresh = bindings.Context(0)
+    monkeypatch.setattr(bindings, "context", lambda device: fresh)
+    kernels = Kernels(found, torch.bfloat16, CUDA)
+    assert kernels.remarks == []
+    group = "model.layers.0.mlp.gate_up_proj"
+    assert kernels.choices(group, STORED) == kernels.choices(DOWN, STORED) == [(n, "skinny") for n in (1, 8, 16)]
+    for name, sizes in ((gate, (128, 64)), (DOWN, (64, 64))):
+        problem = structures.gemm("skinny", "fp8", "bf16", *sizes, 8)
+        assert fresh.algorithm(problem)[:2] == tuple(entries[name]["buckets"][1]["algorithm"][:2])
+    rest = structures.gemm("cublaslt", "fp8", "bf16", 64, 32, 8)
+    assert fresh.algorithm(rest) == tuple(entries[DOWN]["buckets"][1]["rest_algorithm"])
+    whole = measured_tactics.tactics(layers, CONFIG, "bfloat16", fused=True)["layers"]
+    assert (whole[DOWN]["reason"], whole[DOWN]["products"]) == ("2:4 in part: not timed", None)
 
 
 def plan_layer(name: str, n: int, k: int, format: str = "fp8") -> LayerPlan:
