@@ -122,8 +122,18 @@ def tensor_core_format(format: str) -> str:
     return "bf16" if format == "fp32" else format
 
 
-def gemm_time(gpu: Gpu, tokens: int, out_features: int, in_features: int, format: str, sparse: float = 0.0) -> GemmTime:
-    """The roofline of Y[M, N] = X[M, K] W[N, K]^T: weight, inputs and 16-bit outputs each moved once, in one kernel.
+def gemm_time(
+    gpu: Gpu,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    format: str,
+    sparse: float = 0.0,
+    kernels: int = 1,
+) -> GemmTime:
+    """The roofline of Y[M, N] = X[M, K] W[N, K]^T: weight, inputs and 16-bit outputs each moved once.
+
+    `kernels` follow each other: the torch engine has two for a layer that is 2:4 in part.
 
     The share `sparse` of the weight is 2:4 and multiplies at the sparse peak, the rest at the dense one.
     Raises UserError where the card cannot run the format.
@@ -136,10 +146,10 @@ def gemm_time(gpu: Gpu, tokens: int, out_features: int, in_features: int, format
     limits: dict[Bound, float] = {
         "memory": moved / gpu.bandwidth,
         "math": flops * ((1 - sparse) / gpu.peak(format) + (sparse / gpu.peak(format, True) if sparse else 0.0)),
-        "launch": gpu.wave_us * 1e-6,
+        "launch": kernels * gpu.wave_us * 1e-6,
     }
     bound = max(limits, key=lambda name: limits[name])
-    return GemmTime(gpu.launch_us * 1e-6 + limits[bound], bound, moved, flops)
+    return GemmTime(kernels * gpu.launch_us * 1e-6 + limits[bound], bound, moved, flops)
 
 
 def decode_ceiling(gpu: Gpu, layers: Sequence[Layer], batch: int, context: int, kv_bytes_per_token: float) -> Ceiling:

@@ -207,6 +207,34 @@ def _seconds_saved(shapes: tuple[tuple[str, Shape], ...], tokens: int) -> dict[s
     }
 
 
+def seconds_of_second_product(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[str, float] | None:
+    """Seconds that a layer, half of it 2:4, takes beyond the mean of dense and 2:4; None where none can be timed."""
+    if not can_measure() or dtype not in DTYPES:
+        return None
+    return _seconds_of_second_product(tuple((layer.name, shape(layer, 1, dtype)) for layer in layers), tokens)
+
+
+@lru_cache(maxsize=4)
+def _seconds_of_second_product(shapes: tuple[tuple[str, Shape], ...], tokens: int) -> dict[str, float]:
+    from plugins.autotune.choice import Hybrid
+    from plugins.sparsity.segments import ALIGNMENT
+
+    halves: dict[str, Shape | Hybrid] = {}
+    for name, whole in shapes:
+        axis: Axis = "inputs" if sharding.is_row_parallel(name) else "rows"
+        half = (whole.in_features if axis == "inputs" else whole.out_features) // 2 // ALIGNMENT * ALIGNMENT
+        if half:
+            halves[name] = Hybrid.of(whole, axis, half)
+    both = _tune(halves, (tokens,))["layers"]
+    alone = _tune({name: whole for name, whole in shapes if name in halves}, (tokens,))["layers"]
+    seconds = {}
+    for name in halves:
+        mixed, whole_layer = both[name]["buckets"][0], alone[name]["buckets"][0]
+        ends = [us for us in (whole_layer["dense_us"], whole_layer["sparse_us"]) if us is not None]
+        seconds[name] = max(0.0, mixed["sparse_us"] - sum(ends) / len(ends)) * 1e-6
+    return seconds
+
+
 def measure(layers: Iterable[Sized], config: EngineConfig, dtype: str) -> dict[str, float]:
     """Dense over sparse time of each 2:4 layer; a ratio above 1 means ours is faster. Nothing where none can be timed.
 

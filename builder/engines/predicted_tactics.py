@@ -52,7 +52,8 @@ def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any
             "measured": False,
         }
     dense = roofline.gemm_time(*shape, sparse=False).seconds * 1e6
-    sparse = roofline.gemm_time(*shape, sparse=layer.fraction or 1.0).seconds * 1e6
+    kernels = 2 if 0 < layer.fraction < 1 else 1
+    sparse = roofline.gemm_time(*shape, sparse=layer.fraction or 1.0, kernels=kernels).seconds * 1e6
     ratio = dense / sparse
     pays = layer.sparse and ratio >= LEAST_GAIN
     kernel = ("skinny" if tokens <= MAX_SKINNY_TOKENS else "cusparselt") if pays else "dense-cublaslt"

@@ -76,7 +76,15 @@ def _allocator(context: BuildContext, prices: Prices, by_weights: bool) -> Alloc
     gains = weights if by_weights else _seconds_saved(context, candidates)
     config, ranks = AutoConfig.from_pretrained(str(context.model)), context.recipe.engine.tensor_parallel
     whole_layers = not has_hybrid_kernels(context.plan.backend)
-    return allocator(config, prices, list(weights), weights, gains, ranks, whole_layers)
+    second = {} if by_weights or whole_layers else _second_products(context, candidates)
+    return allocator(config, prices, list(weights), weights, gains, ranks, whole_layers, second)
+
+
+def _load(context: BuildContext) -> tuple[int, str]:
+    """The workload's decode batch, and the model's dtype."""
+    benchmark = context.recipe.benchmark
+    batch = max(max(load.concurrency) for load in benchmark.workloads) if benchmark else 1
+    return batch, architecture(read_config(context.model)).dtype
 
 
 def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> dict[str, float]:
@@ -85,9 +93,8 @@ def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> di
     All candidates come from the same of the two: a measured time beside a predicted one would decide nothing. Where no
     layer is predicted to gain, because a kernel's launch bounds them all, they are weighed by the bytes that they save.
     """
-    benchmark = context.recipe.benchmark
-    batch = max(max(load.concurrency) for load in benchmark.workloads) if benchmark else 1
-    measured = measured_tactics.seconds_saved(candidates, batch, architecture(read_config(context.model)).dtype)
+    batch, dtype = _load(context)
+    measured = measured_tactics.seconds_saved(candidates, batch, dtype)
     if measured is not None:
         return dict(measured)
     card = roofline.gpu(context.plan.predicted["gpu"])
@@ -95,6 +102,28 @@ def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> di
     if any(predicted.values()):
         return predicted
     return {layer.name: layer.bytes_saved_by_pruning / card.bandwidth for layer in candidates}
+
+
+def _second_products(context: BuildContext, candidates: Sequence[LayerPlan]) -> dict[str, float]:
+    """Seconds that each layer's second product takes while it is 2:4 in part; layers that the engine joins share one.
+
+    None where bytes weigh the layers: they are no seconds of a kernel.
+    """
+    batch, dtype = _load(context)
+    card = roofline.gpu(context.plan.predicted["gpu"])
+    seconds = measured_tactics.seconds_of_second_product(candidates, batch, dtype)
+    if seconds is None:
+        if not any(_predicted_gain(card, batch, layer) for layer in candidates):
+            return {}
+        seconds = {layer.name: _predicted_second(card, batch, layer) for layer in candidates}
+    joined = {part: len(parts) for parts in measured_tactics.FUSED for part in parts}
+    return {name: second / joined.get(name.rpartition(".")[2], 1) for name, second in seconds.items()}
+
+
+def _predicted_second(card: roofline.Gpu, tokens: int, layer: LayerPlan) -> float:
+    shape = (card, tokens, layer.out_features, layer.in_features, roofline.tensor_core_format(layer.format))
+    ends = [roofline.gemm_time(*shape, sparse=sparse).seconds for sparse in (0.0, 1.0)]
+    return max(0.0, roofline.gemm_time(*shape, sparse=0.5, kernels=2).seconds - sum(ends) / 2)
 
 
 def _predicted_gain(card: roofline.Gpu, tokens: int, layer: LayerPlan) -> float:

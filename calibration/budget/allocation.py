@@ -32,6 +32,7 @@ class Unit:
     weights: int  # of the whole unit
     alignment: int  # channels that a boundary's place divides by
     widths: Mapping[str, int] = field(compare=False, hash=False)  # rows or inputs a channel, by layer
+    second_products: float = 0.0  # seconds that the unit's second products take while it is 2:4 in part
 
     def counts(self) -> list[int]:
         """How many channels may go 2:4."""
@@ -76,15 +77,18 @@ class Allocator:
         """Of each unit from its first, each at least as dear for its gain as the one before: else they are one step."""
         steps: list[Step] = []
         for number, unit in enumerate(self.units):
-            size, before, own = len(unit.prices), 0, list[Step]()
+            size, before, gained, own = len(unit.prices), 0, 0.0, list[Step]()
             for count in unit.counts()[1:] if unit.gain > 0 else ():
-                share = (count - before) / size
-                step = Step(number, count, sum(unit.prices[before:count]), share * unit.gain, share * unit.weights)
+                gain = count / size * unit.gain - (unit.second_products if count < size else 0.0)
+                if gain <= gained:
+                    continue
+                weights = (count - before) / size * unit.weights
+                step = Step(number, count, sum(unit.prices[before:count]), gain - gained, weights)
                 while own and step.cost * own[-1].gain < own[-1].cost * step.gain:
                     last = own.pop()
                     step = Step(number, count, *(step.sums + last.sums).tolist())
                 own.append(step)
-                before = count
+                before, gained = count, gain
             steps += own
         return steps
 
@@ -134,11 +138,13 @@ def allocator(
     gains: Mapping[str, float],
     ranks: int = 1,
     whole_layers: bool = False,
+    second_products: Mapping[str, float] | None = None,
 ) -> Allocator:
     """Of the candidates `layers`, with each layer's weights and gain, in a transformers `config`'s model.
 
     Channels are ordered by the price of their half, dealt out to the tensor-parallel `ranks` in turn. `whole_layers`
     is for a backend without kernels for hybrid layers: each layer is a unit, dense or 2:4 as a whole.
+    `second_products`: what each layer loses of its gain while it is hybrid, by its second product.
     """
     halves = dict.fromkeys(name.rpartition(".")[0] for name in layers)
     orders: dict[str, tuple[int, ...]] = {}
@@ -158,5 +164,6 @@ def allocator(
             aligned = alignment <= channels.count // 2 and channels.count % alignment == 0 and own_ranks == ranks
             gain, size = sum(gains[name] for name in names), sum(weights[name] for name in names)
             step = alignment if aligned and not whole_layers else channels.count
-            units.append(Unit(half, tuple(together), tuple(own.tolist()), gain, size, step, widths))
+            second = sum((second_products or {}).get(name, 0.0) for name in names)
+            units.append(Unit(half, tuple(together), tuple(own.tolist()), gain, size, step, widths, second))
     return Allocator(units, orders, ranks)

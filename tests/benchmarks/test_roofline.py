@@ -191,3 +191,12 @@ def test_no_two_cards_share_a_name() -> None:
 def test_an_unknown_card_is_quoted_and_the_known_ones_named() -> None:
     with pytest.raises(UserError, match=r"'H900'.*h100-sxm"):
         gpu("H900")
+
+
+def test_two_kernels_take_two_launches_and_two_waves() -> None:
+    """A layer that is 2:4 in part on the torch engine: where launches bound it, it takes longer than dense."""
+    card, floor = gpu("H100"), gpu("H100").least_kernel_seconds
+    small, large = ((card, 1, size, size, "fp8", 0.5) for size in (256, 16384))
+    assert roofline.gemm_time(*small, kernels=2).seconds == pytest.approx(2 * floor)
+    one, two = (roofline.gemm_time(*large, kernels=kernels).seconds for kernels in (1, 2))
+    assert two - one == pytest.approx(card.launch_us * 1e-6)

@@ -81,14 +81,17 @@ def test_cheap_channels_cost_less_than_dear_ones(cut: Path, docs_llama: Path, tm
 # allocation
 
 
-def made_up(ranks: int = 1, layers: list[str] = LAYERS, seed: int = 0, whole_layers: bool = False) -> Allocator:
-    """Everything 2:4 costs about a nat."""
+def made_up(
+    ranks: int = 1, layers: list[str] = LAYERS, seed: int = 0, whole_layers: bool = False, second: float = 0.0
+) -> Allocator:
+    """Everything 2:4 costs about a nat. `second`: the share of a layer's gain that its second product takes."""
     random = np.random.default_rng(seed)
     keys = [*LAYERS, *(f"model.layers.{block}.{half}" for block in range(BLOCKS) for half in ("mlp", "self_attn"))]
     prices = {key: random.exponential(1e-3, size=512 if ".mlp" in key else 4).tolist() for key in keys}
     rows = {"q": 256, "k": 128, "v": 128, "o": 256, "g": 512, "u": 512, "d": 512}
     weights = {name: 64 * rows[name.rpartition(".")[2][0]] for name in layers}
-    return allocator(CONFIG, prices, layers, weights, weights, ranks, whole_layers)
+    second_products = {name: second * gain for name, gain in weights.items()}
+    return allocator(CONFIG, prices, layers, weights, weights, ranks, whole_layers, second_products)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -107,6 +110,21 @@ def test_a_fraction_is_met_and_every_rank_holds_its_share(fraction: float, ranks
         assert set(declared.layers) == set(LAYERS)
         assert not declared.hybrid
         assert not declared.order
+
+
+@pytest.mark.parametrize("second", [0.0, 0.2, 0.6, 2.0])
+def test_a_second_product_must_pay_for_itself(second: float) -> None:
+    """No share of a unit goes 2:4 that saves less than its second product takes; a unit as a whole has none."""
+    chosen = made_up(second=second)
+    assert all(step.gain > 0 for step in chosen.steps)
+    for number, unit in enumerate(chosen.units):
+        steps = [step for step in chosen.steps if step.unit == number]
+        assert sum(step.gain for step in steps) == pytest.approx(unit.gain)
+        assert sum(step.cost for step in steps) == pytest.approx(sum(unit.prices))
+        assert all(step.count / len(unit.prices) > min(second, 0.99) for step in steps[:1])
+    for fraction in (0.3, 0.6):
+        declared = chosen.declare(chosen.of_fraction(fraction), "sparsegpt")
+        assert all(segments.fraction > second for segments in declared.hybrid.values())
 
 
 def test_a_backend_without_hybrid_kernels_gets_whole_layers() -> None:

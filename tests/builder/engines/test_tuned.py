@@ -265,6 +265,20 @@ def test_both_products_of_a_layer_that_is_2of4_in_part_are_timed(
     assert (whole[DOWN]["reason"], whole[DOWN]["products"]) == ("2:4 in part: not timed", None)
 
 
+def test_the_second_product_of_a_half_is_timed(gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launch, where time but for a launch of 2 us is as the bytes: of rows and of inputs."""
+    use_times(
+        monkeypatch,
+        lambda bench, kernel, tokens: (
+            2 + bench.shape.out_features * bench.shape.in_features / (2048 if kernel == "skinny" else 1024)
+        ),
+    )
+    layers = [plan_layer(UP, 128, 64), plan_layer(DOWN, 64, 128), plan_layer("model.layers.0.self_attn.k_proj", 32, 64)]
+    seconds = measured_tactics.seconds_of_second_product(layers, 8, "bfloat16")
+    assert seconds == {UP: pytest.approx(2e-6), DOWN: pytest.approx(2e-6)}, "32 rows have no half"
+    assert measured_tactics.seconds_of_second_product(layers, 8, "float32") is None
+
+
 def plan_layer(name: str, n: int, k: int, format: str = "fp8") -> LayerPlan:
     return LayerPlan(name, n, k, format, True, 1.0, 0, 0, "prune", "pruned to 2:4")
 
