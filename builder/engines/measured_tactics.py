@@ -141,7 +141,7 @@ def hybrids(layers: Sequence[LayerFacts], dtype: str) -> dict[str, Hybrid]:
         block, _, last = layer.name.rpartition(".")
         parts = next((parts for parts in FUSED if last in parts), (last,))
         groups.setdefault((block, *parts), []).append(layer)
-    found: dict[str, Hybrid] = {}
+    timed: dict[str, Hybrid] = {}
     for members in groups.values():
         cuts = [member.segments for member in members if member.segments]
         if not cuts or any([part.kind for part in cut.parts] != ["2:4", "dense"] for cut in cuts):
@@ -149,8 +149,8 @@ def hybrids(layers: Sequence[LayerFacts], dtype: str) -> dict[str, Hybrid]:
         first = shape(members[0], 1, dtype)
         whole = replace(first, out_features=sum(member.out_features for member in members))
         size = sum(_sparse_size(member, cuts[0].axis) for member in members)
-        found |= {member.name: Hybrid.of(whole, cuts[0].axis, size) for member in members if member.sparse}
-    return found
+        timed |= {member.name: Hybrid.of(whole, cuts[0].axis, size) for member in members if member.sparse}
+    return timed
 
 
 def _sparse_size(layer: LayerFacts, axis: Axis) -> int:
@@ -187,7 +187,7 @@ def _reason(layer: LayerFacts, timed: Mapping[str, Any]) -> str:
     if layer.segments is None:
         return reason
     part = f"2:4 in part ({layer.segments.fraction:.0%})"
-    return f"{part}: {reason}" if timed.get("products") else f"{part}, whose kernels: {reason}"
+    return f"{part}: {reason}" if "products" in timed else f"{part}, whose kernels: {reason}"
 
 
 def seconds_saved(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[str, float] | None:

@@ -197,7 +197,7 @@ class Part:
         return self.entry.path / self.inner
 
     def digests(self, name: str) -> dict[str, str]:
-        """sha256 by path in OUT, where the part is called `name`: as the store found them when it read the entry."""
+        """sha256 by path in OUT, where the part is called `name`: as the store read them."""
         files = self.entry.files
         if self.inner in files:
             return {name: files[self.inner]}

@@ -101,5 +101,5 @@ def _valid(facts: LayerFacts) -> bool:
     if facts.in_features % 4:
         return False
     segments = facts.segments or Segments.split("rows", facts.out_features, facts.out_features)
-    violations = (found for weight in facts.weights for found in check_values(weight, None, segments))
-    return not any(found.code == Code.SPARSITY for found in violations)
+    violations = (violation for weight in facts.weights for violation in check_values(weight, None, segments))
+    return not any(violation.code == Code.SPARSITY for violation in violations)

@@ -133,7 +133,7 @@ def _note_zeros(quantizers: Sequence[str]) -> None:
 
 
 def _check_ranges(model: nn.Module, layers: Sequence[str]) -> None:
-    """Every weight and input range found must be finite; an input never seen has none."""
+    """Every weight and input range must be finite; an input never seen has none."""
     modules = dict(model.named_modules())
     for layer in layers:
         for which in ("weight", "input"):

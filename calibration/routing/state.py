@@ -1,4 +1,4 @@
-"""The controller's state in a file: a restart keeps the threshold that service has found."""
+"""The controller's state in a file: a restart keeps the threshold that service has reached."""
 
 from __future__ import annotations
 

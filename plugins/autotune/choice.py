@@ -83,31 +83,44 @@ def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
         "sparse_us": None if sparse is None else round(sparse.us, 3),
         "ratio": None if dense is None or sparse is None else round(dense.us / sparse.us, 4),
         "measured": True,
-        "algorithm": None if winner is None or winner.algorithm is None else list(winner.algorithm),
+        "algorithm": None if winner is None else _listed(winner.algorithm),
         "notes": [f"{NAMES.get(t.kernel, t.kernel)}: {note}" for t in by_time for note in t.notes],
     }
 
 
-def choose_hybrid(bucket: dict[str, Any], rest: Timing, whole: Timing) -> dict[str, Any]:
-    """The bucket of a hybrid layer from that of its 2:4 part: both products against the dense layer's one."""
-    own = bucket["sparse_us" if bucket["kernel"] in SPARSE_KERNELS else "dense_us"]
-    both = own + rest.us
-    return {
-        **bucket,
-        "dense_us": round(whole.us, 3),
-        "sparse_us": round(both, 3),
-        "ratio": round(whole.us / both, 4),
-        "rest_algorithm": None if rest.algorithm is None else list(rest.algorithm),
-    }
+def choose_hybrid(
+    buckets: Sequence[dict[str, Any]], rest: Sequence[Timing], whole: Sequence[Timing]
+) -> list[dict[str, Any]]:
+    """The buckets of a hybrid layer from those of its 2:4 part: both products against the dense layer's one.
+
+    Where both are faster by LEAST_GAIN at no number of tokens the layer runs dense, as one product.
+    """
+    chosen = []
+    for bucket, other, dense in zip(buckets, rest, whole, strict=True):
+        both = other.us + bucket["sparse_us" if bucket["kernel"] in SPARSE_KERNELS else "dense_us"]
+        times = {"dense_us": round(dense.us, 3), "sparse_us": round(both, 3), "ratio": round(dense.us / both, 4)}
+        chosen.append({**bucket, **times, "rest_algorithm": _listed(other.algorithm)})
+    if any(bucket["ratio"] >= LEAST_GAIN for bucket in chosen):
+        return chosen
+    for bucket, dense in zip(chosen, whole, strict=True):
+        kernel = NAMES[dense.kernel] if dense.kernel in OURS else "reference"
+        bucket |= {"kernel": kernel, "algorithm": None, "rest_algorithm": None}
+    return chosen
+
+
+def _listed(algorithm: tuple[int, ...] | None) -> list[int] | None:
+    return None if algorithm is None else list(algorithm)
 
 
 def entry(shape: Shape | Hybrid, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str, Any]:
     """A layer's entry in tactics.json."""
     if isinstance(shape, Hybrid):
         products = [[part.out_features, part.in_features] for part in (shape.sparse, shape.rest)]
+        pays = max(bucket["ratio"] for bucket in buckets) >= LEAST_GAIN
         ratios = ", ".join(f"{bucket['ratio']:.2f}x at {bucket['tokens']}" for bucket in buckets)
         why = f"dense time over that of both products on {gpu}: {ratios} tokens"
-        return {**entry(shape.whole, buckets, gpu), "products": products, "reason": why}
+        why = why if pays else f"runs dense, as one product: {why}"
+        return {**entry(shape.whole, buckets, gpu), "products": products if pays else None, "reason": why}
     return {
         "out_features": shape.out_features,
         "in_features": shape.in_features,

@@ -26,7 +26,7 @@ def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str
         return problem
     for layer in tactics["layers"].values():
         format = out if layer["format"] in ("fp16", "bf16") else layer["format"]
-        for kernel, sizes, algorithm in _found(layer):
+        for kernel, sizes, algorithm in _algorithms(layer):
             try:
                 context.set_algorithm(structures.gemm(kernel, format, out, *sizes), algorithm)
             except bindings.LibraryError as error:
@@ -34,7 +34,7 @@ def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str
     return None
 
 
-def _found(layer: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int, int], tuple[int, ...]]]:
+def _algorithms(layer: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int, int], tuple[int, ...]]]:
     """Kernel, (out_features, in_features, tokens) and algorithm of each product of a layer of tactics.json."""
     (rows, columns), *rest = layer.get("products") or [(layer["out_features"], layer["in_features"])]
     for bucket in layer["buckets"]:

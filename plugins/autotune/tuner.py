@@ -122,7 +122,7 @@ def _measure_hybrid(shape: Hybrid, buckets: Sequence[int], device: int, l2_bytes
         _timed(part, lambda bench: [_dense_time(bench, tokens) for tokens in buckets], buckets, device, l2_bytes)
         for part in (shape.rest, shape.whole)
     )
-    return [choose_hybrid(*times) for times in zip(sparse, rest, whole, strict=True)]
+    return choose_hybrid(sparse, rest, whole)
 
 
 def _dense_time(bench: Bench, tokens: int) -> Timing:

@@ -18,22 +18,22 @@ from plugins.sparsity.segments import Segments
 Build = Callable[[Tensors], Linear]
 
 
-def build_hybrid(tensors: Tensors, build: Build) -> Linear:
+def build_hybrid(tensors: Tensors, build: Build, dense: bool = False) -> Linear:
     """The layer that `tensors` (hybrid_tensors.py) describe; `build` makes each part from its own tensors.
 
-    Where the parts are no slices the layer is one dense one.
+    Where the parts are no slices, or `dense` is asked for, the layer is one dense one.
     """
-    cut = parts_of(tensors)
+    joined = tuple(tensors["weight_joined"].tolist()) if "weight_joined" in tensors else ()
+    cut = None if dense else parts_of(tensors)
     if cut is None:
         layer = build({"weight": join(tensors), **common(tensors)})
-        layer.sparse = True
+        layer.sparse, layer.sparse_rows = not dense, joined
         return layer
     segments, parts = cut
     if segments.axis == "inputs":
         parts[1].pop("bias", None)  # it is added once
     hybrid = HybridLinear([build(stored) for stored in parts], segments)
-    if "weight_joined" in tensors:
-        hybrid.sparse_rows = tuple(tensors["weight_joined"].tolist())
+    hybrid.sparse_rows = joined
     return hybrid
 
 

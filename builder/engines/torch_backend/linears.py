@@ -68,11 +68,16 @@ class Kernels:
 
         return choices_of(self._layers.get(name), sparse)
 
+    def runs_dense(self, name: str) -> bool:
+        """Whether the two products of a layer that is 2:4 in part were timed on a GPU, and did not pay."""
+        entry = self._layers.get(name, {})
+        return not self._on_cpu and _is_timed_in_part(entry) and not entry.get("products")
+
 
 def _join_tactics(layers: Mapping[str, Any]) -> dict[str, Any]:
     """The layers of tactics.json as the engine runs them on a GPU: q, k and v, and gate and up, were timed as one."""
     joined: dict[str, Any] = {}
-    in_part = {_joined_name(name): entry for name, entry in layers.items() if entry.get("products")}
+    in_part = {_joined_name(name): entry for name, entry in layers.items() if _is_timed_in_part(entry)}
     for name, entry in layers.items():
         if (group_name := _joined_name(name)) in in_part:  # timed as one layer, under the name of each part
             joined[group_name] = in_part[group_name]
@@ -85,6 +90,11 @@ def _join_tactics(layers: Mapping[str, Any]) -> dict[str, Any]:
         elif own == GROUPS[group][0]:
             joined[f"{parent}{dot}{group}"] = {**entry, "out_features": sum(part["out_features"] for part in parts)}
     return joined
+
+
+def _is_timed_in_part(entry: Mapping[str, Any]) -> bool:
+    """Whether both products of a layer that is 2:4 in part were timed together."""
+    return bool(entry.get("buckets")) and 0 < entry.get("fraction", 0.0) < 1
 
 
 def _joined_name(name: str) -> str:
@@ -189,7 +199,8 @@ class _Loader:
         def build(tensors: Mapping[str, torch.Tensor]) -> Linear:
             return build_linear(tensors, self._dtype, self._device, self._kernels.choices(name, tensors))
 
-        layer = build_hybrid(stored, build) if "weight_segments" in stored else build(stored)
+        in_part = "weight_segments" in stored
+        layer = build_hybrid(stored, build, dense=self._kernels.runs_dense(name)) if in_part else build(stored)
         modules = [self._model.get_submodule(part) for part in parts]
         rows, columns = sum(module.out_features for module in modules), modules[0].in_features
         if (layer.out_features, layer.in_features) != (rows, columns):

@@ -41,7 +41,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Lock:
-    """Versions, None where the machine does not have the thing. `container` is where they are all found together."""
+    """Versions, None where the machine does not have the thing. `container` is where all of them are."""
 
     backend: str
     tensorrt_llm: str | None = None

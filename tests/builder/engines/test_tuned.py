@@ -235,24 +235,24 @@ def test_both_products_of_a_layer_that_is_2of4_in_part_are_timed(
     layers = [in_part(gate, 96, 64, split[gate]), in_part(UP, 96, 64, None), in_part(DOWN, 64, 96, split[DOWN]), head]
 
     def us(bench: tuner.Bench, kernel: str, tokens: int) -> float:
-        launch = 2.0
+        launch = 1.0
         return launch + bench.shape.out_features * bench.shape.in_features / (2048 if kernel == "skinny" else 1024)
 
     use_times(monkeypatch, us)
-    found = measured_tactics.tactics(layers, CONFIG, "bfloat16", fused=True, in_part=True)
-    entries = found["layers"]
+    tactics = measured_tactics.tactics(layers, CONFIG, "bfloat16", fused=True, in_part=True)
+    entries = tactics["layers"]
     assert entries[gate]["products"] == entries[UP]["products"] == [[128, 64], [64, 64]]
     assert entries[DOWN]["products"] == [[64, 64], [64, 32]]
-    for name, both, dense in ((gate, (2 + 4) + (2 + 4), 2 + 12), (DOWN, (2 + 2) + (2 + 2), 2 + 6)):
+    for name, both, dense in ((gate, (1 + 4) + (1 + 4), 1 + 12), (DOWN, (1 + 2) + (1 + 2), 1 + 6)):
         bucket = entries[name]["buckets"][0]
         assert (bucket["kernel"], bucket["sparse_us"], bucket["dense_us"]) == ("skinny", both, dense)
     assert entries[DOWN]["reason"].startswith(
-        "2:4 in part (67%): dense time over that of both products on Stand-in: 1.00x"
+        "2:4 in part (67%): dense time over that of both products on Stand-in: 1.17x"
     )
 
     fresh = bindings.Context(0)
     monkeypatch.setattr(bindings, "context", lambda device: fresh)
-    kernels = Kernels(found, torch.bfloat16, CUDA)
+    kernels = Kernels(tactics, torch.bfloat16, CUDA)
     assert kernels.remarks == []
     group = "model.layers.0.mlp.gate_up_proj"
     assert kernels.choices(group, STORED) == kernels.choices(DOWN, STORED) == [(n, "skinny") for n in (1, 8, 16)]
@@ -263,6 +263,22 @@ def test_both_products_of_a_layer_that_is_2of4_in_part_are_timed(
     assert fresh.algorithm(rest) == tuple(entries[DOWN]["buckets"][1]["rest_algorithm"])
     whole = measured_tactics.tactics(layers, CONFIG, "bfloat16", fused=True)["layers"]
     assert (whole[DOWN]["reason"], whole[DOWN]["products"]) == ("2:4 in part: not timed", None)
+
+
+def test_a_layer_whose_two_products_do_not_pay_runs_dense(
+    gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = UP.replace("up_proj", "gate_proj")
+    cut = Segments.split("rows", 96, 32)
+    layers = [in_part(gate, 96, 64, cut), in_part(UP, 96, 64, cut)]
+    use_times(monkeypatch, lambda bench, kernel, tokens: 9.0 if kernel == "skinny" else 10.0)  # 9 + 10 us against 10
+    tactics = measured_tactics.tactics(layers, CONFIG, "bfloat16", fused=True, in_part=True)
+    entry = tactics["layers"][gate]
+    assert (entry["products"], {bucket["kernel"] for bucket in entry["buckets"]}) == (None, {"dense-cublaslt"})
+    assert entry["reason"].startswith("2:4 in part (33%): runs dense, as one product: dense time over that of both")
+    kernels = Kernels(tactics, torch.bfloat16, CUDA)
+    assert kernels.runs_dense("model.layers.0.mlp.gate_up_proj")
+    assert not kernels.runs_dense(DOWN)
 
 
 def test_the_second_product_of_a_half_is_timed(gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
