@@ -73,6 +73,9 @@ end-to-end speed-ups by {error:.0%} in the median ([comparison](docs/predictions
 """
 
 
+PUBLISHED = {"build/smollm2": "SmolLM2-135M-Instruct"}  # what examples/smollm2/make_model.py writes
+
+
 def page() -> str:
     return fill(README, BLOCKS)
 
@@ -123,7 +126,7 @@ def _accuracy(file: tuple[dict[str, Any], Path]) -> str:
         if method != "dense"
     ]
     return ACCURACY.format(
-        model=settings["model"],
+        model=PUBLISHED.get(settings["model"], settings["model"]),
         samples=settings["samples"],
         length=settings["sequence_length"],
         processor=f"{result['environment']['cores']} cores of an {result['environment']['processor']}",
