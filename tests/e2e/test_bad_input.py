@@ -107,7 +107,7 @@ def test_an_unsupported_architecture(build: Callable[..., str], broken: Path) ->
         ({"hidden_size": None}, "hidden_size is 'None', not a positive whole number"),
         ({"architectures": None}, "names the architecture 'none'"),
         ({"quantization_config": {"quant_method": "modelopt"}}, "is quantized already"),
-        ({"hidden_size": 512}, "'model.embed_tokens.weight' has shape [4096, 256], config.json says [4096, 512]"),
+        ({"hidden_size": 512}, "'model.embed_tokens.weight' has shape [4096, 256], config.json gives [4096, 512]"),
     ],
 )
 def test_a_config_that_cannot_be_built(

@@ -205,7 +205,7 @@ class _Loader:
         rows, columns = sum(module.out_features for module in modules), modules[0].in_features
         if (layer.out_features, layer.in_features) != (rows, columns):
             raise UserError(
-                f"'{name}' has shape [{layer.out_features}, {layer.in_features}], but config.json says "
+                f"'{name}' has shape [{layer.out_features}, {layer.in_features}], but config.json gives "
                 f"[{rows}, {columns}]: they do not belong together"
             )
         return layer

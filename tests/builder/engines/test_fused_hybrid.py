@@ -66,6 +66,8 @@ class Whole(Hybrid):
 class GpuKernels:
     """The engine's choice of kernels on a GPU without tactics, but for cuSPARSELt, which no CPU has."""
 
+    dense = False  # as where the two products of each layer do not pay
+
     def __init__(self, tactics: object, dtype: torch.dtype, device: torch.device) -> None:
         self.remarks: list[str] = []
         self._usable = dtype == torch.bfloat16
@@ -74,6 +76,9 @@ class GpuKernels:
         if self._usable and "weight_values" in stored:
             return (64, "skinny"), (65, "cublaslt")
         return DENSE if self._usable and "weight_scale" in stored else None
+
+    def runs_dense(self, name: str) -> bool:
+        return self.dense
 
 
 @pytest.fixture(autouse=True)
@@ -109,9 +114,13 @@ def outputs(model: Decoder) -> list[torch.Tensor]:
     return [*results, *(decode(model, requests, step, cache) for step in range(2) for requests in (1, 3))]
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_computes_as_the_dense_layers_of_the_same_weights(family: str) -> None:
+def test_family_computes_as_the_dense_layers_of_the_same_weights(
+    family: str, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float64, where no order of sums shows: rows, heads and inputs all find their place."""
+    monkeypatch.setattr(GpuKernels, "dense", dense)
     config = CONFIG | FAMILIES[family]
     fused = decoder(Hybrid(config, "bf16", CPU), True, torch.float64)
     attention, mlp = fused.blocks[0].self_attn, fused.blocks[0].mlp
@@ -150,6 +159,12 @@ def test_a_block_decodes_a_token_with_fourteen_launches(format: str) -> None:
     assert counts.total() == 14, counts
     assert sum(counts[name] for name in ("linear_into", "mm", "addmm_")) == 8
     assert of_a_block(Whole, format).total() == 10
+
+
+def test_a_block_whose_second_products_do_not_pay_has_ten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GpuKernels, "dense", True)
+    counts = of_a_block(Hybrid, "fp8")
+    assert counts.total() == 10, counts
 
 
 class Uneven(Hybrid):

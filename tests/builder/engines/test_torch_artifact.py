@@ -119,7 +119,7 @@ def test_a_broken_checkpoint_is_refused(attack, fragment: str, tiny: Path, tmp_p
         (lambda d: change_json(d / "engine.json", backend="tensorrt"), "engine of backend 'tensorrt'"),
         (lambda d: change_json(d / "engine.json", layout=99), "layout 99, and this twofour reads 2: build"),
         (lambda d: (d / "engine.json").write_text('{"backend": "torch", "layout": 2}'), "lacks 'max_batch_size'"),
-        (lambda d: change_json(d / "config.json", intermediate_size=64), "config.json says \\[64, 32\\]"),
+        (lambda d: change_json(d / "config.json", intermediate_size=64), "config.json gives \\[64, 32\\]"),
         (lambda d: change_json(d / "config.json", num_hidden_layers=4), "no tensor 'model.layers.3.self_attn.q_proj"),
         (lambda d: change_json(d / "config.json", vocab_size=95), "'lm_head' has shape \\[96, 32\\]"),
         (
