@@ -33,7 +33,7 @@ def test_an_engine_runs_where_it_was_built_and_nowhere_else(
     assert done("verify", engine, "--json").json["violations"] == []
     done("deploy", engine.parent)
     fragment = refused("bench", engine, "--model", model)
-    assert "which this process cannot open: serve it as its launch file says" in fragment
+    assert "which this process cannot open: serve it with its launch file" in fragment
     machine((replace(H100, name="NVIDIA A100", sm=80),), tensorrt_llm="1.2.1", tensorrt="10.14.1")
     fragment = (
         f"'{engine}' needs SM 90 (here: 80): use the container nvcr.io/nvidia/tensorrt-llm/release:1.2.1 on a GPU"
