@@ -3,7 +3,6 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -23,10 +22,6 @@ constexpr int kSpins = 4000;                    // about 40 us of pauses before 
 constexpr int kSpinsBeforeYield = 2000;         // of a caller that waits for a chunk
 constexpr microseconds kPatience{300};          // a wait longer than this and than two chunks: a worker is stopped
 constexpr microseconds kFirstPause{10'000}, kLongestPause{320'000};  // how long the caller then works alone
-constexpr microseconds kCalm{1'000'000};  // without such a wait, after which pauses begin at the first length again
-
-constexpr int kPhasesOfCheck = 128;  // of a caller that works alone, between two looks at how it is run
-constexpr int kCrowdedChecks = 3;    // in a row, after which it moves to another processor
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -53,10 +48,8 @@ class Pool {
 
   void run(int64_t chunks, void (*body)(void*, int64_t), void* context) {
     std::unique_lock<std::mutex> hold(in_use_, std::try_to_lock);
-    const bool alone = hold && (wanted_ == 1 || Clock::now() < alone_until_);
-    if (alone || chunks == 1 || !hold) {
+    if (wanted_ == 1 || chunks == 1 || !hold || (pause_.count() && Clock::now() < alone_until_)) {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) body(context, chunk);
-      if (alone && ++phases_alone_ % kPhasesOfCheck == 0) leave_a_crowded_processor();
       return;
     }
     const auto begin = Clock::now();
@@ -97,26 +90,12 @@ class Pool {
       spins < kSpinsBeforeYield ? pause_cpu() : static_cast<void>(sched_yield());
     const auto waited = Clock::now() - from, chunk_time = (from - begin) / std::max(1u, own);
     if (waited > kPatience && waited > 2 * chunk_time) {
-      pause_ = from - alone_until_ > kCalm ? kFirstPause : std::min(2 * pause_, kLongestPause);
+      pause_ = std::min(std::max(kFirstPause, 2 * pause_), kLongestPause);
       alone_until_ = Clock::now() + pause_;
+      good_phases_ = 0;
+    } else if (pause_.count() && ++good_phases_ > 200) {
+      pause_ = microseconds{0};
     }
-  }
-
-  // A caller that other processes interrupt again and again shares its processor: it moves to another, which is idle
-  // as long as the workers sleep, and may be moved back by the system at any time.
-  void leave_a_crowded_processor() {
-    rusage usage;
-    if (getrusage(RUSAGE_THREAD, &usage) != 0) return;
-    crowded_checks_ = usage.ru_nivcsw > interruptions_ ? crowded_checks_ + 1 : 0;
-    interruptions_ = usage.ru_nivcsw;
-    if (crowded_checks_ < kCrowdedChecks) return;
-    crowded_checks_ = 0;
-    cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
-    cpu_set_t others = allowed;
-    CPU_CLR(sched_getcpu(), &others);
-    if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof(others), &others) == 0)
-      sched_setaffinity(0, sizeof(allowed), &allowed);
   }
 
   void serve(int index) {
@@ -142,10 +121,9 @@ class Pool {
   std::atomic<void*> context_{nullptr};
   alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<uint32_t> done_{0};
-  microseconds pause_{kFirstPause};
+  microseconds pause_{0};
   Clock::time_point alone_until_{};
-  int phases_alone_ = 0, crowded_checks_ = 0;
-  long interruptions_ = 0;
+  int good_phases_ = 0;
 };
 
 // Never destroyed: workers may outlive the end of main. A child of fork() has no workers and makes its own.
