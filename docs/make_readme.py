@@ -46,7 +46,9 @@ the dense bfloat16 model, whose perplexity is {own:.2f} on held-out text of the 
 {rows}"""
 LLAMA_CPP = """
 The same model for one request on {threads} threads, against llama.cpp on its GGUF file
-(`python -m benchmarks.pruning.llama_cpp`, a prompt of {prompt} tokens, [values]({path})):
+(`python -m benchmarks.pruning.llama_cpp`, a prompt of {prompt} tokens, [values]({path})). On
+another virtual machine of this kind, with faster memory, a later token took llama.cpp 7.2 and 7.7 ms and these builds
+4.1 ms ([values](benchmarks/results/llama_cpp-amd-epyc-2cores-2026-11-27-first.json)):
 
 | | each later token | prompt | perplexity | weights |
 |---|---|---|---|---|
