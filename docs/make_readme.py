@@ -13,6 +13,7 @@ from benchmarks.kernels import targets
 from benchmarks.roofline.published import EndToEnd, compare_model, comparisons, median_error
 from builder.planning import compatibility, compatibility_rules
 from plugins.common.families import FAMILIES
+from plugins.common.json_files import read_json
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -47,8 +48,8 @@ the dense bfloat16 model, whose perplexity is {own:.2f} on held-out text of the 
 LLAMA_CPP = """
 The same model for one request on {threads} threads, against llama.cpp on its GGUF file
 (`python -m benchmarks.pruning.llama_cpp`, a prompt of {prompt} tokens, [values]({path})). On
-another virtual machine of this kind, with faster memory, a later token took llama.cpp 7.2 and 7.7 ms and these builds
-4.1 ms ([values](benchmarks/results/llama_cpp-amd-epyc-2cores-2026-11-27-first.json)):
+another virtual machine of this kind, with faster memory, a later token took llama.cpp {peers} ms and these builds
+{ours} ms ([values]({other})):
 
 | | each later token | prompt | perplexity | weights |
 |---|---|---|---|---|
@@ -75,6 +76,7 @@ end-to-end speed-ups by {error:.0%} in the median ([comparison](docs/predictions
 """
 
 
+FASTER_MEMORY = RESULTS / "llama_cpp-amd-epyc-2cores-2026-11-27-first.json"
 PUBLISHED = {"build/smollm2": "SmolLM2-135M-Instruct"}  # what examples/smollm2/make_model.py writes
 
 
@@ -203,7 +205,16 @@ def _llama_cpp(file: tuple[dict[str, Any], Path]) -> str:
         f"| {row['bytes'] / 1e6:.0f} MB |\n"
         for name, row in result["contenders"].items()
     ]
-    return LLAMA_CPP.format(**result["settings"], path=path.relative_to(ROOT).as_posix(), rows="".join(rows))
+    faster = read_json(FASTER_MEMORY)["contenders"]
+    times = {name: f"{row['decode_ms']:.1f}" for name, row in faster.items()}
+    return LLAMA_CPP.format(
+        **result["settings"],
+        path=path.relative_to(ROOT).as_posix(),
+        other=FASTER_MEMORY.relative_to(ROOT).as_posix(),
+        peers=" and ".join(dict.fromkeys(ms for name, ms in times.items() if "llama.cpp" in name)),
+        ours=" and ".join(dict.fromkeys(ms for name, ms in times.items() if "llama.cpp" not in name)),
+        rows="".join(rows),
+    )
 
 
 def _speed(point: dict[str, Any]) -> str:

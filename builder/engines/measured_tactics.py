@@ -17,6 +17,7 @@ from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.common.files import sha256
 from plugins.common.formats import KERNEL_OUTPUTS
+from plugins.common.fused_layers import fused_name, fused_parts
 from plugins.common.nvidia_smi import gpus
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 IN_PART = "2:4 in part: not timed"
 DTYPES = {format.dtype: format.value for format in KERNEL_OUTPUTS}  # config.json's name -> ours
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one product each in TensorRT-LLM
 
 
 class Sized(sharding.Shardable, Protocol):
@@ -98,7 +98,7 @@ def _sparse_part(layer: LayerFacts, whole: Shape) -> Shape:
     """What a kernel of 2:4 weights multiplies: all of the layer, or its 2:4 rows or inputs."""
     if layer.segments is None:
         return whole
-    size = sum(part.size for part in layer.segments.sparse)
+    size = _sparse_size(layer, layer.segments.axis)
     return replace(whole, out_features=size) if layer.segments.axis == "rows" else replace(whole, in_features=size)
 
 
@@ -136,11 +136,9 @@ def hybrids(layers: Sequence[LayerFacts], dtype: str) -> dict[str, Hybrid]:
     """The products of layers that are 2:4 in part, under the name of each 2:4 layer that the engine joins in them."""
     from plugins.autotune.choice import Hybrid
 
-    groups: dict[tuple[str, ...], list[LayerFacts]] = {}
+    groups: dict[str, list[LayerFacts]] = {}
     for layer in layers:
-        block, _, last = layer.name.rpartition(".")
-        parts = next((parts for parts in FUSED if last in parts), (last,))
-        groups.setdefault((block, *parts), []).append(layer)
+        groups.setdefault(fused_name(layer.name), []).append(layer)
     timed: dict[str, Hybrid] = {}
     for members in groups.values():
         cuts = [member.segments for member in members if member.segments]
@@ -194,17 +192,17 @@ def seconds_saved(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[s
     """Seconds that 2:4 saves each layer at `tokens` tokens; 0 where dense is faster. None where none can be timed."""
     if not can_measure() or dtype not in DTYPES:
         return None
-    return _seconds_saved(tuple((layer.name, shape(layer, 1, dtype)) for layer in layers), tokens)
-
-
-@lru_cache(maxsize=4)
-def _seconds_saved(shapes: tuple[tuple[str, Shape], ...], tokens: int) -> dict[str, float]:
-    timed = _tune(dict(shapes), (tokens,))["layers"]
-    buckets = {name: layer["buckets"][0] for name, layer in timed.items()}
+    buckets = _whole_layers(tuple((layer.name, shape(layer, 1, dtype)) for layer in layers), tokens)
     return {
         name: 0.0 if _is_dense(bucket) or not bucket["ratio"] else (bucket["dense_us"] - bucket["sparse_us"]) * 1e-6
         for name, bucket in buckets.items()
     }
+
+
+@lru_cache(maxsize=4)
+def _whole_layers(shapes: tuple[tuple[str, Shape], ...], tokens: int) -> dict[str, dict[str, Any]]:
+    """Each layer's one bucket."""
+    return {name: timed["buckets"][0] for name, timed in _tune(dict(shapes), (tokens,))["layers"].items()}
 
 
 def seconds_of_second_product(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[str, float] | None:
@@ -226,11 +224,11 @@ def _seconds_of_second_product(shapes: tuple[tuple[str, Shape], ...], tokens: in
         if half:
             halves[name] = Hybrid.of(whole, axis, half)
     both = _tune(halves, (tokens,))["layers"]
-    alone = _tune({name: whole for name, whole in shapes if name in halves}, (tokens,))["layers"]
+    alone = _whole_layers(shapes, tokens)
     seconds = {}
     for name in halves:
-        mixed, whole_layer = both[name]["buckets"][0], alone[name]["buckets"][0]
-        ends = [us for us in (whole_layer["dense_us"], whole_layer["sparse_us"]) if us is not None]
+        mixed = both[name]["buckets"][0]
+        ends = [us for us in (alone[name]["dense_us"], alone[name]["sparse_us"]) if us is not None]
         seconds[name] = max(0.0, mixed["sparse_us"] - sum(ends) / len(ends)) * 1e-6
     return seconds
 
@@ -267,10 +265,9 @@ def shape(layer: Sized, ranks: int, dtype: str, fused: Mapping[str, Sized] | Non
     from plugins.autotune.choice import Shape
 
     rows, columns = layer.out_features, layer.in_features
-    block, _, last = layer.name.rpartition(".")
-    parts = next((parts for parts in FUSED if last in parts), ())
-    if fused and parts and all(f"{block}.{part}" in fused for part in parts):
-        rows = sum(fused[f"{block}.{part}"].out_features for part in parts)
+    members = fused_parts(fused_name(layer.name))
+    if fused and all(member in fused for member in members):
+        rows = sum(fused[member].out_features for member in members)
     if sharding.is_row_parallel(layer.name):
         columns //= ranks
     else:

@@ -5,7 +5,7 @@ A sparse kernel is kept where it is faster than dense by at least LEAST_GAIN. Im
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,12 +100,17 @@ def choose_hybrid(
         both = other.us + bucket["sparse_us" if bucket["kernel"] in SPARSE_KERNELS else "dense_us"]
         times = {"dense_us": round(dense.us, 3), "sparse_us": round(both, 3), "ratio": round(dense.us / both, 4)}
         chosen.append({**bucket, **times, "rest_algorithm": _listed(other.algorithm)})
-    if any(bucket["ratio"] >= LEAST_GAIN for bucket in chosen):
+    if _pays(chosen):
         return chosen
     for bucket, dense in zip(chosen, whole, strict=True):
         kernel = NAMES[dense.kernel] if dense.kernel in OURS else "reference"
         bucket |= {"kernel": kernel, "algorithm": None, "rest_algorithm": None}
     return chosen
+
+
+def _pays(buckets: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether both products of a hybrid layer are faster than one dense product, at any number of tokens."""
+    return any(bucket["ratio"] >= LEAST_GAIN for bucket in buckets)
 
 
 def _listed(algorithm: tuple[int, ...] | None) -> list[int] | None:
@@ -116,7 +121,7 @@ def entry(shape: Shape | Hybrid, buckets: Sequence[dict[str, Any]], gpu: str) ->
     """A layer's entry in tactics.json."""
     if isinstance(shape, Hybrid):
         products = [[part.out_features, part.in_features] for part in (shape.sparse, shape.rest)]
-        pays = max(bucket["ratio"] for bucket in buckets) >= LEAST_GAIN
+        pays = _pays(buckets)
         ratios = ", ".join(f"{bucket['ratio']:.2f}x at {bucket['tokens']}" for bucket in buckets)
         why = f"dense time over that of both products on {gpu}: {ratios} tokens"
         why = why if pays else f"runs dense, as one product: {why}"

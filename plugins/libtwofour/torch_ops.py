@@ -18,6 +18,7 @@ Legend: M tokens, N out_features, K in_features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -86,6 +87,13 @@ def dense_linear(
     return reference_linear(x_MK, w_NK, scale, channel_scales, bias, out_dtype)
 
 
+OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
+    "skinny": skinny_linear,
+    "cusparselt": cusparselt_linear,
+    "cublaslt": dense_linear,
+}
+
+
 @torch.library.custom_op("twofour::linear_into", mutates_args=("y_MN",), device_types="cpu")
 def linear_into(
     y_MN: torch.Tensor,
@@ -100,12 +108,7 @@ def linear_into(
     """Writes the product of a kernel to y, or adds it in float32 ("cublaslt" alone). x and y may be slices."""
     if accumulate and kernel != "cublaslt":
         raise UserError(f"{kernel} cannot add to what y holds: use cublaslt")
-    if kernel == "cusparselt":
-        raise UserError("a weight compressed by cuSPARSELt is readable on its GPU only: use skinny or cublaslt")
-    if kernel == "skinny":
-        check_skinny(x_MK)
-        weight = unpack_skinny(weight, y_MN.shape[1], x_MK.shape[1], x_MK.dtype)
-    product_MN = reference_linear(x_MK, weight, scale, channel_scales, bias, torch.float32)
+    product_MN = OPERATORS[kernel](x_MK, weight, scale, channel_scales, bias, y_MN.shape[1], torch.float32)
     y_MN.copy_(y_MN + product_MN if accumulate else product_MN)
 
 
@@ -208,7 +211,7 @@ def _(*_: Any) -> None:
 
 
 linear_into.register_kernel("cuda")(launch_into)
-for _op, _kernel in ((skinny_linear, "skinny"), (cusparselt_linear, "cusparselt"), (dense_linear, "cublaslt")):
+for _kernel, _op in OPERATORS.items():
     _register(_op, _kernel)
 
 

@@ -14,7 +14,6 @@ from plugins.linear.hybrid_tensors import Tensors, encode, parts_of
 from plugins.linear.torch_linear import Linear
 from plugins.sparsity.segments import Segments
 
-GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 ROWS = ("weight", "weight_values", "weight_indices", "bias")  # tensors of N rows, laid one after the other
 SHARED = ("input_scale", "pre_quant_scale")  # of the input: one product has one
 KNOWN = {*ROWS, *SHARED, "weight_scale"}

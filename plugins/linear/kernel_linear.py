@@ -26,11 +26,6 @@ Choices = Sequence[tuple[int, str]]
 LIMIT = MAX_SKINNY_TOKENS
 SKINNY_THEN_CUSPARSELT: Choices = ((LIMIT, "skinny"), (LIMIT + 1, "cusparselt"))
 DENSE: Choices = ((1, "cublaslt"),)
-OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
-    "skinny": torch_ops.skinny_linear,
-    "cusparselt": torch_ops.cusparselt_linear,
-    "cublaslt": torch_ops.dense_linear,
-}
 
 
 def choices_of(tactics: Mapping[str, Any] | None, sparse: bool) -> Choices:
@@ -40,7 +35,7 @@ def choices_of(tactics: Mapping[str, Any] | None, sparse: bool) -> Choices:
     if tactics is None:
         return SKINNY_THEN_CUSPARSELT
     named = [(int(bucket["tokens"]), str(bucket["kernel"]).removeprefix("dense-")) for bucket in tactics["buckets"]]
-    known = sorted((tokens, kernel) for tokens, kernel in named if kernel in OPERATORS)
+    known = sorted((tokens, kernel) for tokens, kernel in named if kernel in torch_ops.OPERATORS)
     return known or SKINNY_THEN_CUSPARSELT
 
 
@@ -96,7 +91,7 @@ class KernelLinear(Linear):
             q_MK = _lengthen(q_MK, self.dense.least_tokens)
         if kernel == "cublaslt" and self.dense.product == "torch":
             return self._multiply_by_torch(q_MK)[:tokens]
-        y_MN = OPERATORS[kernel](
+        y_MN = torch_ops.OPERATORS[kernel](
             q_MK, self.weights[kernel], self.scale, self.channel_scales, self.bias, self.out_features, self.dtype
         )
         return y_MN[:tokens]

@@ -1,4 +1,4 @@
-"""What TensorRT-LLM calls a layer: fused ones, and those of a pipeline stage, which numbers its blocks from 0.
+"""What TensorRT-LLM calls a layer of a pipeline stage, which numbers its blocks from 0.
 
 Imported inside TensorRT-LLM's processes too: standard library only.
 """
@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Module of the PyTorch backend -> the Hugging Face layers that it holds, in order."""
 
 _BLOCK = re.compile(r"(?P<before>.*\.layers)\.(?P<number>\d+)\.(?P<after>.*)")
 
@@ -24,9 +21,3 @@ def local_name(name: str, held: Sequence[int], blocks: int) -> str | None:
         return name if blocks - 1 in held else None
     number = int(match["number"])
     return f"{match['before']}.{held.index(number)}.{match['after']}" if number in held else None
-
-
-def parts(name: str) -> tuple[str, ...]:
-    """The Hugging Face names of the layers that the PyTorch backend's module of this name holds."""
-    block, _, last = name.rpartition(".")
-    return tuple(f"{block}.{part}" for part in FUSED.get(last, (last,))) if block else (name,)

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from tensorrt_llm._torch.modules.linear import Linear
 from tensorrt_llm.logger import logger
 
+from plugins.common.fused_layers import fused_parts
 from plugins.common.json_files import read_json
 from plugins.linear.kernel_linear import SKINNY_THEN_CUSPARSELT, Choices
-from plugins.tensorrt_llm.layer_names import parts
 from plugins.tensorrt_llm.releases import naming_the_release
 from plugins.tensorrt_llm.sparse_method import SparseMethod, compress, give_sparse_method
 
@@ -38,7 +38,7 @@ class SparseLinears:
         with naming_the_release():
             for name, module, choices in chosen(self, layers):
                 give_sparse_method(name, module, choices)
-                taken.update(parts(name))
+                taken.update(fused_parts(name))
         if missed := sorted(set(layers) - taken):
             logger.warning(f"twofour: {len(missed)} declared 2:4 layers stay dense, such as {missed[0]}")
         logger.info(f"twofour: {len(taken)} of {len(layers)} declared 2:4 layers have the sparse method")
@@ -69,6 +69,6 @@ def compress_all(model: Any) -> None:
 def chosen(model: Any, layers: Mapping[str, Sequence[Any] | None]) -> Iterator[tuple[str, Any, Choices]]:
     """The model's Linear modules that are 2:4 as a whole: a fused one only where each of its parts is."""
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and all(part in layers for part in parts(name)):
-            choices = layers[parts(name)[0]] or SKINNY_THEN_CUSPARSELT
+        if isinstance(module, Linear) and all(part in layers for part in fused_parts(name)):
+            choices = layers[fused_parts(name)[0]] or SKINNY_THEN_CUSPARSELT
             yield name, module, [(int(tokens), str(kernel).removeprefix("dense-")) for tokens, kernel in choices]

@@ -151,7 +151,7 @@ def change(directory: Path, edit: Any) -> None:
         (repeat_a_channel, "does not hold each channel from 0 to 2 once"),
     ],
 )
-def test_verify_finds_what_is_amiss(built: Path, tmp_path: Path, attack: Any, fragment: str) -> None:
+def test_verify_reports_each_violation(built: Path, tmp_path: Path, attack: Any, fragment: str) -> None:
     shutil.copytree(built / "checkpoint", tmp_path / "checkpoint")
     attack(tmp_path / "checkpoint")
     actual = verify(tmp_path / "checkpoint").violations

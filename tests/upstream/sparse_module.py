@@ -86,7 +86,7 @@ def walk_as_before(model: Any) -> None:
 
 
 def compare(model: Any, weights: dict[str, torch.Tensor], require: Callable[[bool, str], None]) -> str:
-    from plugins.tensorrt_llm.layer_names import parts
+    from plugins.common.fused_layers import fused_parts
 
     # by name: a model's own aliases (next_attn) hide some from named_modules
     layers = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -96,7 +96,9 @@ def compare(model: Any, weights: dict[str, torch.Tensor], require: Callable[[boo
         require(hasattr(module, "twofour"), f"'{name}' was not compressed")
         require(module.weight.numel() == 0, f"'{name}' keeps its dense weight")
         x_MK = torch.randn(3, module.in_features).to(module.dtype)
-        scaled = [weights[f"{part}.weight"].float() * weights.get(f"{part}.weight_scale", 1.0) for part in parts(name)]
+        scaled = [
+            weights[f"{part}.weight"].float() * weights.get(f"{part}.weight_scale", 1.0) for part in fused_parts(name)
+        ]
         expected = x_MK.float() @ torch.cat(scaled).T
         output = module.quant_method.apply(module, x_MK, None).float()
         error = (output - expected).norm() / expected.norm()

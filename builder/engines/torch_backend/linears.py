@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from plugins.common.errors import UserError
+from plugins.common.fused_layers import fused_name, fused_parts
 from plugins.linear.factory import build_linear, share_input
 from plugins.linear.hybrid_linear import build_hybrid
-from plugins.linear.joined import GROUPS, SideBySide, join
+from plugins.linear.joined import SideBySide, join
 from plugins.linear.torch_linear import Linear
 
 log = logging.getLogger(__name__)
@@ -77,30 +78,22 @@ class Kernels:
 def _join_tactics(layers: Mapping[str, Any]) -> dict[str, Any]:
     """The layers of tactics.json as the engine runs them on a GPU: q, k and v, and gate and up, were timed as one."""
     joined: dict[str, Any] = {}
-    in_part = {_joined_name(name): entry for name, entry in layers.items() if _is_timed_in_part(entry)}
+    in_part = {fused_name(name): entry for name, entry in layers.items() if _is_timed_in_part(entry)}
     for name, entry in layers.items():
-        if (group_name := _joined_name(name)) in in_part:  # timed as one layer, under the name of each part
-            joined[group_name] = in_part[group_name]
-            continue
-        parent, dot, own = name.rpartition(".")
-        group = next((group for group, parts in GROUPS.items() if own in parts), own)
-        parts = [layers.get(f"{parent}{dot}{part}", {}) for part in GROUPS.get(group, ())]
-        if not parts or not all(part.get("sparse") for part in parts):
+        group = fused_name(name)
+        members = [layers.get(part, {}) for part in fused_parts(group)]
+        if group in in_part:  # timed as one layer, under the name of each part
+            joined[group] = in_part[group]
+        elif group == name or not all(member.get("sparse") for member in members):
             joined[name] = entry
-        elif own == GROUPS[group][0]:
-            joined[f"{parent}{dot}{group}"] = {**entry, "out_features": sum(part["out_features"] for part in parts)}
+        elif name == fused_parts(group)[0]:
+            joined[group] = {**entry, "out_features": sum(member["out_features"] for member in members)}
     return joined
 
 
 def _is_timed_in_part(entry: Mapping[str, Any]) -> bool:
     """Whether both products of a layer that is 2:4 in part were timed together."""
     return bool(entry.get("buckets")) and 0 < entry.get("fraction", 0.0) < 1
-
-
-def _joined_name(name: str) -> str:
-    """The name of the layer that the layer `name` becomes or becomes part of."""
-    parent, dot, own = name.rpartition(".")
-    return f"{parent}{dot}{next((group for group, parts in GROUPS.items() if own in parts), own)}"
 
 
 def _open_cpu() -> tuple[bool, str]:
@@ -154,12 +147,10 @@ def replace_linears(
 
 def _units(model: nn.Module, joined: bool) -> dict[str, list[str]]:
     """The linear layers' names, by the name of the layer that each becomes or becomes part of."""
-    group_of = {part: group for group, parts in GROUPS.items() for part in parts} if joined else {}
     units: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            parent, dot, own = name.rpartition(".")
-            units.setdefault(f"{parent}{dot}{group_of.get(own, own)}", []).append(name)
+            units.setdefault(fused_name(name) if joined else name, []).append(name)
     return units
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from builder.checkpoint import Checkpoint
 from calibration.quantization.trtllm_config import for_transformers_4
 from plugins.common.errors import UserError
+from plugins.common.fused_layers import FUSED
 from plugins.common.json_files import read_json, write_json
-from plugins.tensorrt_llm.layer_names import FUSED
 
 EIGHT_BIT = ("fp8", "int8")
 

@@ -63,6 +63,23 @@ inline void prefetch(const uint8_t* at) {
   for (int i = 0; i < Bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + i), _MM_HINT_T0);
 }
 
+struct Rows {
+  __m256 low, high;  // sums of rows 0 to 7 and 8 to 15 of a half
+};
+
+// y of `Halves` halves of a tile from half `first` on; `sums` gives a half's Rows for one token.
+template <int Halves, int Tokens, class Sums>
+inline void finish_halves(const Product& p, int64_t tile, int first, int64_t token, const Sums& sums) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Halves * Tokens; ++i) {
+    const int half = i / Tokens, t = i % Tokens;
+    const int64_t row = tile * kTileRows + (first + half) * kHalfRows;
+    const Rows rows = sums(half, t);
+    finish(p, row, token + t, rows.low);
+    finish(p, row + 8, token + t, rows.high);
+  }
+}
+
 // The functions below compute `Halves` halves of a tile from half `first` on; halves take turns in memory.
 template <int Halves, int Tokens>
 void int8_product(const Product& p, int64_t tile, int first, int64_t token) {
@@ -88,13 +105,9 @@ void int8_product(const Product& p, int64_t tile, int first, int64_t token) {
         }
       }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < Halves * Tokens; ++i) {
-    const int half = i / Tokens, t = i % Tokens;
-    const int64_t row = tile * kTileRows + (first + half) * kHalfRows;
-    finish(p, row, token + t, _mm256_cvtepi32_ps(low[half][t]));
-    finish(p, row + 8, token + t, _mm256_cvtepi32_ps(high[half][t]));
-  }
+  finish_halves<Halves, Tokens>(p, tile, first, token, [&](int half, int t) {
+    return Rows{_mm256_cvtepi32_ps(low[half][t]), _mm256_cvtepi32_ps(high[half][t])};
+  });
 }
 
 // For each of a unit's 16 rows, which two of the 4 inputs its values multiply: a byte shuffle's control. A mask's four
@@ -143,14 +156,11 @@ void int8_2of4_product(const Product& p, int64_t tile, int first, int64_t token)
         }
       }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < Halves * Tokens; ++i) {
-    const int half = i / Tokens, t = i % Tokens;
-    const int64_t row = tile * kTileRows + (first + half) * kHalfRows;
+  finish_halves<Halves, Tokens>(p, tile, first, token, [&](int half, int t) {
     const __m256i some = low[half][t], others = high[half][t];
-    finish(p, row, token + t, _mm256_cvtepi32_ps(_mm256_permute2x128_si256(some, others, 0x20)));
-    finish(p, row + 8, token + t, _mm256_cvtepi32_ps(_mm256_permute2x128_si256(some, others, 0x31)));
-  }
+    return Rows{_mm256_cvtepi32_ps(_mm256_permute2x128_si256(some, others, 0x20)),
+                _mm256_cvtepi32_ps(_mm256_permute2x128_si256(some, others, 0x31))};
+  });
 }
 
 template <int Halves, int Tokens>
@@ -184,13 +194,8 @@ void bf16_product(const Product& p, int64_t tile, int first, int64_t token) {
         }
       }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < Halves * Tokens; ++i) {
-    const int half = i / Tokens, t = i % Tokens;
-    const int64_t row = tile * kTileRows + (first + half) * kHalfRows;
-    finish(p, row, token + t, low[half][t]);
-    finish(p, row + 8, token + t, high[half][t]);
-  }
+  finish_halves<Halves, Tokens>(p, tile, first, token,
+                                [&](int half, int t) { return Rows{low[half][t], high[half][t]}; });
 }
 
 template <bool Sparse, int Halves, int Tokens>

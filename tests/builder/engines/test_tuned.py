@@ -339,7 +339,7 @@ def test_selection_weighs_measured_times_where_there_are_any(docs_llama: Path, m
     use_machine(monkeypatch)
     monkeypatch.setattr(bindings, "version", lambda kernel: 801)
     monkeypatch.setattr(tuner, "tune", tune)
-    measured_tactics._seconds_saved.cache_clear()
+    measured_tactics._whole_layers.cache_clear()
     assert layer_selection._seconds_saved(context, layers) == {UP: pytest.approx(7e-6), DOWN: 0.0}
     assert asked == [([UP, DOWN], (16,))], "timed once, at the workload's decode batch"
 
