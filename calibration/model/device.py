@@ -6,7 +6,9 @@ import ctypes
 
 import torch
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+MAPPED_BYTES = 2**25  # the most that glibc accepts: larger tensors go back to the system as they are freed
+KEPT_BYTES = 2**28
 
 
 def device() -> torch.device:
@@ -32,11 +34,13 @@ def has_bfloat16() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Has glibc give freed memory back to the system, later that of 1 MiB or more at once; elsewhere does nothing.
+    """Returns freed memory to the system, where the C library is glibc; elsewhere does nothing.
 
-    By itself it raises that size as tensors are freed, up to 32 MiB, and keeps what is smaller between what is in use.
+    From then on glibc keeps freed memory of up to `KEPT_BYTES` for reuse, tensors below `MAPPED_BYTES` with it. By
+    default it maps such tensors anew each time, and the page faults take longer than the products of a small block.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
-        library.mallopt(M_MMAP_THRESHOLD, 2**20)
+        library.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         library.malloc_trim(0)
