@@ -15,7 +15,7 @@ weights from memory ([values](../{path})):
 |---|---|---|---|---|---|---|---|
 {rows}"""
 BUSY = """
-One request beside a process that keeps one of {cores} cores busy ([one thread](../{one}), [two](../{two})), ms:
+One request while another process keeps one of {cores} cores busy ([one thread](../{one}), [two](../{two})), ms:
 
 | | each later token: 1 thread | 2 threads | a prompt of {prompt}: 1 thread | 2 threads |
 |---|---|---|---|---|

@@ -25,24 +25,24 @@ SECONDS = "twofour_router_seconds_total"
 TIMED = "twofour_router_timed_total"
 
 METRICS: dict[str, tuple[Literal["counter", "gauge"], str]] = {
-    REQUESTS: ("counter", "Requests, by the variant that answers and the quality asked for"),
-    REROUTED: ("counter", "Requests that went to another variant because theirs was down or full"),
+    REQUESTS: ("counter", "Requests, by answering variant and requested quality"),
+    REROUTED: ("counter", "Requests sent to another variant because theirs was down or full"),
     UNPREDICTED: ("counter", "Requests whose loss could not be predicted"),
-    PREDICTED: ("counter", "Requests that the threshold decided"),
-    PREDICTED_LOSS: ("counter", "Sum of their predicted losses; 0 for those that the dense variant answers"),
-    MEASURED: ("counter", "Shadow runs that were measured"),
+    PREDICTED: ("counter", "Requests routed by the threshold"),
+    PREDICTED_LOSS: ("counter", "Sum of their predicted losses; 0 for requests answered by the dense variant"),
+    MEASURED: ("counter", "Completed shadow runs"),
     MEASURED_LOSS: ("counter", "Sum of the measured losses; 0 for requests beyond the threshold"),
     RECENT_LOSS: ("gauge", "Mean of the recent measured losses, to compare with the budget"),
-    BUDGET: ("gauge", "The budget: mean loss over the requests that the threshold decides"),
-    THRESHOLD: ("gauge", "Predicted loss at or under which the cheap variant may answer"),
-    SHADOW_SHARE: ("gauge", "Share of the requests that shadow runs are asked for"),
+    BUDGET: ("gauge", "The budget: mean loss over the requests routed by the threshold"),
+    THRESHOLD: ("gauge", "Highest predicted loss at which the cheap variant answers"),
+    SHADOW_SHARE: ("gauge", "Share of the requests selected for shadow runs"),
     SHADOWS_DROPPED: ("counter", "Shadow runs dropped because their queue was full"),
-    SHADOWS_FAILED: ("counter", "Shadow runs that an engine failed"),
-    SHADOWS_DISCARDED: ("counter", "Shadow runs without effect: during drift, or of no finite loss"),
+    SHADOWS_FAILED: ("counter", "Shadow runs that failed on an engine"),
+    SHADOWS_DISCARDED: ("counter", "Shadow runs without effect: during drift, or with a loss that is not finite"),
     DRIFT: ("gauge", "Greatest population stability index of a feature against the training prompts"),
-    DRIFT_ALARM: ("gauge", "1 while drift sends the requests to the dense variant"),
-    SECONDS: ("counter", "Seconds of features, prediction and decision"),
-    TIMED: ("counter", "Requests that these seconds were spent on"),
+    DRIFT_ALARM: ("gauge", "1 while drift routes all requests to the dense variant"),
+    SECONDS: ("counter", "Seconds spent on features, prediction and decision"),
+    TIMED: ("counter", "Requests counted in twofour_router_seconds_total"),
 }
 
 
