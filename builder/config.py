@@ -19,7 +19,7 @@ class EngineConfig(Config):
     max_batch_size: int = Field(default=64, ge=1)
     """Requests that run together."""
     max_seq_len: int = Field(default=2048, ge=2)
-    """Tokens of a request, prompt and answer; cut to what the model's positions allow."""
+    """Maximum tokens of a request, prompt and answer; limited to the model's positions."""
     max_num_tokens: int = Field(default=8192, ge=1)
     """Tokens of one iteration, over all requests."""
     tensor_parallel: int = Field(default=1, ge=1)

@@ -31,7 +31,7 @@ this line on top of the file:
 # yaml-language-server: $schema=docs/recipe.schema.json
 ```
 
-`twofour plan` takes the same arguments as `build`, and prints what becomes of each layer from `config.json` alone.
+`twofour plan` takes the same arguments as `build`, and prints the plan of each layer from `config.json` alone.
 """
 PLURAL = {"integer": "integers", "number": "numbers"}
 COLUMNS = "\n| key | default | values | meaning |\n|---|---|---|---|\n"

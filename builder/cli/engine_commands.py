@@ -42,7 +42,7 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
 
 
 @click.command(
-    short_help="Measure speed beside the dense baseline.",
+    short_help="Measure speed against the dense baseline.",
     epilog=example("twofour bench build/docs-llama --input-tokens 128 --output-tokens 64 --concurrency 1,8"),
 )
 @click.argument("artifact", type=click.Path(path_type=Path))
@@ -73,7 +73,7 @@ def bench(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure a build's throughput and latency beside the dense baseline, interleaved, with intervals."""
+    """Measure a build's throughput and latency against the dense baseline, interleaved, with intervals."""
     from builder.cli import tables
     from builder.pipeline import rebuild
     from builder.progress import Console
@@ -182,7 +182,7 @@ def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_po
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Scale the threshold by this beside an idle dense server.",
+    help="Scale the threshold by this while the dense server is idle.",
 )
 @click.option("--state", type=click.Path(path_type=Path), help="Keep the threshold here.  [default: ~/.cache/twofour]")
 def route(**options: Any) -> None:
@@ -192,10 +192,10 @@ def route(**options: Any) -> None:
     run(**options, say=click.echo)
 
 
-@click.command(short_help="Show what this machine has and what it lacks.", epilog=example("twofour doctor"))
+@click.command(short_help="Check this machine's hardware and software.", epilog=example("twofour doctor"))
 @json_option
 def doctor(as_json: bool) -> None:
-    """Show what this machine has, which backends can run, and the one thing that each other backend lacks."""
+    """Show this machine's hardware, the backends that can run, and what each other backend needs first."""
     from builder.cli import tables
     from builder.doctor.checks import examine
 
@@ -210,7 +210,7 @@ def plugins() -> None:
 
 @plugins.command("build", short_help="Compile the kernels.", epilog=example("twofour plugins build --sm 80,90a"))
 @click.option("--sm", metavar="SM,SM,...", help="Compile for these GPUs.  [default: the one here, else all]")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the libraries here.  [default: beside the package]")
+@click.option("--out", type=click.Path(path_type=Path), help="Write libraries here.  [default: next to the package]")
 @json_option
 def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
     """Compile the CPU kernels with g++ and, where nvcc is installed, the CUDA kernels. Needs no GPU."""

@@ -1,4 +1,4 @@
-"""What this machine has, which backends it can run, and the one thing that each other backend lacks."""
+"""Checks of this machine: its hardware, the backends that can run, and the first missing requirement of each other."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def bench(
         if url is None:
             return measure.performance(_dense(built, model), engine, config, place, console.progress)
         if dense_url is None:
-            raise UserError(f"--url '{url}' is measured beside the dense baseline: name its endpoint with --dense-url")
+            raise UserError(f"--url '{url}' is measured against the dense baseline: name its endpoint with --dense-url")
         return measure.endpoints(dense_url, url, _dense(built, model), config, place, console.progress)
 
 

