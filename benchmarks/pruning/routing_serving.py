@@ -1,0 +1,198 @@
+"""Routing on a Triton server, between a model's dense engine and its build: what it saves, and whether it holds.
+
+    python -m benchmarks.pruning.routing_texts TEXTS
+    twofour build RECIPE --out OUT     # with a routing section whose prompts are TEXTS/learning.jsonl
+    twofour deploy OUT
+    python -m benchmarks.pruning.routing_serving OUT --prompts TEXTS/serving.jsonl
+
+Both engines first measure each prompt's loss in this process, as learning does: KL(dense || build) on the dense
+engine's greedy answer. Then the server gets each prompt once, and after a restart many requests whose mix of texts
+changes half-way. Writes `benchmarks/results/routing-serving-MACHINE-DATE.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.environment import describe
+from benchmarks.pruning.accuracy import RESULTS, write_result
+from benchmarks.pruning.routing_mix import Floats, Numbers, arrivals, equal_share, schedule, spent
+from benchmarks.pruning.routing_requests import Answer, Prompt, check, read_metrics, send
+from builder import recipe
+from builder.deploy.server import Ports, Server
+from plugins.common.errors import UserError
+
+WATCH = 25  # requests between two looks at the metrics
+SEEN = ("measured_total", "measured_loss_sum", "shadows_dropped_total", "shadows_failed_total", "requests_total")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Held-out prompts [N]; of each the kind, the document, the loss in nats a token, and each engine's own answer."""
+
+    tokens: list[Prompt]
+    kinds: list[str]
+    documents: Numbers
+    loss: Floats
+    greedy: list[dict[str, tuple[int, ...]]]
+
+
+def read_prompts(build: Path, path: Path, length: int) -> tuple[list[Prompt], list[dict[str, str]]]:
+    """A prompt of each row that has `length` tokens, cut as learning cuts them, and the rows."""
+    from calibration.data.windows import windows
+    from calibration.routing.prompts import cut_prompts
+
+    rows = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+    text = windows(str(path), build / "checkpoint", length)
+    _, first_N = np.unique(text.documents, return_index=True)  # one window of each row
+    first_N = first_N[text.documents[first_N] < len(rows)]
+    return cut_prompts(text.tokens[first_N], seed=1), [rows[at] for at in text.documents[first_N]]
+
+
+def measure(build: Path, path: Path) -> Prompts:
+    """Runs both engines on each prompt alone."""
+    from builder.engines import registry
+    from builder.engines.request import Request
+    from calibration.routing.prompts import measure_losses
+
+    built = recipe.load(str(build / "recipe.yaml"))
+    assert built.routing is not None, "the build has a router"
+    tokens, rows = read_prompts(build, path, built.calibration.sequence_length)
+    places = {"dense": build / "triton" / "llm_dense" / "engine", "built": build / "engine"}
+    engines = {name: registry.load(place) for name, place in places.items()}
+    greedy: list[dict[str, tuple[int, ...]]] = []
+    for number, prompt in enumerate(tokens):
+        request = Request(str(number), prompt, built.routing.max_new_tokens)
+        alone = {name: tuple(token.token for token in engine.generate([request])) for name, engine in engines.items()}
+        greedy.append(alone)
+    logits = (engine.logits for engine in engines.values())
+    losses = measure_losses(*logits, tokens, [own["dense"] for own in greedy])
+    _, documents_N = np.unique([row["source"] for row in rows], return_inverse=True)
+    loss_N = np.array([loss.kl for loss in losses])
+    return Prompts(tokens, [row["kind"] for row in rows], documents_N, loss_N, greedy)
+
+
+@contextmanager
+def serving(build: Path) -> Iterator[Server]:
+    """The build's server with a new router state: the threshold is the learned one."""
+    before = os.environ.get("TWOFOUR_STORE")
+    with tempfile.TemporaryDirectory(prefix="twofour-routing-") as store:
+        os.environ["TWOFOUR_STORE"] = store
+        try:
+            with Server(build / "triton", Ports.free(), log=Path(store) / "log.txt") as server:
+                yield server
+        finally:
+            os.environ.pop("TWOFOUR_STORE")
+            if before is not None:
+                os.environ["TWOFOUR_STORE"] = before
+
+
+def serve(build: Path, prompts: Prompts, order: Numbers, rate: float, max_tokens: int) -> dict[str, Any]:
+    """Sends the prompts in this order to a new server; `cheap` says of each request whether the build answered."""
+    course: list[dict[str, float]] = []
+    sent = [prompts.tokens[at] for at in order]
+    with serving(build) as server:
+
+        def watch(number: int) -> None:
+            if number % WATCH == 0:
+                seen = read_metrics(server)
+                gauges = {name: seen.get(name, 0.0) for name in ("threshold", "drift", "drift_alarm")}
+                course.append({"request": number, **gauges})
+
+        answers = send(server, sent, arrivals(len(order), rate).tolist(), max_tokens, watch)
+        watch(0)
+        metrics = read_metrics(server)
+    course[-1]["request"] = len(order)
+    return {
+        "cheap": np.array([answer.variant == "built" for answer in answers]),
+        "facts": {
+            "requests": len(order),
+            "checks": check(sent, answers, [prompts.greedy[at] for at in order]),
+            "router": {name: metrics.get(name, 0.0) for name in SEEN},
+            "seconds": _times(answers),
+            "course": course,
+        },
+    }
+
+
+def _times(answers: Sequence[Answer]) -> dict[str, float]:
+    """Median and 99th percentile of the time to an answer, seconds."""
+    middle, late = np.quantile([answer.seconds for answer in answers], [0.5, 0.99])
+    return {"median": float(middle), "p99": float(late)}
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Both parts. Raises UserError for a build without a router or a deployment."""
+    from calibration.routing.router import Router
+
+    build: Path = arguments.build
+    router, built = Router.load(build / "routing"), recipe.load(str(build / "recipe.yaml"))
+    assert built.routing is not None, "the build has a router"
+    max_tokens, budget = built.routing.max_new_tokens, router.budget_kl
+    print("measuring the losses ...", file=sys.stderr, flush=True)
+    prompts = measure(build, arguments.prompts)
+    every = np.random.default_rng(0).permutation(len(prompts.tokens))
+    print(f"{len(every)} prompts once ...", file=sys.stderr, flush=True)
+    once = serve(build, prompts, every, arguments.rate, max_tokens)
+    order = schedule(prompts.kinds, arguments.requests, "docs", arguments.share)
+    print(f"{len(order)} requests whose mix changes ...", file=sys.stderr, flush=True)
+    mixed = serve(build, prompts, order, arguments.rate, max_tokens)
+    learned_N = np.array([router.predict(prompt).loss for prompt in prompts.tokens]) <= router.threshold
+    settings = {"prompts": len(every), "requests": len(order), "rate": arguments.rate, "docs_share": arguments.share}
+    return {
+        "environment": describe(),
+        "settings": {
+            **settings,
+            "model": Path(built.model).name,
+            "budget_kl": budget,
+            "learned_threshold": router.threshold,
+            "learned_from": router.prompts,
+            "shadow": built.routing.shadow,
+            "max_tokens": max_tokens,
+        },
+        "mean_loss": {kind: float(prompts.loss[np.array(prompts.kinds) == kind].mean()) for kind in ("docs", "code")},
+        "once": {
+            **once["facts"],
+            "equal_share": equal_share(once["cheap"], prompts.loss[every], prompts.documents[every]),
+        },
+        "changing mix": {
+            **mixed["facts"],
+            "spent": spent(mixed["cheap"], prompts.loss[order], budget),
+            "learned_threshold_alone": spent(learned_N[order], prompts.loss[order], budget),
+        },
+    }
+
+
+def main() -> None:
+    """Runs, prints the comparison and writes the file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning.routing_serving", description=__doc__)
+    parser.add_argument("build", type=Path, metavar="OUT")
+    parser.add_argument("--prompts", type=Path, required=True, help="rows of text, source and kind")
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--rate", type=float, default=10.0, help="requests a second")
+    parser.add_argument("--share", type=float, default=0.75, help="documentation's share of the first half")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result file")
+    arguments = parser.parse_args()
+    try:
+        result = run(arguments)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(
+        json.dumps({"once": result["once"]["equal_share"], "changing mix": result["changing mix"]["spent"]}, indent=1)
+    )
+    print(write_result("routing-serving", result, arguments.out))
+
+
+if __name__ == "__main__":
+    main()
