@@ -40,7 +40,8 @@ def _compared(weights_BN: Floats, cheap_N: Flags, loss_N: Floats) -> dict[str, F
     share_B = weights_BN @ cheap_N / total_B
     router_B = weights_BN @ (cheap_N * loss_N) / total_B
     random_B = share_B * (weights_BN @ loss_N) / total_B
-    gain_B = 1 - router_B / np.where(random_B > 0, random_B, np.inf)
+    saved_B = random_B - router_B
+    gain_B = np.divide(saved_B, random_B, out=np.zeros_like(saved_B), where=random_B > 0)
     return {"share": share_B, "router_loss": router_B, "random_loss": random_B, "gain": gain_B}
 
 
