@@ -14,38 +14,53 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from benchmarks.environment import describe
 from benchmarks.pruning.accuracy import RESULTS, write_result
 from benchmarks.pruning.routing_mix import Floats, Numbers, arrivals, equal_share, schedule, spent
-from benchmarks.pruning.routing_requests import Answer, Prompt, check, read_metrics, send
-from builder import recipe
-from builder.deploy.server import Ports, Server
+from benchmarks.pruning.routing_requests import Answer, Gap, Prompt, check, read_metrics, send, serving
+from benchmarks.serving.workload import BenchRequest
 from plugins.common.errors import UserError
 
 WATCH = 25  # requests between two looks at the metrics
 SEEN = ("measured_total", "measured_loss_sum", "shadows_dropped_total", "shadows_failed_total", "requests_total")
 
 
+def first_gap(
+    engines: Mapping[str, Any], variant: str, prompt: Prompt, own: tuple[int, ...], other: tuple[int, ...]
+) -> float:
+    """How much less likely than the best token the first one is in which two answers differ, nats."""
+    import torch
+
+    place = next((at for at, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), len(other))
+    if place == len(other):
+        return float("inf")
+    logits_V = engines[variant].logits(torch.tensor([[*prompt, *other[:place]]]))[0, -1].float()
+    return float(logits_V.max() - logits_V[other[place]])
+
+
 @dataclass(frozen=True)
 class Prompts:
-    """Held-out prompts [N]; of each the kind, the document, the loss in nats a token, and each engine's own answer."""
+    """Held-out prompts [N]; of each the kind, the document, the loss in nats a token, and each engine's own answer.
+
+    gap: see `check`.
+    """
 
     tokens: list[Prompt]
     kinds: list[str]
     documents: Numbers
     loss: Floats
     greedy: list[dict[str, tuple[int, ...]]]
+    gap: Gap
 
 
 def read_prompts(build: Path, path: Path, length: int) -> tuple[list[Prompt], list[dict[str, str]]]:
@@ -60,42 +75,25 @@ def read_prompts(build: Path, path: Path, length: int) -> tuple[list[Prompt], li
     return cut_prompts(text.tokens[first_N], seed=1), [rows[at] for at in text.documents[first_N]]
 
 
-def measure(build: Path, path: Path) -> Prompts:
+def measure(build: Path, path: Path, length: int, max_tokens: int) -> Prompts:
     """Runs both engines on each prompt alone."""
-    from builder.engines import registry
-    from builder.engines.request import Request
+    import twofour
+
     from calibration.routing.prompts import measure_losses
 
-    built = recipe.load(str(build / "recipe.yaml"))
-    assert built.routing is not None, "the build has a router"
-    tokens, rows = read_prompts(build, path, built.calibration.sequence_length)
+    tokens, rows = read_prompts(build, path, length)
     places = {"dense": build / "triton" / "llm_dense" / "engine", "built": build / "engine"}
-    engines = {name: registry.load(place) for name, place in places.items()}
+    engines = {name: twofour.load(place).engine for name, place in places.items()}
     greedy: list[dict[str, tuple[int, ...]]] = []
     for number, prompt in enumerate(tokens):
-        request = Request(str(number), prompt, built.routing.max_new_tokens)
+        request = BenchRequest(str(number), prompt, max_tokens, ignore_eos=False)
         alone = {name: tuple(token.token for token in engine.generate([request])) for name, engine in engines.items()}
         greedy.append(alone)
     logits = (engine.logits for engine in engines.values())
     losses = measure_losses(*logits, tokens, [own["dense"] for own in greedy])
     _, documents_N = np.unique([row["source"] for row in rows], return_inverse=True)
     loss_N = np.array([loss.kl for loss in losses])
-    return Prompts(tokens, [row["kind"] for row in rows], documents_N, loss_N, greedy)
-
-
-@contextmanager
-def serving(build: Path) -> Iterator[Server]:
-    """The build's server with a new router state: the threshold is the learned one."""
-    before = os.environ.get("TWOFOUR_STORE")
-    with tempfile.TemporaryDirectory(prefix="twofour-routing-") as store:
-        os.environ["TWOFOUR_STORE"] = store
-        try:
-            with Server(build / "triton", Ports.free(), log=Path(store) / "log.txt") as server:
-                yield server
-        finally:
-            os.environ.pop("TWOFOUR_STORE")
-            if before is not None:
-                os.environ["TWOFOUR_STORE"] = before
+    return Prompts(tokens, [row["kind"] for row in rows], documents_N, loss_N, greedy, partial(first_gap, engines))
 
 
 def serve(build: Path, prompts: Prompts, order: Numbers, rate: float, max_tokens: int) -> dict[str, Any]:
@@ -118,7 +116,7 @@ def serve(build: Path, prompts: Prompts, order: Numbers, rate: float, max_tokens
         "cheap": np.array([answer.variant == "built" for answer in answers]),
         "facts": {
             "requests": len(order),
-            "checks": check(sent, answers, [prompts.greedy[at] for at in order]),
+            "checks": check(sent, answers, [prompts.greedy[at] for at in order], prompts.gap),
             "router": {name: metrics.get(name, 0.0) for name in SEEN},
             "seconds": _times(answers),
             "course": course,
@@ -134,14 +132,15 @@ def _times(answers: Sequence[Answer]) -> dict[str, float]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both parts. Raises UserError for a build without a router or a deployment."""
+    from calibration.config import Routing
     from calibration.routing.router import Router
 
     build: Path = arguments.build
-    router, built = Router.load(build / "routing"), recipe.load(str(build / "recipe.yaml"))
-    assert built.routing is not None, "the build has a router"
-    max_tokens, budget = built.routing.max_new_tokens, router.budget_kl
+    router, recipe = Router.load(build / "routing"), yaml.safe_load((build / "recipe.yaml").read_text())
+    routing = Routing(**recipe["routing"])
+    max_tokens, budget = routing.max_new_tokens, router.budget_kl
     print("measuring the losses ...", file=sys.stderr, flush=True)
-    prompts = measure(build, arguments.prompts)
+    prompts = measure(build, arguments.prompts, recipe["calibration"]["sequence_length"], max_tokens)
     every = np.random.default_rng(0).permutation(len(prompts.tokens))
     print(f"{len(every)} prompts once ...", file=sys.stderr, flush=True)
     once = serve(build, prompts, every, arguments.rate, max_tokens)
@@ -154,11 +153,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "environment": describe(),
         "settings": {
             **settings,
-            "model": Path(built.model).name,
+            "model": Path(recipe["model"]).name,
             "budget_kl": budget,
             "learned_threshold": router.threshold,
             "learned_from": router.prompts,
-            "shadow": built.routing.shadow,
+            "shadow": routing.shadow,
             "max_tokens": max_tokens,
         },
         "mean_loss": {kind: float(prompts.loss[np.array(prompts.kinds) == kind].mean()) for kind in ("docs", "code")},
