@@ -36,7 +36,7 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     import numpy as np
 
     from builder.engines import registry
-    from calibration.routing.features import fit_features
+    from calibration.routing.features import fit_features, unseen_features
     from calibration.routing.predictor import fit
     from calibration.routing.proof import choose_threshold, prove
     from calibration.routing.router import Router, histograms
@@ -49,15 +49,17 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     losses = _losses(dense, built, prompts, routing.max_new_tokens, context)
     loss_N = np.array([loss.kl for loss in losses])
     held_N = _held_out(windows.documents)
-    features = fit_features(windows.tokens[~held_N], *_vocabulary(model))
-    features_NF = np.stack([features.extract(prompt) for prompt in prompts])
-    fitted = fit(features_NF[~held_N], loss_N[~held_N])
+    text, vocabulary = windows.tokens[~held_N], _vocabulary(model)
+    features = fit_features(text, *vocabulary)
+    learned = [prompt for prompt, held in zip(prompts, held_N, strict=True) if not held]
+    features_NF = unseen_features(learned, text, windows.documents[~held_N], *vocabulary)
+    fitted = fit(features_NF, loss_N[~held_N])
     threshold = choose_threshold(fitted.left_out_N, loss_N[~held_N], routing.budget.kl)
-    edges, reference_FB = histograms(features_NF[~held_N])
+    edges, reference_FB = histograms(features_NF)
     identity = hashlib.sha256("".join(_inputs(context, outputs).values()).encode()).hexdigest()
     router = Router(
         features, fitted.predictor, identity, VARIANTS, routing.budget.kl, threshold, edges, reference_FB,
-        prompts=int((~held_N).sum()),
+        prompts=len(learned),
     )  # fmt: skip
     predicted_N, microseconds = _timed(router, [prompt for prompt, held in zip(prompts, held_N, strict=True) if held])
     proof = prove(predicted_N, loss_N[held_N], windows.documents[held_N])

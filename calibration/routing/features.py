@@ -18,6 +18,7 @@ Floats = NDArray[np.float32]
 Tokens = NDArray[np.int64]
 
 PROJECTED = 8  # dimensions of the mean embedding
+FOLDS = 5  # of the documents, each with tables from the others
 RARE = 0.1  # the rarest tokens that make up this share of the text
 CODE = frozenset("{}[]()<>=;:_/\\#@$%&*+|~^`\"'\n\t")
 NAMES = (
@@ -70,6 +71,27 @@ class Features:
     def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> Features:
         """Reads `arrays` back."""
         return cls(arrays["surprisal_V"], arrays["flags_V3"], arrays["projected_VD"])
+
+
+def unseen_features(
+    prompts: Sequence[Sequence[int]],
+    text_WT: Tokens,
+    documents_W: Tokens,
+    embedding_VK: Floats,
+    pieces: Sequence[str],
+) -> Floats:
+    """The features [W, F] of each window's prompt, under tables that were fitted without its document.
+
+    A request's own text is in no table: its tokens are rarer than those of the text that the tables were fitted on.
+    """
+    fold_W = np.unique(documents_W, return_inverse=True)[1] % FOLDS
+    features_WF = np.empty((len(prompts), len(NAMES)), np.float32)
+    for fold in range(min(FOLDS, int(fold_W.max()) + 1)):
+        out_W = fold_W == fold
+        tables = fit_features(text_WT[~out_W], embedding_VK, pieces)
+        for at in np.flatnonzero(out_W):
+            features_WF[at] = tables.extract(prompts[at])
+    return features_WF
 
 
 def fit_features(text_WT: Tokens, embedding_VK: Floats, pieces: Sequence[str], seed: int = 0) -> Features:

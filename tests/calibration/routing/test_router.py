@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from calibration.routing.features import NAMES, Features, fit_features
+from calibration.routing.drift import BOUND, Drift, noise
+from calibration.routing.features import NAMES, Features, fit_features, unseen_features
 from calibration.routing.predictor import Predictor, fit
 from calibration.routing.proof import choose_threshold, prove
 from calibration.routing.router import Router, histograms
@@ -35,6 +36,29 @@ def test_features_tell_digits_code_and_rare_tokens_from_prose():
     assert prose["digit_share"] == prose["code_share"] == 0.0
     assert code["mean_surprisal"] > prose["mean_surprisal"]
     assert prose["log_tokens"] == pytest.approx(np.log(2))
+
+
+def test_new_text_of_the_same_kind_is_no_drift_though_the_tables_hold_the_old():
+    """Half of the tokens are as rare as names: each stands in one document."""
+    random = np.random.default_rng(0)
+    vocabulary = (np.zeros((20_000, 16), np.float32), [" word"] * 20_000)
+
+    def text(windows: int) -> np.ndarray:
+        return np.where(random.random((windows, 32)) < 0.5, random.integers(0, 20_000, (windows, 32)), 7)
+
+    learned, new = text(300), text(1000)
+    tables = fit_features(learned, *vocabulary)
+    alarms = []
+    for features_NF in (
+        unseen_features(learned, learned, np.arange(300), *vocabulary),
+        np.stack([tables.extract(prompt) for prompt in learned]),
+    ):
+        edges, reference_FB = histograms(features_NF)
+        drift = Drift(reference_FB, edges, bound=BOUND + noise(300, 10))
+        for prompt in new:
+            drift.add(tables.extract(prompt))
+        alarms.append(drift.alarm)
+    assert alarms == [False, True]
 
 
 @pytest.mark.parametrize(("ids", "message"), [([], "prompt is empty"), ([3, 8], "token 8, beyond the vocabulary of 8")])
