@@ -1,4 +1,4 @@
-"""Renders the marked blocks of docs/routing.md: metrics, and the simulation's newest result."""
+"""Renders the marked blocks of docs/routing.md: metrics, and the newest results of a server and of the simulation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,33 @@ With features that move by {shift} standard deviations for a quarter of the requ
 before, the alarm after {requests_to_alarm} requests, its end {requests_to_recede} requests after the features came
 back, and {cheap_during_alarm} cheap requests between.
 """
+SERVER = """
+On {prompts} prompts that the router never saw, {kinds}, between `{model}` and
+its 2:4 build, {max_tokens} tokens an answer ([values]({path})). The loss of each was measured by both engines:
+
+| | measured | 95% interval |
+|---|---|---|
+{rows}
+Then {requests:,} requests at {rate:g} a second; documentation is {first:.0%} of the first half and {second:.0%} of the
+second. {shadow:.0%} are measured again. A dense answer costs 0, the build's its prompt's loss:
+
+| | first half | second half | all |
+|---|---|---|---|
+{spent}
+Of these {requests:,}, {lost} got no answer, {wrong} that of another request, {other} another of two tokens that are as
+likely (at most {tie:.3f} nats apart), as other sums of a batch do. {measured:.0f} were measured again. {alarm}
+Answers took {median:.0f} ms in the median, on the {cores} cores of an {processor}.
+"""
+ESTIMATES = {
+    "share": "share of requests on the build",
+    "router_loss": "mean loss with the router, nats a token",
+    "random_loss": "mean loss of a random mix of that share",
+    "gain": "what the router saves of it",
+}
+SPENT = {
+    "loss_over_budget": ("mean loss, in budgets of {budget:g} nats a token", "{:.2f}"),
+    "cheap_share": ("share of requests on the build", "{:.0%}"),
+}
 FOOT = """
 Losses are in budgets: 1 is the budget of {budget} nats a token. One request in a hundred is measured. A decision took
 {us:.0f} us on one core of an {processor} that did other work too.
@@ -57,12 +84,62 @@ def simulation() -> str:
     ).lstrip("\n")
 
 
+def server() -> str:
+    result, path = next(iter(newest(RESULTS, "routing-serving", lambda result: "Triton").values()))
+    settings, once, mixed = (result[name] for name in ("settings", "once", "changing mix"))
+    checks, course = mixed["checks"], mixed["course"]
+    return SERVER.format(
+        **{name: settings[name] for name in ("prompts", "model", "max_tokens", "requests", "rate", "shadow")},
+        kinds=" and ".join(f"{name} (all on the build: {loss:.3f})" for name, loss in result["mean_loss"].items()),
+        path=f"../{path.relative_to(ROOT).as_posix()}",
+        rows="".join(_estimate(name, once["equal_share"][name]) for name in ESTIMATES),
+        first=settings["docs_share"],
+        second=1 - settings["docs_share"],
+        spent="".join(_spent(name, mixed["spent"], settings["budget_kl"]) for name in SPENT)
+        + _spent_alone(mixed["learned_threshold_alone"]),
+        lost=checks["lost"],
+        wrong=checks["wrong_input_tokens"] + checks["crossed"],
+        other=checks["other_tokens"],
+        tie=checks["widest_tie"],
+        measured=mixed["router"]["measured_total"],
+        alarm=_alarm(course),
+        median=mixed["seconds"]["median"] * 1000,
+        cores=result["environment"]["cores"],
+        processor=result["environment"]["processor"],
+    ).lstrip("\n")
+
+
 def metrics() -> str:
     rows = [f"| `{name}` | {kind} | {help_text} |\n" for name, (kind, help_text) in METRICS.items()]
     return f"| metric | kind | |\n|---|---|---|\n{''.join(rows)}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"metrics": metrics, "simulation": simulation}
+BLOCKS: dict[str, Callable[[], str]] = {"metrics": metrics, "server": server, "simulation": simulation}
+
+
+def _estimate(name: str, estimate: dict[str, Any]) -> str:
+    low, high = estimate["interval"]
+    form = "{:.3f}" if name.endswith("loss") else "{:.1%}"
+    return f"| {ESTIMATES[name]} | {form.format(estimate['value'])} | {form.format(low)} to {form.format(high)} |\n"
+
+
+def _spent(name: str, parts: dict[str, Any], budget: float) -> str:
+    title, form = SPENT[name]
+    values = " | ".join(form.format(parts[part][name]) for part in ("first half", "second half", "all"))
+    return f"| {title.format(budget=budget)} | {values} |\n"
+
+
+def _spent_alone(parts: dict[str, Any]) -> str:
+    values = " | ".join(f"{parts[part]['loss_over_budget']:.2f}" for part in ("first half", "second half", "all"))
+    return f"| computed: mean loss if the learned threshold stayed | {values} |\n"
+
+
+def _alarm(course: list[dict[str, float]]) -> str:
+    """What the drift alarm did, from looks at the metrics in the course of the requests."""
+    highest = max(look["drift"] for look in course)
+    first = next((look["request"] for look in course if look["drift_alarm"]), None)
+    came = "no alarm came" if first is None else f"the alarm came by request {first:.0f}: dense from there"
+    return f"The drift index rose to {highest:.2f}; {came}."
 
 
 def _law(case: str, name: str, law: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 from benchmarks.pruning.fractions import COMMAND
 from plugins.common.errors import UserError
@@ -109,7 +110,8 @@ def _ask(address: str, prompt: Prompt, max_tokens: int) -> Answer:
         with urllib.request.urlopen(f"http://{address}/v2/models/llm/generate", body, timeout=TIMEOUT) as reply:
             answer = json.load(reply)
     except OSError as error:  # HTTPError is one
-        return Answer(error=str(error), seconds=time.monotonic() - began)
+        reason = json.load(error)["error"] if isinstance(error, HTTPError) else str(error)
+        return Answer(error=reason, seconds=time.monotonic() - began)
     ids = answer["output_ids"]  # Triton writes a single value without brackets
     tokens = tuple(ids) if isinstance(ids, list) else (ids,)
     return Answer(answer["variant"], int(answer["num_input_tokens"]), tokens, time.monotonic() - began)
@@ -147,4 +149,5 @@ def check(
             below = gap(answer.variant, prompt, own[answer.variant], answer.tokens)
             widest = max(widest, below)
             counts["other_tokens" if below <= TIE else "crossed"] += 1
-    return {**counts, "widest_tie": widest}
+    errors = Counter(answer.error for answer in answers if answer.error)
+    return {**counts, "widest_tie": widest, "errors": dict(errors)}

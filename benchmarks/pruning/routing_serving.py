@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from benchmarks.pruning.routing_requests import Answer, Gap, Prompt, check, read
 from benchmarks.serving.workload import BenchRequest
 from plugins.common.errors import UserError
 
+SETTLE = 1.0  # seconds after which the metrics count every answer
 WATCH = 25  # requests between two looks at the metrics
 SEEN = ("measured_total", "measured_loss_sum", "shadows_dropped_total", "shadows_failed_total", "requests_total")
 
@@ -109,6 +111,7 @@ def serve(build: Path, prompts: Prompts, order: Numbers, rate: float, max_tokens
                 course.append({"request": number, **gauges})
 
         answers = send(server, sent, arrivals(len(order), rate).tolist(), max_tokens, watch)
+        time.sleep(SETTLE)
         watch(0)
         metrics = read_metrics(server)
     course[-1]["request"] = len(order)

@@ -80,11 +80,11 @@ def test_lost_and_crossed_answers_are_counted() -> None:
     greedy = [{"dense": (1, 2), "built": (1, 3)}, {"dense": (7, 8), "built": (7, 9)}]
     prompts = [(5, 6), (5, 6, 7)]
     right = [Answer("dense", 2, (1, 2)), Answer("built", 3, (7, 9))]
-    nothing = {"lost": 0, "wrong_input_tokens": 0, "other_tokens": 0, "crossed": 0, "widest_tie": 0}
+    nothing = {"lost": 0, "wrong_input_tokens": 0, "other_tokens": 0, "crossed": 0, "widest_tie": 0, "errors": {}}
     assert check(prompts, right, greedy, lambda *answer: 9) == {"answers": 2, **nothing}
     swapped = [Answer("built", 3, (7, 9)), Answer(error="timed out")]
     assert check(prompts, swapped, greedy, lambda *answer: 9) == {
-        "answers": 1, "lost": 1, "wrong_input_tokens": 1, "other_tokens": 0, "crossed": 1, "widest_tie": 9,
+        "answers": 1, "lost": 1, "wrong_input_tokens": 1, "other_tokens": 0, "crossed": 1, "widest_tie": 9, "errors": {"timed out": 1},
     }  # fmt: skip
     other = [Answer("dense", 2, (1, 4)), right[1]]
     tied = check(prompts, other, greedy, lambda *answer: 0.01)

@@ -20,7 +20,7 @@ import pytest
 
 import builder.deploy.server as server_module
 from builder.config import EngineConfig
-from builder.deploy.scoring import read_score, score
+from builder.deploy.scoring import TOP, read_score, score
 from builder.deploy.server import Ports, Server
 from builder.engines.base import Engine, Request
 from builder.pipeline.rebuild import deploy
@@ -195,7 +195,7 @@ def test_a_score_is_the_engines_log_probabilities(engine: Engine) -> None:
     positions = read_score(score(engine, ids, len(EASY)))
     assert len(positions) == 3
     for place, top in enumerate(positions, start=len(EASY) - 1):
-        assert len(top) == 64
+        assert len(top) == TOP
         for token, value in top.items():
             assert value == pytest.approx(float(expected[place, int(token)]), abs=1e-5)  # type: ignore[call-overload]
 
