@@ -10,12 +10,11 @@ import json
 from typing import Any
 
 from builder.engines.base import Engine
-from calibration.routing.divergence import LogProbabilities
+from calibration.routing.divergence import TOP, LogProbabilities
 
 TICKET = "twofour_ticket"  # names a request, so that it can be cancelled
 CANCEL = "twofour_cancel"  # the ticket of the request to cancel
 SCORE_FROM = "twofour_score_from"  # the answer's first position in input_ids
-TOP = 1024  # tokens of a score: with 64 of 4096, a fifth of docs-llama's loss is not seen
 
 
 def score(engine: Engine, input_ids: list[int], start: int) -> str:

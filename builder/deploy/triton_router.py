@@ -80,6 +80,7 @@ class RouterModel:
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         here = Path(args["model_repository"])
         router = Router.load((here / parameters["router_dir"]).resolve())
+        self._seen = router.seen
         self._tokenizer = load_tokenizer((here / parameters["tokenizer_dir"]).resolve())
         self._variants = {name: Variant(name, *facts) for name, facts in json.loads(parameters["variants"]).items()}
         state = Path(parameters["state_file"]) if parameters["state_file"] else state_file(router.build_id)
@@ -141,7 +142,7 @@ class RouterModel:
             tokens_T = np.array(opened.input_ids, np.int64)
             decision = self._service.decide(tokens_T, **asked, up=up, full=full, load=dense.load)
             self._forward(opened, decision)
-            self._service.answered(decision, lambda: _loss(dense, cheap, opened))
+            self._service.answered(decision, lambda: _loss(dense, cheap, opened) / self._seen)
         except Exception as error:
             opened.fail(error)
         finally:
@@ -204,7 +205,7 @@ class RouterModel:
 
 
 def _loss(dense: Variant, cheap: Variant, opened: Open) -> float:
-    """The cheap variant's loss on the answer that was sent, in nats a token."""
+    """What the scores show of the cheap variant's loss on the answer that was sent, in nats a token."""
     prompt, answer = opened.input_ids, opened.output_ids[:_SHADOW_TOKENS]
     scores = (variant.score([*prompt, *answer], len(prompt)) for variant in (dense, cheap))
     return mean_kl(zip(*scores, strict=True))

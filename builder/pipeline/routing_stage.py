@@ -38,6 +38,7 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     from builder.engines import registry
     from calibration.routing.features import fit_features, unseen_features
     from calibration.routing.predictor import fit
+    from calibration.routing.prompts import seen_share
     from calibration.routing.proof import choose_threshold, prove
     from calibration.routing.router import Router, histograms
 
@@ -59,7 +60,7 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     identity = hashlib.sha256("".join(_inputs(context, outputs).values()).encode()).hexdigest()
     router = Router(
         features, fitted.predictor, identity, VARIANTS, routing.budget.kl, threshold, edges, reference_FB,
-        prompts=len(learned),
+        prompts=len(learned), seen=seen_share(losses),
     )  # fmt: skip
     predicted_N, microseconds = _timed(router, [prompt for prompt, held in zip(prompts, held_N, strict=True) if held])
     proof = prove(predicted_N, loss_N[held_N], windows.documents[held_N])

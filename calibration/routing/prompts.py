@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from calibration.evaluation.evaluate import Logits
+from calibration.routing.divergence import TOP, LogProbabilities, mean_kl
 from plugins.common.progress import Progress
 
 SHORTEST = 8  # tokens of a prompt
@@ -29,10 +30,14 @@ def cut_prompts(windows_WT: NDArray[np.int64], seed: int = 0) -> list[tuple[int,
 
 @dataclass(frozen=True)
 class Loss:
-    """One prompt's loss: mean KL(dense || cheap) a token (nats), and the share of tokens whose first choice differs."""
+    """One prompt's loss: mean KL(dense || cheap) a token (nats), and the share of tokens whose first choice differs.
+
+    seen_kl: what of the KL a shadow run sees, which compares the likeliest tokens alone
+    """
 
     kl: float
     disagreement: float
+    seen_kl: float
 
 
 @torch.inference_mode()
@@ -50,10 +55,23 @@ def measure_losses(
         dense_TV, cheap_TV = (_predictions(model(ids_1T)[0], len(prompt)) for model in (dense, cheap))
         kl = (dense_TV.exp() * (dense_TV - cheap_TV.to(dense_TV.device))).sum(dim=1).mean()
         differs = (dense_TV.argmax(dim=1) != cheap_TV.argmax(dim=1).to(dense_TV.device)).float().mean()
-        losses.append(Loss(max(float(kl), 0.0), float(differs)))
+        seen = mean_kl(zip(_likeliest(dense_TV), _likeliest(cheap_TV), strict=True))
+        losses.append(Loss(max(float(kl), 0.0), float(differs), seen))
         if progress:
             progress("measure prompts", number + 1, len(prompts))
     return losses
+
+
+def seen_share(losses: Sequence[Loss]) -> float:
+    """The share of the prompts' summed KL that a shadow run sees, in (0, 1]; 1 where there is no loss."""
+    whole, seen = sum(loss.kl for loss in losses), sum(loss.seen_kl for loss in losses)
+    return min(seen / whole, 1.0) if seen > 0 < whole else 1.0
+
+
+def _likeliest(log_TV: Any) -> list[LogProbabilities]:
+    """The log-probabilities of the likeliest tokens of each place."""
+    top = log_TV.topk(min(TOP, log_TV.shape[1]), dim=1)
+    return [dict(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
 
 def _predictions(logits_TV: Any, prompt: int) -> Any:

@@ -34,6 +34,7 @@ class Router:
     threshold: predicted loss, nats a token; below 0 no prompt goes to the cheap engine
     edges, reference_FB: inner edges [F, B - 1] of the bins of each feature, and the training prompts' share in each bin
     prompts: how many the router was trained on
+    seen: the share of their loss that a shadow run sees, which compares the likeliest tokens alone
     """
 
     features: Features
@@ -45,6 +46,7 @@ class Router:
     edges: NDArray[np.float32]
     reference_FB: NDArray[np.float32]
     prompts: int
+    seen: float = 1.0
 
     def predict(self, token_ids: Any) -> Prediction:
         """The prediction for a prompt. Raises UserError for an empty one."""
@@ -56,7 +58,7 @@ class Router:
         own = {"edges": self.edges, "reference_FB": self.reference_FB}
         with replacing(directory / ARRAYS) as partial:
             np.savez(partial, **self.features.arrays(), **self.predictor.arrays(), **own)
-        names = ("build_id", "variants", "budget_kl", "threshold", "prompts")
+        names = ("build_id", "variants", "budget_kl", "threshold", "prompts", "seen")
         write_json(directory / FACTS, {name: getattr(self, name) for name in names})
 
     @classmethod
@@ -76,7 +78,10 @@ class Router:
                 arrays["edges"],
                 arrays["reference_FB"],
                 int(facts["prompts"]),
+                float(facts["seen"]),
             )
+            if not 0 < router.seen <= 1:
+                raise ValueError(f"a share of {router.seen}")
             if router.prompts < 1 or len(router.variants) < 2:
                 raise ValueError(f"{router.prompts} prompts, {len(router.variants)} variants")
             if router.reference_FB.shape != (len(NAMES), BINS) or router.edges.shape != (len(NAMES), BINS - 1):

@@ -84,7 +84,8 @@ def test_lost_and_crossed_answers_are_counted() -> None:
     assert check(prompts, right, greedy, lambda *answer: 9) == {"answers": 2, **nothing}
     swapped = [Answer("built", 3, (7, 9)), Answer(error="timed out")]
     assert check(prompts, swapped, greedy, lambda *answer: 9) == {
-        "answers": 1, "lost": 1, "wrong_input_tokens": 1, "other_tokens": 0, "crossed": 1, "widest_tie": 9, "errors": {"timed out": 1},
+        "answers": 1, "lost": 1, "wrong_input_tokens": 1, "other_tokens": 0, "crossed": 1, "widest_tie": 9,
+        "errors": {"timed out": 1},
     }  # fmt: skip
     other = [Answer("dense", 2, (1, 4)), right[1]]
     tied = check(prompts, other, greedy, lambda *answer: 0.01)

@@ -20,10 +20,11 @@ import pytest
 
 import builder.deploy.server as server_module
 from builder.config import EngineConfig
-from builder.deploy.scoring import TOP, read_score, score
+from builder.deploy.scoring import read_score, score
 from builder.deploy.server import Ports, Server
 from builder.engines.base import Engine, Request
 from builder.pipeline.rebuild import deploy
+from calibration.routing.divergence import TOP
 from calibration.routing.metrics import METRICS, REQUESTS
 from plugins.common.errors import UserError
 from tests.support.routing import EASY, HARD, UNREADABLE, learned_router
