@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from itertools import chain
 
 LogProbabilities = Mapping[Hashable, float]  # of some tokens, in nats
-TOP = 64  # likeliest tokens that a shadow run inside a server compares; messages of more crash Triton's processes
+TOP = 64  # likeliest tokens that a shadow run inside a server compares
 _LEAST = 1e-9  # probability that a set of tokens has at least
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.routing.prompts import SHORTEST, cut_prompts, measure_losses
+from calibration.routing.prompts import SHORTEST, Loss, cut_prompts, measure_losses, seen_share
 
 
 def test_prompts_are_the_beginnings_of_their_windows_in_many_lengths():
@@ -47,3 +47,17 @@ def test_equal_models_lose_nothing():
     table = torch.randn(8, 8)
     (loss,) = measure_losses(lambda ids: table[ids], lambda ids: table[ids], [(1, 2, 3)], [[4]])
     assert (loss.kl, loss.disagreement) == (0.0, 0.0)
+
+
+def test_a_shadow_run_sees_all_of_a_small_vocabulary_and_a_part_of_a_large_one():
+    torch.manual_seed(0)
+    for size, whole in ((16, True), (4096, False)):
+        dense, cheap = torch.randn(size, size), torch.randn(size, size)
+        losses = measure_losses(lambda ids, d=dense: d[ids], lambda ids, c=cheap: c[ids], [(1, 2)], [[3, 4, 5]])
+        assert (seen_share(losses) == pytest.approx(1, rel=1e-4)) is whole
+        assert 0 < seen_share(losses) <= 1
+
+
+def test_the_share_of_the_loss_that_is_seen_weighs_prompts_by_their_loss():
+    assert seen_share([Loss(3.0, 0.0, 1.5), Loss(1.0, 0.0, 0.9)]) == pytest.approx(0.6)
+    assert seen_share([Loss(0.0, 0.0, 0.0)]) == 1.0
