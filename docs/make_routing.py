@@ -26,32 +26,33 @@ before, the alarm after {requests_to_alarm} requests, its end {requests_to_reced
 back, and {cheap_during_alarm} cheap requests between.
 """
 SERVER = """
-On {prompts} prompts that the router never saw, {kinds}, between `{model}` and
-its 2:4 build, {max_tokens} tokens an answer ([values]({path})). The loss of each was measured by both engines:
+On {prompts} held-out prompts, {kinds}, between `{model}` and
+its 2:4 build, {max_tokens} tokens per answer ([values]({path})). Both engines measured the loss of each prompt:
 
 | | measured | 95% interval |
 |---|---|---|
 {rows}
-Then {requests:,} requests at {rate:g} a second; documentation is {first:.0%} of the first half and {second:.0%} of the
-second. {shadow:.0%} are measured again. A dense answer costs 0, the build's its prompt's loss:
+Then {requests:,} requests at {rate:g} per second; {first:.0%} of the first half and {second:.0%} of the second are
+documentation. Shadow runs measure {shadow:.0%}. A dense answer has no loss, the build's has its prompt's:
 
 | | first half | second half | all |
 |---|---|---|---|
 {spent}
-Of these {requests:,}, {lost} got no answer, {wrong} that of another request, {other} another of two tokens that are as
-likely (at most {tie:.3f} nats apart), as other sums of a batch do. {measured:.0f} were measured again. {alarm}
-Answers took {median:.0f} ms in the median, on the {cores} cores of an {processor}.
+Of these {requests:,}, {lost} got no answer, {wrong} the answer of another request, and {other} differed by rounding
+(two tokens at most {tie:.3f} nats apart). {measured:.0f} shadow runs were measured. {alarm}
+The median answer took {median:.0f} ms on the {cores} cores of an {processor}.
 """
 ESTIMATES = {
     "share": "share of requests on the build",
-    "router_loss": "mean loss with the router, nats a token",
+    "router_loss": "mean loss with the router, nats per token",
     "random_loss": "mean loss of a random mix of that share",
-    "gain": "what the router saves of it",
+    "gain": "reduction by the router",
 }
-SPENT = {
-    "loss_over_budget": ("mean loss, in budgets of {budget:g} nats a token", "{:.2f}"),
-    "cheap_share": ("share of requests on the build", "{:.0%}"),
-}
+SPENT = (  # title, form, part of the result, its key
+    ("mean loss, in budgets of {budget:g} nats per token", "{:.2f}", "spent", "loss_over_budget"),
+    ("share of requests on the build", "{:.0%}", "spent", "cheap_share"),
+    ("computed: mean loss with the initial threshold", "{:.2f}", "learned_threshold_alone", "loss_over_budget"),
+)
 FOOT = """
 Losses are in budgets: 1 is the budget of {budget} nats a token. One request in a hundred is measured. A decision took
 {us:.0f} us on one core of an {processor} that did other work too.
@@ -95,8 +96,7 @@ def server() -> str:
         rows="".join(_estimate(name, once["equal_share"][name]) for name in ESTIMATES),
         first=settings["docs_share"],
         second=1 - settings["docs_share"],
-        spent="".join(_spent(name, mixed["spent"], settings["budget_kl"]) for name in SPENT)
-        + _spent_alone(mixed["learned_threshold_alone"]),
+        spent="".join(_spent(mixed, settings["budget_kl"], *row) for row in SPENT),
         lost=checks["lost"],
         wrong=checks["wrong_input_tokens"] + checks["crossed"],
         other=checks["other_tokens"],
@@ -123,23 +123,17 @@ def _estimate(name: str, estimate: dict[str, Any]) -> str:
     return f"| {ESTIMATES[name]} | {form.format(estimate['value'])} | {form.format(low)} to {form.format(high)} |\n"
 
 
-def _spent(name: str, parts: dict[str, Any], budget: float) -> str:
-    title, form = SPENT[name]
-    values = " | ".join(form.format(parts[part][name]) for part in ("first half", "second half", "all"))
+def _spent(mixed: dict[str, Any], budget: float, title: str, form: str, part: str, key: str) -> str:
+    values = " | ".join(form.format(mixed[part][when][key]) for when in ("first half", "second half", "all"))
     return f"| {title.format(budget=budget)} | {values} |\n"
 
 
-def _spent_alone(parts: dict[str, Any]) -> str:
-    values = " | ".join(f"{parts[part]['loss_over_budget']:.2f}" for part in ("first half", "second half", "all"))
-    return f"| computed: mean loss if the learned threshold stayed | {values} |\n"
-
-
 def _alarm(course: list[dict[str, float]]) -> str:
-    """What the drift alarm did, from looks at the metrics in the course of the requests."""
+    """The drift index and alarm over the requests, from regular reads of the metrics."""
     highest = max(look["drift"] for look in course)
     first = next((look["request"] for look in course if look["drift_alarm"]), None)
-    came = "no alarm came" if first is None else f"the alarm came by request {first:.0f}: dense from there"
-    return f"The drift index rose to {highest:.2f}; {came}."
+    alarm = "no alarm" if first is None else f"the alarm started by request {first:.0f}, all dense after it"
+    return f"The highest drift index was {highest:.2f}; {alarm}."
 
 
 def _law(case: str, name: str, law: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""What the requests of a routing benchmark are and how they are judged: a mix of texts that changes, equal shares.
+"""The requests of a routing benchmark, with a mix of texts that changes, and the comparison at equal share.
 
-Legend: N prompts, D documents, R requests, B resamples.
+Legend: N prompts, R requests, B resamples.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from calibration.routing.proof import resample_documents
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -24,10 +26,7 @@ def equal_share(cheap_N: Flags, loss_N: Floats, documents_N: Numbers, seed: int 
     cheap_N: prompts that the cheap engine answered. A random mix of that share loses share x mean(loss). `gain` is the
     part of it that the router saves. Intervals of 95%: documents are resampled whole, the share with them.
     """
-    _, of_N = np.unique(documents_N, return_inverse=True)
-    count = int(of_N.max()) + 1
-    picked_BD = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    resamples = _compared(picked_BD[:, of_N].astype(np.float64), cheap_N, loss_N)
+    resamples = _compared(resample_documents(documents_N, RESAMPLES, seed), cheap_N, loss_N)
     values = _compared(np.ones((1, len(loss_N))), cheap_N, loss_N)
     return {
         name: {"value": float(values[name][0]), "interval": np.quantile(resamples[name], [0.025, 0.975]).tolist()}
@@ -46,9 +45,9 @@ def _compared(weights_BN: Floats, cheap_N: Flags, loss_N: Floats) -> dict[str, F
 
 
 def schedule(kinds: Sequence[str], requests: int, first: str, share: float, seed: int = 0) -> Numbers:
-    """Which prompt each request sends [R]: `first` has `share` of the first half, and 1 - share of the second.
+    """The prompt of each request [R]: kind `first` has `share` of the first half, and 1 - share of the second.
 
-    Prompts of a kind come in a random order and repeat only after all of them were sent.
+    Prompts of a kind are sent in a random order and repeat only after all of them were sent.
     """
     random = np.random.default_rng(seed)
     kind_N = np.array(kinds)
@@ -64,12 +63,12 @@ def schedule(kinds: Sequence[str], requests: int, first: str, share: float, seed
 
 
 def arrivals(requests: int, rate: float, seed: int = 0) -> Floats:
-    """When each request comes [R], in seconds: a Poisson process of `rate` requests a second."""
+    """The arrival time of each request [R], seconds: a Poisson process of `rate` requests a second."""
     return np.random.default_rng(seed).exponential(1 / rate, requests).cumsum()
 
 
 def spent(cheap_R: Flags, loss_R: Floats, budget: float) -> dict[str, dict[str, float]]:
-    """Over each half of the requests and over all: mean loss in budgets, 0 for dense answers, and the cheap share."""
+    """For each half of the requests and for all: mean loss in budgets (0 for dense answers) and the cheap share."""
     half = len(loss_R) // 2
     parts = {"first half": slice(0, half), "second half": slice(half, None), "all": slice(None)}
     return {

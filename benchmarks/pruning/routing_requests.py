@@ -1,11 +1,10 @@
-"""A build's Triton server, requests to its router over HTTP at times that were drawn before, and its metrics."""
+"""A build's Triton server, requests to its router over HTTP at given times, and its metrics."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,7 +12,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from urllib.error import HTTPError
 
 from benchmarks.pruning.fractions import COMMAND
 from plugins.common.errors import UserError
+from plugins.common.ports import free_ports
 
 Prompt = tuple[int, ...]
 Gap = Callable[[str, Prompt, tuple[int, ...], tuple[int, ...]], float]
-"""(variant, prompt, its own answer, another) -> how much less likely than the best the first other token is, nats."""
+"""(variant, prompt, its own answer, another) -> the gap in log-probability where the answers differ, nats."""
 
 CLIENTS = 32  # requests that may be open at once
 TIMEOUT = 120  # seconds to an answer
@@ -42,7 +42,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one request; `error` where no answer came."""
+    """The response to one request; `error` if there was none."""
 
     variant: str = ""
     input_tokens: int = 0
@@ -54,10 +54,8 @@ class Answer:
 @contextmanager
 def serving(build: Path) -> Iterator[Server]:
     """Runs `twofour serve` with a new router state: the threshold is the learned one. Raises UserError."""
-    with tempfile.TemporaryDirectory(prefix="twofour-routing-") as store, ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        http, grpc, metrics = (str(each.getsockname()[1]) for each in sockets)
-        stack.close()  # the ports are free again
+    with tempfile.TemporaryDirectory(prefix="twofour-routing-") as store:
+        http, grpc, metrics = map(str, free_ports(3))
         ports = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
         log = Path(store) / "log.txt"
         with log.open("wb") as sink:
@@ -131,11 +129,11 @@ def read_metrics(server: Server) -> dict[str, float]:
 def check(
     prompts: Sequence[Prompt], answers: Sequence[Answer], greedy: Sequence[dict[str, tuple[int, ...]]], gap: Gap
 ) -> dict[str, Any]:
-    """How many answers are missing, or not those of their own request.
+    """Counts answers that are missing or belong to another request.
 
-    greedy: the tokens that each variant gives to each prompt alone. Other sums of a batch may choose another of two
-    tokens that are as likely, and the answer goes on from there: `other_tokens` counts these answers. Where the first
-    such token is less likely than the best by more than TIE, the answer belongs to another request: `crossed`.
+    greedy: each variant's tokens for each prompt alone. Batched sums round differently, so that a batch may choose the
+    other of two equally likely tokens, and different tokens after it: `other_tokens` counts such answers. If the gap at
+    the first different token exceeds TIE, the answer belongs to another request: `crossed`.
     """
     counts = Counter(answers=0, lost=0, wrong_input_tokens=0, other_tokens=0, crossed=0)
     widest = 0.0

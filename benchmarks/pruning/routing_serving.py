@@ -1,4 +1,4 @@
-"""Routing on a Triton server, between a model's dense engine and its build: what it saves, and whether it holds.
+"""Routing on a Triton server, between a model's dense engine and its build: the loss it saves and the budget.
 
     python -m benchmarks.pruning.routing_texts TEXTS
     twofour build RECIPE --out OUT     # with a routing section whose prompts are TEXTS/learning.jsonl
@@ -29,18 +29,19 @@ from benchmarks.environment import describe
 from benchmarks.pruning.accuracy import RESULTS, write_result
 from benchmarks.pruning.routing_mix import Floats, Numbers, arrivals, equal_share, schedule, spent
 from benchmarks.pruning.routing_requests import Answer, Gap, Prompt, check, read_metrics, send, serving
+from benchmarks.pruning.routing_texts import read_texts
 from benchmarks.serving.workload import BenchRequest
 from plugins.common.errors import UserError
 
 SETTLE = 1.0  # seconds after which the metrics count every answer
-WATCH = 25  # requests between two looks at the metrics
+WATCH = 25  # requests between two reads of the metrics
 SEEN = ("measured_total", "measured_loss_sum", "shadows_dropped_total", "shadows_failed_total", "requests_total")
 
 
 def first_gap(
     engines: Mapping[str, Any], variant: str, prompt: Prompt, own: tuple[int, ...], other: tuple[int, ...]
 ) -> float:
-    """How much less likely than the best token the first one is in which two answers differ, nats."""
+    """The gap in log-probability, nats, between the best token and `other`'s at the first position that differs."""
     import torch
 
     place = next((at for at, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), len(other))
@@ -52,7 +53,7 @@ def first_gap(
 
 @dataclass(frozen=True)
 class Prompts:
-    """Held-out prompts [N]; of each the kind, the document, the loss in nats a token, and each engine's own answer.
+    """Held-out prompts [N]; for each the kind, the document, the loss in nats per token, and each engine's own answer.
 
     gap: see `check`.
     """
@@ -66,11 +67,11 @@ class Prompts:
 
 
 def read_prompts(build: Path, path: Path, length: int) -> tuple[list[Prompt], list[dict[str, str]]]:
-    """A prompt of each row that has `length` tokens, cut as learning cuts them, and the rows."""
+    """A prompt of each row that has `length` tokens, cut as in training, and the rows."""
     from calibration.data.windows import windows
     from calibration.routing.prompts import cut_prompts
 
-    rows = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+    rows = read_texts(path)
     text = windows(str(path), build / "checkpoint", length)
     _, first_N = np.unique(text.documents, return_index=True)  # one window of each row
     first_N = first_N[text.documents[first_N] < len(rows)]
@@ -99,7 +100,7 @@ def measure(build: Path, path: Path, length: int, max_tokens: int) -> Prompts:
 
 
 def serve(build: Path, prompts: Prompts, order: Numbers, rate: float, max_tokens: int) -> dict[str, Any]:
-    """Sends the prompts in this order to a new server; `cheap` says of each request whether the build answered."""
+    """Sends the prompts in this order to a new server; `cheap` is true for requests that the build answered."""
     course: list[dict[str, float]] = []
     sent = [prompts.tokens[at] for at in order]
     with serving(build) as server:

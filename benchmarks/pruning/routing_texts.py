@@ -1,8 +1,8 @@
 """python -m benchmarks.pruning.routing_texts DIR: two kinds of text for a router, docs-llama's and Python source code.
 
-Writes three JSON Lines files that share no source document: `calibration.jsonl` prunes, of documentation alone;
-`learning.jsonl` teaches the router; `serving.jsonl` holds the requests. The last two have as many
-pieces of each kind. A row is {"text", "source", "kind"}.
+Writes three JSON Lines files that share no source document: `calibration.jsonl` holds documentation, for
+pruning; `learning.jsonl` trains the router; `serving.jsonl` holds the requests. The last two have as many pieces of
+each kind. A row is {"text", "source", "kind"}.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.serving.records import write_jsonl
+
 Row = dict[str, str]
 
 DOCS_LLAMA = Path(__file__).parents[2] / "examples" / "docs-llama"
 PIECE = 700  # characters at least: 128 tokens and more
 SERVED = 250  # pieces of each kind
 LEARNED = 500
-"""Of each kind: what the documentation is enough for, beside the calibration."""
+"""Pieces of each kind; the documentation that remains is for calibration."""
 
 
 def read_texts(path: Path) -> list[Row]:
@@ -60,7 +62,7 @@ def pieces(texts: Mapping[str, str], kind: str, most: int) -> list[Row]:
 
 
 def split(rows: Iterable[Row], sizes: Sequence[int], seed: int = 0) -> list[list[Row]]:
-    """Parts of the given sizes and one of the rest; all pieces of a document lie in one part, or are dropped."""
+    """Parts of the given sizes and one of the rest; all pieces of a document are in one part, or are dropped."""
     by_source: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_source[row["source"]].append(row)
@@ -75,18 +77,11 @@ def split(rows: Iterable[Row], sizes: Sequence[int], seed: int = 0) -> list[list
     return [*parts, [row for document in documents for row in document]]
 
 
-def write(rows: Sequence[Row], path: Path, seed: int = 0) -> None:
-    """Writes the rows in a random order."""
-    mixed = random.Random(seed).sample(rows, len(rows))
-    path.write_text("".join(json.dumps(row) + "\n" for row in mixed), encoding="utf8")
-
-
 def main() -> None:
-    """Writes the files and prints how many pieces each holds."""
+    """Writes the files and prints the number of pieces of each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning.routing_texts", description=__doc__)
     parser.add_argument("directory", type=Path)
     out = parser.parse_args().directory
-    out.mkdir(parents=True, exist_ok=True)
     kinds = (pieces(documentation(), "docs", 16), pieces(source_code(), "code", 3))
     parts = [split(rows, (SERVED, LEARNED)) for rows in kinds]
     (docs_served, docs_learned, rest), (code_served, code_learned, _) = parts
@@ -96,7 +91,7 @@ def main() -> None:
         "serving": docs_served + code_served,
     }
     for name, rows in files.items():
-        write(rows, out / f"{name}.jsonl")
+        write_jsonl(out / f"{name}.jsonl", random.Random(0).sample(rows, len(rows)))
         print(f"{name}: {len(rows)} pieces of {len({row['source'] for row in rows})} documents")
 
 

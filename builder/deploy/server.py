@@ -18,6 +18,7 @@ from typing import Any
 
 from builder.deploy.installation import Installation, find, lay_out
 from plugins.common.errors import UserError
+from plugins.common.ports import free_ports
 
 _PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 30  # then the server is killed
@@ -34,11 +35,7 @@ class Ports:
     @staticmethod
     def free(host: str = "127.0.0.1") -> Ports:
         """Three ports that are free now."""
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in fields(Ports)]
-            for each in sockets:
-                each.bind((host, 0))
-            return Ports(*(each.getsockname()[1] for each in sockets))
+        return Ports(*free_ports(len(fields(Ports)), host))
 
     def check(self, host: str) -> None:
         """Raises UserError for a port that is in use or not allowed."""

@@ -205,7 +205,7 @@ class RouterModel:
 
 
 def _loss(dense: Variant, cheap: Variant, opened: Open) -> float:
-    """What the scores show of the cheap variant's loss on the answer that was sent, in nats a token."""
+    """The part of the cheap variant's loss on the sent answer that scores measure, in nats per token."""
     prompt, answer = opened.input_ids, opened.output_ids[:_SHADOW_TOKENS]
     scores = (variant.score([*prompt, *answer], len(prompt)) for variant in (dense, cheap))
     return mean_kl(zip(*scores, strict=True))

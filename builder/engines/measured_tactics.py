@@ -201,7 +201,7 @@ def seconds_saved(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[s
 
 @lru_cache(maxsize=4)
 def _whole_layers(shapes: tuple[tuple[str, Shape], ...], tokens: int) -> dict[str, dict[str, Any]]:
-    """Each layer's one bucket."""
+    """The times of each whole layer at `tokens` tokens, by its name."""
     return {name: timed["buckets"][0] for name, timed in _tune(dict(shapes), (tokens,))["layers"].items()}
 
 

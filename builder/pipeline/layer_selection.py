@@ -16,7 +16,7 @@ from builder.engines import measured_tactics
 from builder.planning.compatibility import has_hybrid_kernels
 from builder.planning.model_config import architecture, read_config
 from builder.planning.plan import LayerPlan
-from plugins.common.fused_layers import FUSED
+from plugins.common.fused_layers import fused_name, fused_parts
 from plugins.common.json_files import read_json, write_json
 from plugins.sparsity.declaration import Declaration
 
@@ -117,8 +117,7 @@ def _second_products(context: BuildContext, candidates: Sequence[LayerPlan]) -> 
         if not any(_predicted_gain(card, batch, layer) for layer in candidates):
             return {}
         seconds = {layer.name: _predicted_second(card, batch, layer) for layer in candidates}
-    joined = {part: len(parts) for parts in FUSED.values() for part in parts}
-    return {name: second / joined.get(name.rpartition(".")[2], 1) for name, second in seconds.items()}
+    return {name: second / len(fused_parts(fused_name(name))) for name, second in seconds.items()}
 
 
 def _predicted_second(card: roofline.Gpu, tokens: int, layer: LayerPlan) -> float:

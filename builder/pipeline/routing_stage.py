@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,19 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     losses = _losses(dense, built, prompts, routing.max_new_tokens, context)
     loss_N = np.array([loss.kl for loss in losses])
     held_N = _held_out(windows.documents)
-    text, vocabulary = windows.tokens[~held_N], _vocabulary(model)
-    features = fit_features(text, *vocabulary)
-    learned = [prompt for prompt, held in zip(prompts, held_N, strict=True) if not held]
-    features_NF = unseen_features(learned, text, windows.documents[~held_N], *vocabulary)
-    fitted = fit(features_NF, loss_N[~held_N])
-    threshold = choose_threshold(fitted.left_out_N, loss_N[~held_N], routing.budget.kl)
+    training, held_out = (list(compress(prompts, kept_N)) for kept_N in (~held_N, held_N))
+    text, training_loss_N = windows.tokens[~held_N], loss_N[~held_N]
+    features = fit_features(text, *_vocabulary(model))
+    features_NF = unseen_features(features, training, text, windows.documents[~held_N])
+    fitted = fit(features_NF, training_loss_N)
+    threshold = choose_threshold(fitted.left_out_N, training_loss_N, routing.budget.kl)
     edges, reference_FB = histograms(features_NF)
     identity = hashlib.sha256("".join(_inputs(context, outputs).values()).encode()).hexdigest()
     router = Router(
         features, fitted.predictor, identity, VARIANTS, routing.budget.kl, threshold, edges, reference_FB,
-        prompts=len(learned), seen=seen_share(losses),
+        prompts=len(training), seen=seen_share(losses),
     )  # fmt: skip
-    predicted_N, microseconds = _timed(router, [prompt for prompt, held in zip(prompts, held_N, strict=True) if held])
+    predicted_N, microseconds = _timed(router, held_out)
     proof = prove(predicted_N, loss_N[held_N], windows.documents[held_N])
     cheap_N = predicted_N <= threshold
     router.save(out / "router")
@@ -76,7 +77,7 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
             "share": float(cheap_N.mean()),
             "loss": float((loss_N[held_N] * cheap_N).mean()),
             "disagreement": float(np.mean([loss.disagreement for loss in losses])),
-            "prompts": {"trained": int((~held_N).sum()), "held_out": int(held_N.sum())},
+            "prompts": {"trained": len(training), "held_out": len(held_out)},
             "controller_us": microseconds,
             "decision": _decision(proof["gate"], threshold, routing.budget.kl),
         },

@@ -36,8 +36,8 @@ def has_bfloat16() -> bool:
 def return_freed_memory() -> None:
     """Returns freed memory to the system, where the C library is glibc; elsewhere does nothing.
 
-    From then on glibc keeps freed memory of up to `KEPT_BYTES` for reuse, tensors below `MAPPED_BYTES` with it. By
-    default it maps such tensors anew each time, and the page faults take longer than the products of a small block.
+    From then on glibc keeps up to `KEPT_BYTES` of freed memory and reuses it for tensors below `MAPPED_BYTES`. By
+    default it maps more of them anew each time, and returns memory earlier: page faults then slow small blocks.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):

@@ -1,14 +1,25 @@
-"""The KL divergence between two engines' next tokens, from the log-probabilities of the likeliest ones alone."""
+"""The KL divergence between two engines' next tokens, from the log-probabilities of the likeliest ones alone.
+
+Imports no torch: a proxy needs none. Legend: T positions, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping
 from itertools import chain
+from typing import Any
 
 LogProbabilities = Mapping[Hashable, float]  # of some tokens, in nats
 TOP = 64  # likeliest tokens that a shadow run inside a server compares
 _LEAST = 1e-9  # probability that a set of tokens has at least
+
+
+def likeliest(log_TV: Any) -> list[LogProbabilities]:
+    """The `TOP` likeliest tokens of each position and their log-probabilities, from a torch tensor of all."""
+    top = log_TV.topk(min(TOP, log_TV.shape[-1]))
+    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [dict(zip(tokens, values, strict=True)) for tokens, values in rows]
 
 
 def partial_kl(dense: LogProbabilities, other: LogProbabilities) -> float:

@@ -6,7 +6,7 @@ Legend: T tokens of a prompt, V vocabulary, F features, D projected dimensions, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ Floats = NDArray[np.float32]
 Tokens = NDArray[np.int64]
 
 PROJECTED = 8  # dimensions of the mean embedding
-FOLDS = 5  # of the documents, each with tables from the others
+FOLDS = 5  # of the documents; the tables of a fold are fitted on the others
 RARE = 0.1  # the rarest tokens that make up this share of the text
 CODE = frozenset("{}[]()<>=;:_/\\#@$%&*+|~^`\"'\n\t")
 NAMES = (
@@ -63,6 +63,16 @@ class Features:
         features_F: Floats = np.concatenate(parts).astype(np.float32)
         return features_F
 
+    def with_text(self, text_WT: Tokens) -> Features:
+        """The same tables, with the surprisal and the rare tokens of another text [W, T]."""
+        counts_V = np.bincount(text_WT.ravel(), minlength=len(self.surprisal_V)).astype(np.float64) + 1
+        share_V = counts_V / counts_V.sum()
+        order = np.argsort(share_V, kind="stable")
+        flags_V3 = self.flags_V3.copy()
+        flags_V3[:, 0] = False
+        flags_V3[order[np.cumsum(share_V[order]) <= RARE], 0] = True
+        return replace(self, surprisal_V=(-np.log(share_V)).astype(np.float32), flags_V3=flags_V3)
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What `from_arrays` reads back."""
         return {name: getattr(self, name) for name in ("surprisal_V", "flags_V3", "projected_VD")}
@@ -74,13 +84,9 @@ class Features:
 
 
 def unseen_features(
-    prompts: Sequence[Sequence[int]],
-    text_WT: Tokens,
-    documents_W: Tokens,
-    embedding_VK: Floats,
-    pieces: Sequence[str],
+    features: Features, prompts: Sequence[Sequence[int]], text_WT: Tokens, documents_W: Tokens
 ) -> Floats:
-    """The features [W, F] of each window's prompt, under tables that were fitted without its document.
+    """The features [W, F] of each window's prompt, with tables fitted without its document.
 
     A request's own text is in no table: its tokens are rarer than those of the text that the tables were fitted on.
     """
@@ -88,7 +94,7 @@ def unseen_features(
     features_WF = np.empty((len(prompts), len(NAMES)), np.float32)
     for fold in range(min(FOLDS, int(fold_W.max()) + 1)):
         out_W = fold_W == fold
-        tables = fit_features(text_WT[~out_W], embedding_VK, pieces)
+        tables = features.with_text(text_WT[~out_W])
         for at in np.flatnonzero(out_W):
             features_WF[at] = tables.extract(prompts[at])
     return features_WF
@@ -97,18 +103,13 @@ def unseen_features(
 def fit_features(text_WT: Tokens, embedding_VK: Floats, pieces: Sequence[str], seed: int = 0) -> Features:
     """Features of a model with input embedding [V, K] and tokens that stand for `pieces`, from text [W, T]."""
     size = len(embedding_VK)
-    counts_V = np.bincount(text_WT.ravel(), minlength=size).astype(np.float64) + 1
-    share_V = counts_V / counts_V.sum()
-    order = np.argsort(share_V, kind="stable")
-    rare_V = np.zeros(size, dtype=bool)
-    rare_V[order[np.cumsum(share_V[order]) <= RARE]] = True
     digits_V = [any(sign.isdigit() for sign in piece) for piece in pieces]
     code_V = [bool(piece.strip(" ")) and set(piece.strip(" ")) <= CODE for piece in pieces]
     width = embedding_VK.shape[1]
     projection_KD = np.random.default_rng(seed).standard_normal((width, PROJECTED)) / np.sqrt(width)
     scale = float(np.sqrt(np.square(embedding_VK).mean())) or 1.0
     flags_V3 = np.zeros((size, 3), dtype=np.float32)
-    flags_V3[:, 0] = rare_V
     flags_V3[: len(pieces), 1:] = np.array([digits_V, code_V]).T[:size]  # an embedding may have rows beyond the tokens
     projected_VD = embedding_VK @ projection_KD / scale
-    return Features((-np.log(share_V)).astype(np.float32), flags_V3, projected_VD.astype(np.float32))
+    fixed = Features(np.zeros(size, np.float32), flags_V3, projected_VD.astype(np.float32))
+    return fixed.with_text(text_WT)

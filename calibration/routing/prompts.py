@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from calibration.evaluation.evaluate import Logits
-from calibration.routing.divergence import TOP, LogProbabilities, mean_kl
+from calibration.routing.divergence import likeliest, mean_kl
 from plugins.common.progress import Progress
 
 SHORTEST = 8  # tokens of a prompt
@@ -32,7 +32,7 @@ def cut_prompts(windows_WT: NDArray[np.int64], seed: int = 0) -> list[tuple[int,
 class Loss:
     """One prompt's loss: mean KL(dense || cheap) a token (nats), and the share of tokens whose first choice differs.
 
-    seen_kl: what of the KL a shadow run sees, which compares the likeliest tokens alone
+    seen_kl: the part of the KL that a shadow run measures, which compares the likeliest tokens alone
     """
 
     kl: float
@@ -55,7 +55,7 @@ def measure_losses(
         dense_TV, cheap_TV = (_predictions(model(ids_1T)[0], len(prompt)) for model in (dense, cheap))
         kl = (dense_TV.exp() * (dense_TV - cheap_TV.to(dense_TV.device))).sum(dim=1).mean()
         differs = (dense_TV.argmax(dim=1) != cheap_TV.argmax(dim=1).to(dense_TV.device)).float().mean()
-        seen = mean_kl(zip(_likeliest(dense_TV), _likeliest(cheap_TV), strict=True))
+        seen = mean_kl(zip(likeliest(dense_TV), likeliest(cheap_TV), strict=True))
         losses.append(Loss(max(float(kl), 0.0), float(differs), seen))
         if progress:
             progress("measure prompts", number + 1, len(prompts))
@@ -63,15 +63,9 @@ def measure_losses(
 
 
 def seen_share(losses: Sequence[Loss]) -> float:
-    """The share of the prompts' summed KL that a shadow run sees, in (0, 1]; 1 where there is no loss."""
+    """The share of the prompts' summed KL that a shadow run measures, in (0, 1]; 1 if there is no loss."""
     whole, seen = sum(loss.kl for loss in losses), sum(loss.seen_kl for loss in losses)
     return min(seen / whole, 1.0) if seen > 0 < whole else 1.0
-
-
-def _likeliest(log_TV: Any) -> list[LogProbabilities]:
-    """The log-probabilities of the likeliest tokens of each place."""
-    top = log_TV.topk(min(TOP, log_TV.shape[1]), dim=1)
-    return [dict(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
 
 def _predictions(logits_TV: Any, prompt: int) -> Any:

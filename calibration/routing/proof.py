@@ -39,7 +39,7 @@ def prove(predicted_N: Floats, loss_N: Floats, documents_N: NDArray[np.int64], s
     chooses which `share` of them the cheap engine serves. The gate: the area between the coin's curve and the router's,
     as a share of the coin's, is above 0 with 95% certainty.
     """
-    weights_BN = _resample(documents_N, seed)
+    weights_BN = resample_documents(documents_N, RESAMPLES, seed)
     router_BS = _curves(predicted_N, loss_N, weights_BN)
     random_BS = SHARES * (weights_BN @ loss_N / weights_BN.sum(axis=1))[:, None]
     gain_B = 1 - router_BS.mean(axis=1) / random_BS.mean(axis=1)
@@ -69,11 +69,11 @@ def _gate(gain: float, gain_B: Floats, prompts: int) -> dict[str, Any]:
     return {"name": "routing", "passed": passed, "value": gain, "limit": 0.0, "lower_bound": least, "message": message}
 
 
-def _resample(documents_N: NDArray[np.int64], seed: int) -> Floats:
+def resample_documents(documents_N: NDArray[np.int64], resamples: int, seed: int) -> Floats:
     """How often each prompt counts in each resample of the documents [B, N]."""
     _, of_N = np.unique(documents_N, return_inverse=True)
     count = int(of_N.max()) + 1
-    picked_BD = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    picked_BD = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     return picked_BD[:, of_N].astype(np.float64)
 
 

@@ -34,7 +34,7 @@ class Router:
     threshold: predicted loss, nats a token; below 0 no prompt goes to the cheap engine
     edges, reference_FB: inner edges [F, B - 1] of the bins of each feature, and the training prompts' share in each bin
     prompts: how many the router was trained on
-    seen: the share of their loss that a shadow run sees, which compares the likeliest tokens alone
+    seen: the share of their loss that a shadow run measures, which compares the likeliest tokens alone
     """
 
     features: Features

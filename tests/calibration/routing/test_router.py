@@ -50,7 +50,7 @@ def test_new_text_of_the_same_kind_is_no_drift_though_the_tables_hold_the_old():
     tables = fit_features(learned, *vocabulary)
     alarms = []
     for features_NF in (
-        unseen_features(learned, learned, np.arange(300), *vocabulary),
+        unseen_features(tables, learned, learned, np.arange(300)),
         np.stack([tables.extract(prompt) for prompt in learned]),
     ):
         edges, reference_FB = histograms(features_NF)
