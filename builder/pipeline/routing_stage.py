@@ -39,7 +39,7 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     from builder.engines import registry
     from calibration.routing.features import fit_features, unseen_features
     from calibration.routing.predictor import fit
-    from calibration.routing.prompts import seen_share
+    from calibration.routing.prompts import seen_shares
     from calibration.routing.proof import choose_threshold, prove
     from calibration.routing.router import Router, histograms
 
@@ -61,7 +61,7 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     identity = hashlib.sha256("".join(_inputs(context, outputs).values()).encode()).hexdigest()
     router = Router(
         features, fitted.predictor, identity, VARIANTS, routing.budget.kl, threshold, edges, reference_FB,
-        prompts=len(training), seen=seen_share(losses),
+        prompts=len(training), seen=seen_shares(losses),
     )  # fmt: skip
     predicted_N, microseconds = _timed(router, held_out)
     proof = prove(predicted_N, loss_N[held_N], windows.documents[held_N])

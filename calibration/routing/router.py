@@ -6,6 +6,8 @@ router.npz     tables of the features, weights of the predictor, histograms of t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.routing.divergence import COMPARISONS
 from calibration.routing.features import NAMES, Features
 from calibration.routing.predictor import Prediction, Predictor
 from plugins.common.errors import UserError
@@ -34,7 +37,7 @@ class Router:
     threshold: predicted loss, nats a token; below 0 no prompt goes to the cheap engine
     edges, reference_FB: inner edges [F, B - 1] of the bins of each feature, and the training prompts' share in each bin
     prompts: how many the router was trained on
-    seen: the share of their loss that a shadow run measures, which compares the likeliest tokens alone
+    seen: the ratio of what a shadow run measures to the training prompts' loss, for each of COMPARISONS
     """
 
     features: Features
@@ -46,7 +49,7 @@ class Router:
     edges: NDArray[np.float32]
     reference_FB: NDArray[np.float32]
     prompts: int
-    seen: float = 1.0
+    seen: Mapping[str, float]
 
     def predict(self, token_ids: Any) -> Prediction:
         """The prediction for a prompt. Raises UserError for an empty one."""
@@ -78,10 +81,10 @@ class Router:
                 arrays["edges"],
                 arrays["reference_FB"],
                 int(facts["prompts"]),
-                float(facts["seen"]),
+                {name: float(facts["seen"][name]) for name in COMPARISONS},
             )
-            if not 0 < router.seen <= 1:
-                raise ValueError(f"a share of {router.seen}")
+            if not all(0 < share < math.inf for share in router.seen.values()):
+                raise ValueError(f"shares of the loss {facts['seen']}")
             if router.prompts < 1 or len(router.variants) < 2:
                 raise ValueError(f"{router.prompts} prompts, {len(router.variants)} variants")
             if router.reference_FB.shape != (len(NAMES), BINS) or router.edges.shape != (len(NAMES), BINS - 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,8 @@ class LearnedRouter(Policy, Protocol):
     def features(self) -> Extractor: ...
     @property
     def predictor(self) -> LossPredictor: ...
+    @property
+    def seen(self) -> Mapping[str, float]: ...
 
 
 class RouterService:

@@ -13,6 +13,7 @@ from calibration.routing.predictor import fit
 from calibration.routing.router import Router, histograms
 
 BUDGET = 0.05
+SEEN = {"triton": 1.0, "chat": 0.75, "completions": 0.5}
 
 
 @dataclass
@@ -37,8 +38,9 @@ def learned_router(threshold: float = 0.1) -> Router:
     predictor = fit(features_NF, np.exp(-4 + 3 * hard_N)).predictor
     features.projected_VD[UNREADABLE[0]] = np.nan
     return Router(
-        features, predictor, "this", ("dense", "built"), BUDGET, threshold, *histograms(features_NF), len(features_NF)
-    )
+        features, predictor, "this", ("dense", "built"), BUDGET, threshold, *histograms(features_NF), len(features_NF),
+        seen=SEEN,
+    )  # fmt: skip
 
 
 EASY = [5, 6, 7, 8]
