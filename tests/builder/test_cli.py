@@ -72,7 +72,7 @@ def test_every_example_names_options_that_exist() -> None:
 def test_the_first_page_lists_the_commands_and_the_exit_statuses() -> None:
     page = done("--help").stdout
     assert all(path[0] in page for path, _ in commands())
-    assert "0 done, 1 a gate failed, 2 the input is wrong" in page
+    assert "0 success, 1 a gate failed, 2 invalid input" in page
 
 
 def test_the_version_is_told() -> None:

@@ -166,7 +166,7 @@ def test_damaged_json_under_a_text_name_is_not_prose(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "fragment"),
     [
-        ("a.jsonl", b'{"text": "a", "text": "b"}\n{"text": "c"}', "line 1 is not JSON (the key 'text' stands twice)"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}\n{"text": "c"}', "line 1 is not JSON (the key 'text' appears twice)"),
         ("a.json", b'[{"text": "a"}, {"text": ]', "line 1 is not JSON"),
         ("a.json", b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "several lists of rows (train, test)"),
         ("a.json", b"[" * 100_000, "is not JSON"),
