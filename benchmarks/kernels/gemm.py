@@ -239,7 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for format in formats:
             if format not in structures.FORMATS:
-                raise UserError(f"'{format}' is no number format here: {', '.join(structures.FORMATS)}")
+                raise UserError(
+                    f"'{format}' is not a number format of the kernels: use one of {', '.join(structures.FORMATS)}"
+                )
         tokens = [int(count) for count in chosen.tokens.split(",")]
         deadline = time.monotonic() + chosen.seconds
         rows = table(

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.wheel is not None and not chosen.wheel.is_file():
             raise UserError(f"no file '{chosen.wheel}': give a wheel of {WHEEL}")
         if chosen.part_mib < 1:
-            raise UserError(f"--part-mib {chosen.part_mib} is no size: give 1 or more")
+            raise UserError(f"--part-mib {chosen.part_mib} is not a size: give 1 or more")
         with tempfile.TemporaryDirectory() as directory:
             wheel = chosen.wheel or download(WHEEL, Path(directory))
             commands = make(chosen.out, wheel, chosen.part_mib, chosen.sm)

@@ -37,7 +37,7 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with a fair baseline: where cuBLASLt could not run, the dense time is no one's best."""
+    """The rows with a fair baseline: where cuBLASLt could not run, the dense time is not a best time."""
     return [row for row in rows(results) if "cublaslt" not in row.get("left_out", {})]
 
 
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = read_json(chosen.file)
             lines = list(table(results))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"'{chosen.file}' is no results file of the GPU suite ({error}): give one") from error
+            raise UserError(f"'{chosen.file}' is not a result file of the GPU suite ({error}): give one") from error
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

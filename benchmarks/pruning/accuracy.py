@@ -136,7 +136,7 @@ def run_script(python: str, script: str, *arguments: str) -> str:
 
 
 def _last_line(text: str) -> str:
-    """The last that is no warning: what an error ends with."""
+    """The last that is not a warning: what an error ends with."""
     lines = [line for line in text.strip().splitlines() if not line.startswith("WARNING")]
     return (lines or ["no output"])[-1]
 
@@ -159,7 +159,7 @@ def linear_layers(model: Path) -> list[str]:
     try:
         blocks = read_json(model / "config.json")["num_hidden_layers"]
     except OSError:
-        raise UserError(f"'{model}' holds no config.json: name a model's directory") from None
+        raise UserError(f"'{model}' contains no config.json: give a model's directory") from None
     return [f"model.layers.{block}.{name}" for block in range(blocks) for name in LINEARS]
 
 

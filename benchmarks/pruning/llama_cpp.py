@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     for build in arguments.build:
         name, equals, directory = build.rpartition("=")
         if not equals or not (Path(directory) / "engine").is_dir():
-            raise UserError(f"--build '{build}' names no build", "write NAME=DIR with a finished build's directory")
+            raise UserError(f"--build '{build}' is not a build", "write NAME=DIR with a finished build's directory")
         contenders[f"twofour {name}"] = (sys.executable, "serve_twofour", directory)
     lengths = (str(make_tokens(arguments, work)), str(arguments.prompt), str(arguments.output))
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}

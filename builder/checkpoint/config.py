@@ -127,7 +127,7 @@ def _quantization(algorithm: Any, kv_cache: Any, exclude: Any, written: dict[str
 
 
 def _known(key: str, value: Any, known: Collection[str | None], config: dict[str, Any]) -> None:
-    """Raises UnsupportedError for a name that is none of `known`, ConfigError for what is no name."""
+    """Raises UnsupportedError for a name that is not in `known`, ConfigError for what is not a name."""
     names = ", ".join(name for name in known if name)
     if not isinstance(value, str | None):
         raise ConfigError(f"{key} is {str(value)[:40]!r}: only {names} are known here")

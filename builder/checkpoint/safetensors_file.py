@@ -41,7 +41,7 @@ DTYPES = {
 
 
 class HeaderError(ValueError):
-    """A file that is not a whole safetensors file. The message is one line and does not name the file."""
+    """A file that is not a complete safetensors file. The message is one line and does not name the file."""
 
 
 @dataclass(frozen=True)

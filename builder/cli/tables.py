@@ -89,7 +89,7 @@ def plan(resolved: Plan) -> None:
             )
             if built.fits_l2 and built.bound == "memory":
                 click.echo(
-                    f"{'':<13} this model fits the L2 cache of {p['gpu']}: the memory's rate is no real limit for it"
+                    f"{'':<13} this model fits the L2 cache of {p['gpu']}: the memory's rate is not a real limit for it"
                 )
         else:
             click.echo(f"{phase:<13} not on {p['gpu']}: {built.reason}")

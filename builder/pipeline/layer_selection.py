@@ -108,7 +108,7 @@ def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> di
 def _second_products(context: BuildContext, candidates: Sequence[LayerPlan]) -> dict[str, float]:
     """Seconds that each layer's second product takes while it is 2:4 in part; layers that the engine joins share one.
 
-    None where bytes weigh the layers: they are no seconds of a kernel.
+    None where bytes weigh the layers: bytes are not seconds of a kernel.
     """
     batch, dtype = _load(context)
     card = roofline.gpu(context.plan.predicted["gpu"])

@@ -136,7 +136,7 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         Verdict.no(
-            "TensorRT-LLM refuses SmoothQuant INT8 on SM100 to SM119",
+            "TensorRT-LLM rejects SmoothQuant INT8 on SM100 to SM119",
             "use quantization.format=fp8, or engine.backend=torch",
         ),
         formats=("int8",),
@@ -149,7 +149,7 @@ TABLE: tuple[Rule, ...] = (
         backends=("pytorch",),
     ),
     Rule(
-        Verdict.no("TensorRT-LLM refuses an INT8 KV cache on SM100 to SM119", "use quantization.kv_cache=fp8 or none"),
+        Verdict.no("TensorRT-LLM rejects an INT8 KV cache on SM100 to SM119", "use quantization.kv_cache=fp8 or none"),
         kv_caches=("int8",),
         backends=("tensorrt",),
         sm=(100, 119),

@@ -77,7 +77,7 @@ def _decompressed(path: Path) -> bytes:
     try:
         return DECOMPRESS[kind](data)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise UserError(f"'{path}' is not a whole {kind} file ({error}): make it again") from None
+        raise UserError(f"'{path}' is not a complete {kind} file ({error}): create it again") from None
 
 
 def _decoded(data: bytes, path: Path) -> str:
@@ -224,11 +224,11 @@ def _table_rows(text: str, path: Path, delimiter: str) -> Iterator[Row]:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
-            raise UserError(f"'{path}' names a column twice in its first line: rename one")
+            raise UserError(f"'{path}' has a duplicate column in its first line: rename one")
         for row in reader:
             where = f"'{path}' line {reader.line_num}"
             if None in row or None in row.values():
-                raise UserError(f"{where} has not the {len(names)} fields of the first line: quote its commas")
+                raise UserError(f"{where} does not have the {len(names)} fields of the first line: quote its commas")
             yield Row(where, dict(row))
     except csv.Error as error:
         raise UserError(f"'{path}' is not a table of values ({error}): fix its quotes, or write .jsonl") from None
@@ -244,7 +244,7 @@ def _parquet_rows(data: bytes, path: Path) -> Iterator[Row]:
     try:
         rows = parquet.read_table(io.BytesIO(data)).to_pylist()
     except Exception as error:  # pyarrow raises many kinds for a damaged file
-        raise UserError(f"'{path}' is not a whole Parquet file ({_short(error)}): fetch it again") from None
+        raise UserError(f"'{path}' is not a complete Parquet file ({_short(error)}): fetch it again") from None
     return (Row(f"'{path}' row {number}", row) for number, row in enumerate(rows, start=1))
 
 

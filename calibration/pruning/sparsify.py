@@ -103,7 +103,7 @@ def _segments(target: Declaration, blocks: Blocks) -> dict[str, Segments]:
             layer = blocks.skeleton.get_submodule(name.removeprefix("model."))
             N, K = layer.out_features, layer.in_features
         except AttributeError:
-            raise UserError(f"'{name}' is no linear layer of a decoder block: only those can be pruned") from None
+            raise UserError(f"'{name}' is not a linear layer of a decoder block: only those can be pruned") from None
         own = segments[name] = target.hybrid.get(name) or Segments.split("rows", N, N)
         if own.size != (size := N if own.axis == "rows" else K):
             raise UserError(

@@ -109,7 +109,7 @@ def _timed(
         return times(Bench(shape, torch.device("cuda", device), max(*buckets, *PADDED), l2_bytes))
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"GPU memory ran out while timing {shape}: free some and build again ({_line(error)})"
+            f"GPU memory ran out while timing {shape}: free memory and build again ({_line(error)})"
         ) from None
     finally:
         torch.cuda.empty_cache()
@@ -265,7 +265,7 @@ def _workspace(device: torch.device, wanted: int) -> tuple[torch.Tensor, tuple[s
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             if size <= 1 << 20:
-                raise UserError("no GPU memory is left for a workspace: free some, or tune a smaller model") from None
+                raise UserError("no GPU memory is left for a workspace: free memory, or tune a smaller model") from None
             size //= 2
         else:
             short = (f"only {size >> 20} MiB of GPU memory for a workspace",) if size < wanted else ()

@@ -252,7 +252,7 @@ def test_which_backends_run_and_the_one_thing_that_each_other_lacks(
     [
         ("SM90", "tensorrt", "2:4 layers in bf16, fp8, int8"),
         ("SM90", "pytorch", "2:4 layers in bf16, fp8; not int8: the PyTorch backend of TensorRT-LLM has no INT8 W8A8"),
-        ("SM100", "tensorrt", "2:4 layers in bf16, fp8; not int8: TensorRT-LLM refuses SmoothQuant INT8 on SM100"),
+        ("SM100", "tensorrt", "2:4 layers in bf16, fp8; not int8: TensorRT-LLM rejects SmoothQuant INT8 on SM100"),
         ("SM80", "tensorrt", "2:4 layers in bf16, int8; not fp8: FP8 needs the FP8 tensor cores that begin with SM89"),
     ],
 )

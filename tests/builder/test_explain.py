@@ -95,10 +95,10 @@ def test_an_engine_without_tactics_is_refused_in_a_line(built: Path, tmp_path: P
     artifact.build(built / "checkpoint", tmp_path / "engine", CONFIG)
     ended = twofour("explain", tmp_path / "engine")
     assert ended.status == 2
-    assert "holds no checkpoint to predict from: name the build that holds the engine" in ended.stderr
+    assert "contains no checkpoint to predict from: give the build that contains the engine" in ended.stderr
     (tmp_path / "engine" / "tactics.json").write_text('{"layers": {}}')
     ended = twofour("explain", tmp_path / "engine")
-    assert "tactics.json' is no tactics file: device: Field required" in ended.stderr
+    assert "tactics.json' is not a tactics file: device: Field required" in ended.stderr
 
 
 def test_a_small_layer_is_not_predicted_to_gain() -> None:

@@ -254,7 +254,7 @@ def test_a_ceiling_of_a_model_that_fits_the_l2_cache_is_called_no_limit(tmp_path
     report, card = full(), roofline.gpu("H100")
     for side in ("dense", "built"):
         report["predicted"]["decode"][side] = roofline.decode_ceiling(card, [roofline.Layer(4096, 4096)], 1, 1, 1)
-    assert "fit the L2 cache, so this is no real limit" in Page(html_of(report, tmp_path)).text
+    assert "fit the L2 cache, so this is not a real limit" in Page(html_of(report, tmp_path)).text
 
 
 def test_markdown_tables_have_as_many_cells_in_each_row(pages: Path) -> None:

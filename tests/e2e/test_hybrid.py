@@ -148,7 +148,7 @@ def change(directory: Path, edit: Any) -> None:
         (cover_too_little, "cover 32 of its"),
         (cut_a_head, "begins at 32, within a head"),
         (claim_more, "2:4 allows 2"),
-        (repeat_a_channel, "does not hold each channel from 0 to 2 once"),
+        (repeat_a_channel, "does not contain each channel from 0 to 2 once"),
     ],
 )
 def test_verify_reports_each_violation(built: Path, tmp_path: Path, attack: Any, fragment: str) -> None:
@@ -178,7 +178,7 @@ def test_the_order_is_that_of_the_dense_model(built: Path, docs_llama: Path, tmp
 
 def test_another_model_proves_no_order(built: Path, tmp_path: Path) -> None:
     other = random_model(tmp_path / "other", "Llama")
-    assert "is another model than" in refused("verify", built / "checkpoint", "--dense", other, "--json")
+    assert "is not the dense model of" in refused("verify", built / "checkpoint", "--dense", other, "--json")
 
 
 def test_ranks_without_their_share_are_found(built: Path) -> None:

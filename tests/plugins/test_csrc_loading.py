@@ -86,7 +86,7 @@ def test_architecture_names(text: str, sm: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "fragment"), [("75", "'75' has no sparse tensor cores"), ("hopper", "is no GPU arch")]
+    ("text", "fragment"), [("75", "'75' has no sparse tensor cores"), ("hopper", "is not a GPU arch")]
 )
 def test_architecture_that_cannot_be(text: str, fragment: str) -> None:
     with pytest.raises(UserError, match=fragment):

@@ -207,7 +207,7 @@ def test_packing_keeps_dtype_and_bits(dtype: torch.dtype, groups: int) -> None:
     assert torch.equal(unpack(values, indices).float(), w.float())
     with pytest.raises(UserError, match="do not ascend"):
         unpack(values, torch.zeros_like(indices))
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not match"):
         unpack(values[:, :1], indices)
     assert torch.equal(from_numpy(to_numpy(w), dtype).float(), w.float())
 

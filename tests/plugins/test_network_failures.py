@@ -53,8 +53,8 @@ def test_missing_plugin_library_and_unknown_layer_are_refused_in_words(exports):
         [sys.executable, "-c", REFUSALS, config], capture_output=True, text=True, env=environment, check=True
     )
     missing, unknown = done.stdout.splitlines()
-    assert missing.startswith("TensorRT knows no plugin TwofourGemm: preload libtwofour_tensorrt.so")
-    assert unknown.startswith("'transformer.layers.0.mlp.fused_fc' is no layer in this model")
+    assert missing.startswith("TensorRT has no plugin TwofourGemm: preload libtwofour_tensorrt.so")
+    assert unknown.startswith("'transformer.layers.0.mlp.fused_fc' is not a layer in this model")
 
 
 def test_inspector_names_sparse_tactics_by_module():

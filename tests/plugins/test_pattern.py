@@ -133,9 +133,9 @@ def test_damaged_indices_are_refused() -> None:
     damaged[3, 0] = 0b0101
     with pytest.raises(UserError, match="row 3, group 0: indices do not ascend"):
         unpack(values, damaged)
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not match"):
         unpack(values[:, :1], indices)
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not match"):
         unpack(values, indices.astype(np.int32))
 
 

@@ -122,7 +122,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
 )
 def test_damaged_file_is_named(tmp_path: Path, change: dict, fragment: str) -> None:
     (tmp_path / "tactics.json").write_text(json.dumps({**measured(), **change}))
-    with pytest.raises(UserError, match=f"is no tactics file: {fragment}; tune the engine again"):
+    with pytest.raises(UserError, match=f"is not a tactics file: {fragment}; tune the engine again"):
         tactics.read(tmp_path)
 
 

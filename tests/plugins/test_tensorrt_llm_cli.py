@@ -41,7 +41,7 @@ def test_the_build_command_is_left_ready_to_run_and_every_flag_is_in_the_contrac
     assert Path(given["--checkpoint_dir"]).samefile(built / "checkpoint-trtllm")
     assert Path(given["--model_cls_file"]).samefile(built / "engine/hooks/models.py")
     assert (given["--gemm_plugin"], given["--workers"]) == ("disable", "2")
-    assert not (built / "engine/engine.json").exists()  # it is no engine yet
+    assert not (built / "engine/engine.json").exists()  # it is not an engine yet
 
 
 def test_scripts_of_a_build_can_be_run(built: Path) -> None:

@@ -181,7 +181,7 @@ class _Loader:
         if name == "lm_head" and is_tied(self._model, self._tensors):
             stored = {"weight": self._tensors["model.embed_tokens.weight"]}
         if "weight" not in stored and "weight_values" not in stored:
-            raise UserError(f"no tensor '{name}.weight': the checkpoint does not belong to its config.json")
+            raise UserError(f"no tensor '{name}.weight': the checkpoint does not match its config.json")
         return stored
 
     def _layer(self, name: str, parts: Sequence[str], stored: Mapping[str, torch.Tensor]) -> Linear:
@@ -197,7 +197,7 @@ class _Loader:
         if (layer.out_features, layer.in_features) != (rows, columns):
             raise UserError(
                 f"'{name}' has shape [{layer.out_features}, {layer.in_features}], but config.json gives "
-                f"[{rows}, {columns}]: they do not belong together"
+                f"[{rows}, {columns}]: they do not match"
             )
         return layer
 

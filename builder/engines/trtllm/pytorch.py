@@ -77,7 +77,7 @@ def build(
 def _check(checkpoint: Checkpoint, config: EngineConfig) -> None:
     if checkpoint.kind != "hf":
         raise UserError(
-            f"'{checkpoint.directory}' is a TensorRT-LLM checkpoint: name the unified one beside it (checkpoint)"
+            f"'{checkpoint.directory}' is a TensorRT-LLM checkpoint: give the unified one next to it (checkpoint)"
         )
     device = gpus()[0] if gpus() else None
     compatibility.check_architecture(checkpoint.architecture.name, "pytorch").require()

@@ -149,7 +149,7 @@ def test_an_engine_of_other_files(copy_of: Any) -> None:
     ("prepare", "fragment"),
     [
         (lambda place: None, "no checkpoint at"),
-        (lambda place: place.mkdir(), "holds no config.json"),
+        (lambda place: place.mkdir(), "contains no config.json"),
         (lambda place: (place.mkdir(), (place / "engine.json").write_text("{}")), "is an engine"),
     ],
 )

@@ -210,7 +210,7 @@ def test_an_abandoned_generation_leaves_nothing_behind(tiny: Path) -> None:
         (Request("x", (5,), 5, temperature=-1), "temperature -1"),
         (Request("x", (5,), 5, temperature=float("nan")), "temperature nan"),
         (Request("x", (5,), 5, top_p=0), "top_p 0"),
-        (Request("taken", (5,), 5), "an id of its own"),
+        (Request("taken", (5,), 5), "a unique id"),
     ],
 )
 def test_a_request_that_cannot_run_is_refused(tiny: Path, request_: Request, fragment: str) -> None:

@@ -198,7 +198,7 @@ def test_memory_that_runs_out_while_timing_is_a_line(
 
     monkeypatch.setattr(tuner, "Bench", full)
     with pytest.raises(
-        UserError, match=r"GPU memory ran out while timing bf16 \[96, 64\]: free some .*allocate 2 GiB\)"
+        UserError, match=r"GPU memory ran out while timing bf16 \[96, 64\]: free memory .*allocate 2 GiB\)"
     ):
         registry.tactics(checkpoints / "hf", CONFIG, "H100-SXM")
 
