@@ -116,7 +116,7 @@ def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) 
         raise GateError(
             f"nothing fits under sparsity.budget ({goal.describe(goal.limit)}): the smallest loss reached is "
             f"{goal.describe(least.loss)} with {least.allocation.fraction:.0%} of the weights 2:4; raise the budget, "
-            "or leave sparsity out"
+            "or remove sparsity"
         )
     best = max(within, key=lambda point: point.allocation.gain)
     front = [*points, *_predicted(allocator, goal, share)]

@@ -114,7 +114,7 @@ def test_what_the_backend_or_the_card_cannot_do_is_told_at_plan(model: Path) -> 
     )
     keys = ("--preset", "int8-2of4-all", "--set", "engine.backend=tensorrt", "--json")
     notes = done("plan", model, *keys, "--gpu", "B200").json["notes"]
-    assert any(note.startswith("not on B200 ") and "refuses SmoothQuant INT8 on SM100" in note for note in notes)
+    assert any(note.startswith("not on B200 ") and "rejects SmoothQuant INT8 on SM100" in note for note in notes)
     assert not any(note.startswith("not on") for note in done("plan", model, *keys, "--gpu", "A100").json["notes"])
 
 
