@@ -59,7 +59,7 @@ def build(
     for note in plan.source_notes:
         console.warn(note)
     with claimed(out) as place:
-        context = BuildContext(recipe, plan, model, Cache(store or default_store(), console.say), console, wait)
+        context = BuildContext(recipe, plan, model, Cache(store or default_store(), console.print), console, wait)
         outputs = run_stages(context, until)
         report = assemble(context, outputs, UNTIL.index(until) >= UNTIL.index("benchmark"))
         _publish(context, outputs, report, place, until, started)

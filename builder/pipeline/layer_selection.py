@@ -153,7 +153,7 @@ class _Builds:
             self.measured[key] = self._measure(allocation).to_dict()
             write_json(self.record, self.measured)
         accuracy = Accuracy.from_dict(self.measured[key])
-        self.context.console.say(
+        self.context.console.print(
             f"  {allocation.fraction:.1%} of the weights 2:4: perplexity {accuracy.perplexity_increase:+.2%}, "
             f"KL {accuracy.kl:.4f}, top-1 agreement {accuracy.top1_agreement:.1%}"
         )

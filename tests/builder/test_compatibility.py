@@ -22,7 +22,7 @@ class Layer:
     sparse: bool = True
 
 
-def test_every_combination_has_one_answer_and_each_refusal_says_what_to_use():
+def test_every_combination_has_one_verdict_and_each_rejection_names_an_alternative():
     gpus = (None, 75, 80, 86, 89, 90, 100, 103, 120)
     for number_format, sparse, backend, sm, kv, parallel in itertools.product(
         FORMATS, (False, True), BACKENDS, gpus, ("none", "int8", "fp8"), (1, 2)
@@ -96,7 +96,7 @@ def test_unknown_name_is_quoted():
         check("bf16", False, "vllm")
 
 
-def test_auto_takes_the_first_that_can_run_and_says_why():
+def test_auto_selects_the_first_that_can_run_and_gives_the_reason():
     assert choose_backend("fp8", True, 90, "1.2.1")[0] == "tensorrt"
     backend, reason = choose_backend("fp8", True, 90, "1.3.0")
     assert backend == "pytorch"

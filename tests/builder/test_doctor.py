@@ -261,7 +261,7 @@ def test_the_formats_are_those_of_the_compatibility_table(sm: str, backend: str,
     assert notes[backend].startswith(fragment)
 
 
-def test_the_torch_backend_says_what_keeps_it_from_its_kernels() -> None:
+def test_the_torch_backend_reports_why_its_kernels_cannot_run() -> None:
     notes = {ability.name: ability.note for ability in checks.abilities(findings(lt="missing"))}
     reason = "cuSPARSELt: cuSPARSELt is missing"
     assert notes["torch"] == f"sparse layers run the reference numerics, without speed-up: {reason}"

@@ -1,4 +1,4 @@
-"""Ranks that fail, libraries that are missing, and inspectors that say nothing."""
+"""Ranks that fail, missing libraries, and inspectors without results."""
 
 import json
 import os
@@ -46,7 +46,7 @@ for refused in (lambda: add_plugin(None, None, None), lambda: swap(model, {"tran
 """
 
 
-def test_missing_plugin_library_and_unknown_layer_are_refused_in_words(exports):
+def test_missing_plugin_library_and_unknown_layer_are_rejected(exports):
     config = str(exports["fp8"] / "trtllm/config.json")
     environment = {**os.environ, "PYTHONPATH": f"{STAND_IN}:{ROOT}"}
     done = subprocess.run(
@@ -73,7 +73,7 @@ def test_inspector_names_sparse_tactics_by_module():
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"Layers": ["only names"]}', '{"Layers": [{"Name": "x"}]}'])
-def test_inspector_without_tactics_says_nothing(text):
+def test_inspector_without_tactics_gives_no_result(text):
     assert inspector.parse(text) is None
 
 

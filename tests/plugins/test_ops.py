@@ -163,7 +163,7 @@ def test_weight_that_is_not_2to4_is_refused() -> None:
         torch_ops.prepare(w, "skinny")
 
 
-def test_calls_that_cannot_run_say_what_can() -> None:
+def test_calls_that_cannot_run_name_what_can() -> None:
     w, x = operands(torch.float16, tokens=65)
     packed = torch_ops.prepare(w, "skinny")
     rest = (1.0, None, None, 48, torch.float16)

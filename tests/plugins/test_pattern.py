@@ -110,7 +110,7 @@ def test_int8_minus_128_is_no_negative_zero() -> None:
     assert indices.tolist() == [[1 | 3 << 2]]
 
 
-def test_negative_zero_is_found_behind_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_negative_zero_is_detected_behind_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pattern, "CHUNK", 16)
     w = np.zeros((50, 8), np.float16)
     w[37, 5] = -0.0

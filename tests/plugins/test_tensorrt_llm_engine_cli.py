@@ -72,7 +72,7 @@ def test_engine_needs_neither_modelopt_nor_the_calibration_extra(
     assert json.loads((tmp_path / "e/lock.json").read_text())["tensorrt_llm"] == "1.2.1+standin"
 
 
-def test_too_little_gpu_memory_is_told_before(built: Path, tmp_path: Path, machine: Callable[..., None]) -> None:
+def test_too_little_gpu_memory_is_reported_before(built: Path, tmp_path: Path, machine: Callable[..., None]) -> None:
     machine((replace(H100, memory_free=1 << 20),) * 2, tensorrt_llm="1.2.1")
     fragment = refused("engine", built / "checkpoint-trtllm", "--out", tmp_path / "e")
     assert fragment.startswith("GPU 0 (NVIDIA H100 80GB HBM3) has 0.0 GiB free and the engine needs about 1.")

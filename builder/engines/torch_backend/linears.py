@@ -35,7 +35,7 @@ class Source(Protocol):
 
 
 class Kernels:
-    """Which of our kernels each layer runs on, as tactics.json says."""
+    """Selects the kernel of each layer, by tactics.json."""
 
     def __init__(self, tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device) -> None:
         layers: Mapping[str, Any] = (tactics or {}).get("layers", {})
@@ -51,7 +51,7 @@ class Kernels:
     def choices(self, name: str, stored: Mapping[str, torch.Tensor]) -> Choices | None:
         """For a layer and its tensors; None: torch's own product."""
         sparse = "weight_values" in stored
-        if sparse and self._problem:  # said once, and only of a model that it slows down
+        if sparse and self._problem:  # once, and only for a model that it slows down
             log.warning("%s", self._problem)
             self.remarks.append(self._problem)
             self._problem = ""
@@ -203,5 +203,5 @@ class _Loader:
 
 
 def is_tied(model: nn.Module, tensors: Source) -> bool:
-    """Whether lm_head is the embedding: the config says so, and no other weight is stored."""
+    """Whether lm_head is the embedding: the config ties them, and no other weight is stored."""
     return bool(model.config.tie_word_embeddings) and not tensors.of("lm_head")

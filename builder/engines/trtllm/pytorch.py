@@ -28,8 +28,8 @@ from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import releases
 
 _UNMEASURED = (
-    "the sparse kernels were not timed: the skinny one takes few tokens, cuSPARSELt more; TensorRT-LLM's log says how "
-    "many layers run on them when it loads the engine"
+    "the sparse kernels were not timed: the skinny one runs at few tokens, cuSPARSELt at more; TensorRT-LLM's log "
+    "counts the layers that run on them when it loads the engine"
 )
 
 

@@ -41,7 +41,7 @@ def to_16_bits(tensors: dict[str, Any]) -> None:
     tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].astype(ml_dtypes.bfloat16)
 
 
-def say_int8(config: dict[str, Any]) -> None:
+def declare_int8(config: dict[str, Any]) -> None:
     config["quantization"]["quant_algo"] = "W8A8_SQ_PER_CHANNEL"
 
 
@@ -134,7 +134,7 @@ ATTACKS: dict[str, tuple[str, Attack, Code, str, str | None, int | None, int | N
         Code.SHAPE, MODEL, "lm_head.weight", None, None, "it is [4000, 256], the config calls for [4096, 256]",
     ),
     "configs that disagree": (
-        "fp8", change_json("hf_quant_config.json", say_int8),
+        "fp8", change_json("hf_quant_config.json", declare_int8),
         Code.CONFIG, "config.json", None, None, None, "it has fp8 without lm_head, model.embed_tokens, KV",
     ),
     "unknown format": (
@@ -189,7 +189,7 @@ def test_layers_that_are_not_declared_may_be_dense(copy_of: Any) -> None:
     assert verify(directory).ok
 
 
-def test_a_config_that_says_fp8_over_int8_weights(copy_of: Any) -> None:
+def test_a_config_that_declares_fp8_over_int8_weights(copy_of: Any) -> None:
     directory = copy_of("int8")
     set_both(lambda section: section.update(quant_algo="FP8"))(directory)
     actual = verify(directory).violations

@@ -100,7 +100,7 @@ def test_chunks_of_a_scalar_and_a_vector_are_rows_of_one(path: Path) -> None:
         (file_of({"a": A, "b": B}, bytes(21)), "1 bytes at the end belong to no tensor"),
     ],
 )
-def test_each_bad_file_has_its_own_words(path: Path, content: bytes, fragment: str) -> None:
+def test_each_bad_file_has_its_own_message(path: Path, content: bytes, fragment: str) -> None:
     path.write_bytes(content)
     with pytest.raises(HeaderError) as caught:
         read_header(path)

@@ -89,6 +89,6 @@ def test_code_that_a_traceback_quotes_is_not_what_happened():
     assert build_errors.explain(log) == "'ValueError: the real one'"
 
 
-def test_the_first_cause_is_told_not_its_consequence():
+def test_the_first_cause_is_reported_not_its_consequence():
     log = "CUDA out of memory\n" + "x\n" * 10 + "getPluginCreator could not find plugin: Gemm"
     assert "ran out of memory" in build_errors.explain(log)

@@ -1,4 +1,4 @@
-"""The tensorrt backend without TensorRT: what is prepared, what is refused and in which words, and failing ranks."""
+"""The tensorrt backend without TensorRT: what is prepared, what is rejected and the errors, and failing ranks."""
 
 import json
 import os
@@ -191,7 +191,7 @@ def test_int8_on_blackwell_is_refused_before_anything_is_written(tmp_path, monke
     assert not (tmp_path / "engine").exists()
 
 
-def test_build_without_tensorrt_llm_says_what_is_missing_in_one_line(tmp_path, monkeypatch):
+def test_build_without_tensorrt_llm_names_what_is_missing_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(version_lock, "installed", lambda name: None)
     with pytest.raises(UserError) as refused:
         tensorrt.build(write_checkpoint(tmp_path / "t"), tmp_path / "engine", CONFIG)
@@ -202,7 +202,7 @@ def test_build_without_tensorrt_llm_says_what_is_missing_in_one_line(tmp_path, m
     assert "\n" not in str(refused.value)
 
 
-def test_build_without_a_gpu_says_so(tmp_path, monkeypatch):
+def test_build_without_a_gpu_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(version_lock, "installed", lambda name: "1.2.1")
     monkeypatch.setattr(tensorrt, "gpus", lambda: ())
     with pytest.raises(UserError, match="needs a GPU, and there is none"):
