@@ -1,9 +1,9 @@
-"""Packs what a GPU machine without network lacks, in parts that fit a small transfer, with the commands to run there:
+"""Packs the files that a GPU machine without network needs, in parts for small transfers, with the commands to run:
 
     python -m benchmarks.kernels.gpu_bundle --out bundle
 
 A prebuilt libtwofour.so; the cuSPARSELt wheel, unmodified, cut into parts; commands.txt. PyTorch 2.11 pins cuSPARSELt
-0.8.0, which NVIDIA calls slow on H100 (release notes of 0.8.1), so the suite is to run on a newer one.
+0.8.0, which is slow on H100 (NVIDIA's release notes of 0.8.1), so run the suite with a newer one.
 """
 
 from __future__ import annotations

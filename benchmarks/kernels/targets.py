@@ -1,4 +1,4 @@
-"""Judges a results file of the GPU suite against the targets of docs/kernels.md, as a table in Markdown:
+"""Compares a result file of the GPU suite with the targets of docs/kernels.md, as a Markdown table:
 
     python -m benchmarks.kernels.targets benchmarks/results/gpu-*.json
 
@@ -104,7 +104,7 @@ def table(results: dict[str, Any]) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("file", type=Path, help="a results file of the GPU suite")
+    parser.add_argument("file", type=Path, help="a result file of the GPU suite")
     chosen = parser.parse_args(arguments)
     try:
         try:

@@ -225,7 +225,7 @@ def accuracy(block: dict[str, Any]) -> None:
     click.echo(f"perplexity      dense {block['dense']['perplexity']:.3f}, built {block['built']['perplexity']:.3f}")
     click.echo(f"increase        {block['perplexity_increase']:+.2%}, 95% interval {low:+.2%} to {high:+.2%}")
     click.echo(f"same top token  {block['top1_agreement']:.2%}")
-    click.echo(f"KL              {block['kl']:.4f} nats a token")
+    click.echo(f"KL              {block['kl']:.4f} nats per token")
     click.echo(
         f"on              {block['tokens']:,} tokens of {block['documents']} documents, "
         f"context {block['context_length']}"

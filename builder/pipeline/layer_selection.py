@@ -31,7 +31,7 @@ PRUNED_ON, PRICED_ON = 64, 32  # calibration samples: the first, and the last
 
 
 def price(context: BuildContext, tokens: Tokens, work: Path) -> Prices:
-    """prices.json: what each channel of the candidates costs, in nats a token, by layer and by half of a block."""
+    """prices.json: what each channel of the candidates costs, in nats per token, by layer and by half of a block."""
     from calibration.budget.channel_prices import channel_prices, prune_each_alone
     from calibration.model.blocks import Blocks
     from calibration.model.device import device

@@ -28,7 +28,7 @@ DECOMPRESS = {"gzip": gzip.decompress, "bzip2": bz2.decompress, "xz": lzma.decom
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 REFUSED = {
     b"\x28\xb5\x2f\xfd": "is compressed with zstd: decompress it first (zstd -d)",
-    b"PK\x03\x04": "is a zip archive: unpack it and name the file in it",
+    b"PK\x03\x04": "is a zip archive: unpack it and give the file in it",
     b"%PDF": "is a PDF: extract its text first",
 }
 LIKE_JSON = re.compile(r"""\s*[\[{]\s*\{?\s*["'][^"'\n]*["']\s*:""")

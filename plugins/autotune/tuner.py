@@ -191,7 +191,7 @@ def bucket_of(bench: Any, tokens: int, timer: Timer, kernels: Sequence[str] | No
         except torch.OutOfMemoryError:
             raise
         except (UserError, RuntimeError) as error:  # RuntimeError: torch's own product refuses some shapes
-            log.info("%s at %d tokens leaves out %s: %s", bench.shape, tokens, kernel, _line(error))
+            log.info("%s at %d tokens excludes %s: %s", bench.shape, tokens, kernel, _line(error))
     return choose(tokens, timings)
 
 
@@ -233,7 +233,7 @@ def time_kernel(bench: Bench, kernel: str, tokens: int) -> Timing:
 
     result = search.search(context, problem, call, len(weights), workspace.nbytes)
     if result.over_workspace:
-        notes = (*notes, f"{result.over_workspace} algorithms want more than {workspace.nbytes >> 20} MiB of workspace")
+        notes = (*notes, f"{result.over_workspace} algorithms need more than {workspace.nbytes >> 20} MiB of workspace")
     for note in notes:
         log.info("%s at %d tokens, %s: %s", s, tokens, kernel, note)
     return Timing(kernel, result.us, result.algorithm, notes)

@@ -207,7 +207,7 @@ def _jobs() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Builds for the GPU here and writes what was built to `--out`."""
+    """Builds the libraries for this machine's GPU and writes the result to `--out`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args(arguments)

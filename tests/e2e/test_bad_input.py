@@ -146,7 +146,7 @@ def test_a_model_that_lacks_a_tensor(build: Callable[..., str], broken: Path, pr
 def test_a_model_without_a_tokenizer(build: Callable[..., str], broken: Path) -> None:
     (broken / "tokenizer.json").unlink()
     (broken / "tokenizer_config.json").unlink()
-    assert f"'{broken}' holds no tokenizer that loads" in build(broken)
+    assert f"'{broken}' contains no tokenizer that loads" in build(broken)
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_without_a_library_layers_run_on_torch_with_one_warning(monkeypatch: pyt
         assert kernels.choices("a", stored) is None
         assert kernels.choices("b", stored) is None
         assert len(kernels.remarks) == 1
-        assert "2:4 layers run as dense ones on torch's products: cannot load" in kernels.remarks[0]
+        assert "2:4 layers run dense on torch's products: cannot load" in kernels.remarks[0]
     finally:
         cpu.load.cache_clear()
 

@@ -67,11 +67,11 @@ def test_torchs_own_refusal_leaves_out_torch_alone() -> None:
     def timer(bench: object, kernel: str, tokens: int) -> Timing:
         if kernel == "torch":
             raise RuntimeError("")  # torch._int_mm wants multiples of 8
-        return Timing(kernel, 10.0, notes=("3 algorithms want more than 128 MiB of workspace",))
+        return Timing(kernel, 10.0, notes=("3 algorithms need more than 128 MiB of workspace",))
 
     actual = tuner.bucket_of(SimpleNamespace(shape=SHAPE), 128, timer)
     assert (actual["dense_us"], actual["sparse_us"]) == (10.0, 10.0)
-    assert actual["notes"][1] == "cusparselt: 3 algorithms want more than 128 MiB of workspace"
+    assert actual["notes"][1] == "cusparselt: 3 algorithms need more than 128 MiB of workspace"
 
     def full(bench: object, kernel: str, tokens: int) -> Timing:
         raise torch.OutOfMemoryError("CUDA out of memory")

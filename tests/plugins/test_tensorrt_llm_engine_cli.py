@@ -142,7 +142,7 @@ def test_a_speed_gate_that_cannot_be_measured_here_has_not_passed(model: Path, t
                     "--store", tmp_path / "store", "--json")  # fmt: skip
     assert ended.status == 1
     assert ended.stderr.startswith(
-        "failed: not measured, and at least 1.20x is asked for: measure it with twofour bench"
+        "failed: not measured, and at least 1.20x is required: measure it with twofour bench"
     )
     assert (tmp_path / "out/engine/twofour_sparse/layers.json").is_file()
     assert done("verify", tmp_path / "out", "--json").json["violations"] == []

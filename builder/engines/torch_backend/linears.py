@@ -104,7 +104,7 @@ def _open_cpu() -> tuple[bool, str]:
         cpu.set_threads(torch.get_num_threads())
         return True, SLOWER.get(cpu.isa(), "")
     except UserError as error:
-        return False, f"2:4 layers run as dense ones on torch's products: {error}"
+        return False, f"2:4 layers run dense on torch's products: {error}"
 
 
 def _open(tactics: Mapping[str, Any], dtype: torch.dtype, device: int) -> tuple[bool, str]:
@@ -113,13 +113,13 @@ def _open(tactics: Mapping[str, Any], dtype: torch.dtype, device: int) -> tuple[
     from plugins.libtwofour import bindings, torch_ops
 
     if dtype not in (torch.float16, torch.bfloat16):
-        return False, f"2:4 layers run as dense ones: the kernels give out fp16 or bf16, and the model is {dtype}"
+        return False, f"2:4 layers run dense: the kernels output fp16 or bf16, and the model is {dtype}"
     try:
         bindings.context(device)
         joined = {**tactics, "layers": _join_tactics(tactics.get("layers", {}))}
         return True, reuse.apply(joined, torch_ops.FORMATS[dtype], device) or ""
     except UserError as error:
-        return False, f"2:4 layers run as dense ones: {error}"
+        return False, f"2:4 layers run dense: {error}"
 
 
 def replace_linears(

@@ -74,7 +74,7 @@ def test_children_of_a_rank_end_with_it(tmp_path):
     [
         ("x\n[TRT] [E] getPluginCreator could not find plugin: Gemm version: 1\n", "plugin library is missing"),
         ("RuntimeError: SmoothQuant is not supported on SM>=100", "use quantization.format=fp8"),
-        ("AssertionError: Unsupported model architecture: Gemma9ForCausalLM", "does not know the architecture"),
+        ("AssertionError: Unsupported model architecture: Gemma9ForCausalLM", "does not support the architecture"),
         ("ModuleNotFoundError: No module named 'plugins'", "package is missing"),
         ("all fine\nValueError: strange thing\nmore", "'ValueError: strange thing'"),
         ("", "it wrote nothing"),

@@ -202,7 +202,7 @@ def test_an_abandoned_generation_leaves_nothing_behind(tiny: Path) -> None:
     ("request_", "fragment"),
     [
         (Request("x", (), 1), "has no tokens"),
-        (Request("x", (5,), 0), "asks for 0 tokens"),
+        (Request("x", (5,), 0), "requests 0 tokens"),
         (Request("x", (5,) * 60, 5), "60 \\+ 5 tokens, more than max_seq_len 64"),
         (Request("x", (5,) * 30, 5), "30 tokens, more than max_num_tokens 20"),
         (Request("x", (5, 96), 5), "outside 0 to 95"),

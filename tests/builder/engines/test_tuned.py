@@ -154,7 +154,7 @@ def test_predicted_or_foreign_tactics_on_a_gpu_are_reported(
 def test_kernels_that_cannot_run_are_reported(monkeypatch: pytest.MonkeyPatch, gpu: bindings.Context) -> None:
     kernels = Kernels(None, torch.float32, CUDA)
     assert kernels.choices(UP, STORED) is None
-    assert kernels.remarks[0].startswith("2:4 layers run as dense ones: the kernels give out fp16 or bf16, and")
+    assert kernels.remarks[0].startswith("2:4 layers run dense: the kernels output fp16 or bf16, and")
 
     def missing(device: int) -> bindings.Context:
         raise UserError("no 'libtwofour.so': run `twofour plugins build`, or set TWOFOUR_LIBRARY")
