@@ -9,22 +9,22 @@ from plugins.common.config import Config
 
 
 class Workload(Config):
-    """The load: lengths, requests at a time, and how they arrive."""
+    """A load: lengths, concurrency and arrival of requests."""
 
     input_tokens: int = Field(default=128, ge=1)
-    """Prompt tokens of a request."""
+    """Prompt tokens per request."""
     output_tokens: int = Field(default=64, ge=1)
-    """Tokens that each request generates; the end-of-sequence token is ignored."""
+    """Generated tokens per request; the end-of-sequence token is ignored."""
     concurrency: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 4), min_length=1)
-    """Requests at a time; one measurement for each number."""
+    """Requests at a time; one measurement for each value."""
     requests: int = Field(default=8, ge=1)
-    """Requests of a round, at least the highest concurrency."""
+    """Requests per round, at least the highest concurrency."""
     arrival: Literal["closed", "poisson"] = "closed"
-    """closed: a request starts when one ends; poisson: at random times, `request_rate` a second."""
+    """closed: a request starts when another ends; poisson: at random times, `request_rate` per second."""
     request_rate: float | None = Field(default=None, gt=0)
-    """Requests a second, with `arrival: poisson`."""
+    """Requests per second, with `arrival: poisson`."""
     seed: int = Field(default=0, ge=0)
-    """Prompts and arrival times."""
+    """Seed for prompts and arrival times."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -49,13 +49,13 @@ class Goodput(Config):
 
 
 class Benchmark(Config):
-    """How to measure a build against its dense baseline. `null` leaves the measurement out."""
+    """Measurement of a build against its dense baseline. `null` omits it."""
 
     workloads: tuple[Workload, ...] = Field(default=(Workload(),), min_length=1)
-    """The loads to measure."""
+    """Loads to measure."""
     rounds: int = Field(default=defaults.ROUNDS, ge=1)
-    """Interleaved rounds of dense and built; intervals need 2, narrow ones about 8."""
+    """Interleaved rounds of dense and built; at least 2 for intervals, about 8 for narrow ones."""
     goodput: Goodput | None = None
     """Also report the rate of requests that meet these service levels."""
     min_speedup: float | None = Field(default=None, gt=0)
-    """Gate: smallest ratio of output tokens a second, built to dense."""
+    """Gate: minimum ratio of output tokens per second, built to dense."""

@@ -1,7 +1,7 @@
-"""Times how long the command line takes to start: `python -m benchmarks.startup`.
+"""Times the start of the command line: `python -m benchmarks.startup`.
 
-`twofour --help` and `twofour plan` beside `python -c pass`, in rounds that run each command once, so that their ratio
-is paired. Writes `results/startup.json` with every run, the machine and the versions.
+Compares `twofour --help` and `twofour plan` with `python -c pass`, in rounds that run each command once, so that ratios
+are paired. Writes `results/startup.json` with every run, the machine and the versions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRESET = "fp8-2of4"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="examples/docs-llama", help="what `twofour plan` plans")
+    parser.add_argument("--model", default="examples/docs-llama", help="model for `twofour plan`")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS / "startup.json")
     options = parser.parse_args(arguments)

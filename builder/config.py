@@ -15,29 +15,29 @@ class EngineConfig(Config):
     """The engine and its limits."""
 
     backend: Backend = "auto"
-    """`auto` takes the first of tensorrt, pytorch and torch that runs here, and prints which."""
+    """`auto` selects the first of tensorrt, pytorch and torch that runs on this machine, and prints it."""
     max_batch_size: int = Field(default=64, ge=1)
-    """Requests that run together."""
+    """Maximum requests that run together."""
     max_seq_len: int = Field(default=2048, ge=2)
     """Maximum tokens of a request, prompt and answer; limited to the model's positions."""
     max_num_tokens: int = Field(default=8192, ge=1)
-    """Tokens of one iteration, over all requests."""
+    """Maximum tokens of one iteration, over all requests."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """GPUs that each layer is split over."""
+    """Number of GPUs to split each layer over."""
     pipeline_parallel: int = Field(default=1, ge=1)
-    """GPUs that the blocks are spread over."""
+    """Number of GPUs to distribute the blocks over."""
     cuda_graphs: bool = True
     """Replay decode steps from CUDA graphs."""
     chunked_prefill: bool = False
-    """Split long prompts over iterations."""
+    """Split long prompts over several iterations."""
     kv_cache_memory: Memory | None = None
-    """Memory of the KV cache on each device: an amount, or a share of what is free when the engine opens. More than
-    `max_batch_size` sequences of `max_seq_len` tokens need is never taken. null: 45% in the torch engine, so that a
-    dense baseline fits beside it; 90% in TensorRT-LLM."""
+    """KV cache memory per device: an amount, or a share of the memory that is free when the engine opens; at most what
+    `max_batch_size` sequences of `max_seq_len` tokens need. null: 45% in the torch engine, so that a dense baseline
+    fits next to it; 90% in TensorRT-LLM."""
     kv_cache_block_reuse: bool = True
-    """Share the KV cache of common prompt prefixes."""
+    """Share the KV cache blocks of common prompt prefixes."""
     kv_cache_budget: int | None = Field(default=None, ge=256, multiple_of=64)
-    """Tokens that a sequence keeps in the KV cache; the least attended leave it (docs/accuracy.md). null: all."""
+    """Tokens per sequence in the KV cache; the least attended are evicted (docs/accuracy.md). null: all."""
 
 
 class DeployConfig(Config):

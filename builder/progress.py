@@ -1,4 +1,4 @@
-"""What a person sees while a build runs: a progress bar on a terminal, plain lines elsewhere. All of it on stderr."""
+"""The output of a running build: a progress bar on a terminal, plain lines elsewhere; all on stderr."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ QUIET_SECONDS = 10.0  # between plain lines of one stage
 
 
 class Console:
-    """Shows which stage runs, how far it is and how long it will take, and warnings. `close` leaves the terminal as it
-    was.
+    """Shows the current stage, its progress, the time left, and warnings. `close` restores the terminal.
 
-    It keeps the standard error that it began with, because libraries below have theirs redirected.
+    It keeps its initial standard error, because that of libraries is redirected.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -46,7 +45,7 @@ class Console:
         """One line that begins with `warning:`, also where nothing else is printed."""
         (self._bar.console if self._bar else self.terminal).print(f"warning: {message}", markup=False)
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """One plain line."""
         if not self.quiet:
             (self._bar.console if self._bar else self.terminal).print(line, markup=False)
@@ -56,7 +55,7 @@ class Console:
         if self.quiet:
             return
         now = time.monotonic()
-        if what != self._step:  # a first report comes after a first part: time counts from the last report before it
+        if what != self._step:  # a first report comes after a first part: time counts from the previous report
             self._step, self._began = what, self._last
             self.close()
         if self.terminal.is_terminal:
@@ -67,7 +66,7 @@ class Console:
             print(f"  {what}: {done}/{total}, {_clock(left)} left", file=self.stream, flush=True)
 
     def stage_done(self) -> None:
-        """Ends the current bar and starts the plain lines' clock."""
+        """Ends the current bar and restarts the clock of the plain lines."""
         self.close()
         self._last = time.monotonic()
         self._step = ""

@@ -21,7 +21,7 @@ ALTERNATIVES = (("fraction", "budget"), ("perplexity_increase", "kl", "top1_agre
 
 
 class Recipe(Config):
-    """What to build. Each section belongs to the part that reads it."""
+    """What to build. Each section belongs to the package that reads it."""
 
     model: str
     """A local directory or a Hugging Face id; safetensors only."""
@@ -40,13 +40,13 @@ class Recipe(Config):
     accuracy: Accuracy = Accuracy()
     """Evaluation and its gates."""
     routing: Routing | None = None
-    """Two engines and a router between them."""
+    """Two engines with a router."""
     benchmark: Benchmark | None = Benchmark()
     """Measurement of speed and its gate."""
 
     @property
     def format(self) -> str:
-        """The name people use for the build: `dense`, `fp8`, `2of4`, `fp8-2of4`, ..."""
+        """The name of the build's format: `dense`, `fp8`, `2of4`, `fp8-2of4`, ..."""
         parts = [self.quantization.format] if self.quantization.format != "none" else []
         return "-".join(parts + (["2of4"] if self.sparsity else [])) or "dense"
 
@@ -95,12 +95,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that stands twice instead of dropping the first value."""
+    """YAML's safe loader; rejects a duplicate key instead of dropping the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"'{twice[0]}' stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"'{twice[0]}' appears twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -123,7 +123,7 @@ def _override(text: str) -> dict[str, Any]:
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` upon `under`; a key of `over` takes the place of its alternatives in `under`, as fraction of budget."""
+    """`over` merged over `under`; a key of `over` replaces its alternatives in `under`, such as fraction and budget."""
     merged = dict(under)
     for keys in ALTERNATIVES:
         if any(over.get(key) is not None for key in keys):
@@ -135,7 +135,7 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_neighbours(values: dict[str, Any]) -> dict[str, Any]:
-    """Uses `calibration.jsonl` and `evaluation.jsonl` beside a local model's weights if no text is named."""
+    """Uses `calibration.jsonl` and `evaluation.jsonl` next to a local model's weights if no text is set."""
     model = values.get("model")
     if not isinstance(model, str) or not _is_directory(model):
         return values

@@ -11,36 +11,36 @@ Method = Literal["reconstruct", "sparsegpt", "wanda", "magnitude", "modelopt-spa
 
 
 class CalibrationData(Config):
-    """The text that pruning and quantization are calibrated on."""
+    """Calibration text for pruning and quantization."""
 
     data: str | None = None
-    """A file or a Hugging Face dataset (`id`, `id:config`, `id:config:split`). A file is recognized by its content:
-    JSON in any arrangement, CSV, Parquet or plain text, also compressed (gz, bz2, xz), or tokens (.npy, or .safetensors
-    with `input_ids`). A row holds `text` or a conversation: `messages`, ShareGPT's `conversations`, `prompt` and
-    `completion`, `instruction` and `output`, `question` and `answer`. A local model with a `calibration.jsonl` beside
-    its weights needs no key."""
+    """A file or a Hugging Face dataset (`id`, `id:config`, `id:config:split`). The format is detected from
+    the content: JSON in any structure, CSV, Parquet or plain text, also compressed (gz, bz2, xz), or tokens (.npy, or
+    .safetensors with `input_ids`). A row contains `text` or a conversation: `messages`, ShareGPT's `conversations`,
+    `prompt` and `completion`, `instruction` and `output`, `question` and `answer`. null: `calibration.jsonl` next to a
+    local model's weights, if it exists."""
     samples: int = Field(default=128, ge=1)
-    """Sequences; fewer in the data is an error."""
+    """Number of sequences; fewer in the data is an error."""
     sequence_length: int = Field(default=256, ge=2)
-    """Tokens of a sequence; nothing is padded."""
+    """Tokens per sequence; nothing is padded."""
     seed: int = 0
-    """Order of the documents."""
+    """Seed for the order of the documents."""
     chat_template: bool | None = None
-    """Apply the tokenizer's chat template: true to text as a user's turn too, false never, null to rows with `messages`
-    if the tokenizer has a template."""
+    """Apply the tokenizer's chat template. true: also to plain text, as a user's turn; false: never; null: to rows with
+    `messages`, if the tokenizer has a template."""
 
 
 class Budget(Config):
-    """Prune as many channels as fit under a loss of accuracy: give one of the three limits."""
+    """Prune as many channels as an accuracy limit allows. Set one of the three limits."""
 
     perplexity_increase: Percent | None = None
-    """Largest increase of the perplexity on `accuracy.data`, as `3%` or 0.03."""
+    """Maximum perplexity increase on `accuracy.data`, as `3%` or 0.03."""
     kl: float | None = Field(default=None, gt=0)
-    """Largest mean KL divergence from the dense model on `accuracy.data`, nats a token."""
+    """Maximum mean KL divergence from the dense model on `accuracy.data`, nats per token."""
     top1_agreement: Percent | None = Field(default=None, lt=1)
-    """Smallest share of tokens of `accuracy.data` where both models put the same token first."""
+    """Minimum share of positions of `accuracy.data` where both models rank the same token first."""
     minutes: float | None = Field(default=None, gt=0)
-    """Start no second build that would end later than this after the start of the first. null: no limit."""
+    """Do not start a second build that would end later than this after the start of the first. null: no limit."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -50,7 +50,7 @@ class Budget(Config):
 
 
 class Sparsity(Config):
-    """Which linear layers to prune, and how. Leave the section out for a dense build."""
+    """Which linear layers to prune, and how. Omit the section for a dense build."""
 
     pattern: Literal["2:4"] = "2:4"
     """At most 2 nonzeros in each group of 4 consecutive inputs."""
@@ -59,25 +59,25 @@ class Sparsity(Config):
     layers: tuple[str, ...] = ("*",)
     """Layers to prune: globs over module names, or over their last part."""
     exclude: tuple[str, ...] = ("lm_head",)
-    """Layers to leave dense, by the same globs."""
+    """Layers to keep dense, by the same globs."""
     fraction: Percent | None = Field(default=None, gt=0, le=1)
-    """Share of the weights of `layers` that goes 2:4, as `50%`: the channels that cost least; the others stay dense.
-    null: all of them."""
+    """Share of the weights of `layers` to make 2:4, as `50%`: the channels with the lowest cost; the others stay dense.
+    null: all."""
     budget: Budget | None = None
-    """Choose the share by a loss of accuracy, in place of `fraction`."""
+    """Select the share by an accuracy limit, instead of `fraction`."""
     adapter_rank: int | None = Field(default=None, ge=1)
     """Rank of a LoRA adapter that recovers part of the pruning error, written next to the checkpoint for servers that
     load adapters; the engine does not apply it. null: no adapter."""
 
     @property
     def needs_text(self) -> bool:
-        """Whether the method looks at the layers' inputs."""
+        """Whether the method uses the layers' inputs."""
         return self.method not in ("magnitude", "modelopt-magnitude")
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
         if self.budget and self.fraction is not None:
-            raise ValueError("fraction and budget exclude each other: the budget finds the fraction")
+            raise ValueError("fraction and budget exclude each other: the budget selects the fraction")
         if self.method.startswith("modelopt-") and (self.budget or self.fraction is not None):
             raise ValueError(f"method {self.method} prunes whole layers only: use reconstruct or sparsegpt")
         return self
@@ -95,12 +95,12 @@ class Quantization(Config):
     format: Literal["none", "int8", "fp8"] = "none"
     """Weights and activations of linear layers; `int8` is SmoothQuant W8A8, `fp8` is e4m3."""
     activations: Literal["per_tensor", "per_token"] = "per_tensor"
-    """Scales of int8 activations: `per_tensor` has one static scale a layer, `per_token` each token's own, which keeps
-    more accuracy and runs in the torch engine alone."""
+    """Scales of int8 activations. `per_tensor`: one static scale per layer; `per_token`: one scale per token, more
+    accurate, in the torch engine only."""
     kv_cache: Literal["none", "int8", "fp8"] = "none"
-    """The KV cache; `none` keeps 16 bit."""
+    """Format of the KV cache; `none` keeps 16 bit."""
     exclude: tuple[str, ...] = ("lm_head",)
-    """Layers to leave in 16 bit: globs over module names, or over their last part."""
+    """Layers to keep in 16 bit: globs over module names, or over their last part."""
 
     @model_validator(mode="after")
     def _int8_per_token(self) -> Self:
@@ -115,18 +115,18 @@ class Quantization(Config):
 
 
 class Recovery(Config):
-    """Distil the dense model into the pruned one, masks held. Leave the section out for none."""
+    """Distill the dense model into the pruned one, with fixed masks. Omit the section for no recovery."""
 
     minutes: float = Field(default=15, gt=0)
     """Time for sampling, training and evaluation together."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps, the same on every machine; null: as many as fit into `minutes`."""
     data: str | None = None
-    """Training text; null: the calibration data. More and other text is the best help."""
+    """Training text; null: the calibration data. More and more varied text helps most."""
     sampled_windows: int = Field(default=0, ge=0)
     """Sequences generated by the dense model, added to the data."""
     batch_size: int = Field(default=8, ge=1)
-    """Sequences an optimizer step."""
+    """Sequences per optimizer step."""
     learning_rate: float | None = Field(default=None, gt=0)
     """null: 0.1 / hidden size."""
     reverse_kl: float = Field(default=0.0, ge=0, le=1)
@@ -134,51 +134,50 @@ class Recovery(Config):
     hidden_states: float = Field(default=0.0, ge=0)
     """Weight of the relative squared error of the blocks' outputs in the loss."""
     seed: int = 0
-    """Order of the sequences, and sampling."""
+    """Seed for the order of the sequences and for sampling."""
 
 
 class RoutingBudget(Config):
-    """What routing may cost."""
+    """The loss budget of routing."""
 
     kl: float = Field(default=0.05, gt=0)
-    """Largest mean KL divergence from the dense model over all requests, nats a token."""
+    """Maximum mean KL divergence from the dense model over all requests, nats per token."""
 
 
 class Routing(Config):
-    """Serve two engines, the dense model and the build, and choose one for each prompt. Leave the section out for one
-    engine."""
+    """Serve two engines, the dense model and the build, and select one per prompt. Omit the section for one engine."""
 
     budget: RoutingBudget = RoutingBudget()
-    """The loss that the deployment keeps to."""
+    """Maximum loss of the deployment."""
     variants: tuple[str, Literal["built"]] = ("dense", "built")
     """The two engines. `dense` is the dense model's; in its place, the directory of another build of the same model,
     such as one in FP8 without 2:4, serves in less memory. The loss is the divergence of `built` from it."""
     prompts: str | None = None
-    """Text like the users' prompts, as `calibration.data` takes it; null: the calibration text."""
+    """Text that resembles the users' prompts, in the formats of `calibration.data`; null: the calibration text."""
     samples: int = Field(default=256, ge=32)
-    """Prompts to learn from and to prove the router on."""
+    """Prompts to train and test the router on."""
     max_new_tokens: int = Field(default=32, ge=1)
-    """Tokens of the dense model's answer to each prompt, on which the engines are compared."""
+    """Tokens of the dense model's answer to each prompt; the engines are compared on them."""
     shadow: Percent = Field(default=0.01, ge=0, le=1)
-    """Share of the requests that the dense engine computes again in idle time, so that the loss stays measured."""
+    """Share of the requests that both engines score in idle time, to measure the loss."""
 
 
 class Accuracy(Config):
-    """How to measure accuracy against the dense model, and the limits that a build must keep."""
+    """Evaluation against the dense model, and its gates."""
 
     data: str | None = None
-    """Held-out text, in the forms of `calibration.data`. A local model with an `evaluation.jsonl` next to its weights
-    needs no key."""
+    """Held-out text, in the formats of `calibration.data`. null: `evaluation.jsonl` next to a local model's weights, if
+    it exists."""
     samples: int | None = Field(default=None, ge=1)
-    """Sequences at most; null: all."""
+    """Maximum number of sequences; null: all."""
     sequence_length: int = Field(default=256, ge=2)
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     compute: Literal["float32", "engine"] = "float32"
-    """What a CPU computes in where a layer is not 8 bit: `float32`, so that the figures are those of the weights, or
-    `engine`, the dtype that the engine serves in, which is faster. A GPU computes as it serves."""
+    """Dtype in which a CPU computes layers that are not 8 bit: `float32`, so that results reflect the weights alone, or
+    `engine`, the serving dtype, which is faster. A GPU always uses the serving dtype."""
     max_perplexity_increase: Percent | None = None
-    """Gate: the build ends with exit status 1 above this increase, and leaves its report."""
+    """Gate: above this increase the build ends with exit status 1; the report is still written."""
     min_top1_agreement: Percent | None = None
-    """Gate: smallest share of positions where both models rank the same token first."""
+    """Gate: minimum share of positions where both models rank the same token first."""
     tasks: tuple[str, ...] = ()
-    """lm-eval tasks to run on both models; needs the package lm_eval."""
+    """lm-eval tasks to run on both models; requires the package lm_eval."""

@@ -16,7 +16,7 @@ WIDTH = 100
 
 
 def page() -> str:
-    parts = ["# Commands\n\nMade from the help pages by `make docs`.\n"]
+    parts = ["# Commands\n\nMade by `make docs` from the help pages; do not edit.\n"]
     root = click.Context(cli, info_name="twofour", **cli.context_settings)
     for context in contexts(root):
         parts.append(f"## {context.command_path}\n\n```text\n{context.get_help()}\n```\n")
@@ -24,7 +24,7 @@ def page() -> str:
 
 
 def contexts(context: click.Context) -> Iterator[click.Context]:
-    """The context of a command, then of each command in it."""
+    """The context of a command, then of each of its subcommands."""
     context.terminal_width = context.max_content_width = WIDTH
     yield context
     if isinstance(context.command, click.Group):

@@ -1,8 +1,8 @@
-"""Makes the README's pictures from a real build: the report as a screenshot, the commands as a terminal recording.
+"""Makes the README's images from a real build: a screenshot of the report, a terminal recording of the commands.
 
 python docs/make_images.py [--store DIRECTORY]     needs chromium; builds examples/quickstart.yaml, a few minutes
 
-With the store of an earlier build (`make quickstart` keeps one in build/store) it takes moments.
+With the store of an earlier build (`make quickstart` keeps one in build/store) it takes a few seconds.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COMMANDS = (
 
 
 def record(directory: Path, store: Path) -> None:
-    """Runs the commands in `directory`, which has examples/, and saves what they print."""
+    """Runs the commands in `directory`, which contains examples/, and saves their output."""
     console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"))  # noqa: SIM115
     for command in COMMANDS:
         console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
@@ -61,8 +61,8 @@ def screenshot(report: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the README's pictures from a real build.")
-    parser.add_argument("--store", type=Path, help="Use the stage outputs kept here.  [default: build all anew]")
+    parser = argparse.ArgumentParser(description="Make the README's images from a real build.")
+    parser.add_argument("--store", type=Path, help="Reuse the stage outputs in this directory.  [default: build all]")
     chosen = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""Renders docs/predictions.md: published figures beside the predictions for their conditions."""
+"""Renders docs/predictions.md: published figures with the predictions for their conditions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,24 +16,24 @@ INTRODUCTION = """# Predictions against published figures
 
 Made by `make docs` from `benchmarks/roofline/published.yaml`; do not edit.
 
-`twofour plan`, and `twofour explain` without a GPU, predict the time of a product from a roofline: {launch} us for the
-kernel's launch inside a CUDA graph, then the longest of moving the bytes at the memory's rate, multiplying at the
-tensor cores' rate, and one wave of blocks, {wave} us (`benchmarks/roofline/gpus.yaml` gives the source). So no kernel
-takes less than {least:.2f} us, and a layer whose dense product takes no longer gains nothing from 2:4: a weight of
-256 x 256 is predicted at 1.00x. These are **limits**: no real kernel reaches the full rates.
+`twofour plan`, and `twofour explain` without a GPU, predict the time of a matrix product from a roofline: {launch} us
+for the kernel's launch inside a CUDA graph, plus the longest of three times: moving the bytes at the memory's rate,
+multiplying at the tensor cores' rate, and one wave of blocks, {wave} us (source: `benchmarks/roofline/gpus.yaml`). So
+no kernel takes less than {least:.2f} us, and a layer whose dense product takes no longer gains nothing from 2:4: a
+256 x 256 weight is predicted at 1.00x. These are **limits**: no real kernel reaches the full rates.
 
-This page compares the limits with every published figure known to us that gives its conditions. An error is
-predicted / published - 1. For a speed-up, an error above zero means that the prediction promises more than was
-measured. For a time, an error below zero means that the kernel was slower than its limit.
+This page compares the limits with every published figure known to us that gives its conditions. The error is
+predicted / published - 1. For a speed-up, an error above zero means that the prediction exceeds the measurement. For a
+time, an error below zero means that the kernel was slower than its limit.
 
-| figures | number | median error, sign ignored | median error |
+| figures | number | median absolute error | median error |
 |---|---|---|---|
 """
 
 FAR_OFF = """
-Where the limits are far off: sparse kernels of 2021 (CUDALibrarySamples#57) and Ampere's kernels on Hopper
-(cutlass#1335); B200 at 64 tokens, where no 2:4 kernel was measured below 8.28 us; and prefill, where whole models
-spend time in kernels that the prediction leaves out (attention, norms, quantization).
+The largest errors: sparse kernels of 2021 (CUDALibrarySamples#57) and Ampere's kernels on Hopper (cutlass#1335);
+B200 at 64 tokens, where no 2:4 kernel was measured below 8.28 us; and prefill, where whole models spend time in kernels
+that the prediction excludes (attention, norms, quantization).
 """
 COLUMNS = """
 | source | GPU | conditions | predicted | published | error |
@@ -55,7 +55,7 @@ def page() -> str:
         parts.append(_section(kind, [row for row in rows if row.kind == kind]))
     parts += map(_own, newest(RESULTS, "gpu", device_name).values())
     parts.append(_sources())
-    parts.append("\n## Left out\n\n| figure | missing |\n|---|---|\n")
+    parts.append("\n## Figures left out\n\n| figure | missing or unsuitable |\n|---|---|\n")
     parts += [f"| {each.what} | {each.missing} |\n" for each in published.published().left_out]
     return "".join(parts)
 
@@ -77,7 +77,7 @@ def _section(kind: str, rows: list[Comparison]) -> str:
 
 
 def _own(file: tuple[dict[str, Any], Path]) -> str:
-    """Our own measurements on one GPU, beside the predictions for the same conditions."""
+    """Our own measurements on one GPU, with the predictions for the same conditions."""
     result, path = file
     gpu = device_name(result)
     rows = [*_own_kernels(result, gpu), *_own_engine(result["steps"], gpu)]
@@ -85,9 +85,9 @@ def _own(file: tuple[dict[str, Any], Path]) -> str:
         return ""
     size, signed = published.median_error(rows), published.median_error(rows, signed=True)
     head = (
-        f"\n## Measured by this project: {gpu}\n\nSpeed-ups of the best 2:4 kernel against the best dense kernel, "
-        f"weights cold, and of the torch engine's decode\n([values](../benchmarks/results/{path.name})). Median error: "
-        f"{size:.0%}, signed {signed:+.0%}.\n\n| conditions | predicted | measured | error |\n|---|---|---|---|\n"
+        f"\n## Measured by this project: {gpu}\n\nSpeed-ups of the best 2:4 kernel over the best dense kernel, weights "
+        f"cold, and of the torch engine's decode\n([values](../benchmarks/results/{path.name})). Median absolute error "
+        f"{size:.0%}, median error {signed:+.0%}.\n\n| conditions | predicted | measured | error |\n|---|---|---|---|\n"
     )
     lines = (f"| {row.conditions} | {row.predicted:.2f}x | {row.published:.2f}x | {row.error:+.0%} |\n" for row in rows)
     return head + "".join(lines)

@@ -1,6 +1,6 @@
 """Renders the marked blocks of README.md: results from files in benchmarks/results/, and what is supported.
 
-A block stands between `<!-- block: NAME -->` and `<!-- end -->`; everything else is written by hand.
+A block is the text between `<!-- block: NAME -->` and `<!-- end -->`; everything else is written by hand.
 """
 
 from collections.abc import Callable
@@ -37,25 +37,25 @@ BUILD = """
 | weights | {dense_mb:.2f} MB | {built_mb:.2f} MB | {ratio:.2f} times smaller |
 {speed}"""
 SMOLLM2 = """
-SmolLM2-135M-Instruct on {device}, by `python -m benchmarks.pruning.smollm2`: each build against
-the dense bfloat16 model, whose perplexity is {own:.2f} on held-out text of the calibration text's kind and
-{other:.2f} on text of another kind, and which takes {dense_mb:.0f} MB and gives {tokens:.0f} tokens/s to 1 request
+SmolLM2-135M-Instruct on {device} (`python -m benchmarks.pruning.smollm2`), each build compared with
+the dense bfloat16 model: perplexity {own:.2f} on held-out text of the calibration text's kind, {other:.2f} on text of
+another kind, {dense_mb:.0f} MB of weights, {tokens:.0f} tokens/s for 1 request
 ([values and intervals]({path})):
 
 | | perplexity | on other text | weights | {columns} |
 |---|---|---|---|{lines}|
 {rows}"""
 LLAMA_CPP = """
-The same model for one request on {threads} threads, against llama.cpp on its GGUF file
+The same model, one request on {threads} threads, compared with llama.cpp on its GGUF file
 (`python -m benchmarks.pruning.llama_cpp`, a prompt of {prompt} tokens, [values]({path})). On
-another virtual machine of this kind, with faster memory, a later token took llama.cpp {peers} ms and these builds
-{ours} ms ([values]({other})):
+another virtual machine of this kind, with faster memory, each later token took {peers} ms with llama.cpp and {ours} ms
+with these builds ([values]({other})):
 
 | | each later token | prompt | perplexity | weights |
 |---|---|---|---|---|
 {rows}"""
 KERNELS = """
-2:4 FP8 kernels against the best dense FP8 kernel on {gpu}: Llama-3.1-8B's layers, weights cold,
+Speed-up of 2:4 FP8 kernels over the best dense FP8 kernel on {gpu}: Llama-3.1-8B's layers, weights cold,
 by number of tokens ([values]({path})):
 
 | layer | {tokens} |
@@ -63,7 +63,7 @@ by number of tokens ([values]({path})):
 {rows}"""
 DECODE = """
 A decode step of the torch engine on the same GPU, Llama-3.1-8B's shapes with random weights, context {context}, each
-model with the fastest products ([values]({path}); [earlier runs](docs/kernels.md#what-has-run) gave 1.26x and 1.37x
+model with its fastest kernels ([values]({path}); [earlier runs](docs/kernels.md#what-has-run) gave 1.26x and 1.37x
 over FP8 at 1 request, 1.18x and 1.21x at 8):
 
 | requests at a time | bf16 | FP8 | FP8 + 2:4 | over FP8 | over bf16 |
@@ -85,7 +85,7 @@ def page() -> str:
 
 
 def fill(path: Path, blocks: dict[str, Callable[[], str]]) -> str:
-    """The page with its marked blocks rendered anew."""
+    """The page with its marked blocks rendered again."""
     text = path.read_text(encoding="utf8")
     for name, render in blocks.items():
         begin, end = f"<!-- block: {name} -->\n", "<!-- end -->"
@@ -188,7 +188,7 @@ def _smollm2(file: tuple[dict[str, Any], Path]) -> str:
 
 
 def _columns(variant: dict[str, Any], number: int) -> list[tuple[str, int, str]]:
-    """Title, number and metric of what a measured point shows: a short answer is there for the first token."""
+    """Title, number and metric of the columns of a measured point; with a short answer, only the first token counts."""
     workload, concurrency = (variant["performance"][number][key] for key in ("workload", "concurrency"))
     if workload["output_tokens"] < SHORT_ANSWER:
         return [(f"first token at {workload['input_tokens']}", number, "time_to_first_token")]
@@ -274,7 +274,7 @@ def _predicted() -> str:
 
 
 def _range(number_format: str, backend: str) -> str:
-    """The GPUs that a table of compatibility allows, sparse, and whether a CPU will do."""
+    """The GPUs that the compatibility table allows for 2:4, and whether a CPU works."""
     works = [sm for sm in SMS if compatibility.check(number_format, True, backend, sm).ok]
     if not works:
         return "no"

@@ -1,4 +1,4 @@
-"""Renders docs/recipe.md and docs/recipe.schema.json from the recipe's types and the strings below their keys."""
+"""Renders docs/recipe.md and docs/recipe.schema.json from the recipe's types and the docstrings of their keys."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,23 +15,23 @@ INTRODUCTION = """# Recipes
 
 Made by `make docs` from the recipe's types; do not edit.
 
-A recipe is a YAML file. `twofour build MODEL --preset NAME` is the same with a preset's keys and the model's name, and
-`--set a.b=value` overrides one key of either. An unknown key is an error that names the nearest known one. Percentages
-are written `5%` or `0.05`. Presets: {presets}.
+A recipe is a YAML file. `twofour build MODEL --preset NAME` uses a preset's keys and the model's name instead, and
+`--set a.b=value` overrides one key of either. An unknown key is an error that names the nearest known key. Write
+percentages as `5%` or `0.05`. Presets: {presets}.
 
 `examples/quickstart.yaml`:
 
 ```yaml
 {example}```
 
-Editors complete recipes and check them with [recipe.schema.json](recipe.schema.json). For the YAML language server put
-this line on top of the file:
+Editors complete and check recipes with [recipe.schema.json](recipe.schema.json). For the YAML language server, put this
+line at the top of the file:
 
 ```yaml
 # yaml-language-server: $schema=docs/recipe.schema.json
 ```
 
-`twofour plan` takes the same arguments as `build`, and prints the plan of each layer from `config.json` alone.
+`twofour plan` takes the same arguments as `build` and prints the plan for each layer, from `config.json` alone.
 """
 PLURAL = {"integer": "integers", "number": "numbers"}
 COLUMNS = "\n| key | default | values | meaning |\n|---|---|---|---|\n"
@@ -53,7 +53,7 @@ def schema() -> str:
 
 
 def sections(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """A model and all that are nested in it, with their keys' paths."""
+    """A model and all models nested in it, with the paths of their keys."""
     yield path, model
     for name, field in model.model_fields.items():
         for nested in _models(field.annotation):
@@ -88,7 +88,7 @@ def _limited(kind: str, metadata: Sequence[Any]) -> str:
 
 
 def _values(annotation: Any) -> str:
-    """The type as a reader of YAML knows it."""
+    """The type in YAML terms."""
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if _models(annotation):

@@ -74,7 +74,7 @@ if importlib.util.find_spec("twofour") is None:  # a checkout that is not instal
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fast", action="store_true", help="leave out the tiers e2e, native and slow, unread")
+    parser.addoption("--fast", action="store_true", help="skip the tiers e2e, native and slow without importing them")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,8 +1,8 @@
-"""What libtwofour_cpu's products reach: the share of this machine's read bandwidth, and 2:4 against dense.
+"""Speed of libtwofour_cpu's products: their share of this machine's read bandwidth, and 2:4 against dense.
 
     python -m benchmarks.kernels.cpu --threads 1,2 --out benchmarks/results/cpu-kernels.json
 
-All linear layers of a model's blocks are multiplied one after another, each block with weights of its own, so that the
+All linear layers of a model's blocks are multiplied one after another, each block with its own weights, so that the
 weights come from memory as in a decode step. The read bandwidth is measured in the same run: the sum of a buffer larger
 than any cache, read by the same threads. Times are the least of the rounds.
 """

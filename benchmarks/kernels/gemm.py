@@ -1,14 +1,14 @@
-"""The kernel table: each layer shape of a model, dense against 2:4, beside what the GPU can do.
+"""The kernel table: each layer shape of a model, dense against 2:4, with the limits of the GPU.
 
     python -m benchmarks.kernels.gemm --model llama-3.1-8b --dtype fp8 --tokens 1,8,16,64,512,4096
 
 For each shape and number of tokens: the best dense time (cuBLASLt by our search, or torch), the best 2:4 time
 (cuSPARSELt, the skinny kernel), their ratio, TFLOP/s and GB/s of the 2:4 kernel, its share of ceilings measured on this
-very GPU, and both kernels' errors against float64. Under each line stand torch's own 2:4 products
+GPU, and both kernels' errors against float64. torch's own 2:4 products follow each line
 (benchmarks/kernels/torch_sparse.py). Weights are cold (plugins/autotune/timing.py).
 
 TFLOP/s count the multiplications of the dense product; a 2:4 kernel skips half of them, so its ceiling is twice dense.
-Needs torch alone: no pydantic, no yaml.
+Requires only torch: no pydantic, no yaml.
 """
 
 from __future__ import annotations
@@ -233,13 +233,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after about this many seconds")
     parser.add_argument("--out", type=Path, help="write the rows to this file, after each one")
-    parser.add_argument("--no-peers", action="store_true", help="leave out torch's own 2:4 products")
+    parser.add_argument("--no-peers", action="store_true", help="skip torch's own 2:4 products")
     chosen = parser.parse_args(arguments)
     formats = chosen.dtype.split(",")
     try:
         for format in formats:
             if format not in structures.FORMATS:
-                raise UserError(f"'{format}' is no number format here: {', '.join(structures.FORMATS)}")
+                raise UserError(
+                    f"'{format}' is not a number format of the kernels: use one of {', '.join(structures.FORMATS)}"
+                )
         tokens = [int(count) for count in chosen.tokens.split(",")]
         deadline = time.monotonic() + chosen.seconds
         rows = table(

@@ -1,9 +1,9 @@
-"""Packs what a GPU machine without network lacks, in parts that fit a small transfer, with the commands to run there:
+"""Packs the files that a GPU machine without network needs, in parts for small transfers, with the commands to run:
 
     python -m benchmarks.kernels.gpu_bundle --out bundle
 
 A prebuilt libtwofour.so; the cuSPARSELt wheel, unmodified, cut into parts; commands.txt. PyTorch 2.11 pins cuSPARSELt
-0.8.0, which NVIDIA calls slow on H100 (release notes of 0.8.1), so the suite is to run on a newer one.
+0.8.0, which is slow on H100 (NVIDIA's release notes of 0.8.1), so run the suite with a newer one.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.wheel is not None and not chosen.wheel.is_file():
             raise UserError(f"no file '{chosen.wheel}': give a wheel of {WHEEL}")
         if chosen.part_mib < 1:
-            raise UserError(f"--part-mib {chosen.part_mib} is no size: give 1 or more")
+            raise UserError(f"--part-mib {chosen.part_mib} is not a size: give 1 or more")
         with tempfile.TemporaryDirectory() as directory:
             wheel = chosen.wheel or download(WHEEL, Path(directory))
             commands = make(chosen.out, wheel, chosen.part_mib, chosen.sm)

@@ -27,7 +27,7 @@ TOOLS = ("nvcc", "cmake", "ninja", "make", "g++", "ncu", "compute-sanitizer")
 def describe(device: int = 0) -> dict[str, Any]:
     """Device, versions and tools. Raises UserError where torch sees no GPU."""
     if not torch.cuda.is_available():
-        raise UserError(f"torch {torch.__version__} sees no GPU: install one that was built for CUDA")
+        raise UserError(f"torch {torch.__version__} finds no GPU: install a torch that was built for CUDA")
     properties = torch.cuda.get_device_properties(device)
     return {
         "device": timing.device_facts(device),

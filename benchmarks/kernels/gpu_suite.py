@@ -3,9 +3,9 @@
     python -m benchmarks.kernels.gpu_suite --smoke   at most 150 s: versions, build, one product per kernel, a table
     python -m benchmarks.kernels.gpu_suite           at most 420 s: kernel tables, torch engine, tests, sanitizer
 
-Each step is a process of its own with a time limit; one that crashes takes no other with it. The results file in
-`--out` is written anew after every step, and each step keeps its own part up to date while it runs: whatever ends this
-command, the results so far and the reason are on disk. Needs torch, transformers, pytest and nvcc; imports no torch.
+Each step is its own process with a time limit; a crash does not end other steps. The result file in `--out` is
+rewritten after each step, and each step updates its own part while it runs: however this command ends, the results so
+far and the reason are on disk. Requires torch, transformers, pytest and nvcc; imports no torch.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--smoke", action="store_true", help="run the short form")
     parser.add_argument("--seconds", type=float, help="end after this many seconds")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result file")
     chosen = parser.parse_args(arguments)
     seconds = chosen.seconds or (SMOKE_SECONDS if chosen.smoke else FULL_SECONDS)
     try:

@@ -1,4 +1,4 @@
-"""Judges a results file of the GPU suite against the targets of docs/kernels.md, as a table in Markdown:
+"""Compares a result file of the GPU suite with the targets of docs/kernels.md, as a Markdown table:
 
     python -m benchmarks.kernels.targets benchmarks/results/gpu-*.json
 
@@ -37,7 +37,7 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with a fair baseline: where cuBLASLt could not run, the dense time is no one's best."""
+    """The rows with a fair baseline: where cuBLASLt could not run, the dense time is not a best time."""
     return [row for row in rows(results) if "cublaslt" not in row.get("left_out", {})]
 
 
@@ -104,14 +104,14 @@ def table(results: dict[str, Any]) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("file", type=Path, help="a results file of the GPU suite")
+    parser.add_argument("file", type=Path, help="a result file of the GPU suite")
     chosen = parser.parse_args(arguments)
     try:
         try:
             results = read_json(chosen.file)
             lines = list(table(results))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"'{chosen.file}' is no results file of the GPU suite ({error}): give one") from error
+            raise UserError(f"'{chosen.file}' is not a result file of the GPU suite ({error}): give one") from error
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

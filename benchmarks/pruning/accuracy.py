@@ -1,9 +1,9 @@
 """python -m benchmarks.pruning.accuracy: 2:4 pruning methods, ours and others', on one model, the same tokens and seed.
 
-Each method runs in a process of its own, one after the other; llm-compressor in a virtual environment of its own, which
-is made here, as it wants other versions. All results are judged by the same code on text that no method saw. Writes the
-perplexity, seconds and peak memory of each to `benchmarks/results/`. Seconds and memory go from loading the model to
-the pruned weights on disk; memory is the peak above what the process held before, as imports differ.
+Each method runs in its own process, one after the other; llm-compressor, which requires other versions, in its own
+virtual environment, created here. The same code evaluates all results on held-out text. Writes the perplexity, seconds
+and peak memory of each to `benchmarks/results/`. Seconds and memory cover loading the model to writing the pruned
+weights; memory is the peak above the process's memory before, because imports differ.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def run_script(python: str, script: str, *arguments: str) -> str:
 
 
 def _last_line(text: str) -> str:
-    """The last that is no warning: what an error ends with."""
+    """The last that is not a warning: what an error ends with."""
     lines = [line for line in text.strip().splitlines() if not line.startswith("WARNING")]
     return (lines or ["no output"])[-1]
 
@@ -159,7 +159,7 @@ def linear_layers(model: Path) -> list[str]:
     try:
         blocks = read_json(model / "config.json")["num_hidden_layers"]
     except OSError:
-        raise UserError(f"'{model}' holds no config.json: name a model's directory") from None
+        raise UserError(f"'{model}' contains no config.json: give a model's directory") from None
     return [f"model.layers.{block}.{name}" for block in range(blocks) for name in LINEARS]
 
 

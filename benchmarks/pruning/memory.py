@@ -1,8 +1,8 @@
-"""python -m benchmarks.pruning.memory: SparseGPT's walk through a model of Llama-3.2-1B's shapes in little memory.
+"""python -m benchmarks.pruning.memory: peak memory of SparseGPT on a model with Llama-3.2-1B's shapes.
 
-The model is random, 4.9 GB of float32 on disk, made a block at a time. It is pruned in a process of its own, whose peak
-of resident memory is read from the kernel. States the time, and the share of it that goes into matrix products (the
-calls of linear layers, products, attention, factoring and triangular solves, by Python's profiler).
+The model is random, 4.9 GB of float32 on disk, created block by block. It is pruned in its own process, whose peak
+resident memory is read from the kernel. Prints the time and its share in matrix products (the calls of linear layers,
+products, attention, factoring and triangular solves, by Python's profiler).
 """
 
 from __future__ import annotations

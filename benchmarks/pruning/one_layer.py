@@ -1,8 +1,8 @@
 """python -m benchmarks.pruning.one_layer: seconds and error of 2:4 solvers, ours and others', on one Hessian.
 
-Each runs in a process of its own, llm-compressor in its own environment (see `benchmarks.pruning.accuracy`). The rate
-counts the products that SparseGPT cannot do without: N K^2 for the weight's updates and 2/3 K^3 for factoring and
-inverting the Hessian. Its limit is a float32 product of this machine, measured in the same process.
+Each runs in its own process, llm-compressor in its own environment (see `benchmarks.pruning.accuracy`). The rate counts
+the products that SparseGPT requires: N K^2 for the weight's updates and 2/3 K^3 for factoring and inverting the
+Hessian. Its limit is a float32 product of this machine, measured in the same process.
 """
 
 from __future__ import annotations

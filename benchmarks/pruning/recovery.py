@@ -1,7 +1,7 @@
-"""python -m benchmarks.pruning.recovery TEXT: how much of one-shot pruning's loss some minutes of recovery take back.
+"""python -m benchmarks.pruning.recovery TEXT: how much of one-shot pruning's loss a few minutes of recovery recover.
 
-Prunes the model by the default method, distills the dense model into it on TEXT, and judges both by text that none of
-them saw. Writes perplexities, steps and seconds to `benchmarks/results/`.
+Prunes the model by the default method, distills the dense model into it on TEXT, and evaluates both on held-out text.
+Writes perplexities, steps and seconds to `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 def main() -> None:
     """Parses the command line, runs, prints the result and writes the file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning.recovery", description=__doc__)
-    parser.add_argument("text", help="what recovery trains on: a file as recovery.data takes it")
+    parser.add_argument("text", help="training text, in the formats of recovery.data")
     parser.add_argument("--minutes", type=float, default=15)
     add_arguments(parser)
     arguments = parser.parse_args()

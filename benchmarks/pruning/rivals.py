@@ -1,11 +1,11 @@
-"""python -m benchmarks.pruning.rivals: what 2:4 in part costs, beside other ways to the same time, on one model.
+"""python -m benchmarks.pruning.rivals: the cost of 2:4 in part and of other ways to the same time, on one model.
 
 Decoding is bound by the bytes of the weights, so rows of equal predicted time save equal shares of the blocks' bytes:
 2:4 in the share F of the weights saves 0.375 F of them at 8 bit. Our rows are builds with `sparsity.fraction`; whole
-layers are chosen by the same prices, as TensorRT-LLM's backends need them. All are pruned without quantization, by
-SparseGPT in one pass where a solver is needed, on the same tokens, and judged on text that none saw. 6:8 and
-unstructured sparsity have no kernel here: their rows are accuracy alone. llm-compressor runs in an environment of its
-own, with --peers.
+layers are selected by the same prices, as for TensorRT-LLM's backends. All are pruned without quantization, by
+SparseGPT in one pass if a solver is needed, on the same tokens, and evaluated on held-out text. 6:8 and unstructured
+sparsity have no kernel here: their rows give accuracy only. With --peers, llm-compressor runs in a separate
+environment.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from benchmarks.pruning.routing_laws import LAWS, Law
 from calibration.routing.controller import Controller, Settings
 
 Array = np.ndarray[Any, Any]
-BUDGET = 0.05  # nats a token
+BUDGET = 0.05  # nats per token
 BLOCK = 50_000  # requests whose mean loss is compared with the budget
 FEATURES = 4
 BINS = 10
@@ -48,7 +48,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Requests:
-    """features [N, F] float32; of each request [N] the predicted and the true loss in nats a token, and the load."""
+    """features [N, F] float32; of each request [N] the predicted and the true loss in nats per token, and the load."""
 
     features: Array
     predicted: Array

@@ -1,11 +1,11 @@
-"""What SmolLM2-135M-Instruct costs and gains on this machine: INT8 dense, and with 2:4 in more and more of its weights.
+"""Accuracy and speed of SmolLM2-135M-Instruct on this machine: INT8 dense, and with 2:4 in growing shares of weights.
 
     python examples/smollm2/make_model.py build/smollm2
     python -m benchmarks.pruning.smollm2 [--store build/store]
 
-Builds examples/smollm2/recipe.yaml with each variant up to its benchmark, against the dense bfloat16 model, and
-evaluates each build once more on text of a kind that the calibration text lacks. Run it with nothing else running. The
-result goes to `benchmarks/results/`, and from there into README.md.
+Builds examples/smollm2/recipe.yaml with each variant up to its benchmark, compares it with the dense bfloat16 model,
+and evaluates each build again on text of a kind that the calibration text lacks. Run it on an idle machine. It writes
+to `benchmarks/results/`; `make docs` copies the result into README.md.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _point(point: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     """Parses the command line, builds and writes the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning.smollm2", description=__doc__)
-    parser.add_argument("--variant", action="append", choices=tuple(VARIANTS), help="build this one; default: all")
+    parser.add_argument("--variant", action="append", choices=tuple(VARIANTS), help="build this variant; default: all")
     parser.add_argument("--store", type=Path, help="reuse stage outputs in this directory")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result file")
     chosen = parser.parse_args()

@@ -27,7 +27,7 @@ def _curve(routing: Routing, width: float) -> Markup:
     highest = max([routing.budget_kl, *(max(point.random_loss, point.loss) for point in routing.curve)])
     x, y = Scale(0, 1, left, right), Scale(0, highest * 1.08, bottom, top)
     canvas = Canvas(width, bottom + 44)
-    canvas.text(0, 13, "mean loss of all requests, nats a token", "title")
+    canvas.text(0, 13, "mean loss of all requests, nats per token", "title")
     for tick in ticks(0, y.high, 5):
         canvas.line(left, y(tick), right, y(tick), "grid")
         canvas.text(left - 8, y(tick) + 4, formatting.tick(tick), "tick", "end")
@@ -47,4 +47,4 @@ def _curve(routing: Routing, width: float) -> Markup:
 
 
 def _where(routing: Routing) -> str:
-    return f"{routing.share:.0%} of the requests at {formatting.number(routing.loss)} nats a token"
+    return f"{routing.share:.0%} of the requests at {formatting.number(routing.loss)} nats per token"

@@ -116,7 +116,7 @@ class Gate(_Part):
 
 
 class RoutingPoint(_Part):
-    """Mean loss over all requests, nats a token, where the build serves `share` of them: by router, coin and oracle."""
+    """Mean loss over all requests, nats per token, if the build serves `share` of them: router, coin and oracle."""
 
     share: float
     loss: float

@@ -128,7 +128,7 @@ def _throughput(report: Report) -> Card:
 def _gates(report: Report) -> Card:
     total, failed = len(report.gates), report.failed_gates
     if not total:
-        return Card("Gates", "none set", "no limit on accuracy or speed was asked for")
+        return Card("Gates", "none set", "no limit on accuracy or speed was set")
     if failed:
         return Card("Gates", f"{len(failed)} of {total} failed", ", ".join(gate.name for gate in failed), "bad")
     return Card("Gates", f"{total} of {total} passed", ", ".join(gate.name for gate in report.gates), "good")

@@ -98,7 +98,7 @@ def _bound(dense: dict[str, Any], built: dict[str, Any]) -> str:
     bounds = [side.get("bound") or "?" for side in (dense, built)]
     text = bounds[0] if bounds[0] == bounds[1] else f"{bounds[0]} (dense), {bounds[1]} (built)"
     if "memory" in bounds and (dense.get("fits_l2") or built.get("fits_l2")):
-        return f"{text}; but weights this small fit the L2 cache, so this is no real limit"
+        return f"{text}; but weights this small fit the L2 cache, so this is not a real limit"
     return text
 
 

@@ -1,7 +1,7 @@
 """Compares predictions with published figures: speed-ups of kernels, times of kernels, speed-ups of whole models.
 
-`published.yaml` holds each figure with its source and conditions. A prediction is a limit, so that its error against a
-published speed-up is mostly above zero, and against a published time mostly below. Imports no torch.
+`published.yaml` holds each figure with its source and conditions. A prediction is a limit, so its error is mostly above
+zero against a published speed-up, and mostly below zero against a published time. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Kind = Literal["kernel speed-up", "kernel time", "end to end"]
 
 
 class Source(Config):
-    """Where figures are from, and what is special about how they were taken."""
+    """Where figures are from, and how they were measured."""
 
     url: str
     note: str
@@ -114,7 +114,7 @@ def comparisons() -> list[Comparison]:
 
 
 def median_error(rows: Sequence[Comparison], signed: bool = False) -> float:
-    """Median of the errors, or of their sizes unless `signed`."""
+    """Median of the errors, or of their absolute values unless `signed`."""
     return statistics.median(row.error if signed else abs(row.error) for row in rows)
 
 

@@ -93,7 +93,7 @@ class GemmTime:
 class Ceiling:
     """The most a whole model can reach. `seconds` is of one decode step or one prefill; None if not `supported`.
 
-    `fits_l2`: weights and KV cache fit the L2 cache, so that the memory's rate is no limit and an engine may be faster.
+    `fits_l2`: weights and KV cache fit the L2 cache: the memory's rate is not a limit, and an engine may be faster.
     """
 
     gpu: str
@@ -139,7 +139,7 @@ def gemm_time(
     Raises UserError where the card cannot run the format.
     """
     if reason := gpu.refuses(format, sparse):
-        raise UserError(f"{reason}; name another --gpu")
+        raise UserError(f"{reason}; choose another --gpu")
     moved = weight_bytes(out_features, in_features, format, sparse)
     moved += tokens * (in_features * format_of(format).nbytes + out_features * OUTPUT_BYTES)
     flops = 2.0 * tokens * out_features * in_features  # of the dense product; 2:4 skips half of them
@@ -190,9 +190,7 @@ def gpu(name: str) -> Gpu:
     for key, card in gpus().items():
         if wanted in map(_plain, (key, card.name, *card.aliases)):
             return card
-    raise UserError(
-        f"'{name}' is not a GPU that benchmarks/roofline/gpus.yaml describes: use one of {', '.join(gpus())}"
-    )
+    raise UserError(f"'{name}' is not a GPU of benchmarks/roofline/gpus.yaml: use one of {', '.join(gpus())}")
 
 
 @cache

@@ -1,6 +1,6 @@
 """Percentiles, and bootstrap intervals that respect how the data came about. Imports no torch.
 
-Requests of one round share the machine's state, so they are no independent samples: whole rounds are resampled (a
+Requests of one round share the machine's state, so they are not independent samples: whole rounds are resampled (a
 cluster bootstrap). Rounds are few, so the bootstrap's standard error is widened by sqrt(C / (C - 1)) and carried by
 Student's t with C - 1 degrees of freedom (Hesterberg, What Teachers Should Know About the Bootstrap, 2015). Everything
 here is positive (times, rates, ratios), so intervals are made on the logarithm: swapping the sides of a ratio inverts

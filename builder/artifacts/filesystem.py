@@ -125,7 +125,7 @@ def disk_full_as_user_error(path: Path, doing: str) -> Iterator[None]:
             raise
         free = shutil.disk_usage(path).free
         raise UserError(
-            f"the disk is full at '{path}' ({free / 1e6:.1f} MB free) while {doing}: free some space and run again"
+            f"the disk is full at '{path}' ({free / 1e6:.1f} MB free) while {doing}: free space and run again"
         ) from error
 
 

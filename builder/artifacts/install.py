@@ -65,7 +65,7 @@ def publish(parts: Mapping[str, Path], out: Path, files: Mapping[str, bytes]) ->
     out = out.resolve()
     for path in parts.values():
         if path.resolve().is_relative_to(out):
-            raise UserError(f"'{out}' contains '{path}', which the build is made from: choose another --out")
+            raise UserError(f"'{out}' contains '{path}', an input of the build: choose another --out")
     new = out.with_name(f".{out.name}.new")
     try:
         with disk_full_as_user_error(out.parent, f"writing '{out}'"):

@@ -28,7 +28,9 @@ def check_order(checkpoint: Checkpoint, dense: Path) -> Iterator[Violation]:
     """One violation a layer that lies in another order. Raises UserError where `dense` is another model."""
     source = read(dense)
     if source.architecture != checkpoint.architecture:
-        raise UserError(f"'{dense}' is another model than '{checkpoint.directory}': name the one it was made from")
+        raise UserError(
+            f"'{dense}' is not the dense model of '{checkpoint.directory}': give the model that it was built from"
+        )
     for layer in (expected.layer for expected in source.expected.values() if expected.role == "weight"):
         half = str(layer).rpartition(".")[0]
         stored, original = (each.tensors.get(f"{layer}.weight") for each in (checkpoint, source))

@@ -45,7 +45,7 @@ def check_names(checkpoint: Checkpoint) -> Iterator[Violation]:
         elif any(mark in name for mark in _QUANTIZER_NAMES):
             yield Violation(Code.QUANTIZER_STATE, "a quantizer's own state: export the model again", file, name)
         else:
-            yield Violation(Code.UNEXPECTED_TENSOR, "the config calls for no such tensor", file, name)
+            yield Violation(Code.UNEXPECTED_TENSOR, "the config has no such tensor", file, name)
 
 
 def check_presence(checkpoint: Checkpoint) -> Iterator[Violation]:
@@ -55,7 +55,7 @@ def check_presence(checkpoint: Checkpoint) -> Iterator[Violation]:
             rank, _, name = key.rpartition("/")
             file = f"{rank}.safetensors" if rank else None
             reason = f" ({checkpoint.quantization.format} needs it)" if expected.role == "scale" else ""
-            yield Violation(Code.MISSING_TENSOR, f"the config calls for it, and it is missing{reason}", file, name)
+            yield Violation(Code.MISSING_TENSOR, f"the config requires it, and it is missing{reason}", file, name)
 
 
 def check_types(checkpoint: Checkpoint) -> Iterator[Violation]:
@@ -67,11 +67,11 @@ def check_types(checkpoint: Checkpoint) -> Iterator[Violation]:
         where = (tensor.file.name, tensor.name)
         if tensor.dtype not in expected.dtypes:
             yield Violation(
-                Code.DTYPE, f"it is {tensor.dtype}, the config calls for {' or '.join(expected.dtypes)}", *where
+                Code.DTYPE, f"it is {tensor.dtype}, the config requires {' or '.join(expected.dtypes)}", *where
             )
         if tensor.shape not in expected.shapes:
             shape = " or ".join(str(list(shape)) for shape in expected.shapes)
-            yield Violation(Code.SHAPE, f"it is {list(tensor.shape)}, the config calls for {shape}", *where)
+            yield Violation(Code.SHAPE, f"it is {list(tensor.shape)}, the config requires {shape}", *where)
 
 
 def check_split(checkpoint: Checkpoint, tensor_parallel: int) -> Iterator[Violation]:
@@ -84,7 +84,9 @@ def check_split(checkpoint: Checkpoint, tensor_parallel: int) -> Iterator[Violat
             continue
         K, detail = tensor.shape[1], ""
         if is_row_parallel(layer) and K % (4 * tensor_parallel):
-            detail = f"in_features {K} over {tensor_parallel} ranks is {K / tensor_parallel:g} each, no multiple of 4"
+            detail = (
+                f"in_features {K} over {tensor_parallel} ranks is {K / tensor_parallel:g} each, not a multiple of 4"
+            )
         elif segments:
             try:
                 segments.rank(0, tensor_parallel)

@@ -107,10 +107,10 @@ def _architecture(config: dict[str, Any]) -> Architecture:
     except UserError as error:
         raise ConfigError(str(error)) from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(f"it holds a value that makes no sense ({type(error).__name__})") from None
+        raise ConfigError(f"it has an invalid value ({type(error).__name__})") from None
     sizes = (shapes.hidden_size, shapes.intermediate_size, shapes.num_heads, shapes.num_kv_heads, shapes.head_dim)
     if not all(0 < size < 1 << 40 for size in (*sizes, shapes.vocab_size)) or not 0 < shapes.num_blocks <= MAX_BLOCKS:
-        raise ConfigError("it holds a size that is not positive, or far too large")
+        raise ConfigError("it has a size that is not positive, or far too large")
     _known("dtype", shapes.dtype, [format.dtype for format in FLOATS], config)
     return shapes
 
@@ -127,7 +127,7 @@ def _quantization(algorithm: Any, kv_cache: Any, exclude: Any, written: dict[str
 
 
 def _known(key: str, value: Any, known: Collection[str | None], config: dict[str, Any]) -> None:
-    """Raises UnsupportedError for a name that is none of `known`, ConfigError for what is no name."""
+    """Raises UnsupportedError for a name that is not in `known`, ConfigError for what is not a name."""
     names = ", ".join(name for name in known if name)
     if not isinstance(value, str | None):
         raise ConfigError(f"{key} is {str(value)[:40]!r}: only {names} are known here")

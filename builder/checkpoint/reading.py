@@ -203,9 +203,9 @@ def open_checkpoint(directory: Path, report: Report) -> Checkpoint | None:
 
 def _read_config(directory: Path, report: Report) -> dict[str, Any] | None:
     if not directory.is_dir():
-        raise UserError(f"no checkpoint at '{directory}': name the directory that holds its config.json")
+        raise UserError(f"no checkpoint at '{directory}': give the directory that contains its config.json")
     if (directory / "engine.json").exists() or any(directory.glob("*.engine")):
-        raise UserError(f"'{directory}' is an engine: name the checkpoint that it was built from")
+        raise UserError(f"'{directory}' is an engine: give the checkpoint that it was built from")
     if not (directory / "config.json").exists():
-        raise UserError(f"'{directory}' holds no config.json: name a checkpoint, or a build's checkpoint directory")
+        raise UserError(f"'{directory}' contains no config.json: give a checkpoint, or a build's checkpoint directory")
     return read_table(directory / "config.json", report)

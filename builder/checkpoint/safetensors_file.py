@@ -41,7 +41,7 @@ DTYPES = {
 
 
 class HeaderError(ValueError):
-    """A file that is not a whole safetensors file. The message is one line and does not name the file."""
+    """A file that is not a complete safetensors file. The message is one line and does not name the file."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _parse(header: bytes) -> dict[str, Any]:
         table: dict[str, Any] = {}
         for name, value in pairs:
             if name in table:
-                raise HeaderError(f"its header names {name!r} twice")
+                raise HeaderError(f"its header contains {name!r} twice")
             table[name] = value
         return table
 
@@ -162,7 +162,7 @@ def _check_cover(tensors: list[Tensor], begin: int, end: int) -> None:
         if tensor.offset < position:
             raise HeaderError(f"{tensor.name!r} overlaps the tensor before it")
         if tensor.offset > position:
-            raise HeaderError(f"a hole of {tensor.offset - position} bytes before {tensor.name!r}")
+            raise HeaderError(f"a gap of {tensor.offset - position} bytes before {tensor.name!r}")
         position += tensor.nbytes
     if position > end:
         last = tensors[-1].name

@@ -20,7 +20,7 @@ class Code(StrEnum):
     INDEX = "index"  # the index and the shards disagree
     UNFOLDED_MASK = "unfolded-mask"  # ModelOpt's masks were not folded into the weights before the export
     QUANTIZER_STATE = "quantizer-state"  # a quantizer's own tensors were left in
-    UNEXPECTED_TENSOR = "unexpected-tensor"  # the config calls for no such tensor
+    UNEXPECTED_TENSOR = "unexpected-tensor"  # the config has no such tensor
     MISSING_TENSOR = "missing-tensor"  # the config calls for it
     DTYPE = "dtype"
     SHAPE = "shape"

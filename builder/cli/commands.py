@@ -20,7 +20,7 @@ from plugins.common.threads import let_threads_sleep
 def cli() -> None:
     """Build quantized, 2:4 sparse LLM deployments for NVIDIA GPUs, and prove that they pay.
 
-    Exit status: 0 done, 1 a gate failed, 2 the input is wrong.
+    Exit status: 0 success, 1 a gate failed, 2 invalid input.
     """
 
 
@@ -56,9 +56,9 @@ def build(
     gpu: str,
     as_json: bool,
 ) -> None:
-    """Build MODEL: prune, quantize, verify, make the engine, measure it, write the Triton repository and the report.
+    """Build MODEL: prune, quantize, verify, build the engine, measure it, write the Triton repository and the report.
 
-    An interrupted build resumes, and outputs of earlier builds with the same inputs are reused.
+    An interrupted build resumes. Outputs of earlier builds with the same inputs are reused.
     """
     from builder import recipe
     from builder.cli import tables
@@ -93,9 +93,9 @@ def plan(
     check: bool,
     as_json: bool,
 ) -> None:
-    """Show what a build would do with MODEL, from its config.json alone: layers, bytes, memory, ceilings.
+    """Show what a build of MODEL would do, from config.json alone: layers, bytes, memory, upper limits of speed.
 
-    With --check, its files are also held to its config, as `build` does first.
+    With --check, also check the model's files against its config, as `build` does first.
     """
     from builder import recipe
     from builder.cli import tables
@@ -112,13 +112,15 @@ def plan(
     short_help="Check a build or a checkpoint from its files alone.", epilog=example("twofour verify build/docs-llama")
 )
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--tensor-parallel", default=1, show_default=True, help="Also check 2:4 after this split over ranks.")
-@click.option("--dense", type=click.Path(path_type=Path), help="Also check the order of channels against this model.")
+@click.option(
+    "--tensor-parallel", default=1, show_default=True, help="Also check 2:4 after a split over this many ranks."
+)
+@click.option("--dense", type=click.Path(path_type=Path), help="Also check the channel order against this dense model.")
 @json_option
 def verify(directory: Path, tensor_parallel: int, dense: Path | None, as_json: bool) -> None:
     """Check a build, its engine or a checkpoint from the files alone: dtypes, shapes, scales, 2:4, stray masks, hashes.
 
-    An engine of TensorRT-LLM must also match the versions and the GPU of this machine.
+    A TensorRT-LLM engine must also match this machine's versions and GPU.
     """
     from builder.cli import tables
     from builder.progress import Console
@@ -139,7 +141,7 @@ def verify(directory: Path, tensor_parallel: int, dense: Path | None, as_json: b
 @click.option("--layers", default="*", show_default=True, metavar="GLOB", help="Show only layers that match.")
 @json_option
 def explain(artifact: Path, gpu: str | None, layers: str, as_json: bool) -> None:
-    """Show for each layer whether it is 2:4, which kernel runs at how many tokens, the gain, and the reason."""
+    """Show for each layer whether it is 2:4, which kernel runs at which number of tokens, the gain, and the reason."""
     from builder.cli import tables
     from builder.report.explain import explain as ask
 
@@ -175,7 +177,7 @@ for command in COMMANDS:
 
 
 def main() -> None:
-    """Runs the command line: exit status 2 and one line for wrong input, 1 for a failed gate."""
+    """Runs the command line: exit status 2 and one line for invalid input, 1 for a failed gate."""
     let_threads_sleep()
     try:
         status = cli.main(prog_name="twofour", standalone_mode=False)

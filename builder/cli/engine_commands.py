@@ -50,7 +50,11 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
 @click.option("--input-tokens", default=128, show_default=True, help="Send prompts of this length.")
 @click.option("--output-tokens", default=64, show_default=True, help="Generate this many tokens per request.")
 @click.option(
-    "--concurrency", default="1,4", show_default=True, metavar="N,N,...", help="Run this many requests at a time."
+    "--concurrency",
+    default="1,4",
+    show_default=True,
+    metavar="N,N,...",
+    help="Run these numbers of requests at a time.",
 )
 @click.option("--requests", default=8, show_default=True, help="Send this many requests per round at each concurrency.")
 @click.option(
@@ -58,7 +62,9 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
 )
 @click.option("--url", help="Measure this OpenAI-compatible endpoint instead of the engine in process.")
 @click.option("--dense-url", help="Compare with the dense baseline at this endpoint, with --url.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write performance.json and records.jsonl here.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write performance.json and records.jsonl to this directory."
+)
 @json_option
 def bench(
     artifact: Path,
@@ -93,8 +99,14 @@ def bench(
     epilog=example("twofour deploy build/docs-llama --target triton --model-name docs"),
 )
 @click.argument("build_dir", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(["triton"]), default="triton", show_default=True, help="Serve with this.")
-@click.option("--model-name", default="llm", show_default=True, help="Name the model in URLs.")
+@click.option(
+    "--target",
+    type=click.Choice(["triton"]),
+    default="triton",
+    show_default=True,
+    help="Write a repository for this server.",
+)
+@click.option("--model-name", default="llm", show_default=True, help="Use this model name in URLs.")
 @click.option(
     "--streaming/--no-streaming", default=None, help="Stream tokens.  [default: yes, unless responses are cached]"
 )
@@ -105,14 +117,14 @@ def bench(
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Let dynamic batching wait this long for a group.",
+    help="Wait at most this long for a group with --dynamic-batching.",
 )
 @click.option(
     "--max-queue-size",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Refuse a request when this many wait; 0: no limit.",
+    help="Reject requests when this many wait; 0: no limit.",
 )
 @click.option(
     "--max-tokens",
@@ -137,11 +149,11 @@ def deploy(build_dir: Path, target: str, as_json: bool, **options: Any) -> None:
 )
 @click.argument("build_dir", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
-@click.option("--http-port", default=8000, show_default=True, help="Serve HTTP here.")
-@click.option("--grpc-port", default=8001, show_default=True, help="Serve gRPC here.")
-@click.option("--metrics-port", default=8002, show_default=True, help="Serve metrics here.")
+@click.option("--http-port", default=8000, show_default=True, help="Serve HTTP on this port.")
+@click.option("--grpc-port", default=8001, show_default=True, help="Serve gRPC on this port.")
+@click.option("--metrics-port", default=8002, show_default=True, help="Serve metrics on this port.")
 def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_port: int) -> None:
-    """Serve OUT/triton with the Triton of the `triton` extra, until Ctrl-C."""
+    """Serve OUT/triton until Ctrl-C, with the Triton of the `triton` extra."""
     from builder.deploy.server import Ports
     from builder.deploy.server import serve as run
 
@@ -152,25 +164,27 @@ def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_po
 
 
 @click.command(
-    short_help="Route OpenAI requests between a dense server and a built one.",
+    short_help="Route OpenAI requests between a dense and a built server.",
     epilog=example(
         "twofour route --dense http://127.0.0.1:8101 --built http://127.0.0.1:8102 --router build/docs-llama/routing"
     ),
 )
-@click.option("--dense", required=True, metavar="URL", help="Send to this OpenAI-compatible server of the dense model.")
-@click.option("--built", required=True, metavar="URL", help="Send to this one of the build.")
-@click.option("--router", type=click.Path(path_type=Path), required=True, help="Decide by this router: OUT/routing.")
+@click.option("--dense", required=True, metavar="URL", help="Use this OpenAI-compatible server of the dense model.")
+@click.option("--built", required=True, metavar="URL", help="Use this OpenAI-compatible server of the build.")
+@click.option("--router", type=click.Path(path_type=Path), required=True, help="Use this router: OUT/routing.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 @click.option("--port", default=8100, show_default=True, help="Listen on this port.")
 @click.option(
-    "--tokenizer", type=click.Path(path_type=Path), help="Encode with this directory's.  [default: OUT/checkpoint]"
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="Use the tokenizer in this directory.  [default: OUT/checkpoint]",
 )
 @click.option(
     "--capacity",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Count a server as full at this many requests.",
+    help="Treat a server as full at this many requests.",
 )
 @click.option(
     "--shadow",
@@ -182,11 +196,13 @@ def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_po
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Scale the threshold by this while the dense server is idle.",
+    help="Scale the threshold by this factor while the dense server is idle.",
 )
-@click.option("--state", type=click.Path(path_type=Path), help="Keep the threshold here.  [default: ~/.cache/twofour]")
+@click.option(
+    "--state", type=click.Path(path_type=Path), help="Keep the threshold in this file.  [default: ~/.cache/twofour]"
+)
 def route(**options: Any) -> None:
-    """Answer OpenAI requests with a dense server or a built one, under the router's budget, until Ctrl-C."""
+    """Route OpenAI requests to a dense or a built server, within the router's budget, until Ctrl-C."""
     from builder.pipeline.route import route as run
 
     run(**options, say=click.echo)
@@ -195,7 +211,7 @@ def route(**options: Any) -> None:
 @click.command(short_help="Check this machine's hardware and software.", epilog=example("twofour doctor"))
 @json_option
 def doctor(as_json: bool) -> None:
-    """Show this machine's hardware, the backends that can run, and what each other backend needs first."""
+    """Show this machine's hardware, the backends that can run, and what the other backends lack."""
     from builder.cli import tables
     from builder.doctor.checks import examine
 
@@ -203,17 +219,19 @@ def doctor(as_json: bool) -> None:
     tables.as_json(examination.to_dict()) if as_json else tables.health(examination)
 
 
-@click.group(short_help="Compile the CUDA library of sparse kernels.")
+@click.group(short_help="Compile the libraries of sparse kernels.")
 def plugins() -> None:
     """Compile the libraries of sparse kernels."""
 
 
 @plugins.command("build", short_help="Compile the kernels.", epilog=example("twofour plugins build --sm 80,90a"))
-@click.option("--sm", metavar="SM,SM,...", help="Compile for these GPUs.  [default: the one here, else all]")
-@click.option("--out", type=click.Path(path_type=Path), help="Write libraries here.  [default: next to the package]")
+@click.option("--sm", metavar="SM,SM,...", help="Compile for these GPUs.  [default: this machine's, else all]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write libraries to this directory.  [default: next to the package]"
+)
 @json_option
 def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
-    """Compile the CPU kernels with g++ and, where nvcc is installed, the CUDA kernels. Needs no GPU."""
+    """Compile the CPU kernels with g++ and, if nvcc is installed, the CUDA kernels. Needs no GPU."""
     from builder.cli import tables
     from plugins.libtwofour import compiler, cpu_compiler
 
@@ -222,7 +240,7 @@ def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
 
     on_cpu = cpu_compiler.build(out, show)
     if sm is None and not compiler.has_nvcc():
-        show("no nvcc here: the CUDA kernels are left out")
+        show("no nvcc here: the CUDA kernels are not compiled")
         tables.as_json({"cpu_library": str(on_cpu)}) if as_json else click.echo(str(on_cpu))
         return
     built = compiler.build(sm.split(",") if sm else None, out or compiler.OUT, progress=show)
@@ -231,7 +249,7 @@ def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
 
 
 @click.command(
-    short_help="Fit a LoRA ADAPTER of the dense model to a build.",
+    short_help="Reorder a LoRA ADAPTER of the dense model for a build.",
     epilog=example("twofour adapter my-lora build/docs-llama/checkpoint --out build/my-lora"),
 )
 @click.argument("adapter_directory", metavar="ADAPTER", type=click.Path(path_type=Path))
@@ -239,9 +257,9 @@ def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the adapter to this directory.")
 @json_option
 def adapter(adapter_directory: Path, checkpoint: Path, out: Path, as_json: bool) -> None:
-    """Put a LoRA ADAPTER (PEFT) of the dense model into the channel order of CHECKPOINT.
+    """Reorder a LoRA ADAPTER (PEFT) of the dense model to match the channel order of CHECKPOINT.
 
-    A build whose layers are 2:4 in part has its channels in another order: the dense model's adapters do not fit it.
+    A build with layers that are 2:4 in part has another channel order, so the dense model's adapters do not fit it.
     """
     from builder.cli import tables
     from calibration.lora.reorder import reorder_adapter

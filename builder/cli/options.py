@@ -26,7 +26,7 @@ def recipe_options(command: F) -> F:
     command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")(
         command
     )
-    command = click.option("--preset", metavar="NAME", help="A preset: fp8-2of4, fp8, ...: see docs/recipe.md.")(
+    command = click.option("--preset", metavar="NAME", help="Use this preset: fp8-2of4, fp8, ...; see docs/recipe.md.")(
         command
     )
     return click.argument("target", metavar="MODEL|RECIPE.yaml")(command)

@@ -89,7 +89,7 @@ def plan(resolved: Plan) -> None:
             )
             if built.fits_l2 and built.bound == "memory":
                 click.echo(
-                    f"{'':<13} this model fits the L2 cache of {p['gpu']}: the memory's rate is no real limit for it"
+                    f"{'':<13} this model fits the L2 cache of {p['gpu']}: the memory's rate is not a real limit for it"
                 )
         else:
             click.echo(f"{phase:<13} not on {p['gpu']}: {built.reason}")
@@ -225,7 +225,7 @@ def accuracy(block: dict[str, Any]) -> None:
     click.echo(f"perplexity      dense {block['dense']['perplexity']:.3f}, built {block['built']['perplexity']:.3f}")
     click.echo(f"increase        {block['perplexity_increase']:+.2%}, 95% interval {low:+.2%} to {high:+.2%}")
     click.echo(f"same top token  {block['top1_agreement']:.2%}")
-    click.echo(f"KL              {block['kl']:.4f} nats a token")
+    click.echo(f"KL              {block['kl']:.4f} nats per token")
     click.echo(
         f"on              {block['tokens']:,} tokens of {block['documents']} documents, "
         f"context {block['context_length']}"

@@ -137,7 +137,7 @@ def disk(place: Path | None = None) -> Finding:
             "unfit",
             None,
             detail,
-            "a model of 8B parameters takes about 60 GB: free some, or name another --store",
+            "a model of 8B parameters takes about 60 GB: free space, or choose another --store",
         )
     return Finding("disk", "ok", None, detail)
 

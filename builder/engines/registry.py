@@ -113,4 +113,4 @@ def engine_facts(engine: Path) -> dict[str, Any]:
     try:
         return read_json_object(engine / "engine.json", "build the engine again")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"'{engine}' is not an engine directory (no engine.json): name OUT/engine of a build") from None
+        raise UserError(f"'{engine}' is not an engine directory (no engine.json): give OUT/engine of a build") from None

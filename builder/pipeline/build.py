@@ -60,7 +60,7 @@ def build(
     for note in plan.source_notes:
         console.warn(note)
     with claimed(out) as place:
-        context = BuildContext(recipe, plan, model, Cache(store or default_store(), console.say), console, wait)
+        context = BuildContext(recipe, plan, model, Cache(store or default_store(), console.print), console, wait)
         if recipe.routing:
             reference_engine(recipe.routing, context.model_digest)
         outputs = run_stages(context, until)

@@ -31,7 +31,7 @@ PRUNED_ON, PRICED_ON = 64, 32  # calibration samples: the first, and the last
 
 
 def price(context: BuildContext, tokens: Tokens, work: Path) -> Prices:
-    """prices.json: what each channel of the candidates costs, in nats a token, by layer and by half of a block."""
+    """prices.json: what each channel of the candidates costs, in nats per token, by layer and by half of a block."""
     from calibration.budget.channel_prices import channel_prices, prune_each_alone
     from calibration.model.blocks import Blocks
     from calibration.model.device import device
@@ -108,7 +108,7 @@ def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> di
 def _second_products(context: BuildContext, candidates: Sequence[LayerPlan]) -> dict[str, float]:
     """Seconds that each layer's second product takes while it is 2:4 in part; layers that the engine joins share one.
 
-    None where bytes weigh the layers: they are no seconds of a kernel.
+    None where bytes weigh the layers: bytes are not seconds of a kernel.
     """
     batch, dtype = _load(context)
     card = roofline.gpu(context.plan.predicted["gpu"])
@@ -153,7 +153,7 @@ class _Builds:
             self.measured[key] = self._measure(allocation).to_dict()
             write_json(self.record, self.measured)
         accuracy = Accuracy.from_dict(self.measured[key])
-        self.context.console.say(
+        self.context.console.print(
             f"  {allocation.fraction:.1%} of the weights 2:4: perplexity {accuracy.perplexity_increase:+.2%}, "
             f"KL {accuracy.kl:.4f}, top-1 agreement {accuracy.top1_agreement:.1%}"
         )

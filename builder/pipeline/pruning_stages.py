@@ -82,7 +82,7 @@ def _run_selection(context: BuildContext, outputs: Outputs, out: Path, work: Pat
 def _report_selection(context: BuildContext, output: CachedOutput) -> None:
     chosen = read_json(output.path / "selection.json")
     if chosen["fraction"]:
-        context.console.say(f"  {chosen['fraction']:.1%} of the candidates' weights go 2:4")
+        context.console.print(f"  {chosen['fraction']:.1%} of the candidates' weights become 2:4")
     else:
         context.console.warn("sparsity.fraction is less than one step of any layer: all layers stay dense")
 

@@ -36,7 +36,7 @@ def evaluate(
         update={"data": data or config.data, "samples": samples or config.samples, "tasks": tasks}
     )
     if config.data is None:
-        raise UserError("no text to evaluate on: name it with --data")
+        raise UserError("no text to evaluate on: give it with --data")
     return measure.accuracy(_dense(built, model), engine, config, console.progress)
 
 
@@ -73,7 +73,7 @@ def bench(
         if url is None:
             return measure.performance(_dense(built, model), engine, config, place, console.progress)
         if dense_url is None:
-            raise UserError(f"--url '{url}' is measured against the dense baseline: name its endpoint with --dense-url")
+            raise UserError(f"--url '{url}' is measured against the dense baseline: give its endpoint with --dense-url")
         return measure.endpoints(dense_url, url, _dense(built, model), config, place, console.progress)
 
 
@@ -186,7 +186,7 @@ def _engine(artifact: Path) -> Path:
     for place in (artifact, artifact / "engine"):
         if (place / "engine.json").is_file():
             return place
-    raise UserError(f"'{artifact}' is neither a build nor an engine: name the --out of twofour build or twofour engine")
+    raise UserError(f"'{artifact}' is neither a build nor an engine: give the --out of twofour build or twofour engine")
 
 
 def _recipe(artifact: Path) -> recipe.Recipe | None:
@@ -199,5 +199,5 @@ def _dense(built: recipe.Recipe | None, model: str | None) -> Path:
     if model is not None:
         return find_model(model)
     if built is None:
-        raise UserError("an engine does not record its dense model: name it with --model")
+        raise UserError("an engine does not record its dense model: give it with --model")
     return find_model(built.model, built.revision)

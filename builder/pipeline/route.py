@@ -32,7 +32,7 @@ def route(
     opened = Router.load(router)
     encoding = tokenizer or router.resolve().parent / "checkpoint"
     if not encoding.is_dir():
-        raise UserError(f"'{encoding}' holds no tokenizer", "name the model's directory with --tokenizer")
+        raise UserError(f"'{encoding}' holds no tokenizer", "give the model's directory with --tokenizer")
     settings = Settings(shadow=shadow_share(router) if shadow is None else shadow, rest=rest)
     options = Options(dense, built, capacity, settings, state or state_file(opened.build_id))
     serve(opened, encoding, options, host, port, say)

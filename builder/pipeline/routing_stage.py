@@ -25,7 +25,7 @@ def _data(context: BuildContext) -> str:
     routing = context.recipe.routing
     data = (routing and routing.prompts) or context.recipe.calibration.data
     if data is None:
-        raise UserError("routing.prompts is not set", "name text, for example --set routing.prompts=prompts.jsonl")
+        raise UserError("routing.prompts is not set", "set it, for example --set routing.prompts=prompts.jsonl")
     return data
 
 
@@ -160,7 +160,7 @@ def _decision(gate: dict[str, Any], threshold: float, budget: float) -> dict[str
     if not gate["passed"]:
         return {"serve": "dense", "reason": f"{gate['message']}: one engine is kept"}
     if threshold < 0:
-        return {"serve": "dense", "reason": f"no share of the prompts keeps a loss of {budget:g} nats a token"}
+        return {"serve": "dense", "reason": f"no share of the prompts keeps a loss of {budget:g} nats per token"}
     return {"serve": "router", "reason": gate["message"]}
 
 

@@ -47,7 +47,7 @@ def run_stage(stage: Stage, context: BuildContext, outputs: Outputs, place: str 
     tools = machine.versions(*stage.tools)
     code = code_digest(stage.code, inspect.getsource(stage.run))
     description = {"inputs": dict(inputs), "config": config, "code": code, "tools": tools}
-    context.console.say(f"{stage.name} ...{place}")
+    context.console.print(f"{stage.name} ...{place}")
     output = context.cache.run(
         stage.name,
         key(stage.name, inputs, config, code, tools),
@@ -56,7 +56,7 @@ def run_stage(stage: Stage, context: BuildContext, outputs: Outputs, place: str 
         wait=context.wait,
     )
     context.console.stage_done()
-    context.console.say(f"{stage.name}: " + ("cached" if output.reused else f"{output.record['seconds']:.1f} s"))
+    context.console.print(f"{stage.name}: " + ("cached" if output.reused else f"{output.record['seconds']:.1f} s"))
     if stage.after:
         stage.after(context, output)
     return output

@@ -37,7 +37,7 @@ def tokens_of(outputs: Outputs) -> Any:
 def _calibration_inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:
     data = context.recipe.calibration.data
     if data is None:
-        raise UserError("calibration.data is not set: name text, for example --set calibration.data=texts.jsonl")
+        raise UserError("calibration.data is not set: set it, for example --set calibration.data=texts.jsonl")
     return {"model": context.model_digest, "data": data_digest(data)}
 
 

@@ -70,7 +70,7 @@ def check_release(backend: str, version: str) -> Verdict:
         return Verdict.no(f"TensorRT-LLM {version} is older than 1.0", "install tensorrt-llm>=1.0")
     if backend == "tensorrt" and release > releases.LAST_WITH_ENGINES:
         return Verdict.no(
-            f"TensorRT-LLM {version} is past the 1.2 line, the last that builds TensorRT engines",
+            f"TensorRT-LLM {version} is newer than 1.2, the last that builds TensorRT engines",
             f"use engine.backend=pytorch, or the container {releases.CONTAINER}",
         )
     if releases.is_newer(version):
@@ -124,10 +124,10 @@ def choose_backend(
 def check_architecture(architecture: str, backend: str) -> Verdict:
     """Whether our hooks support this architecture on the backend."""
     if architecture in FAMILIES:
-        return Verdict.yes(f"{backend} knows {architecture}")
+        return Verdict.yes(f"{backend} supports {architecture}")
     known = ", ".join(FAMILIES)
     return Verdict.no(
-        f"'{architecture}' is not an architecture that the {backend} backend builds here", f"use one of {known}"
+        f"'{architecture}' is not an architecture that the {backend} backend supports here", f"use one of {known}"
     )
 
 

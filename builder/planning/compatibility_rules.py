@@ -86,7 +86,7 @@ TABLE: tuple[Rule, ...] = (
     # -- the GPU itself
     Rule(
         Verdict.no(
-            "2:4 sparsity needs the sparse tensor cores that begin with SM80 (A100)",
+            "2:4 sparsity needs sparse tensor cores: SM80 (A100) or later",
             "remove the recipe's 'sparsity' section, or use a newer GPU",
         ),
         sparse=True,
@@ -99,7 +99,7 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         Verdict.no(
-            "FP8 needs the FP8 tensor cores that begin with SM89 (L4, L40S, RTX 4090)",
+            "FP8 needs FP8 tensor cores: SM89 (L4, L40S, RTX 4090) or later",
             "use quantization.format=int8 with engine.backend=tensorrt or torch",
         ),
         formats=("fp8",),
@@ -113,7 +113,7 @@ TABLE: tuple[Rule, ...] = (
     # -- TensorRT-LLM's own limits
     Rule(
         Verdict.no(
-            "ModelOpt exports static INT8 scales to TensorRT-LLM, none for each token",
+            "ModelOpt exports only static INT8 scales to TensorRT-LLM, none per token",
             "use quantization.activations=per_tensor, or engine.backend=torch",
         ),
         backends=TRTLLM,
@@ -136,7 +136,7 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         Verdict.no(
-            "TensorRT-LLM refuses SmoothQuant INT8 on SM100 to SM119",
+            "TensorRT-LLM rejects SmoothQuant INT8 on SM100 to SM119",
             "use quantization.format=fp8, or engine.backend=torch",
         ),
         formats=("int8",),
@@ -149,7 +149,7 @@ TABLE: tuple[Rule, ...] = (
         backends=("pytorch",),
     ),
     Rule(
-        Verdict.no("TensorRT-LLM refuses an INT8 KV cache on SM100 to SM119", "use quantization.kv_cache=fp8 or none"),
+        Verdict.no("TensorRT-LLM rejects an INT8 KV cache on SM100 to SM119", "use quantization.kv_cache=fp8 or none"),
         kv_caches=("int8",),
         backends=("tensorrt",),
         sm=(100, 119),

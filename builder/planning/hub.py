@@ -16,7 +16,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 def find_config(model: str, revision: str | None = None) -> tuple[dict[str, Any], str]:
     """The model's config and its path, without downloading weights. Raises UserError.
 
-    A local config that names no dtype gets that of the weights beside it, as in transformers.
+    A local config without a dtype gets that of the weights beside it, as in transformers.
     """
     if is_local(model):
         config = read_config(Path(model))
@@ -49,12 +49,12 @@ def is_local(model: str) -> bool:
             return True
         if path.is_file():
             raise UserError(
-                f"'{model}' is a file: name the directory that holds config.json, or a recipe ending in .yaml"
+                f"'{model}' is a file: give the directory that contains config.json, or a recipe ending in .yaml"
             )
     except OSError as error:
         raise UserError(f"'{model[:80]}' cannot be looked up ({error.strerror}): check the path") from None
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(f"no model at '{model}': check the path, or name a Hugging Face id such as Qwen/Qwen3-0.6B")
+        raise UserError(f"no model at '{model}': check the path, or give a Hugging Face id such as Qwen/Qwen3-0.6B")
     return False
 
 

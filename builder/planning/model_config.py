@@ -99,7 +99,7 @@ def read_config(model: Path) -> dict[str, Any]:
     try:
         return read_json_object(model / "config.json", "fetch the model again")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"'{model}' holds no config.json: name a Hugging Face model directory or id") from None
+        raise UserError(f"'{model}' contains no config.json: give a Hugging Face model directory or id") from None
 
 
 def architecture(config: dict[str, Any], source: str = "config.json") -> Architecture:

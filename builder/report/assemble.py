@@ -91,13 +91,13 @@ def gates(
     benchmark = context.recipe.benchmark
     if benchmark and benchmark.min_speedup and benchmark_reached and "benchmark" not in outputs:
         text = (
-            f"not measured, and at least {benchmark.min_speedup:.2f}x is asked for: measure it with twofour bench --url"
+            f"not measured, and at least {benchmark.min_speedup:.2f}x is required: measure it with twofour bench --url"
         )
         rows.append({"name": "speedup", "limit": benchmark.min_speedup, "passed": False, "message": text})
     if benchmark and benchmark.min_speedup and report.get("performance"):
         for point in report["performance"]:
             ratio = point["speedup"]["output_token_throughput"]["ratio"]
-            text = f"output tokens a second {ratio:.2f}x at concurrency {point['concurrency']}"
+            text = f"output tokens per second {ratio:.2f}x at concurrency {point['concurrency']}"
             rows.append({
                 "name": "speedup", "limit": benchmark.min_speedup, "value": ratio,
                 "passed": ratio >= benchmark.min_speedup, "message": f"{text} (at least {benchmark.min_speedup:.2f}x)",

@@ -31,7 +31,9 @@ def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[s
         facts = {layer.name: layer for layer in checkpoint.read(weights).layers()}
     if tactics is None or (gpu is not None and (tactics["device"] or {}).get("sm") is None):
         if weights is None:
-            raise UserError(f"'{artifact}' holds no checkpoint to predict from: name the build that holds the engine")
+            raise UserError(
+                f"'{artifact}' contains no checkpoint to predict from: give the build that contains the engine"
+            )
         tactics = predict_tactics(weights, gpu or defaults.GPU)
     why_dense = _why_dense(artifact)
     names = [name for name in tactics["layers"] if fnmatch.fnmatchcase(name, layers)]
@@ -56,7 +58,7 @@ def _places(artifact: Path) -> tuple[Path | None, Path | None]:
         return split if split.is_dir() else artifact / "checkpoint", artifact / "engine"
     if (artifact / "config.json").is_file():
         return artifact, None
-    raise UserError(f"'{artifact}' is neither a build, an engine nor a checkpoint: name the --out of a build")
+    raise UserError(f"'{artifact}' is not a build, an engine or a checkpoint: give the --out of a build")
 
 
 def _why_dense(artifact: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_generation(model: Path, config: Mapping[str, Any], vocabulary: int) -> list[str]:
-    """Notes on token ids. Raises UserError for a file that is no JSON object and for an id that is no number."""
+    """Notes on token ids. Raises UserError for a file that is not a JSON object and for an id that is not a number."""
     path = model / FILE
     settings = read_json_object(path, "fetch it again, or remove it") if path.is_file() else {}
     notes = []

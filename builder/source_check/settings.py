@@ -28,7 +28,7 @@ def check_settings(
     model_type, expected = config.get("model_type"), shapes.family.model_type
     if model_type != expected:
         raise UserError(
-            f"'{source}': model_type is {str(model_type)[:40]!r}, and {shapes.name} is '{expected}': set it so"
+            f"'{source}': model_type is {str(model_type)[:40]!r}, and {shapes.name} has '{expected}': set it to that"
         )
     check_dtype(shapes, source)
     _check_rotary(config, source, runs_on_torch=backend == "torch" or evaluated)

@@ -18,7 +18,7 @@ def check_tokenizer(model: Path, vocabulary: int) -> list[str]:
     if beyond:
         token = min(beyond, key=lambda name: beyond[name])
         notes.append(
-            f"the tokenizer has {len(beyond)} tokens that the model has not, from {beyond[token]} '{token}' on: "
-            "text that holds one is refused"
+            f"the tokenizer has {len(beyond)} tokens that the model lacks, from {beyond[token]} '{token}' on: "
+            "text that contains one is rejected"
         )
     return notes

@@ -23,11 +23,11 @@ def check_skeleton(config: Mapping[str, Any], shapes: Architecture, source: str)
             tensors = getattr(transformers, shapes.name)(settings).state_dict()
     except Exception as error:  # transformers raises what it likes for a value that it does not take
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"'{source}' is a config that transformers refuses ({reason}): fetch the model again") from None
+        raise UserError(f"'{source}' is a config that transformers rejects ({reason}): fetch the model again") from None
     expected = {name: part for name, part in layout.hf_tensors(shapes, Quantization()).items() if name in tensors}
     for name, tensor in tensors.items():
         if name not in expected or tuple(tensor.shape) not in expected[name].shapes:
             raise UserError(
-                f"'{source}': transformers {transformers.__version__} wants '{name}' {list(tensor.shape)}, "
-                "which is not what this config means here: set the sizes that it leaves out"
+                f"'{source}': transformers {transformers.__version__} expects '{name}' {list(tensor.shape)}, "
+                "unlike twofour: set the sizes that the config omits"
             )

@@ -58,7 +58,7 @@ def read_tensors(model: Path) -> dict[str, Tensor]:
         try:
             header = read_header(path)
         except (HeaderError, OSError) as error:
-            raise UserError(f"'{path}' is not a whole safetensors file ({error}): fetch it again") from None
+            raise UserError(f"'{path}' is not a complete safetensors file ({error}): fetch it again") from None
         if twice := sorted(tensors.keys() & header.keys()):
             files = f"'{tensors[twice[0]].file.name}' and '{path.name}'"
             raise UserError(f"'{model}' holds '{twice[0]}' in {files}: remove the file that is not the model's")
@@ -79,15 +79,14 @@ def _reason(missing: Collection[str], tensors: Collection[str]) -> str:
             return f"it is there as '{short}', of a model saved without its head: save the whole model"
     if set(missing) == {"lm_head.weight"}:
         return "fetch the model again, or set tie_word_embeddings in config.json if its head is the embedding"
-    return "its weights do not fit its config.json, fetch the model again"
+    return "its weights do not match its config.json, fetch the model again"
 
 
 def _check_tensor(model: Path, tensor: Tensor, allowed: Iterable[tuple[int, ...]]) -> None:
     if tensor.shape not in allowed:
         sizes = " or ".join(str(list(shape)) for shape in allowed)
         raise UserError(
-            f"'{model}': '{tensor.name}' has shape {list(tensor.shape)}, config.json gives {sizes}: "
-            "they do not belong together"
+            f"'{model}': '{tensor.name}' has shape {list(tensor.shape)}, config.json gives {sizes}: they do not match"
         )
     if tensor.dtype not in DTYPES:
         raise UserError(f"'{model}': '{tensor.name}' is {tensor.dtype}: start from the 16-bit model")
@@ -107,7 +106,7 @@ def _dtype_notes(tensors: Iterable[Tensor], dtype: str) -> list[str]:
 def _check_unread(
     model: Path, unread: Collection[str], expected: Collection[str], shapes: Architecture, config: Mapping[str, Any]
 ) -> list[str]:
-    """Names the tensors that nothing reads. Raises UserError where they belong to what the model computes."""
+    """Notes on unused tensors. Raises UserError for those of a block, the norm, the embedding or the head."""
     notable = [name for name in unread if not BUFFERS.search(name) and not OTHER_HEADS.match(name)]
     for pattern, state in LEFTOVERS.items():
         if matches := [name for name in notable if re.search(pattern, name)]:
@@ -116,7 +115,7 @@ def _check_unread(
     if within:
         raise UserError(
             f"'{model}' holds '{within[0]}'{_more(within)}, which a {shapes.name} of this config.json does not "
-            "compute: fetch the config.json of these weights"
+            "use: fetch the config.json of these weights"
         )
     beyond = {int(match[1]) for name in notable if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     cut_off = [block for block in sorted(beyond) if _is_block(block, unread, expected)]
@@ -126,7 +125,7 @@ def _check_unread(
             f"{shapes.num_blocks}: fetch the config.json of these weights, or remove the block's tensors"
         )
     rest = [name for name in notable if not re.match(r"model\.layers\.\d+\.", name)]
-    return [f"'{rest[0]}'{_more(rest)} in the model's files is read by nothing"] if rest else []
+    return [f"'{rest[0]}'{_more(rest)} in the model's files is not used"] if rest else []
 
 
 def _is_part(name: str, blocks: int) -> bool:

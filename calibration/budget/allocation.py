@@ -27,7 +27,7 @@ class Unit:
 
     half: str  # "model.layers.3.mlp"
     layers: tuple[str, ...]  # "gate_proj", ...
-    prices: tuple[float, ...]  # nats a token
+    prices: tuple[float, ...]  # nats per token
     gain: float  # of the whole unit, in seconds or in what else counts
     weights: int  # of the whole unit
     alignment: int  # channels that a boundary's place divides by
@@ -98,7 +98,7 @@ class Allocator:
         return self._take(lambda taken, step: taken + step / 2 <= wanted, which=2)
 
     def within(self, cost: float) -> Allocation:
-        """The most gain for at most `cost` nats a token."""
+        """The most gain for at most `cost` nats per token."""
         return self._take(lambda taken, step: taken + step <= cost, which=0)
 
     def _take(self, fits: Callable[[float, float], bool], which: int) -> Allocation:

@@ -92,7 +92,7 @@ def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) 
     Raises UserError where nothing gains, GateError with the smallest loss measured where none is within the budget.
     """
     if not allocator.steps:
-        raise UserError("no layer would save time when pruned, so there is nothing to select: leave sparsity out")
+        raise UserError("no layer would save time when pruned, so there is nothing to select: remove sparsity")
     goal, started = Goal(budget), time.monotonic()
     share, points, within = TAKEN_BACK.get(method, 1.0), list[Point](), list[Point]()
     aim = goal.nats(goal.limit)
@@ -116,7 +116,7 @@ def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) 
         raise GateError(
             f"nothing fits under sparsity.budget ({goal.describe(goal.limit)}): the smallest loss reached is "
             f"{goal.describe(least.loss)} with {least.allocation.fraction:.0%} of the weights 2:4; raise the budget, "
-            "or leave sparsity out"
+            "or remove sparsity"
         )
     best = max(within, key=lambda point: point.allocation.gain)
     front = [*points, *_predicted(allocator, goal, share)]

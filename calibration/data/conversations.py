@@ -114,7 +114,7 @@ def _answered(row: Mapping[str, Any], question: str, answer: str, where: str) ->
     messages = _system(row.get("system", row.get("system_prompt")), where)
     for turn in row.get("history") or []:
         if not isinstance(turn, list) or len(turn) != 2:
-            raise UserError(f"{where}: 'history' is not a list of pairs [question, answer]: write it so")
+            raise UserError(f"{where}: 'history' is not a list of pairs [question, answer]: write it as one")
         messages += _pair(_string(turn[0], "history", where), _string(turn[1], "history", where))
     asked = _string(row[question], question, where)
     more = row.get("input") if question != "input" else None
@@ -148,7 +148,7 @@ def _message(message: Any, where: str) -> Message:
         raise UserError(f"{where} is {_kind(message)}", "write an object with 'role' and 'content'")
     role, content = (message.get(key, message.get(other)) for key, other in (("role", "from"), ("content", "value")))
     if not isinstance(role, str):
-        raise UserError(f"{where} has no 'role': name who speaks, such as user or assistant")
+        raise UserError(f"{where} has no 'role': add it, such as user or assistant")
     if content is None and not {"content", "value", *OTHER_TEXT} & message.keys():
         raise UserError(f"{where} has no 'content': write the text, or remove the message")
     kept = {key: value for key, value in message.items() if key not in ("from", "value")}
@@ -171,7 +171,7 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = f"of type '{part['type']}'" if isinstance(part, dict) and part.get("type") else "without text"
-    raise UserError(f"{where} has a part {kind}, which is no text: remove the part, or the row")
+    raise UserError(f"{where} has a part {kind}, which is not text: remove the part, or the row")
 
 
 def _kind(value: Any) -> str:

@@ -28,7 +28,7 @@ def find_file(data: str) -> Path | None:
     path = Path(data)
     try:
         if path.is_dir():
-            raise UserError(f"'{data}' is a directory: name a .jsonl or .txt file in it")
+            raise UserError(f"'{data}' is a directory: give a .jsonl or .txt file in it")
         if path.is_file():
             return path
     except OSError as error:
@@ -48,7 +48,7 @@ def _dataset(name: str) -> Iterator[Row]:
         taken = list(rows.take(DATASET_ROWS))
     except ImportError:
         raise UserError(
-            f"'{name}' is no file, and a dataset id needs the package 'datasets': pip install datasets"
+            f"'{name}' is not a file, and a dataset id needs the package 'datasets': pip install datasets"
         ) from None
     except Exception as error:  # datasets raises many kinds where the network is closed or the id is wrong
         raise UserError(

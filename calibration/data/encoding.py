@@ -18,7 +18,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: Any, chat_templat
     if chat_template and not tokenizer.chat_template:
         raise UserError(
             "calibration.chat_template is true, and the tokenizer has no chat template: "
-            "add chat_template.jinja to the model, or leave the key out"
+            "add chat_template.jinja to the model, or remove the key"
         )
     return [_encode(document, tokenizer, chat_template) for document in documents]
 
@@ -50,7 +50,7 @@ def _render(messages: Sequence[Message], tokenizer: Any, where: str) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is a program: it raises what it likes
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UserError(f"{where}: the chat template refuses the conversation ({reason}): {advice}") from None
+        raise UserError(f"{where}: the chat template rejects the conversation ({reason}): {advice}") from None
     for message in messages:
         content = message["content"].strip()
         if message["role"] == "user" and content not in text and json.dumps(content)[1:-1] not in text:

@@ -28,7 +28,7 @@ DECOMPRESS = {"gzip": gzip.decompress, "bzip2": bz2.decompress, "xz": lzma.decom
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 REFUSED = {
     b"\x28\xb5\x2f\xfd": "is compressed with zstd: decompress it first (zstd -d)",
-    b"PK\x03\x04": "is a zip archive: unpack it and name the file in it",
+    b"PK\x03\x04": "is a zip archive: unpack it and give the file in it",
     b"%PDF": "is a PDF: extract its text first",
 }
 LIKE_JSON = re.compile(r"""\s*[\[{]\s*\{?\s*["'][^"'\n]*["']\s*:""")
@@ -77,7 +77,7 @@ def _decompressed(path: Path) -> bytes:
     try:
         return DECOMPRESS[kind](data)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise UserError(f"'{path}' is not a whole {kind} file ({error}): make it again") from None
+        raise UserError(f"'{path}' is not a complete {kind} file ({error}): create it again") from None
 
 
 def _decoded(data: bytes, path: Path) -> str:
@@ -174,7 +174,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' stands twice")
+        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' appears twice")
     return row
 
 
@@ -224,11 +224,11 @@ def _table_rows(text: str, path: Path, delimiter: str) -> Iterator[Row]:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
-            raise UserError(f"'{path}' names a column twice in its first line: rename one")
+            raise UserError(f"'{path}' has a duplicate column in its first line: rename one")
         for row in reader:
             where = f"'{path}' line {reader.line_num}"
             if None in row or None in row.values():
-                raise UserError(f"{where} has not the {len(names)} fields of the first line: quote its commas")
+                raise UserError(f"{where} does not have the {len(names)} fields of the first line: quote its commas")
             yield Row(where, dict(row))
     except csv.Error as error:
         raise UserError(f"'{path}' is not a table of values ({error}): fix its quotes, or write .jsonl") from None
@@ -244,7 +244,7 @@ def _parquet_rows(data: bytes, path: Path) -> Iterator[Row]:
     try:
         rows = parquet.read_table(io.BytesIO(data)).to_pylist()
     except Exception as error:  # pyarrow raises many kinds for a damaged file
-        raise UserError(f"'{path}' is not a whole Parquet file ({_short(error)}): fetch it again") from None
+        raise UserError(f"'{path}' is not a complete Parquet file ({_short(error)}): fetch it again") from None
     return (Row(f"'{path}' row {number}", row) for number, row in enumerate(rows, start=1))
 
 

@@ -29,7 +29,7 @@ PLAIN = PROBES[0]  # of characters that every tokenizer keeps
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, which gives the tokens of its tokenizer.json.
 
-    Warns as `read_tokenizer` notes. Raises UserError where the directory holds no tokenizer that loads.
+    Warns as `read_tokenizer` notes. Raises UserError where the directory contains no tokenizer that loads.
     """
     tokenizer, notes = read_tokenizer(model)
     for note in notes:
@@ -122,6 +122,6 @@ def _own(path: Path) -> Any:
 
 def _unusable(model: Path, error: Exception) -> str:
     if not (model / "tokenizer.json").is_file():
-        return f"'{model}' holds no tokenizer that loads ({type(error).__name__}): add tokenizer.json"
+        return f"'{model}' contains no tokenizer that loads ({type(error).__name__}): add tokenizer.json"
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-    return f"'{model}' holds no tokenizer that loads ({reason}): fetch its tokenizer files again"
+    return f"'{model}' contains no tokenizer that loads ({reason}): fetch its tokenizer files again"

@@ -36,7 +36,7 @@ class Windows:
 def calibration_windows(config: CalibrationData, model: Path) -> Windows:
     """The calibration tokens [samples, sequence_length]. Raises UserError where the data holds fewer."""
     if config.data is None:
-        raise UserError("calibration.data is not set: name text, for example --set calibration.data=texts.jsonl")
+        raise UserError("calibration.data is not set: set it, for example --set calibration.data=texts.jsonl")
     return windows(config.data, model, config.sequence_length, config.samples, config.seed, config.chat_template)
 
 
@@ -109,7 +109,7 @@ def _token_file(path: Path, length: int) -> Windows:
     except FileNotFoundError:
         raise UserError(f"no file at '{path}': check the path") from None
     except KeyError:
-        raise UserError(f"'{path}' has no tensor 'input_ids': name the tokens so") from None
+        raise UserError(f"'{path}' has no tensor 'input_ids': use that name for the tokens") from None
     except Exception as error:  # numpy and safetensors each have their own errors
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"'{path}' cannot be read as tokens ({reason}): write a .npy or .safetensors") from None

@@ -163,7 +163,7 @@ def _documents(tokens: Tokens, documents: Tokens | None) -> Tokens:
     if documents is None:
         return np.arange(len(tokens), dtype=np.int64)
     if len(documents) != len(tokens):
-        raise UserError(f"{len(documents)} document numbers for {len(tokens)} windows: give one a window")
+        raise UserError(f"{len(documents)} document numbers for {len(tokens)} windows: give one per window")
     return documents
 
 

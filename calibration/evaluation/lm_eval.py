@@ -49,12 +49,12 @@ def lm_eval_tasks(logits: Logits, model: Path, tasks: Sequence[str], context: in
             return [rolling(logits, ids, context) for ids in texts]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            raise UserError("tasks that generate text are not supported: name tasks scored by log likelihood")
+            raise UserError("tasks that generate text are not supported: use tasks scored by log likelihood")
 
     try:
         results = simple_evaluate(EngineLM(), tasks=list(tasks))["results"]
     except KeyError as missing:
-        raise UserError(f"lm_eval knows no task {missing}: list them with lm_eval --tasks list") from None
+        raise UserError(f"lm_eval has no task {missing}: list them with lm_eval --tasks list") from None
     return {task: _main_metric(results[task]) for task in tasks}
 
 

@@ -144,5 +144,5 @@ class EoraPass(BlockWalk):
 def _pruned_layers(pruned: Path) -> list[str]:
     layers = list(Declaration.read(pruned).pruned)
     if not layers:
-        raise UserError("no layer is pruned, so an adapter has no error to recover: leave out sparsity.adapter_rank")
+        raise UserError("no layer is pruned, so an adapter has no error to recover: remove sparsity.adapter_rank")
     return layers

@@ -32,15 +32,15 @@ def reorder_adapter(adapter: Path, checkpoint: Path, out: Path) -> int:
     """
     orders = Declaration.read(checkpoint).order
     if not orders:
-        raise UserError(f"'{checkpoint / FILE}' names no order: the adapter fits as it is")
+        raise UserError(f"'{checkpoint / FILE}' lists no channel order: the adapter fits as it is")
     config = _read(adapter / CONFIG)
     if KEY in config:
-        raise UserError(f"'{adapter}' is in a build's channel order already: name the adapter of the dense model")
+        raise UserError(f"'{adapter}' is already in a build's channel order: give the adapter of the dense model")
     order = ChannelOrder(_model_config(checkpoint), orders)
     try:
         tensors = load_file(adapter / WEIGHTS)
     except (OSError, ValueError) as error:
-        raise UserError(f"'{adapter / WEIGHTS}' cannot be read ({error}): name a PEFT adapter") from None
+        raise UserError(f"'{adapter / WEIGHTS}' cannot be read ({error}): give a PEFT adapter") from None
     moved = {name: _moved(name, tensor, order) for name, tensor in tensors.items()}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / CONFIG, {**config, KEY: hashlib.sha256(json.dumps(orders).encode()).hexdigest()})
@@ -63,7 +63,7 @@ def _moved(name: str, tensor: Tensor, order: ChannelOrder) -> Tensor:
     if tensor.shape[int(by_input)] != size:
         raise UserError(
             f"the adapter's '{name}' has shape {list(tensor.shape)}, and the layer {size} channels: "
-            "name an adapter of the dense model"
+            "give an adapter of the dense model"
         )
     return order.apply(f"{layer}.weight", tensor)
 
@@ -72,7 +72,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = read_json(path)
     except (OSError, ValueError):
-        raise UserError(f"'{path}' cannot be read: name the directory of a PEFT adapter") from None
+        raise UserError(f"'{path}' cannot be read: give the directory of a PEFT adapter") from None
     return content
 
 

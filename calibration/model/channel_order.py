@@ -47,10 +47,10 @@ class ChannelOrder:
         halves = {f"model.layers.{number}.{half}" for number in range(config.num_hidden_layers) for half in INPUTS}
         for module, order in orders.items():
             if module not in halves:
-                raise UserError(f"there is no '{module}' in the model to put into order")
+                raise UserError(f"the model has no '{module}' to reorder")
             count = Channels.of(config, module.rsplit(".", 1)[-1]).count
             if sorted(order) != list(range(count)):
-                raise UserError(f"the order of '{module}' does not hold each channel from 0 to {count - 1} once")
+                raise UserError(f"the order of '{module}' does not contain each channel from 0 to {count - 1} once")
 
     def moves(self, name: str) -> bool:
         """Whether the tensor `name` is another in the new order."""

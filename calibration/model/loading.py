@@ -31,7 +31,7 @@ def load_causal_lm(directory: Path, dtype: torch.dtype | None = None, **options:
         reason = " ".join(f"{error}".split())[:200] or type(error).__name__
         raise UserError(f"'{directory}' cannot be loaded ({reason}): check its files") from None
     if lost := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
-        raise UserError(f"'{directory}' lacks the tensor '{lost[0]}': its weights do not fit its config.json")
+        raise UserError(f"'{directory}' lacks the tensor '{lost[0]}': its weights do not match its config.json")
     loaded: nn.Module = model.eval()
     return loaded
 

@@ -43,7 +43,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The index's `weight_map`: the file of each tensor. Raises UserError for what is no such table."""
+    """The index's `weight_map`: the file of each tensor. Raises UserError for anything else."""
     try:
         weight_map = read_json(index)["weight_map"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
@@ -67,7 +67,7 @@ def model_dtype(directory: Path) -> str:
         return stored_dtype(directory)
     if named not in DTYPES.values():
         known = ", ".join(sorted(set(DTYPES.values())))
-        raise UserError(f"'{path}' names the dtype '{str(named)[:40]}': use one of {known}")
+        raise UserError(f"'{path}' has the dtype '{str(named)[:40]}': use one of {known}")
     return str(named)
 
 
@@ -95,7 +95,7 @@ def _header(file: Path) -> dict[str, Any]:
             tensor["data_offsets"][1] - tensor["data_offsets"][0] + len(tensor["dtype"])
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"'{file}' is not a whole safetensors file ({reason}): fetch it again") from None
+        raise UserError(f"'{file}' is not a complete safetensors file ({reason}): fetch it again") from None
     return header
 
 

@@ -37,7 +37,7 @@ class Weights:
                 with safe_open(str(file), "pt") as opened:
                     self.file_of.update(dict.fromkeys(opened.keys(), file))
             except SafetensorError as error:
-                raise UserError(f"'{file}' is not a whole safetensors file ({error}): fetch it again") from None
+                raise UserError(f"'{file}' is not a complete safetensors file ({error}): fetch it again") from None
 
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own. Raises UserError where the directory lacks it."""
@@ -67,7 +67,7 @@ class Weights:
 
     def _file(self, name: str) -> Path:
         if name not in self.file_of:
-            raise UserError(f"'{self.directory}' lacks the tensor '{name}': its weights do not fit its config.json")
+            raise UserError(f"'{self.directory}' lacks the tensor '{name}': its weights do not match its config.json")
         return self.file_of[name]
 
 

@@ -33,7 +33,7 @@ class Outcome(StrEnum):
     INDIVISIBLE = "indivisible"  # its inputs do not divide into groups
     SKIPPED = "skipped"  # by ModelOpt
     REFITTED = "refitted"  # the output head, to the pruned blocks
-    NOT_REFITTED = "not refitted"  # the output head: the fit is no better
+    NOT_REFITTED = "not refitted"  # the output head: the fit is not better
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,9 @@ class SequentialPruner(BlockWalk):
         dtype = self.blocks.weights.dtype(f"{name}.weight")
         stored_NK = weight_NK.to(dtype) + 0.0
         if not torch.isfinite(stored_NK).all():
-            raise UserError(f"pruning '{name}' gave weights that are not finite as {dtype}: leave it out with exclude")
+            raise UserError(
+                f"pruning '{name}' gave weights that are not finite in {dtype}: exclude it with sparsity.exclude"
+            )
         return stored_NK
 
 
@@ -230,7 +232,7 @@ def _full(number: int, name: str) -> str:
 
 
 def by_block(layers: Sequence[str], blocks: Blocks) -> list[list[str]]:
-    """Names within the block, by block. Raises UserError for a name that is no linear layer of a block."""
+    """Names within the block, by block. Raises UserError for a name that is not a linear layer of a block."""
     names: list[list[str]] = [[] for _ in range(blocks.count)]
     for name in layers:
         parts = name.split(".", 3)
@@ -240,7 +242,7 @@ def by_block(layers: Sequence[str], blocks: Blocks) -> list[list[str]]:
         except (IndexError, ValueError, AttributeError):
             layer = None
         if parts[:2] != ["model", "layers"] or not isinstance(layer, nn.Linear):
-            raise UserError(f"'{name}' is no linear layer of a decoder block: only those can be pruned")
+            raise UserError(f"'{name}' is not a linear layer of a decoder block: only those can be pruned")
         names[number].append(parts[3])
     return names
 

@@ -84,10 +84,10 @@ def _walk(
     moved = [name for name in blocks.weights.file_of if blocks.weights.moves(name)]
     changed: Changed = {name: partial(blocks.weights.read, name) for name in moved}
     for number in range(blocks.count):
-        layers_found = [LayerReport(**layer) for layer in finished.reports(number)]
-        tensors = [f"{layer.name}.weight" for layer in layers_found if layer.pruned]
+        layer_reports = [LayerReport(**layer) for layer in finished.reports(number)]
+        tensors = [f"{layer.name}.weight" for layer in layer_reports if layer.pruned]
         changed |= {name: partial(finished.weight, number, name) for name in tensors}
-        all_reports += layers_found
+        all_reports += layer_reports
     if walk.refits_head and any(layer.outcome == Outcome.PRUNED for layer in all_reports):
         head_report, head_VD = refit_head(blocks, walk.left("pruned"), walk.left("dense"))
         changed[f"{HEAD}.weight"] = lambda: head_VD
@@ -103,7 +103,7 @@ def _segments(target: Declaration, blocks: Blocks) -> dict[str, Segments]:
             layer = blocks.skeleton.get_submodule(name.removeprefix("model."))
             N, K = layer.out_features, layer.in_features
         except AttributeError:
-            raise UserError(f"'{name}' is no linear layer of a decoder block: only those can be pruned") from None
+            raise UserError(f"'{name}' is not a linear layer of a decoder block: only those can be pruned") from None
         own = segments[name] = target.hybrid.get(name) or Segments.split("rows", N, N)
         if own.size != (size := N if own.axis == "rows" else K):
             raise UserError(

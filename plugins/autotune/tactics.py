@@ -75,7 +75,7 @@ def read(path: Path) -> Tactics:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise UserError(f"'{file}' is no tactics file: {place}: {first['msg']}; tune the engine again") from None
+        raise UserError(f"'{file}' is not a tactics file: {place}: {first['msg']}; tune the engine again") from None
 
 
 def write(tactics: Tactics | dict[str, Any], path: Path) -> None:

@@ -109,7 +109,7 @@ def _timed(
         return times(Bench(shape, torch.device("cuda", device), max(*buckets, *PADDED), l2_bytes))
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"GPU memory ran out while timing {shape}: free some and build again ({_line(error)})"
+            f"GPU memory ran out while timing {shape}: free memory and build again ({_line(error)})"
         ) from None
     finally:
         torch.cuda.empty_cache()
@@ -191,7 +191,7 @@ def bucket_of(bench: Any, tokens: int, timer: Timer, kernels: Sequence[str] | No
         except torch.OutOfMemoryError:
             raise
         except (UserError, RuntimeError) as error:  # RuntimeError: torch's own product refuses some shapes
-            log.info("%s at %d tokens leaves out %s: %s", bench.shape, tokens, kernel, _line(error))
+            log.info("%s at %d tokens excludes %s: %s", bench.shape, tokens, kernel, _line(error))
     return choose(tokens, timings)
 
 
@@ -233,7 +233,7 @@ def time_kernel(bench: Bench, kernel: str, tokens: int) -> Timing:
 
     result = search.search(context, problem, call, len(weights), workspace.nbytes)
     if result.over_workspace:
-        notes = (*notes, f"{result.over_workspace} algorithms want more than {workspace.nbytes >> 20} MiB of workspace")
+        notes = (*notes, f"{result.over_workspace} algorithms need more than {workspace.nbytes >> 20} MiB of workspace")
     for note in notes:
         log.info("%s at %d tokens, %s: %s", s, tokens, kernel, note)
     return Timing(kernel, result.us, result.algorithm, notes)
@@ -265,7 +265,7 @@ def _workspace(device: torch.device, wanted: int) -> tuple[torch.Tensor, tuple[s
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             if size <= 1 << 20:
-                raise UserError("no GPU memory is left for a workspace: free some, or tune a smaller model") from None
+                raise UserError("no GPU memory is left for a workspace: free memory, or tune a smaller model") from None
             size //= 2
         else:
             short = (f"only {size >> 20} MiB of GPU memory for a workspace",) if size < wanted else ()

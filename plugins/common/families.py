@@ -69,7 +69,7 @@ def family_of(architecture: str, source: str = "config.json") -> Family:
     """The family of an architecture. Raises UserError, which quotes `source`, for one that is not supported."""
     if architecture not in FAMILIES:
         known, shown = ", ".join(FAMILIES), str(architecture or "none")[:60]
-        raise UserError(f"'{source}' names the architecture '{shown}', which is not supported", f"use one of {known}")
+        raise UserError(f"'{source}' has the architecture '{shown}', which is not supported", f"use one of {known}")
     return FAMILIES[architecture]
 
 

@@ -94,7 +94,7 @@ def open_library(file: Path) -> ctypes.CDLL:
     try:
         _declare(library)
     except AttributeError as error:
-        raise UserError(f"'{file}' is of another version ({error}): run `twofour plugins build`") from error
+        raise UserError(f"'{file}' has another version ({error}): run `twofour plugins build`") from error
     return library
 
 

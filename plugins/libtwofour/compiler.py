@@ -82,7 +82,7 @@ def parse_sm(text: str) -> str:
     """nvcc's name of an architecture written like sm_90a, 90 or 9.0: "90a". Raises UserError."""
     match = re.fullmatch(r"(?:sm_?|compute_?)?(\d+)\.?(\d)([af]?)", text.strip().lower())
     if match is None:
-        raise UserError(f"'{text}' is no GPU architecture: write one like sm_90a or 9.0")
+        raise UserError(f"'{text}' is not a GPU architecture: write one like sm_90a or 9.0")
     number = int(match[1]) * 10 + int(match[2])
     if number < 80:
         raise UserError(f"'{text}' has no sparse tensor cores: the first is sm_80 (A100)")
@@ -207,7 +207,7 @@ def _jobs() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Builds for the GPU here and writes what was built to `--out`."""
+    """Builds the libraries for this machine's GPU and writes the result to `--out`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args(arguments)

@@ -107,7 +107,7 @@ def linear_into(
 ) -> None:
     """Writes the product of a kernel to y, or adds it in float32 ("cublaslt" alone). x and y may be slices."""
     if accumulate and kernel != "cublaslt":
-        raise UserError(f"{kernel} cannot add to what y holds: use cublaslt")
+        raise UserError(f"{kernel} cannot add to the values in y: use cublaslt")
     product_MN = OPERATORS[kernel](x_MK, weight, scale, channel_scales, bias, y_MN.shape[1], torch.float32)
     y_MN.copy_(y_MN + product_MN if accumulate else product_MN)
 
@@ -174,7 +174,7 @@ def launch_into(
     except torch.OutOfMemoryError:
         raise UserError(
             f"no GPU memory for the {needed >> 20} MiB of workspace that {kernel} needs at {x_MK.shape[0]} tokens: "
-            "lower engine.max_num_tokens, or free some"
+            "lower engine.max_num_tokens, or free memory"
         ) from None
     place = (workspace.data_ptr(), workspace.nbytes)
     context.matmul(problem, x_MK.data_ptr(), weight.data_ptr(), y_MN.data_ptr(), place, _stream(x_MK))

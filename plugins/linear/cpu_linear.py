@@ -146,7 +146,7 @@ def build(
         if tensors["weight_indices"].shape != (rows, -(-columns // 8)):
             indices = list(tensors["weight_indices"].shape)
             raise UserError(
-                f"values {list(values.shape)} and indices {indices} do not belong together",
+                f"values {list(values.shape)} and indices {indices} do not match",
                 "build the engine again",
             )
     else:

@@ -49,13 +49,13 @@ def build_linear(
 
     `choices` names a kernel by tokens (kernel_linear.py, cpu_linear.py); None asks for torch's own products, which also
     take over where a kernel cannot take the layer's shape. Raises UserError where a tensor is missing, or the weight's
-    dtype is none of ours.
+    dtype is not one of ours.
     """
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     sparse = "weight_values" in tensors
     stored = tensors["weight_values" if sparse else "weight"]
     if stored.dtype not in FORMATS:
-        raise UserError(f"a weight of dtype {stored.dtype} is none of {', '.join(FORMATS.values())}: export it again")
+        raise UserError(f"a weight has dtype {stored.dtype}, not one of {', '.join(FORMATS.values())}: export it again")
     scales = _scales(tensors, stored.dtype) if stored.dtype in EIGHT_BIT else None
     if choices is not None and device.type == "cpu" and choices[0][1] in CPU_KERNELS:
         from plugins.linear import cpu_linear

@@ -21,7 +21,7 @@ Build = Callable[[Tensors], Linear]
 def build_hybrid(tensors: Tensors, build: Build, dense: bool = False) -> Linear:
     """The layer that `tensors` (hybrid_tensors.py) describe; `build` makes each part from its own tensors.
 
-    Where the parts are no slices, or `dense` is asked for, the layer is one dense one.
+    If the parts are not slices, or `dense` is requested, the layer is one dense one.
     """
     joined = tuple(tensors["weight_joined"].tolist()) if "weight_joined" in tensors else ()
     cut = None if dense else parts_of(tensors)

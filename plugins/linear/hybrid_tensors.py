@@ -64,7 +64,7 @@ def join(tensors: Tensors) -> torch.Tensor:
 def parts_of(tensors: Tensors) -> tuple[Segments, list[dict[str, torch.Tensor]]] | None:
     """Segments, and the tensors of the 2:4 and of the dense part, each as of a layer of its own.
 
-    None where ranks hold their shares of both kinds: these parts are no slices.
+    None where ranks hold their shares of both kinds: these parts are not slices.
     """
     segments = decode(tensors["weight_segments"])
     if [part.kind for part in segments.parts] != ["2:4", "dense"]:

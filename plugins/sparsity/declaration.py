@@ -45,7 +45,7 @@ class Declaration:
         if self.hybrid:
             raise UserError(
                 f"'{next(iter(self.hybrid))}' is 2:4 in part ({len(self.hybrid)} layers are), and TensorRT engines "
-                "run layers that are 2:4 as a whole",
+                "run layers that are wholly 2:4",
                 "use engine.backend=torch, or remove sparsity.fraction and sparsity.budget",
             )
 
@@ -60,7 +60,7 @@ class Declaration:
         if not isinstance(hybrid, dict) or not isinstance(order, dict):
             raise UserError("its 'hybrid' and 'order' are not tables")
         if both := sorted(set(layers) & hybrid.keys()):
-            raise UserError(f"it declares {both[0]!r} 2:4 as a whole and in part")
+            raise UserError(f"it declares {both[0]!r} wholly and partly 2:4")
         segments = {layer: Segments.parse(layer, value) for layer, value in hybrid.items()}
         orders = {module: _parse_order(module, value) for module, value in order.items()}
         return cls(tuple(layers), segments, orders, str(content.get("method", "")))
@@ -95,7 +95,7 @@ def _parse_order(module: str, value: Any) -> tuple[int, ...]:
     try:
         order = tuple(map(int, value.split()))
     except (AttributeError, ValueError):
-        raise UserError(f"the order of {module!r} is no list of numbers") from None
+        raise UserError(f"the order of {module!r} is not a list of numbers") from None
     if sorted(order) != list(range(len(order))):
-        raise UserError(f"the order of {module!r} does not hold each channel from 0 to {len(order) - 1} once")
+        raise UserError(f"the order of {module!r} does not contain each channel from 0 to {len(order) - 1} once")
     return order

@@ -53,7 +53,7 @@ def negative_zero(w_NK: Array) -> tuple[int, int] | None:
 def pack(w_NK: Array) -> tuple[Array, Array]:
     """Packs a 2:4 weight w_NK [N, K] into (values [N, K/2], indices uint8 [N, ceil(K/8)]).
 
-    Raises UserError where K is no multiple of 4, or naming the first row and group with more than 2 nonzeros.
+    Raises UserError where K is not a multiple of 4, or naming the first row and group with more than 2 nonzeros.
     """
     rows, columns = w_NK.shape
     groups = columns // 4

@@ -118,7 +118,7 @@ class Segments:
         Raises UserError where a segment would be cut at no multiple of ALIGNMENT, or ranks would hold unequal shares.
         """
         if self.size % (ranks * ALIGNMENT):
-            raise UserError(f"{self.size} {self.axis} over {ranks} ranks are no multiple of {ALIGNMENT} each")
+            raise UserError(f"{self.size} {self.axis} over {ranks} ranks are not a multiple of {ALIGNMENT} each")
         share = self.size // ranks
         cut = [
             self.of(self.axis, [(p.kind, max(0, min(p.end, start + share) - max(p.start, start))) for p in self.parts])

@@ -55,7 +55,7 @@ def unpack(packed: Array, out_features: int, in_features: int, format: str) -> A
     n, k, width = out_features, in_features, _width(format)
     if packed.dtype != np.uint8 or packed.size != packed_bytes(n, k, format):
         raise UserError(
-            f"{packed.size} bytes of {packed.dtype} are no packed {format} weight [{n}, {k}]: it has "
+            f"{packed.size} bytes of {packed.dtype} are not a packed {format} weight [{n}, {k}]: it has "
             f"{packed_bytes(n, k, format)}; build the engine again"
         )
     tiles, blocks = -(-n // ROWS), -(-k // INPUTS)

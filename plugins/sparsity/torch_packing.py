@@ -22,12 +22,12 @@ def pack(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def unpack(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The weight [N, K] that `pack` took, made on the device of `values`, where it may be a GPU.
 
-    Raises UserError for shapes that do not belong together, or indices that do not ascend within a group.
+    Raises UserError for shapes that do not match, or indices that do not ascend within a group.
     """
     rows, groups = values.shape[0], values.shape[1] // 2
     if values.shape[1] % 2 or indices.dtype != torch.uint8 or indices.shape != (rows, (groups + 1) // 2):
         raise UserError(
-            f"values {list(values.shape)} and indices {indices.dtype} {list(indices.shape)} do not belong together: "
+            f"values {list(values.shape)} and indices {indices.dtype} {list(indices.shape)} do not match: "
             "build the engine again"
         )
     nibbles = torch.stack([indices & 15, indices >> 4], dim=-1).view(rows, -1)[:, :groups]

@@ -8,8 +8,8 @@ TensorRT has worded the two lines in two ways:
 - in 10.x, with a count, and the names where the build is verbose enough:
   `(Sparsity) Found 39 layer(s) eligible to use sparse tactics` and `(Sparsity) Chose 0 layer(s) using sparse tactics`
 
-Each may come once per tactic-selection pass; the last pair is about the engine that is written. A log without them says
-nothing, and nothing is then claimed. Eligible is not picked: TensorRT times both and keeps the faster.
+Each may come once per tactic-selection pass; the last pair is about the engine that is written. A log without them
+gives no result. Eligible is not picked: TensorRT times both and keeps the faster.
 """
 
 from __future__ import annotations

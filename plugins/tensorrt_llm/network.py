@@ -49,11 +49,11 @@ class SparseNetwork:
 
 
 def swap(model: Any, names: set[str]) -> None:
-    """Puts the layers of these names on our plugin. Raises UserError for a name that is no layer we can put there."""
+    """Puts the layers of these names on our plugin. Raises UserError for a name that is not a layer it can run."""
     modules = {name: module for name, module, _ in model.named_modules_with_parent()}
     for name in names:
         if type(modules.get(name)) not in SPARSE_LAYER:
-            actual = type(modules[name]).__name__ if name in modules else "no layer"
+            actual = type(modules[name]).__name__ if name in modules else "not a layer"
             raise UserError(f"'{name}' is {actual} in this model: route it natively, or build from its own checkpoint")
     if names:
         quantization = copy.copy(model.config.quantization)
@@ -134,12 +134,12 @@ def add_plugin(layer: Any, x: Any, scales: np.ndarray[Any, Any]) -> Any:
     creator = trt.get_plugin_registry().get_creator(*PLUGIN)
     if creator is None:
         raise UserError(
-            f"TensorRT knows no plugin {PLUGIN[0]}: preload libtwofour_tensorrt.so, as the engine's launch/env.sh does"
+            f"TensorRT has no plugin {PLUGIN[0]}: preload libtwofour_tensorrt.so, as the engine's launch/env.sh does"
         )
     fields = plugin_fields(layer, scales)
     plugin = creator.create_plugin("twofour", trt.PluginFieldCollection(list(fields.values())), trt.TensorRTPhase.BUILD)
     if plugin is None:
-        raise UserError("TensorRT could not make our plugin for a layer: see the previous line of the log")
+        raise UserError("TensorRT could not create our plugin for a layer: see the previous log line")
     added = default_trtnet().add_plugin_v3([x.trt_tensor], [], plugin)
     return _create_tensor(added.get_output(0), added)
 

@@ -42,6 +42,6 @@ def require_findable(package: str) -> None:
     spec = PathFinder.find_spec(package, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     if spec is None or spec.origin is None or Path(spec.origin).resolve() != file:
         raise UserError(
-            f"TensorRT-LLM's workers would not find '{file}', which holds the sparse layers: start the engine with "
+            f"TensorRT-LLM's workers would not find '{file}', which contains the sparse layers: start the engine with "
             f"'{file.parents[1] / 'launch' / 'serve.sh'}', or put '{file.parents[1]}' on PYTHONPATH"
         )

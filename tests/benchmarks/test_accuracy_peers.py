@@ -32,5 +32,5 @@ def test_rows_are_measured_on_the_written_weights(docs_llama, tmp_path):
 def test_a_directory_that_is_no_model_is_named(tmp_path):
     done = run("--model", tmp_path)
     assert done.returncode != 0
-    assert f"'{tmp_path}' holds no config.json" in done.stderr
+    assert f"'{tmp_path}' contains no config.json" in done.stderr
     assert "Traceback" not in done.stderr

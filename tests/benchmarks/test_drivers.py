@@ -13,7 +13,7 @@ from tests.support.bench_requests import ask
 
 @dataclass
 class Clock:
-    """A clock that moves only when told."""
+    """A clock that advances only on demand."""
 
     now: float = 100.0
 

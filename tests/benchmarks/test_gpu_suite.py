@@ -115,7 +115,7 @@ def test_a_killed_parent_leaves_what_the_step_had_written(tmp_path: Path) -> Non
     assert json.loads(part.read_text()) == {"rows": [1]}
 
 
-def test_without_a_compiler_the_build_step_says_what_to_install(
+def test_without_a_compiler_the_build_step_names_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing() -> str:

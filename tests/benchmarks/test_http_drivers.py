@@ -175,11 +175,11 @@ def hang_up(handler: Handler, body: dict[str, Any]) -> None:
     handler.close_connection = True
 
 
-def say_nothing(handler: Handler, body: dict[str, Any]) -> None:
+def send_nothing(handler: Handler, body: dict[str, Any]) -> None:
     handler.begin()
 
 
-def speak_no_json(handler: Handler, body: dict[str, Any]) -> None:
+def send_html(handler: Handler, body: dict[str, Any]) -> None:
     handler.begin()
     handler.send("<html>")
 
@@ -205,13 +205,13 @@ def drip(handler: Handler, body: dict[str, Any]) -> None:
         (fail_within_the_stream, "HTTP 200 with an error: out of memory"),
         (end_early, "ended after 2 of 5 tokens"),
         (hang_up, "peer closed connection"),
-        (say_nothing, "HTTP 200 with an empty stream"),
-        (speak_no_json, "not JSON in the stream: <html>"),
+        (send_nothing, "HTTP 200 with an empty stream"),
+        (send_html, "not JSON in the stream: <html>"),
         (stall, "silent for 0.3 s"),
         (drip, "not done after 0.6 s"),
     ],
 )
-def test_a_server_that_fails_is_recorded_in_its_own_words(
+def test_the_message_of_a_server_that_fails_is_recorded(
     serve: Callable[[Script], Server], script: Script, fragment: str
 ) -> None:
     patience = {"request_s": 0.6, "gap_s": 0.3} if script in (stall, drip) else {"request_s": 20.0, "gap_s": 10.0}

@@ -69,5 +69,5 @@ def test_a_build_that_is_none_is_named(tmp_path):
     (peer / "complete").touch()
     done = compare(tmp_path / "model.gguf", "--build", f"ours={tmp_path}", "--environment", peer)
     assert done.returncode != 0
-    assert f"--build 'ours={tmp_path}' names no build" in done.stderr
+    assert f"--build 'ours={tmp_path}' is not a build" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Statistics: nearest-rank percentiles, resampling by rounds, and intervals that hold as often as they say."""
+"""Statistics: nearest-rank percentiles, resampling by rounds, and intervals with their nominal coverage."""
 
 import numpy as np
 import pytest

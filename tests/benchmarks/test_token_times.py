@@ -14,7 +14,7 @@ def stream(kinds: str, counts: bool = False, usage: int | None = None) -> tuple[
     """Events of `kinds` and the times of those that hold tokens.
 
     o: without text, before prefill. t: a token. p: two tokens. h: half a character, a token without text. f: without
-    text, says why the answer ended. e: likewise, and holds the end-of-text token.
+    text, with the finish reason. e: likewise, and holds the end-of-text token.
     """
     arrivals, held, now, total = [], [], START + 0.002, 0
     for kind in kinds:

@@ -19,7 +19,7 @@ HEAVY = ("torch", "transformers", "modelopt", "matplotlib", "datasets", "safeten
 
 
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Every command with its words, those of groups too."""
+    """Every command with its path, including those in groups."""
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from commands(command, (*path, name))
@@ -72,10 +72,10 @@ def test_every_example_names_options_that_exist() -> None:
 def test_the_first_page_lists_the_commands_and_the_exit_statuses() -> None:
     page = done("--help").stdout
     assert all(path[0] in page for path, _ in commands())
-    assert "0 done, 1 a gate failed, 2 the input is wrong" in page
+    assert "0 success, 1 a gate failed, 2 invalid input" in page
 
 
-def test_the_version_is_told() -> None:
+def test_the_version_is_printed() -> None:
     assert done("--version").stdout.startswith("twofour, version 0.")
 
 
@@ -157,7 +157,7 @@ def test_verify_ends_with_status_1_at_a_violation(built: Path, tmp_path: Path) -
     assert len(ended.json["violations"]) == 1
 
 
-def test_explain_says_of_each_layer_what_runs_and_why(built: Path) -> None:
+def test_explain_shows_for_each_layer_what_runs_and_why(built: Path) -> None:
     actual = done("explain", built, "--layers", "*.mlp.*", "--json").json
     assert len(actual["layers"]) == 6
     for layer in actual["layers"]:
@@ -188,7 +188,7 @@ def test_an_engine_is_built_from_a_checkpoint_alone(built: Path, tmp_path: Path)
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_evaluate_finds_what_the_build_found(built: Path) -> None:
+def test_evaluate_measures_what_the_build_measured(built: Path) -> None:
     actual = done("evaluate", built, "--json").json
     report = json.loads((built / "report" / "report.json").read_text())
     assert actual["built"] == report["accuracy"]["built"]

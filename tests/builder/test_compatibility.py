@@ -22,7 +22,7 @@ class Layer:
     sparse: bool = True
 
 
-def test_every_combination_has_one_answer_and_each_refusal_says_what_to_use():
+def test_every_combination_has_one_verdict_and_each_rejection_names_an_alternative():
     gpus = (None, 75, 80, 86, 89, 90, 100, 103, 120)
     for number_format, sparse, backend, sm, kv, parallel in itertools.product(
         FORMATS, (False, True), BACKENDS, gpus, ("none", "int8", "fp8"), (1, 2)
@@ -55,7 +55,7 @@ def test_every_combination_has_one_answer_and_each_refusal_says_what_to_use():
         ({"format": "fp8", "sparse": True, "backend": "pytorch", "features": (QUANTIZED_HEAD,)}, "lm_head in 16 bit"),
         (
             {"format": "bf16", "sparse": False, "backend": "tensorrt", "sm": 90, "tensorrt_llm": "1.3.0rc24"},
-            "past the 1.2 line",
+            "newer than 1.2",
         ),
         (
             {"format": "bf16", "sparse": False, "backend": "pytorch", "sm": 90, "tensorrt_llm": "0.18.2"},
@@ -96,11 +96,11 @@ def test_unknown_name_is_quoted():
         check("bf16", False, "vllm")
 
 
-def test_auto_takes_the_first_that_can_run_and_says_why():
+def test_auto_selects_the_first_that_can_run_and_gives_the_reason():
     assert choose_backend("fp8", True, 90, "1.2.1")[0] == "tensorrt"
     backend, reason = choose_backend("fp8", True, 90, "1.3.0")
     assert backend == "pytorch"
-    assert "not tensorrt: TensorRT-LLM 1.3.0 is past the 1.2 line" in reason
+    assert "not tensorrt: TensorRT-LLM 1.3.0 is newer than 1.2," in reason
     assert choose_backend("int8", True, 100, "1.2.1")[0] == "torch"
     backend, reason = choose_backend("bf16", True, None, None)
     assert backend == "torch"

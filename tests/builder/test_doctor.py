@@ -55,7 +55,7 @@ def test_a_gpu_without_sparse_tensor_cores(nvidia_smi: Path) -> None:
     nvidia_smi.write_text("#!/bin/sh\necho 'Tesla T4, 7.5, 15360, 15000, 580.65'\n")
     actual = probes.gpu()
     assert (actual.state, actual.version) == ("unfit", "SM75")
-    assert "2:4 sparsity needs the sparse tensor cores that begin with SM80" in actual.message
+    assert "2:4 sparsity needs sparse tensor cores: SM80" in actual.message
 
 
 @pytest.mark.parametrize("answer", ["sleep 60", "exit 9", "echo garbage", "echo 'H100, [N/A], 1, 1, 1'"])
@@ -233,7 +233,7 @@ def findings(**states: str) -> list[Finding]:
          {"tensorrt": "TensorRT-LLM: TensorRT-LLM is broken", "pytorch": "TensorRT-LLM: TensorRT-LLM is broken"}),
         ({"trt": "missing"}, ["pytorch", "torch"], {"tensorrt": "TensorRT: TensorRT is missing"}),
         ({"llm": "1.3.0"}, ["pytorch", "torch"],
-         {"tensorrt": "TensorRT-LLM: TensorRT-LLM 1.3.0 is past the 1.2 line, the last that builds TensorRT engines"}),
+         {"tensorrt": "TensorRT-LLM: TensorRT-LLM 1.3.0 is newer than 1.2, the last that builds TensorRT engines"}),
         ({"torch": "missing"}, ["tensorrt", "pytorch"], {"torch": "torch: torch is missing"}),
         ({"torch": "unfit"}, ["tensorrt", "pytorch", "torch"], {}),
     ],
@@ -252,8 +252,8 @@ def test_which_backends_run_and_the_one_thing_that_each_other_lacks(
     [
         ("SM90", "tensorrt", "2:4 layers in bf16, fp8, int8"),
         ("SM90", "pytorch", "2:4 layers in bf16, fp8; not int8: the PyTorch backend of TensorRT-LLM has no INT8 W8A8"),
-        ("SM100", "tensorrt", "2:4 layers in bf16, fp8; not int8: TensorRT-LLM refuses SmoothQuant INT8 on SM100"),
-        ("SM80", "tensorrt", "2:4 layers in bf16, int8; not fp8: FP8 needs the FP8 tensor cores that begin with SM89"),
+        ("SM100", "tensorrt", "2:4 layers in bf16, fp8; not int8: TensorRT-LLM rejects SmoothQuant INT8 on SM100"),
+        ("SM80", "tensorrt", "2:4 layers in bf16, int8; not fp8: FP8 needs FP8 tensor cores: SM89"),
     ],
 )
 def test_the_formats_are_those_of_the_compatibility_table(sm: str, backend: str, fragment: str) -> None:
@@ -261,7 +261,7 @@ def test_the_formats_are_those_of_the_compatibility_table(sm: str, backend: str,
     assert notes[backend].startswith(fragment)
 
 
-def test_the_torch_backend_says_what_keeps_it_from_its_kernels() -> None:
+def test_the_torch_backend_reports_why_its_kernels_cannot_run() -> None:
     notes = {ability.name: ability.note for ability in checks.abilities(findings(lt="missing"))}
     reason = "cuSPARSELt: cuSPARSELt is missing"
     assert notes["torch"] == f"sparse layers run the reference numerics, without speed-up: {reason}"

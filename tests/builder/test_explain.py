@@ -38,7 +38,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = random_model(out / "checkpoint", "Llama")
     actual = predict_tactics(checkpoint, "H100-SXM")
     layers = {name: {**layer, "buckets": []} for name, layer in actual["layers"].items()}
-    layers[f"{MLP}.up_proj"] = entry(("3 algorithms want more than 128 MiB",), t8=(20.0, 13.0), t64=(20.0, 19.8))
+    layers[f"{MLP}.up_proj"] = entry(("3 algorithms need more than 128 MiB",), t8=(20.0, 13.0), t64=(20.0, 19.8))
     layers[f"{MLP}.gate_proj"] = entry(t8=(20.0, 13.0), t64=(20.0, 21.0))
     layers[f"{MLP}.down_proj"] = entry(t8=(10.0, 9.9), t64=(10.0, 10.5))
     device = {"name": "H100", "sm": 90, "driver": None, "clocks": {}}
@@ -54,7 +54,7 @@ def test_margins_and_what_stays_dense(built: Path) -> None:
     assert "Kernel times are measured for H100.\n" in printed
     assert "    8 tokens  skinny          dense 20.00 us, 2:4 13.00 us, 1.54x  (measured)" in printed
     lost = "   64 tokens  dense-cublaslt  dense 20.00 us, 2:4 19.80 us, 1.01x (less than 1.02x is not worth it)"
-    assert f"{lost}  (measured)\n         dense-cublaslt: 3 algorithms want more than 128 MiB\n" in printed
+    assert f"{lost}  (measured)\n         dense-cublaslt: 3 algorithms need more than 128 MiB\n" in printed
     assert "2:4 is faster on H100: 1.54x at 8 tokens; dense at 64" in printed
     assert "predicted" not in printed
     _, _, dense = printed.partition("13 of 15 layers run dense at every number of tokens\n")
@@ -95,10 +95,10 @@ def test_an_engine_without_tactics_is_refused_in_a_line(built: Path, tmp_path: P
     artifact.build(built / "checkpoint", tmp_path / "engine", CONFIG)
     ended = twofour("explain", tmp_path / "engine")
     assert ended.status == 2
-    assert "holds no checkpoint to predict from: name the build that holds the engine" in ended.stderr
+    assert "contains no checkpoint to predict from: give the build that contains the engine" in ended.stderr
     (tmp_path / "engine" / "tactics.json").write_text('{"layers": {}}')
     ended = twofour("explain", tmp_path / "engine")
-    assert "tactics.json' is no tactics file: device: Field required" in ended.stderr
+    assert "tactics.json' is not a tactics file: device: Field required" in ended.stderr
 
 
 def test_a_small_layer_is_not_predicted_to_gain() -> None:

@@ -214,7 +214,7 @@ def test_a_bias_is_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("preset", "noted"), [("fp8-2of4", True), ("fp8-2of4-all", False)])
-def test_a_plan_under_a_budget_says_that_its_figures_are_of_all_candidates(
+def test_a_plan_under_a_budget_notes_that_its_figures_are_of_all_candidates(
     tmp_path: Path, preset: str, noted: bool
 ) -> None:
     notes = planned(tmp_path, LLAMA_8B, preset).notes

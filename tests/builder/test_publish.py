@@ -137,7 +137,7 @@ def test_a_build_cannot_replace_what_it_is_made_from(tmp_path: Path) -> None:
     out = tmp_path / "out"
     entry = Cache(tmp_path / "store").run("s", KEY, {}, write_one(b"w"))
     build(entry, out)
-    with claimed(out) as place, pytest.raises(UserError, match="which the build is made from"):
+    with claimed(out) as place, pytest.raises(UserError, match="an input of the build"):
         publish({"checkpoint": out / "checkpoint"}, place, {})
     assert verify_manifest(out) == []
 

@@ -1,4 +1,4 @@
-"""The report: three files from a full and from a minimal dictionary, honest words, a page that needs nothing else."""
+"""The report: three files from a full and from a minimal dictionary, correct texts, a page that needs nothing else."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def test_json_keeps_what_was_given(pages: Path) -> None:
     assert written["predicted"]["decode"]["built"]["gpu"] == "H100 SXM 80GB"
 
 
-def test_the_page_is_well_formed_and_says_the_main_figures(pages: Path) -> None:
+def test_the_page_is_well_formed_and_shows_the_main_figures(pages: Path) -> None:
     page = Page((pages / "report.html").read_text(encoding="utf8"))
     for fragment in (
         "A gate failed. 1.92x smaller, perplexity +17.0%",
@@ -145,7 +145,7 @@ def test_every_plot_is_well_formed_named_and_inside_its_frame(pages: Path) -> No
                     assert -0.1 <= float(mark.attrib.get(key, 0)) <= limit, (mark.attrib, root.attrib["aria-label"])
 
 
-def test_a_minimal_report_renders_and_says_that_nothing_was_measured(tmp_path: Path) -> None:
+def test_a_minimal_report_renders_and_states_that_nothing_was_measured(tmp_path: Path) -> None:
     page = Page(html_of(MINIMAL, tmp_path))
     assert "Nothing was measured" in page.text
     assert page.text.count("not measured") == 3
@@ -244,7 +244,7 @@ def test_one_odd_layer_gets_a_row_of_its_own() -> None:
     assert groups[1].name == "model.layers.3.mlp.up_proj"
 
 
-def test_a_gpu_that_lacks_the_format_says_so_in_place_of_a_figure(tmp_path: Path) -> None:
+def test_a_gpu_that_lacks_the_format_gives_the_reason_instead_of_a_figure(tmp_path: Path) -> None:
     report, card = full(), roofline.gpu("A100")
     report["predicted"]["decode"]["built"] = roofline.decode_ceiling(card, [roofline.Layer(64, 64, "fp8")], 1, 1, 1)
     assert "fp8 needs SM89" in Page(html_of(report, tmp_path)).text
@@ -254,7 +254,7 @@ def test_a_ceiling_of_a_model_that_fits_the_l2_cache_is_called_no_limit(tmp_path
     report, card = full(), roofline.gpu("H100")
     for side in ("dense", "built"):
         report["predicted"]["decode"][side] = roofline.decode_ceiling(card, [roofline.Layer(4096, 4096)], 1, 1, 1)
-    assert "fit the L2 cache, so this is no real limit" in Page(html_of(report, tmp_path)).text
+    assert "fit the L2 cache, so this is not a real limit" in Page(html_of(report, tmp_path)).text
 
 
 def test_markdown_tables_have_as_many_cells_in_each_row(pages: Path) -> None:

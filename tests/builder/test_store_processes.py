@@ -134,7 +134,7 @@ def test_two_processes_on_one_key_make_it_once(tmp_path: Path) -> None:
     assert len((tmp_path / "made").read_text().split()) == 12
 
 
-def test_a_process_that_will_not_wait_is_told_who_makes_it(store: Cache, tmp_path: Path) -> None:
+def test_a_process_that_does_not_wait_gets_the_running_process_id(store: Cache, tmp_path: Path) -> None:
     process = child(store.root, tmp_path / "made")
     while not (tmp_path / "made").exists():
         time.sleep(0.005)
@@ -143,7 +143,7 @@ def test_a_process_that_will_not_wait_is_told_who_makes_it(store: Cache, tmp_pat
     process.communicate()
 
 
-def test_a_process_that_waits_says_so_once_and_reuses(store: Cache, lines: list[str], tmp_path: Path) -> None:
+def test_a_process_that_waits_prints_it_once_and_reuses(store: Cache, lines: list[str], tmp_path: Path) -> None:
     process = child(store.root, tmp_path / "made")
     while not (tmp_path / "made").exists():
         time.sleep(0.005)

@@ -166,16 +166,16 @@ def test_damaged_json_under_a_text_name_is_not_prose(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "fragment"),
     [
-        ("a.jsonl", b'{"text": "a", "text": "b"}\n{"text": "c"}', "line 1 is not JSON (the key 'text' stands twice)"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}\n{"text": "c"}', "line 1 is not JSON (the key 'text' appears twice)"),
         ("a.json", b'[{"text": "a"}, {"text": ]', "line 1 is not JSON"),
         ("a.json", b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "several lists of rows (train, test)"),
         ("a.json", b"[" * 100_000, "is not JSON"),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "is not JSON"),
         ("a.txt", "utf16".encode("utf-16-le"), "line 1 holds a NUL character"),
-        ("a.csv", b'id,text\n1,"a"\n2,b,c\n', "line 3 has not the 2 fields"),
+        ("a.csv", b'id,text\n1,"a"\n2,b,c\n', "line 3 does not have the 2 fields"),
         ("a.csv", b'id,text\n1,"a\n', "is not a table of values"),
-        ("a.csv", b"text,text\na,b\n", "names a column twice"),
-        ("a.parquet", b"PAR1 and no more", "is not a whole Parquet file"),
+        ("a.csv", b"text,text\na,b\n", "has a duplicate column"),
+        ("a.parquet", b"PAR1 and no more", "is not a complete Parquet file"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd", "is compressed with zstd"),
         ("a.jsonl", b"PK\x03\x04", "is a zip archive"),
     ],
@@ -195,7 +195,7 @@ def test_gzip_that_is_damaged_anywhere_is_refused(tmp_path: Path) -> None:
     block, checksum = bytearray(whole), bytearray(whole)
     block[10], checksum[-6] = 0xFF, checksum[-6] ^ 0xFF
     for data in (whole[: len(whole) // 2], bytes(block), bytes(checksum), b'{"text": "a"}\n', whole + b"more"):
-        with pytest.raises(UserError, match="is not a whole gzip file"):
+        with pytest.raises(UserError, match="is not a complete gzip file"):
             contents(tmp_path / "a.jsonl.gz", data)
 
 

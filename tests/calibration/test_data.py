@@ -164,7 +164,7 @@ def test_plain_text_is_put_into_the_chat_template_only_when_asked(chat_model: Pa
     assert "<user>" not in tokenizer.decode(windows(str(path), chat_model, 32).tokens[0])
 
 
-def test_a_dataset_is_streamed_and_its_text_column_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_is_streamed_and_its_text_column_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked: list[Any] = []

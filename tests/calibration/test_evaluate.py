@@ -99,7 +99,7 @@ def test_values_survive_json():
     }  # fmt: skip
 
 
-def test_gates_pass_and_fail_with_words():
+def test_gates_pass_and_fail_with_a_message():
     actual = evaluate(table([[0.0, math.log(3)], [0.0, 0.0]]), table([[0.0, 0.0], [0.0, 0.0]]), np.array([[0, 1]]))
     assert actual.perplexity_increase == pytest.approx(0.5)
     loose = config.Accuracy(max_perplexity_increase=0.6)

@@ -208,7 +208,7 @@ def test_inputs_that_are_not_finite_are_refused(models: tuple[Path, Path], tmp_p
         compensate(models[0], tmp_path / "broken", TOKENS, RANK, tmp_path / "out", tmp_path / "work", quietly)
 
 
-def test_a_build_leaves_the_adapter_and_says_that_the_engine_does_not_apply_it(tmp_path: Path) -> None:
+def test_a_build_writes_the_adapter_and_notes_that_the_engine_does_not_apply_it(tmp_path: Path) -> None:
     model = cut_llama(tmp_path / "llama")
     recipe, out, store = write_recipe(tmp_path / "recipe.yaml", model), tmp_path / "out", tmp_path / "store"
     options = ("--preset", "2of4-all", "--set", "sparsity.method=magnitude", "--until", "checkpoint")

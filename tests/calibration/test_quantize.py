@@ -67,7 +67,7 @@ def test_channels_without_weights_or_inputs_are_not_smoothed(tied: Path) -> None
     assert torch.equal(gate, up)
 
 
-def test_a_scale_for_each_token_leaves_no_input_scale_and_a_stray_one_is_found(tied: Path) -> None:
+def test_a_scale_for_each_token_leaves_no_input_scale_and_a_stray_one_is_detected(tied: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     config = Quantization(format="int8", activations="per_token", exclude=("lm_head",))

@@ -245,7 +245,7 @@ def test_sampled_text_follows_the_model(models):
     assert {row[:4].tobytes() for row in drawn} <= {row[:4].tobytes() for row in prompts}
     assert np.array_equal(drawn, sample(model, prompts, 200, 0, quietly))
     assert not np.array_equal(drawn, sample(model, prompts, 200, 1, quietly))
-    with torch.inference_mode():  # the model finds its own text as likely as its entropy says, and random text less so
+    with torch.inference_mode():  # the loss on the model's own text is its entropy; on random text it is higher
         own, random = (
             model(ids, labels=ids).loss
             for ids in map(torch.from_numpy, (drawn, np.random.default_rng(1).integers(64, size=(200, 12))))

@@ -71,13 +71,13 @@ def test_the_adapter_does_on_the_reordered_model_what_it_does_on_the_dense_one(p
 
 def test_an_adapter_that_is_in_the_order_already_is_refused(places: Path, tmp_path: Path) -> None:
     reorder_adapter(places / "adapter", places / "reordered", tmp_path / "out")
-    assert "in a build's channel order already" in refused(
+    assert "already in a build's channel order" in refused(
         "adapter", tmp_path / "out", places / "reordered", "--out", tmp_path / "twice"
     )
 
 
 def test_a_checkpoint_without_an_order_is_refused(places: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="names no order: the adapter fits as it is"):
+    with pytest.raises(UserError, match="lists no channel order: the adapter fits as it is"):
         reorder_adapter(places / "adapter", places / "dense", tmp_path / "out")
 
 
@@ -93,5 +93,5 @@ def test_an_adapter_of_another_model_is_refused(places: Path, tmp_path: Path) ->
 
 
 def test_a_directory_that_is_no_adapter_is_refused(places: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="name the directory of a PEFT adapter"):
+    with pytest.raises(UserError, match="give the directory of a PEFT adapter"):
         reorder_adapter(tmp_path, places / "reordered", tmp_path / "out")

@@ -135,7 +135,7 @@ def test_inputs_that_are_not_finite_name_the_layer(method: str, bad: float) -> N
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "reconstruct"])
-def test_a_hessian_that_cannot_be_factored_raises_the_damping_and_says_so(
+def test_a_hessian_that_cannot_be_factored_raises_the_damping_with_a_warning(
     method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     weight, hessian = layer()

@@ -1,4 +1,4 @@
-"""The walk through a model: what it writes, what it leaves alone, and what a killed run goes on from."""
+"""The walk through a model: what it writes, what it does not change, and how a killed run resumes."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_tuning_brings_the_block_nearer_to_the_dense_one_and_keeps_the_mask(tmp_
     assert torch.equal(block.get_submodule("self_attn.v_proj").weight, untouched)
 
 
-def test_a_layer_that_is_2of4_already_keeps_every_byte_and_says_so(llama: Path, tmp_path: Path) -> None:
+def test_a_layer_that_is_2of4_already_keeps_every_byte_and_is_reported(llama: Path, tmp_path: Path) -> None:
     prune(llama, tmp_path / "once", method="magnitude")
     reports = prune(tmp_path / "once", tmp_path / "twice", method="reconstruct")
     weights = [(tmp_path / which / "model.safetensors").read_bytes() for which in ("once", "twice")]

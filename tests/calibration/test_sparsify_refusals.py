@@ -21,7 +21,7 @@ from tests.support.pruning import TOKENS, is_2of4, make_model, names, prune
     "name", ["lm_head", "model.layers.9.mlp.up_proj", "model.layers.0.mlp", "model.layers.x.y", "a"]
 )
 def test_a_name_that_is_no_layer_of_a_block_is_quoted(llama: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"'{name}' is no linear layer of a decoder block"):
+    with pytest.raises(UserError, match=f"'{name}' is not a linear layer of a decoder block"):
         prune(llama, tmp_path / "out", [name])
 
 
@@ -48,7 +48,7 @@ def test_a_file_cut_short_is_named(tmp_path: Path) -> None:
     source = make_model(tmp_path / "model")
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"model\.safetensors' is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors' is not a complete safetensors file"):
         prune(source, tmp_path / "out")
 
 

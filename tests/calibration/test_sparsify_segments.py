@@ -98,7 +98,7 @@ def test_the_dense_inputs_make_up_for_the_2of4_ones(tmp_path: Path) -> None:
     ("target", "fragment"),
     [
         (Declaration(hybrid={names(0)[-1]: Segments.split("inputs", 96, 32)}), "cover 96 of its 48 inputs"),
-        (Declaration(hybrid={"lm_head": Segments.split("rows", 96, 32)}), "is no linear layer of a decoder block"),
+        (Declaration(hybrid={"lm_head": Segments.split("rows", 96, 32)}), "is not a linear layer of a decoder block"),
         (Declaration(order={"model.layers.0.mlp": (0, 1)}), "each channel from 0 to 47 once"),
     ],
 )

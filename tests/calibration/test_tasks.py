@@ -28,7 +28,7 @@ def test_a_continuation_scores_its_own_tokens_only() -> None:
     assert greedy
 
 
-def test_a_continuation_that_greedy_would_not_say() -> None:
+def test_a_continuation_that_greedy_would_not_generate() -> None:
     score, greedy = continuation(after, [0, 1], [2, 0], context=8)
     assert score == pytest.approx(LIKELY + UNLIKELY)
     assert not greedy

@@ -66,7 +66,7 @@ def test_a_sound_tokenizer_needs_no_word(model: Path) -> None:
 
 def test_a_damaged_tokenizer_is_quoted(model: Path) -> None:
     (model / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(UserError, match="holds no tokenizer that loads"):
+    with pytest.raises(UserError, match="contains no tokenizer that loads"):
         load_tokenizer(model)
 
 

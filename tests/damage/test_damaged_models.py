@@ -189,7 +189,7 @@ def test_a_damaged_index_is_refused_or_complete(model: Path, tmp_path: Path) -> 
         except UserError as error:
             message = str(error)
         else:
-            return  # both shards were named, and they hold all: what else the index says is not read
+            return  # the index lists both shards, which hold all tensors: the rest of the index is not read
         assert "\n" not in message
 
     replace(model / "model.safetensors.index.json", whole)

@@ -86,7 +86,7 @@ def test_any_override_is_refused_or_taken(key: str, value: Any) -> None:
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("model: a/b\nquantization: {format: fp8}\nquantization: {kv_cache: fp8}\n")
-    with pytest.raises(UserError, match="'quantization' stands twice"):
+    with pytest.raises(UserError, match="'quantization' appears twice"):
         recipe.load(str(path))
 
 

@@ -130,7 +130,7 @@ def test_the_installed_command_ends_with_the_same_line_and_status(tmp_path: Path
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert (
-        err == "error: no model at 'no/such/model': check the path, or name a Hugging Face id such as Qwen/Qwen3-0.6B\n"
+        err == "error: no model at 'no/such/model': check the path, or give a Hugging Face id such as Qwen/Qwen3-0.6B\n"
     )
     assert nothing_left(tmp_path / "out")
 

@@ -25,7 +25,7 @@ def broken(model: Path, tmp_path: Path) -> Path:
 
 def test_no_such_directory(build: Callable[..., str]) -> None:
     assert build("no/such/model") == (
-        "no model at 'no/such/model': check the path, or name a Hugging Face id such as Qwen/Qwen3-0.6B"
+        "no model at 'no/such/model': check the path, or give a Hugging Face id such as Qwen/Qwen3-0.6B"
     )
     assert "no model at './missing'" in build("./missing")
     assert "no model at 'missing'" in build("missing")
@@ -36,7 +36,7 @@ def test_no_such_recipe(build: Callable[..., str]) -> None:
 
 
 def test_a_file_where_a_model_should_be(build: Callable[..., str], model: Path) -> None:
-    assert "is a file: name the directory that holds config.json" in build(model / "model.safetensors")
+    assert "is a file: give the directory that contains config.json" in build(model / "model.safetensors")
 
 
 def test_a_hub_id_without_network(build: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_an_unsupported_architecture(build: Callable[..., str], broken: Path) ->
     ("changes", "fragment"),
     [
         ({"hidden_size": None}, "hidden_size is 'None', not a positive whole number"),
-        ({"architectures": None}, "names the architecture 'none'"),
+        ({"architectures": None}, "has the architecture 'none'"),
         ({"quantization_config": {"quant_method": "modelopt"}}, "is quantized already"),
         ({"hidden_size": 512}, "'model.embed_tokens.weight' has shape [4096, 256], config.json gives [4096, 512]"),
     ],
@@ -123,7 +123,7 @@ def test_a_config_that_is_not_json(build: Callable[..., str], broken: Path) -> N
     (broken / "config.json").write_text("[]")
     assert f"'{broken / 'config.json'}' is not a JSON object" in build(broken)
     (broken / "config.json").unlink()
-    assert f"'{broken}' holds no config.json" in build(broken)
+    assert f"'{broken}' contains no config.json" in build(broken)
 
 
 @pytest.mark.parametrize("preset", ["fp8", "2of4-all"])
@@ -146,7 +146,7 @@ def test_a_model_that_lacks_a_tensor(build: Callable[..., str], broken: Path, pr
 def test_a_model_without_a_tokenizer(build: Callable[..., str], broken: Path) -> None:
     (broken / "tokenizer.json").unlink()
     (broken / "tokenizer_config.json").unlink()
-    assert f"'{broken}' holds no tokenizer that loads" in build(broken)
+    assert f"'{broken}' contains no tokenizer that loads" in build(broken)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_in_features_that_cannot_be_2of4(
         ("keyless.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', "line 3 has neither 'text' nor 'messages'"),
         ("list.jsonl", b'["a"]\n["b"]\n', "line 1 is not an object"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
-        ("cut.jsonl.gz", b"\x1f\x8b\x08\x00", "is not a whole gzip file"),
+        ("cut.jsonl.gz", b"\x1f\x8b\x08\x00", "is not a complete gzip file"),
         ("utf16.jsonl", '{"text": "a"}\n'.encode("utf-16"), "line 1 is not UTF-8 (byte 0xff)"),
     ],
 )  # fmt: skip
@@ -231,7 +231,7 @@ def test_a_budget_that_nothing_meets(docs_llama: Path, tmp_path: Path) -> None:
     assert ended.stdout == ""
     actual = re.fullmatch(
         r"failed: nothing fits under sparsity.budget \(perplexity \+0.00%\): the smallest loss reached is "
-        r"perplexity \+(\d+\.\d+)% with \d+% of the weights 2:4; raise the budget, or leave sparsity out\n",
+        r"perplexity \+(\d+\.\d+)% with \d+% of the weights 2:4; raise the budget, or remove sparsity\n",
         ended.stderr,
     )
     assert actual

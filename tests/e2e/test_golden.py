@@ -1,6 +1,6 @@
-"""Golden numbers: the perplexities of the README's table. A pruning method that slips fails here.
+"""Golden numbers: the perplexities of the README's table. A pruning method that gets worse fails here.
 
-Move a number only in a commit that says why it moved.
+Change a number only in a commit that gives the reason.
 """
 
 from __future__ import annotations

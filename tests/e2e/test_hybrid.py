@@ -75,7 +75,7 @@ def test_the_engine_stores_each_part_packed(built: Path) -> None:
     assert f"{name}.weight" not in stored
 
 
-def test_a_fraction_below_one_step_is_dense_and_says_so(docs_llama: Path, tmp_path: Path) -> None:
+def test_a_fraction_below_one_step_is_dense_and_is_reported(docs_llama: Path, tmp_path: Path) -> None:
     options = settings(*FEW, "sparsity.fraction=0.0001")
     where = ("--until", "checkpoint", "--store", tmp_path / "store", "--out", tmp_path / "out")
     outcome = done("build", docs_llama, "--preset", "2of4-all", *options, *where)
@@ -148,7 +148,7 @@ def change(directory: Path, edit: Any) -> None:
         (cover_too_little, "cover 32 of its"),
         (cut_a_head, "begins at 32, within a head"),
         (claim_more, "2:4 allows 2"),
-        (repeat_a_channel, "does not hold each channel from 0 to 2 once"),
+        (repeat_a_channel, "does not contain each channel from 0 to 2 once"),
     ],
 )
 def test_verify_reports_each_violation(built: Path, tmp_path: Path, attack: Any, fragment: str) -> None:
@@ -178,10 +178,10 @@ def test_the_order_is_that_of_the_dense_model(built: Path, docs_llama: Path, tmp
 
 def test_another_model_proves_no_order(built: Path, tmp_path: Path) -> None:
     other = random_model(tmp_path / "other", "Llama")
-    assert "is another model than" in refused("verify", built / "checkpoint", "--dense", other, "--json")
+    assert "is not the dense model of" in refused("verify", built / "checkpoint", "--dense", other, "--json")
 
 
-def test_ranks_without_their_share_are_found(built: Path) -> None:
+def test_ranks_without_their_share_are_detected(built: Path) -> None:
     messages = [str(violation) for violation in verify(built / "checkpoint", tensor_parallel=2).violations]
     assert any("are 2:4 on 2 ranks: prune for engine.tensor_parallel" in each for each in messages)
 

@@ -137,7 +137,7 @@ def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_engine_directory_is_what_it_says(case: str, build: Callable[[str], Built], docs_llama: Path) -> None:
+def test_engine_directory_matches_its_description(case: str, build: Callable[[str], Built], docs_llama: Path) -> None:
     number_format, sparse, kv_cache = CASES[case]
     directory = build(case).directory
     engine = json.loads((directory / "engine.json").read_text())

@@ -13,7 +13,7 @@ LOST = 3  # exit status where a failure has spoilt CUDA for this process
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--outcomes", type=Path, help="a JSON file of outcomes by test; tests that it holds are not run")
+    parser.addoption("--outcomes", type=Path, help="a JSON file of outcomes by test; tests in it are not run")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

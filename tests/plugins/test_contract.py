@@ -140,7 +140,7 @@ def switches(section: str) -> set[str]:
 
 
 def serve_arguments(script: Path) -> list[str]:
-    """The words after the program in the command that a launch script ends with."""
+    """The arguments of the command that a launch script ends with."""
     text = script.read_text().replace("\\\n", " ")
     line = next(line for line in text.splitlines() if "$engine" in line.lower() and "--backend" in line)
     arguments = shlex.split(line.replace("exec ", "", 1).split("trtllm-llmapi-launch")[-1].strip().rstrip("'"))

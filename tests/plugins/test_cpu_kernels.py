@@ -165,7 +165,7 @@ def test_calls_from_several_threads_at_once_are_right() -> None:
     assert not wrong
 
 
-def test_a_missing_compiler_and_one_that_fails_are_told(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_and_one_that_fails_are_reported(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"no C\+\+ compiler 'no-such-compiler': install g\+\+"):
         cpu_compiler.build(tmp_path)
@@ -177,7 +177,7 @@ def test_a_missing_compiler_and_one_that_fails_are_told(tmp_path, monkeypatch: p
         cpu_compiler.build(tmp_path)
 
 
-def test_without_a_library_layers_run_on_torch_and_say_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_library_layers_run_on_torch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     from builder.engines.torch_backend.linears import Kernels
 
     monkeypatch.setenv("TWOFOUR_CPU_LIBRARY", "/nowhere/libtwofour_cpu.so")
@@ -188,7 +188,7 @@ def test_without_a_library_layers_run_on_torch_and_say_so_once(monkeypatch: pyte
         assert kernels.choices("a", stored) is None
         assert kernels.choices("b", stored) is None
         assert len(kernels.remarks) == 1
-        assert "2:4 layers run as dense ones on torch's products: cannot load" in kernels.remarks[0]
+        assert "2:4 layers run dense on torch's products: cannot load" in kernels.remarks[0]
     finally:
         cpu.load.cache_clear()
 

@@ -1,5 +1,5 @@
-"""libtwofour: it compiles without a warning, packs as the PTX ISA says, and its skinny kernel, whose very source is run
-thread by thread on the CPU, multiplies right. Nothing here needs a GPU."""
+"""libtwofour: it compiles without a warning, packs as the PTX ISA specifies, and its skinny kernel, whose source runs
+thread by thread on the CPU, multiplies correctly. Nothing here needs a GPU."""
 
 from __future__ import annotations
 

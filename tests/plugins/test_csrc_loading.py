@@ -21,7 +21,7 @@ def _library() -> None:
     native.use_library()
 
 
-def test_no_gpu_is_said() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     if ctypes.util.find_library("cuda"):
         pytest.skip("there is a CUDA driver here")
     with pytest.raises(bindings.LibraryError, match=r"no CUDA GPU here .* engine.backend=torch") as caught:
@@ -29,8 +29,8 @@ def test_no_gpu_is_said() -> None:
     assert caught.value.status == "no GPU"
 
 
-def version_or_words(kernel: str, **environment: str) -> str:
-    """What a fresh process is told of a library's version."""
+def version_or_error(kernel: str, **environment: str) -> str:
+    """A library's version in a new process, or the error."""
     code = (
         "from plugins.common import errors\nfrom plugins.libtwofour import bindings\n"
         f"try: print(bindings.version('{kernel}'))\n"
@@ -49,27 +49,27 @@ def test_libraries_of_the_wheels_are_found() -> None:
 
 
 def test_missing_library_names_the_wheel() -> None:
-    fragment = version_or_words("cusparselt", TWOFOUR_CUSPARSELT="/nowhere.so")
+    fragment = version_or_error("cusparselt", TWOFOUR_CUSPARSELT="/nowhere.so")
     assert "/nowhere.so" in fragment
     assert fragment.endswith("pip install nvidia-cusparselt-cu13, or set TWOFOUR_CUSPARSELT")
 
 
 def test_cusparselt_0_8_0_is_refused(tmp_path: Path) -> None:
-    """0.8.0 regressed on H100 and L4. A stand-in library says that it is one."""
+    """0.8.0 regressed on H100 and L4. A stand-in library reports that version."""
     names = re.findall(r"F\((cusparseLt\w+)\)", (compiler.SOURCES / "src" / "cusparselt_library.h").read_text())
     stubs = "".join(f"int {name}() {{ return 0; }}\n" for name in names if name != "cusparseLtGetProperty")
     stubs += "int cusparseLtGetProperty(int which, int *value) { *value = which == 1 ? 8 : 0; return 0; }\n"
     (tmp_path / "old.c").write_text(stubs)
     subprocess.run(["gcc", "-shared", "-fPIC", "old.c", "-o", "old.so"], cwd=tmp_path, check=True)
-    fragment = version_or_words("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "old.so"))
+    fragment = version_or_error("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "old.so"))
     assert fragment.startswith("cuSPARSELt 0.8.0 is too old: 0.8.0 is slow on H100 and L4; pip install")
     (tmp_path / "empty.c").write_text("int nothing;\n")
     subprocess.run(["gcc", "-shared", "-fPIC", "empty.c", "-o", "empty.so"], cwd=tmp_path, check=True)
-    fragment = version_or_words("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "empty.so"))
+    fragment = version_or_error("cusparselt", TWOFOUR_CUSPARSELT=str(tmp_path / "empty.so"))
     assert "undefined symbol: cusparseLtInit: install a newer version" in fragment
 
 
-def test_library_that_is_not_built_says_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_library_error_names_the_build_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TWOFOUR_LIBRARY", f"{tmp_path}/libtwofour.so")
     with pytest.raises(UserError, match=r"no '.*libtwofour.so': run `twofour plugins build`"):
         bindings.path()
@@ -86,7 +86,7 @@ def test_architecture_names(text: str, sm: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "fragment"), [("75", "'75' has no sparse tensor cores"), ("hopper", "is no GPU arch")]
+    ("text", "fragment"), [("75", "'75' has no sparse tensor cores"), ("hopper", "is not a GPU arch")]
 )
 def test_architecture_that_cannot_be(text: str, fragment: str) -> None:
     with pytest.raises(UserError, match=fragment):

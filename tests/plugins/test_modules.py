@@ -207,12 +207,12 @@ def test_packing_keeps_dtype_and_bits(dtype: torch.dtype, groups: int) -> None:
     assert torch.equal(unpack(values, indices).float(), w.float())
     with pytest.raises(UserError, match="do not ascend"):
         unpack(values, torch.zeros_like(indices))
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not match"):
         unpack(values[:, :1], indices)
     assert torch.equal(from_numpy(to_numpy(w), dtype).float(), w.float())
 
 
-def test_remarks_say_what_a_cpu_does_not_gain() -> None:
+def test_remarks_state_what_a_cpu_does_not_gain() -> None:
     layers = [build_linear(packed(stored("fp8", sparse=True)), torch.float32, CPU)]
     assert any("2:4 weights are unpacked when they are loaded" in fragment for fragment in remarks(layers))
     assert remarks([build_linear(stored("int8"), torch.float32, CPU)]) == []

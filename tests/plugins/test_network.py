@@ -1,4 +1,4 @@
-"""From ModelOpt's real exports to a TensorRT network on the stand-in: both checkpoint formats must say the same.
+"""From ModelOpt's real exports to a TensorRT network on the stand-in: both checkpoint formats must give the same.
 
 docs-llama is pruned, quantized and exported by the code that builds use, once as a unified checkpoint and once for
 two ranks of TensorRT-LLM. What the torch engine makes of the first, the stand-in (tests/stand_in/README.md)
@@ -92,7 +92,7 @@ def test_both_ranks_of_a_tensor_parallel_export_verify(exports, number_format):
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
-def test_exported_config_says_the_rotary_base(exports, number_format):
+def test_exported_config_has_the_rotary_base(exports, number_format):
     config = json.loads((exports[number_format] / "trtllm/config.json").read_text())
     assert config["rotary_base"] == 10000.0
     assert config["attn_bias"] is False
@@ -114,7 +114,7 @@ def test_fused_layers_share_one_fp8_scale_so_that_nothing_is_rounded_twice(expor
 
 @pytest.mark.parametrize("on_plugin", [False, True], ids=["native", "plugin"])
 @pytest.mark.parametrize("number_format", FORMATS)
-def test_network_says_what_the_torch_engine_says(exports, outputs, tmp_path, number_format, on_plugin):
+def test_network_gives_the_torch_engines_logits(exports, outputs, tmp_path, number_format, on_plugin):
     artifact.build(exports[number_format] / "hf", tmp_path / "torch", CONFIG)
     expected = artifact.load(tmp_path / "torch", dtype=torch.float32).logits(token_ids())
     actual = outputs[number_format, on_plugin]
@@ -129,7 +129,7 @@ def kl(expected: torch.Tensor, actual: torch.Tensor) -> float:
     )
 
 
-def test_the_measure_tells_pruned_from_dense(exports, outputs):
+def test_the_measure_separates_pruned_from_dense(exports, outputs):
     dense = artifact.load_hf(MODEL, dtype=torch.float32).logits(token_ids())
     assert kl(dense, outputs["none", False]["logits"]) > 0.1  # or the tests around it show nothing
 
@@ -139,7 +139,7 @@ def test_plugin_and_native_layers_agree(outputs, number_format):
     assert kl(outputs[number_format, False]["logits"], outputs[number_format, True]["logits"]) < 0.01
 
 
-def test_build_runs_every_rank_and_says_what_was_picked(exports, tmp_path, with_stand_in):
+def test_build_runs_every_rank_and_reports_what_was_picked(exports, tmp_path, with_stand_in):
     engine = tmp_path / "engine"
     tensorrt.build(exports["fp8"] / "trtllm", engine, CONFIG)
     assert {path.name for path in engine.glob("rank*.engine")} == {"rank0.engine", "rank1.engine"}

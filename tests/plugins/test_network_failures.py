@@ -1,4 +1,4 @@
-"""Ranks that fail, libraries that are missing, and inspectors that say nothing."""
+"""Ranks that fail, missing libraries, and inspectors without results."""
 
 import json
 import os
@@ -46,15 +46,15 @@ for refused in (lambda: add_plugin(None, None, None), lambda: swap(model, {"tran
 """
 
 
-def test_missing_plugin_library_and_unknown_layer_are_refused_in_words(exports):
+def test_missing_plugin_library_and_unknown_layer_are_rejected(exports):
     config = str(exports["fp8"] / "trtllm/config.json")
     environment = {**os.environ, "PYTHONPATH": f"{STAND_IN}:{ROOT}"}
     done = subprocess.run(
         [sys.executable, "-c", REFUSALS, config], capture_output=True, text=True, env=environment, check=True
     )
     missing, unknown = done.stdout.splitlines()
-    assert missing.startswith("TensorRT knows no plugin TwofourGemm: preload libtwofour_tensorrt.so")
-    assert unknown.startswith("'transformer.layers.0.mlp.fused_fc' is no layer in this model")
+    assert missing.startswith("TensorRT has no plugin TwofourGemm: preload libtwofour_tensorrt.so")
+    assert unknown.startswith("'transformer.layers.0.mlp.fused_fc' is not a layer in this model")
 
 
 def test_inspector_names_sparse_tactics_by_module():
@@ -73,7 +73,7 @@ def test_inspector_names_sparse_tactics_by_module():
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"Layers": ["only names"]}', '{"Layers": [{"Name": "x"}]}'])
-def test_inspector_without_tactics_says_nothing(text):
+def test_inspector_without_tactics_gives_no_result(text):
     assert inspector.parse(text) is None
 
 

@@ -65,7 +65,7 @@ def test_products_write_into_slices_and_add_to_them(dtype: torch.dtype) -> None:
         torch_ops.linear_into, (y, x, torch.cat([w, w])[:80], "cublaslt", 0.5, None, None, True), test_utils=checks
     )
     for kernel, fragment in (
-        ("skinny", "skinny cannot add to what y holds"),
+        ("skinny", "skinny cannot add to the values in y"),
         ("cusparselt", "readable on its GPU only"),
     ):
         with pytest.raises(UserError, match=fragment):
@@ -163,7 +163,7 @@ def test_weight_that_is_not_2to4_is_refused() -> None:
         torch_ops.prepare(w, "skinny")
 
 
-def test_calls_that_cannot_run_say_what_can() -> None:
+def test_calls_that_cannot_run_name_what_can() -> None:
     w, x = operands(torch.float16, tokens=65)
     packed = torch_ops.prepare(w, "skinny")
     rest = (1.0, None, None, 48, torch.float16)
@@ -173,7 +173,7 @@ def test_calls_that_cannot_run_say_what_can() -> None:
         torch_ops.cusparselt_linear(x, packed, *rest)
     with pytest.raises(UserError, match="cuSPARSELt compresses for the GPU it runs on"):
         torch_ops.prepare(w, "cusparselt")
-    with pytest.raises(UserError, match=r"are no packed fp16 weight \[48, 512\]: it has"):
+    with pytest.raises(UserError, match=r"are not a packed fp16 weight \[48, 512\]: it has"):
         torch_ops.skinny_linear(torch.zeros(1, 512).half(), packed, *rest)
     with pytest.raises(UserError, match="no packed form for 'fp32'"):
         skinny_layout.pack(np.zeros((4, 4), np.float32), "fp32")

@@ -110,7 +110,7 @@ def test_int8_minus_128_is_no_negative_zero() -> None:
     assert indices.tolist() == [[1 | 3 << 2]]
 
 
-def test_negative_zero_is_found_behind_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_negative_zero_is_detected_behind_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pattern, "CHUNK", 16)
     w = np.zeros((50, 8), np.float16)
     w[37, 5] = -0.0
@@ -133,9 +133,9 @@ def test_damaged_indices_are_refused() -> None:
     damaged[3, 0] = 0b0101
     with pytest.raises(UserError, match="row 3, group 0: indices do not ascend"):
         unpack(values, damaged)
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not match"):
         unpack(values[:, :1], indices)
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not match"):
         unpack(values, indices.astype(np.int32))
 
 

@@ -58,11 +58,11 @@ def test_same_logits_as_the_torch_engine(outputs, torch_logits, fp8, sparse, ran
     assert actual["methods"]["lm_head"] == "UnquantizedLinearMethod"
 
 
-def test_torch_engine_says_other_things_of_pruned_weights(torch_logits):
+def test_torch_engine_gives_other_logits_for_pruned_weights(torch_logits):
     assert (torch_logits[False, True] - torch_logits[False, False]).abs().max() > 1  # or the test above shows nothing
 
 
-def test_dense_weights_are_let_go_and_the_log_says_how_many(outputs):
+def test_dense_weights_are_freed_and_the_log_counts_them(outputs):
     actual = outputs[True, True, 1]
     kept = {name for (rank, name), count in actual["dense_elements"].items() if count}
     assert kept == {"lm_head"}

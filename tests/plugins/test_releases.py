@@ -154,7 +154,7 @@ def test_trtllm_serve_takes_a_tensorrt_engines_command_line(release: str, tmp_pa
     assert json.loads(ran.stdout)["backend"] == "trt"
 
 
-def test_workers_that_would_not_find_the_package_are_told_the_file_and_how_to_load_it(
+def test_workers_that_would_not_find_the_package_get_the_file_and_how_to_load_it(
     engines: dict[bool, Path],
 ) -> None:
     engine = engines[True]
@@ -172,7 +172,7 @@ def test_workers_that_would_not_find_the_package_are_told_the_file_and_how_to_lo
     )
 
 
-def test_a_python_without_twofour_is_told_what_to_install(engines: dict[bool, Path], tmp_path: Path) -> None:
+def test_a_python_without_twofour_gets_the_install_command(engines: dict[bool, Path], tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['plugins'] = None\n")
     env = environment()
     env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(engines[True]), env["PYTHONPATH"]])

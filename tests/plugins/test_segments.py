@@ -33,7 +33,7 @@ def test_each_rank_holds_its_share_of_both_kinds() -> None:
     assert segments.indices("2:4").tolist() == [*range(64), *range(128, 192)]
 
 
-@pytest.mark.parametrize(("ranks", "fragment"), [(2, "100%, 0% are 2:4 on 2 ranks"), (3, "no multiple of 32")])
+@pytest.mark.parametrize(("ranks", "fragment"), [(2, "100%, 0% are 2:4 on 2 ranks"), (3, "not a multiple of 32")])
 def test_ranks_with_unequal_shares_are_refused(ranks: int, fragment: str) -> None:
     with pytest.raises(UserError, match=fragment):
         Segments.split("inputs", 128, 64).rank(0, ranks)
@@ -58,15 +58,15 @@ VALID: dict[str, Any] = {"axis": "rows", "segments": [["2:4", 64], ["dense", 64]
         ({"pattern": "4:8"}, "it is not of the form"),
         ({"layers": "all"}, "it is not of the form"),
         ({"hybrid": []}, "are not tables"),
-        ({"layers": [UP]}, "as a whole and in part"),
+        ({"layers": [UP]}, "wholly and partly 2:4"),
         ({"hybrid": {UP: {"axis": "rows"}}}, "is not of the form"),
         ({"hybrid": {UP: VALID | {"axis": "columns"}}}, "'columns'"),
         ({"hybrid": {UP: VALID | {"segments": [["4:8", 64]]}}}, "'4:8'"),
         ({"hybrid": {UP: VALID | {"segments": [["2:4", 30], ["dense", 98]]}}}, "segment of 30 rows"),
         ({"hybrid": {UP: VALID | {"segments": [["2:4", -32]]}}}, "segment of -32 rows"),
         ({"hybrid": {UP: VALID | {"segments": [["2:4", True]]}}}, "segment of True rows"),
-        ({"order": {"model.layers.0.mlp": "0 1 1 3"}}, "does not hold each channel from 0 to 3 once"),
-        ({"order": {"model.layers.0.mlp": [0, 1]}}, "is no list of numbers"),
+        ({"order": {"model.layers.0.mlp": "0 1 1 3"}}, "does not contain each channel from 0 to 3 once"),
+        ({"order": {"model.layers.0.mlp": [0, 1]}}, "is not a list of numbers"),
     ],
 )
 def test_a_declaration_that_makes_no_sense_is_refused_in_one_line(
@@ -82,7 +82,7 @@ def test_a_declaration_that_makes_no_sense_is_refused_in_one_line(
 def test_a_tensorrt_checkpoint_of_a_hybrid_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     layer = "model.layers.0.mlp.up_proj"
     declared = Declaration(hybrid={layer: Segments.split("rows", 64, 32)})
-    with pytest.raises(UserError, match=f"'{layer}' is 2:4 in part .* layers that are 2:4 as a whole"):
+    with pytest.raises(UserError, match=f"'{layer}' is 2:4 in part .* layers that are wholly 2:4"):
         export_trtllm(torch.nn.Linear(4, 4), tmp_path, tmp_path / "out", declared, 1, 1)
     assert not (tmp_path / "out").exists()
     Declaration(layers=(layer,)).require_whole_layers()

@@ -243,7 +243,7 @@ def test_token_counts_padded_to_the_same_share_a_plan(gpu: bindings.Context) -> 
         np.testing.assert_allclose(made, layer.expected(0.01, False, False), rtol=2**-7, atol=2e-2)
 
 
-def test_shapes_that_a_library_cannot_take_say_what_works(gpu: bindings.Context) -> None:
+def test_errors_of_shapes_that_a_library_rejects_name_what_works(gpu: bindings.Context) -> None:
     for kernel, format, fragment in (
         ("cusparselt", "bf16", r"multiples of 16: \[100, 200\] would fit as \[112, 208\]; use the skinny"),
         ("cusparselt", "fp8", r"multiples of 32: \[100, 200\] would fit as \[128, 224\]"),

@@ -54,7 +54,7 @@ def test_operators_hand_over_slices(torch_on_stand_in: bindings.Context, kernel:
         torch_ops.launch_into(y[:, 64:], wide_x.new_zeros(96, 2).t(), *places[2:])
 
 
-def test_memory_that_runs_out_for_a_calls_workspace_is_said(
+def test_memory_that_runs_out_for_a_calls_workspace_is_reported(
     torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w, x = timing.random_2to4(64, 96, torch.bfloat16, CPU), timing.random_operand(13, 96, torch.bfloat16, CPU)

@@ -1,4 +1,4 @@
-"""tactics.json and the tuner's choices: what is kept, what is said, what is refused. The times are made up."""
+"""tactics.json and the tuner's choices: what is kept, what is reported, what is rejected. The times are invented."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def test_torchs_own_refusal_leaves_out_torch_alone() -> None:
     def timer(bench: object, kernel: str, tokens: int) -> Timing:
         if kernel == "torch":
             raise RuntimeError("")  # torch._int_mm wants multiples of 8
-        return Timing(kernel, 10.0, notes=("3 algorithms want more than 128 MiB of workspace",))
+        return Timing(kernel, 10.0, notes=("3 algorithms need more than 128 MiB of workspace",))
 
     actual = tuner.bucket_of(SimpleNamespace(shape=SHAPE), 128, timer)
     assert (actual["dense_us"], actual["sparse_us"]) == (10.0, 10.0)
-    assert actual["notes"][1] == "cusparselt: 3 algorithms want more than 128 MiB of workspace"
+    assert actual["notes"][1] == "cusparselt: 3 algorithms need more than 128 MiB of workspace"
 
     def full(bench: object, kernel: str, tokens: int) -> Timing:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -80,7 +80,7 @@ def test_torchs_own_refusal_leaves_out_torch_alone() -> None:
         tuner.bucket_of(SimpleNamespace(shape=SHAPE), 128, full)
 
 
-def test_reasons_in_words() -> None:
+def test_reasons_as_text() -> None:
     wins = [bucket(8, cublaslt=20.0, skinny=13.0), bucket(512, cublaslt=100.0, cusparselt=99.0)]
     assert choice.reason(wins, "H100") == "2:4 is faster on H100: 1.54x at 8 tokens; dense at 512"
     loses = [bucket(8, cublaslt=10.0, skinny=12.5), bucket(512, cublaslt=100.0, cusparselt=101.0)]
@@ -122,7 +122,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
 )
 def test_damaged_file_is_named(tmp_path: Path, change: dict, fragment: str) -> None:
     (tmp_path / "tactics.json").write_text(json.dumps({**measured(), **change}))
-    with pytest.raises(UserError, match=f"is no tactics file: {fragment}; tune the engine again"):
+    with pytest.raises(UserError, match=f"is not a tactics file: {fragment}; tune the engine again"):
         tactics.read(tmp_path)
 
 
@@ -168,7 +168,7 @@ def test_algorithms_are_given_back_only_to_the_same_gpu_and_libraries(monkeypatc
     assert len(given) == 1
 
 
-def test_workspace_shrinks_with_memory_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workspace_shrinks_with_memory_and_notes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
 
     def small(size: int, **kwargs: object) -> torch.Tensor:

@@ -41,7 +41,7 @@ def test_the_build_command_is_left_ready_to_run_and_every_flag_is_in_the_contrac
     assert Path(given["--checkpoint_dir"]).samefile(built / "checkpoint-trtllm")
     assert Path(given["--model_cls_file"]).samefile(built / "engine/hooks/models.py")
     assert (given["--gemm_plugin"], given["--workers"]) == ("disable", "2")
-    assert not (built / "engine/engine.json").exists()  # it is no engine yet
+    assert not (built / "engine/engine.json").exists()  # it is not an engine yet
 
 
 def test_scripts_of_a_build_can_be_run(built: Path) -> None:
@@ -50,7 +50,7 @@ def test_scripts_of_a_build_can_be_run(built: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "tensorrt"])
-def test_engine_says_in_one_line_what_is_missing(
+def test_engine_names_in_one_line_what_is_missing(
     built: Path, tmp_path: Path, machine: Callable[..., None], backend: str
 ) -> None:
     arguments = refused("engine", built / "checkpoint-trtllm", "--backend", backend, "--out", tmp_path / "e")
@@ -107,19 +107,19 @@ def test_a_split_that_cannot_be_is_refused_at_plan(
     assert nothing_left(tmp_path / "out")
 
 
-def test_what_the_backend_or_the_card_cannot_do_is_told_at_plan(model: Path) -> None:
+def test_what_the_backend_or_the_card_cannot_do_is_reported_by_plan(model: Path) -> None:
     arguments = refused("plan", model, "--preset", "int8-2of4-all", "--set", "engine.backend=pytorch")
     assert arguments.startswith(
         "the PyTorch backend of TensorRT-LLM has no INT8 W8A8 linear layer ('unsupported quant mode')"
     )
     keys = ("--preset", "int8-2of4-all", "--set", "engine.backend=tensorrt", "--json")
     notes = done("plan", model, *keys, "--gpu", "B200").json["notes"]
-    assert any(note.startswith("not on B200 ") and "refuses SmoothQuant INT8 on SM100" in note for note in notes)
+    assert any(note.startswith("not on B200 ") and "rejects SmoothQuant INT8 on SM100" in note for note in notes)
     assert not any(note.startswith("not on") for note in done("plan", model, *keys, "--gpu", "A100").json["notes"])
 
 
 def newer(config: dict[str, Any]) -> None:
-    """As a ModelOpt of the future might say it, in whichever of the three files this is."""
+    """As a future ModelOpt might write it, in any of the three files."""
     section = config.get("quantization_config") or config.get("quantization")
     section["quant_algo"] = "NVFP9"
     (section if "quantization_config" in config else config)["producer"] = {"name": "modelopt", "version": "1.3.0"}
@@ -165,7 +165,7 @@ def test_the_flat_form_of_a_newer_modelopt(built: Path, tmp_path: Path) -> None:
     assert "hf_quant_config.json is of a form that is not known here; modelopt 1.0.2 wrote it: export" in arguments
 
 
-def test_tensors_of_another_dtype_than_the_config_says(built: Path, tmp_path: Path) -> None:
+def test_tensors_of_another_dtype_than_the_configs(built: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(built / "checkpoint-trtllm", copy)
     change(copy / "config.json", lambda c: c.update(dtype="float16"))

@@ -72,7 +72,7 @@ def test_engine_needs_neither_modelopt_nor_the_calibration_extra(
     assert json.loads((tmp_path / "e/lock.json").read_text())["tensorrt_llm"] == "1.2.1+standin"
 
 
-def test_too_little_gpu_memory_is_told_before(built: Path, tmp_path: Path, machine: Callable[..., None]) -> None:
+def test_too_little_gpu_memory_is_reported_before(built: Path, tmp_path: Path, machine: Callable[..., None]) -> None:
     machine((replace(H100, memory_free=1 << 20),) * 2, tensorrt_llm="1.2.1")
     fragment = refused("engine", built / "checkpoint-trtllm", "--out", tmp_path / "e")
     assert fragment.startswith("GPU 0 (NVIDIA H100 80GB HBM3) has 0.0 GiB free and the engine needs about 1.")
@@ -142,7 +142,7 @@ def test_a_speed_gate_that_cannot_be_measured_here_has_not_passed(model: Path, t
                     "--store", tmp_path / "store", "--json")  # fmt: skip
     assert ended.status == 1
     assert ended.stderr.startswith(
-        "failed: not measured, and at least 1.20x is asked for: measure it with twofour bench"
+        "failed: not measured, and at least 1.20x is required: measure it with twofour bench"
     )
     assert (tmp_path / "out/engine/twofour_sparse/layers.json").is_file()
     assert done("verify", tmp_path / "out", "--json").json["violations"] == []

@@ -52,9 +52,9 @@ def done(*arguments: object) -> Outcome:
 
 
 def refused(*arguments: object) -> str:
-    """The words of a command that must end as wrong input does: one line on stderr, exit status 2, nothing on stdout.
+    """The error of a command that must end as invalid input does: one line on stderr, exit status 2, nothing on stdout.
 
-    Give `--json` to a build, which otherwise also says on stderr how far it came.
+    Give `--json` to a build, which otherwise also prints its progress on stderr.
     """
     outcome = twofour(*arguments)
     assert outcome.status == 2, outcome

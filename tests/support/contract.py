@@ -1,4 +1,4 @@
-"""Facts about TensorRT-LLM's interfaces by release: tests/data/tensorrt_llm.json, whose `about` says what they are."""
+"""Facts about TensorRT-LLM's interfaces by release: tests/data/tensorrt_llm.json, described by its `about`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ VIEWS = {
 
 
 class Launches(TorchDispatchMode):
-    """Counts what is a kernel on a GPU: every operator that is no view and no allocation."""
+    """Counts what is a kernel on a GPU: every operator that is neither a view nor an allocation."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -113,5 +113,5 @@ def by_kernel(times: Mapping[str, float]) -> Callable[[tuner.Bench, str, int], f
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> bindings.Context:
-    """A context on the stand-in GPU: an H100 unless STAND_IN_SM says otherwise."""
+    """A context on the stand-in GPU: an H100 unless STAND_IN_SM is set."""
     return open_gpu(monkeypatch)

@@ -189,7 +189,7 @@ CHECKS: tuple[tuple[str, Callable[..., str], tuple[Any, ...]], ...] = (
 
 def main(tree: Path) -> int:
     if not (tree / "tensorrt_llm" / "version.py").is_file():
-        sys.exit(f"'{tree}' holds no tensorrt_llm/version.py: name a source tree, or site-packages")
+        sys.exit(f"'{tree}' contains no tensorrt_llm/version.py: give a source tree, or site-packages")
     os.environ["TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL"] = "1"
     number, failed = version(tree), 0
     print(f"TensorRT-LLM {number}, held against the facts of {release_of(number)}")

@@ -94,7 +94,7 @@ class StubModule(ModuleType):
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Answers for what the tree asks for and nobody else has; of the tree itself only for its compiled parts.
 
-    Other packages ask for optional ones too, and must be told that they are missing.
+    Other packages import optional ones too; those imports must fail.
     """
 
     def __init__(self, tree: Path) -> None:

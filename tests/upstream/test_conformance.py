@@ -29,4 +29,4 @@ def test_a_directory_without_tensorrt_llm_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("conformance.py")), str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 1
-    assert ran.stderr == f"'{tmp_path}' holds no tensorrt_llm/version.py: name a source tree, or site-packages\n"
+    assert ran.stderr == f"'{tmp_path}' contains no tensorrt_llm/version.py: give a source tree, or site-packages\n"

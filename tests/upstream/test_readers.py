@@ -1,7 +1,7 @@
 """Other tools that can be installed are run for real: transformers 4.53, 4.57 and 5, vLLM, TensorRT's bindings.
 
-Each needs an environment of its own. TWOFOUR_READERS names the folder that holds them; docs/tensorrt_llm.md says how
-they are made. What is not there is skipped.
+Each needs an environment of its own. TWOFOUR_READERS is the folder that contains them; docs/tensorrt_llm.md
+describes how to make them. Missing ones are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def python_of(reader: str) -> Path:
     """The interpreter of a reader's environment; skips the test where there is none."""
     python = Path(os.environ.get("TWOFOUR_READERS", "/nowhere")) / reader / "bin" / "python"
     if not python.is_file():
-        pytest.skip(f"no environment of {reader}: make it as docs/tensorrt_llm.md says, and set TWOFOUR_READERS")
+        pytest.skip(f"no environment of {reader}: make it as docs/tensorrt_llm.md describes, and set TWOFOUR_READERS")
     return python
 
 
@@ -111,7 +111,7 @@ def test_vllm_generates_what_our_engine_does(checkpoints: dict[str, Path], tmp_p
 def test_tensorrts_own_bindings_take_our_plugins_fields() -> None:
     answer = run("tensorrt")
     assert answer["fields"] == {"weight_type": "INT32", "scale": "FLOAT32", "weight": "UNKNOWN"}
-    assert answer["unknown_creator"] is None  # how network.py tells that the library is not loaded
+    assert answer["unknown_creator"] is None  # how network.py detects that the library is not loaded
     assert all(answer["phases"] + answer["types"])
     assert answer["add_plugin_v3"] in (True, None)  # None: the lean bindings define no networks
     assert answer["inspector_format"]

@@ -15,7 +15,7 @@ def status_bytes(key: str) -> int:
 
 
 def load_code(model: str) -> None:
-    """Loads what libraries load at first use, their code and buffers of fixed size: they are no method's own need.
+    """Loads what libraries load at first use, their code and buffers of fixed size: they are not a method's own need.
 
     A model of the same family with one block of 64 channels goes forward and backward in each type that a method uses.
     """

@@ -132,7 +132,7 @@ def _parse(data: str) -> dict[str, Any]:
 
 
 def count_of(event: Mapping[str, Any], key: str) -> int | None:
-    """A number of tokens in an event; None where it has none. Raises RequestError for what is no number."""
+    """A number of tokens in an event; None where it has none. Raises RequestError for anything else."""
     value = event.get(key)
     if value is not None and (type(value) is not int or value < 0):
         raise RequestError(f"'{key}' in the stream is {_short(repr(value))}, not a number of tokens")

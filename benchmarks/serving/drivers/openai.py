@@ -25,7 +25,7 @@ __all__ = ["Endpoint", "run"]
 def run(endpoint: Endpoint, requests: Sequence[BenchRequest], concurrency: int) -> list[Record]:
     """Sends `requests` to `endpoint`; see `http.run`. `endpoint.url` ends before `/v1`.
 
-    An endpoint that names no model gets the one that the server serves. Raises UserError where the server cannot be
+    An endpoint without a model name gets the one that the server serves. Raises UserError where the server cannot be
     asked or serves several.
     """
     return http.run(_Completions(), _with_model(endpoint), requests, concurrency)
@@ -38,9 +38,11 @@ def _with_model(endpoint: Endpoint) -> Endpoint:
         answer = httpx.get(f"{endpoint.url}/v1/models", headers=endpoint.headers, timeout=30.0, trust_env=False)
         names = [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"'{endpoint.url}' does not list its models ({error}): is an OpenAI server there?") from None
+        raise UserError(
+            f"'{endpoint.url}' does not list its models ({error}): check that it is an OpenAI-compatible server"
+        ) from None
     if len(names) != 1:
-        raise UserError(f"'{endpoint.url}' serves {len(names)} models ({', '.join(names)}): name one")
+        raise UserError(f"'{endpoint.url}' serves {len(names)} models ({', '.join(names)}): choose one")
     return dataclasses.replace(endpoint, model=names[0])
 
 

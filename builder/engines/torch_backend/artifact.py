@@ -185,7 +185,7 @@ def _read_tactics(path: Path) -> dict[str, Any]:
     rows = list(layers.values()) if isinstance(layers, dict) else [None]
     buckets = [row.get("buckets") if isinstance(row, dict) else None for row in rows]
     if not all(isinstance(each, list) and all(map(_is_bucket, each)) for each in buckets):
-        raise UserError(f"'{path}' is no tactics file: build the engine again")
+        raise UserError(f"'{path}' is not a tactics file: build the engine again")
     return tactics
 
 

@@ -1,12 +1,12 @@
-"""How fast the torch engine's model runs dense and 2:4, on random weights in a known model's shape:
+"""Speed of the torch engine's model, dense and 2:4, with random weights in a known model's shapes:
 
     python -m builder.engines.torch_backend.benchmark
 
-Three models: fp8 dense, fp8 2:4 with the very weights of the first (which happen to be 2:4), and bf16 dense, all three
-with few kernels a block (fused_step.py). The 2:4 one runs the kernels that the tuner chose; the dense ones whatever is
-fastest of our cuBLASLt products with searched algorithms, the same with tokens padded, and torch's. A decode step is
-replayed from a CUDA graph, whose kernels are counted; the same step called eagerly stands beside it. Random weights
-show nothing of accuracy. Needs a GPU, torch and transformers alone.
+Three models: fp8 dense, fp8 2:4 with the same weights as the first (which are 2:4), and bf16 dense, all three with the
+fused step (fused_step.py). The 2:4 model runs the kernels that the tuner selected; the dense models the fastest of our
+cuBLASLt products with searched algorithms, the same with padded tokens, and torch's. A decode step is replayed from a
+CUDA graph, whose kernels are counted, and compared with the same step called eagerly. Random weights give no accuracy.
+Requires only a GPU, torch and transformers.
 """
 
 from __future__ import annotations

@@ -114,12 +114,12 @@ def _empty_model(config: dict[str, Any]) -> nn.Module:
         raise
     except Exception as error:  # transformers raises what it likes for a value that it does not take
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"config.json is one that transformers refuses ({reason}): export the model again") from None
+        raise UserError(f"transformers rejects config.json ({reason}): export the model again") from None
     return model.eval()
 
 
 def _put_rest(model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device) -> None:
-    """Gives memory to what is no linear layer: embedding and norms."""
+    """Gives memory to what is not a linear layer: embedding and norms."""
     if is_tied(model, tensors) and isinstance(model.lm_head, CpuLinear):
         model.model.embed_tokens = PackedEmbedding(model.lm_head)
     for name, parameter in list(model.named_parameters()):
@@ -128,7 +128,7 @@ def _put_rest(model: nn.Module, tensors: Source, dtype: torch.dtype, device: tor
         try:
             tensor = tensors[name]
         except KeyError:
-            raise UserError(f"no tensor '{name}': the checkpoint does not belong to its config.json") from None
+            raise UserError(f"no tensor '{name}': the checkpoint does not match its config.json") from None
         if tensor.shape != parameter.shape:
             raise UserError(
                 f"'{name}' has shape {list(tensor.shape)}, and config.json gives {list(parameter.shape)}",

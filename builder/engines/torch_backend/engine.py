@@ -74,7 +74,7 @@ class TorchEngine:
         """
         length = input_ids_BT.shape[1]
         if length > self.limits.max_seq_len:
-            raise UserError(f"a sequence of {length} tokens exceeds max_seq_len {self.limits.max_seq_len}: cut it")
+            raise UserError(f"a sequence of {length} tokens exceeds max_seq_len {self.limits.max_seq_len}: shorten it")
         ids, budget = input_ids_BT.to(self.model.device), self.limits.kv_cache_budget
         positions = torch.arange(length, device=ids.device)[None]
         if budget is None or length <= budget:
@@ -88,7 +88,7 @@ class TorchEngine:
         """Queues a request. Raises UserError where it cannot run."""
         self.limits.check(request, self.model.config.vocab_size)
         if self._scheduler.holds(request.id):
-            raise UserError(f"request '{request.id}' is queued or running already: give each request an id of its own")
+            raise UserError(f"request '{request.id}' is already queued or running: give each request a unique id")
         self._scheduler.add(request)
 
     def cancel(self, request_id: str) -> None:

@@ -1,12 +1,12 @@
-"""What eviction from the KV cache costs and saves, at several lengths and budgets:
+"""Loss and memory of eviction from the KV cache, at several lengths and budgets:
 
     python -m builder.engines.torch_backend.eviction_benchmark MODEL
 
-Texts: the documentation of Python's language and the source of argparse, of the Python that runs this, from their
-beginning. The loss is the mean negative log-likelihood (nats) of the tokens behind the largest budget, the same ones
-for every budget, each conditioned on what decoding would have left in the cache. Memory is that of the blocks that a
-request holds after its prompt of that length, in an engine that serves, without the attention mass (4 bytes a layer,
-head and token); a decode step's time is the median of its tokens'.
+Texts: the beginning of the Python language documentation and of the argparse source, from the running Python. The loss
+is the mean negative log-likelihood (nats) of the tokens after the largest budget, the same tokens for every budget,
+each conditioned on the cache contents of decoding. Memory is that of the blocks that a request occupies after a prompt
+of that length in a serving engine, without the attention mass (4 bytes per layer, head and token); the time of a decode
+step is the median over tokens.
 """
 
 from __future__ import annotations

@@ -76,4 +76,4 @@ def _nodes(graph: int) -> dict[str, int]:
 
 def _check(status: int) -> None:
     if status != 0:
-        raise RuntimeError(f"the CUDA driver answers {status}")
+        raise RuntimeError(f"the CUDA driver returned {status}")

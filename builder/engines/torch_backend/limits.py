@@ -46,12 +46,12 @@ def _misuse(request: Request, vocabulary: int) -> str | None:
     if not request.input_ids:
         return "has no tokens: give it at least one"
     if request.max_new_tokens < 1:
-        return f"asks for {request.max_new_tokens} tokens: ask for at least 1"
+        return f"requests {request.max_new_tokens} tokens: request at least 1"
     if not all(0 <= token < vocabulary for token in request.input_ids):
-        return f"holds a token outside 0 to {vocabulary - 1}: use the engine's own tokenizer"
+        return f"contains a token outside 0 to {vocabulary - 1}: use the engine's own tokenizer"
     if not (request.temperature >= 0 and request.top_k >= 0 and 0 < request.top_p <= 1):
         return (
-            f"asks for temperature {request.temperature}, top_k {request.top_k}, top_p {request.top_p}: "
+            f"requests temperature {request.temperature}, top_k {request.top_k}, top_p {request.top_p}: "
             "use temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
         )
     return None

@@ -35,7 +35,7 @@ class Source(Protocol):
 
 
 class Kernels:
-    """Which of our kernels each layer runs on, as tactics.json says."""
+    """Selects the kernel of each layer, by tactics.json."""
 
     def __init__(self, tactics: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device) -> None:
         layers: Mapping[str, Any] = (tactics or {}).get("layers", {})
@@ -51,7 +51,7 @@ class Kernels:
     def choices(self, name: str, stored: Mapping[str, torch.Tensor]) -> Choices | None:
         """For a layer and its tensors; None: torch's own product."""
         sparse = "weight_values" in stored
-        if sparse and self._problem:  # said once, and only of a model that it slows down
+        if sparse and self._problem:  # once, and only for a model that it slows down
             log.warning("%s", self._problem)
             self.remarks.append(self._problem)
             self._problem = ""
@@ -104,7 +104,7 @@ def _open_cpu() -> tuple[bool, str]:
         cpu.set_threads(torch.get_num_threads())
         return True, SLOWER.get(cpu.isa(), "")
     except UserError as error:
-        return False, f"2:4 layers run as dense ones on torch's products: {error}"
+        return False, f"2:4 layers run dense on torch's products: {error}"
 
 
 def _open(tactics: Mapping[str, Any], dtype: torch.dtype, device: int) -> tuple[bool, str]:
@@ -113,13 +113,13 @@ def _open(tactics: Mapping[str, Any], dtype: torch.dtype, device: int) -> tuple[
     from plugins.libtwofour import bindings, torch_ops
 
     if dtype not in (torch.float16, torch.bfloat16):
-        return False, f"2:4 layers run as dense ones: the kernels give out fp16 or bf16, and the model is {dtype}"
+        return False, f"2:4 layers run dense: the kernels output fp16 or bf16, and the model is {dtype}"
     try:
         bindings.context(device)
         joined = {**tactics, "layers": _join_tactics(tactics.get("layers", {}))}
         return True, reuse.apply(joined, torch_ops.FORMATS[dtype], device) or ""
     except UserError as error:
-        return False, f"2:4 layers run as dense ones: {error}"
+        return False, f"2:4 layers run dense: {error}"
 
 
 def replace_linears(
@@ -181,7 +181,7 @@ class _Loader:
         if name == "lm_head" and is_tied(self._model, self._tensors):
             stored = {"weight": self._tensors["model.embed_tokens.weight"]}
         if "weight" not in stored and "weight_values" not in stored:
-            raise UserError(f"no tensor '{name}.weight': the checkpoint does not belong to its config.json")
+            raise UserError(f"no tensor '{name}.weight': the checkpoint does not match its config.json")
         return stored
 
     def _layer(self, name: str, parts: Sequence[str], stored: Mapping[str, torch.Tensor]) -> Linear:
@@ -197,11 +197,11 @@ class _Loader:
         if (layer.out_features, layer.in_features) != (rows, columns):
             raise UserError(
                 f"'{name}' has shape [{layer.out_features}, {layer.in_features}], but config.json gives "
-                f"[{rows}, {columns}]: they do not belong together"
+                f"[{rows}, {columns}]: they do not match"
             )
         return layer
 
 
 def is_tied(model: nn.Module, tensors: Source) -> bool:
-    """Whether lm_head is the embedding: the config says so, and no other weight is stored."""
+    """Whether lm_head is the embedding: the config ties them, and no other weight is stored."""
     return bool(model.config.tie_word_embeddings) and not tensors.of("lm_head")

@@ -21,7 +21,7 @@ CAUSES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"(Unsupported model architecture: |KeyError: ')(?P<what>\w+(ForCausalLM|LMHeadModel))",
-        "this TensorRT-LLM release does not know the architecture: use the container in lock.json",
+        "this TensorRT-LLM release does not support the architecture: use the container in lock.json",
     ),
     (
         r"(?P<what>Required but not provided tensors.{0,120})",
@@ -29,7 +29,7 @@ CAUSES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"(?P<what>unexpected keyword argument '\w+'|Extra inputs are not permitted.{0,80})",
-        "the checkpoint's config.json has a key that this release does not know: export it with nvidia-modelopt 0.47",
+        "the checkpoint's config.json has a key that this release lacks: export it with nvidia-modelopt 0.47",
     ),
     (
         r"(?P<what>(incompatible device|different compute capability|generated on an incompatible).{0,80})",
@@ -39,7 +39,7 @@ CAUSES: tuple[tuple[str, str], ...] = (
         r"ModuleNotFoundError: No module named '(?P<what>[\w.]+)'",
         "a Python package is missing in this environment: use the container in lock.json, with twofour installed",
     ),
-    (r"(?P<what>No space left on device)", "the disk is full: free some space and run again"),
+    (r"(?P<what>No space left on device)", "the disk is full: free space and run again"),
 )
 _SOURCE_LINE = re.compile(r'^ *File ".*\n(?: {4,}.*\n)*', re.MULTILINE)  # a traceback quotes code, not what happened
 _CAUSES = tuple((re.compile(pattern), cause) for pattern, cause in CAUSES)

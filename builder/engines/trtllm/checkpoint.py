@@ -90,8 +90,8 @@ def read(directory: Path) -> TrtllmCheckpoint:
     where = directory / "config.json"
     for key in REQUIRED:
         if key not in config:
-            what = "a Hugging Face checkpoint" if "architectures" in config else f"no '{key}'"
-            raise UserError(f"'{where}' is {what}: name the TensorRT-LLM checkpoint directory (checkpoint-trtllm)")
+            what = "a Hugging Face checkpoint" if "architectures" in config else f"without '{key}'"
+            raise UserError(f"'{where}' is {what}: give the TensorRT-LLM checkpoint directory (checkpoint-trtllm)")
     compatibility.check_architecture(str(config["architecture"]), "tensorrt").require()
     if config["dtype"] not in DTYPES:
         raise UserError(f"'{where}' has dtype '{config['dtype']}': export it as {' or '.join(DTYPES)}")
@@ -120,19 +120,19 @@ def _check_quantization(config: dict[str, Any], where: Path) -> None:
     for key in quantization:
         if key not in QUANTIZATION_KEYS:
             raise UserError(
-                f"'{where}' has the quantization key '{key}', which TensorRT-LLM 1.0 to 1.2 refuses: {again}"
+                f"'{where}' has the quantization key '{key}', which TensorRT-LLM 1.0 to 1.2 rejects: {again}"
             )
     for key, known in (("quant_algo", OF_ALGORITHM), ("kv_cache_quant_algo", OF_KV_ALGORITHM)):
         if quantization.get(key) not in known:
             names = ", ".join(str(name) for name in known if name)
-            raise UserError(f"'{where}' has {key} '{quantization[key]}', which is none of {names}: {again}")
+            raise UserError(f"'{where}' has {key} '{quantization[key]}', not one of {names}: {again}")
 
 
 def _read_json(path: Path, directory: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = read_json(path)
     except FileNotFoundError:
-        raise UserError(f"'{directory}' holds no {path.name}: name a TensorRT-LLM checkpoint directory") from None
+        raise UserError(f"'{directory}' contains no {path.name}: give a TensorRT-LLM checkpoint directory") from None
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read ({error}): export the checkpoint again") from None
     return content

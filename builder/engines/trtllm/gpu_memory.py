@@ -59,7 +59,7 @@ def require(need: Estimate, gpus: Sequence[Gpu], ranks: int, building: bool = Fa
     """
     if not building and len(gpus) < ranks:
         raise UserError(
-            f"the engine spans {ranks} GPUs and this machine has {len(gpus)}: build it with a smaller "
+            f"the engine needs {ranks} GPUs and this machine has {len(gpus)}: build it with a smaller "
             "engine.tensor_parallel, or start it under Slurm"
         )
     least = need.least + (BUILD_COPIES - 1) * need.weights * building

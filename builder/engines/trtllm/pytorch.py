@@ -28,8 +28,8 @@ from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import releases
 
 _UNMEASURED = (
-    "the sparse kernels were not timed: the skinny one takes few tokens, cuSPARSELt more; TensorRT-LLM's log says how "
-    "many layers run on them when it loads the engine"
+    "the sparse kernels were not timed: the skinny one runs at few tokens, cuSPARSELt at more; TensorRT-LLM's log "
+    "counts the layers that run on them when it loads the engine"
 )
 
 
@@ -77,7 +77,7 @@ def build(
 def _check(checkpoint: Checkpoint, config: EngineConfig) -> None:
     if checkpoint.kind != "hf":
         raise UserError(
-            f"'{checkpoint.directory}' is a TensorRT-LLM checkpoint: name the unified one beside it (checkpoint)"
+            f"'{checkpoint.directory}' is a TensorRT-LLM checkpoint: give the unified one next to it (checkpoint)"
         )
     device = gpus()[0] if gpus() else None
     compatibility.check_architecture(checkpoint.architecture.name, "pytorch").require()

@@ -94,7 +94,7 @@ def write(engine: Path, lock: Lock) -> None:
 
 
 def read(engine: Path) -> Lock | None:
-    """The engine's lock; None for an engine that has none. Raises UserError for a file that is no lock."""
+    """The engine's lock; None for an engine that has none. Raises UserError for a file that is not a lock."""
     path = engine / FILE
     if not path.is_file():
         return None

@@ -32,7 +32,9 @@ class Pattern:
                 return cls(keep, group)
         elif (match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text)) and 0 < float(match[1]) < 100:
             return cls(1 - float(match[1]) / 100, 0)
-        raise UserError(f"'{text}' is no sparsity pattern: write 2:4, another n:m with n < m, or a share such as 50%")
+        raise UserError(
+            f"'{text}' is not a sparsity pattern: write 2:4, another n:m with n < m, or a share such as 50%"
+        )
 
     def __str__(self) -> str:
         return f"{int(self.keep)}:{self.group}" if self.group else f"{1 - self.keep:.3g} unstructured"

@@ -41,7 +41,7 @@ def to_16_bits(tensors: dict[str, Any]) -> None:
     tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].astype(ml_dtypes.bfloat16)
 
 
-def say_int8(config: dict[str, Any]) -> None:
+def declare_int8(config: dict[str, Any]) -> None:
     config["quantization"]["quant_algo"] = "W8A8_SQ_PER_CHANNEL"
 
 
@@ -107,7 +107,7 @@ ATTACKS: dict[str, tuple[str, Attack, Code, str, str | None, int | None, int | N
     ),
     "missing weight": (
         "fp8", drop("model.norm.weight"),
-        Code.MISSING_TENSOR, None, "model.norm.weight", None, None, "the config calls for it, and it is missing",
+        Code.MISSING_TENSOR, None, "model.norm.weight", None, None, "the config requires it, and it is missing",
     ),
     "stray mask": (
         "fp8", put(f"{UP}._weight_mask", np.ones((768, 256), np.bool_)),
@@ -119,22 +119,22 @@ ATTACKS: dict[str, tuple[str, Attack, Code, str, str | None, int | None, int | N
     ),
     "unknown tensor": (
         "fp8", put("model.layers.6.x", np.float32([1])),
-        Code.UNEXPECTED_TENSOR, MODEL, "model.layers.6.x", None, None, "the config calls for no such tensor",
+        Code.UNEXPECTED_TENSOR, MODEL, "model.layers.6.x", None, None, "the config has no such tensor",
     ),
     "weight left in 16 bits": (
         "fp8", change_tensors(to_16_bits),
-        Code.DTYPE, MODEL, f"{UP}.weight", None, None, "it is BF16, the config calls for F8_E4M3",
+        Code.DTYPE, MODEL, f"{UP}.weight", None, None, "it is BF16, the config requires F8_E4M3",
     ),
     "scale of another shape": (
         "int8", put(f"{UP}.weight_scale", np.float32([1])),
-        Code.SHAPE, MODEL, f"{UP}.weight_scale", None, None, "it is [1], the config calls for [768]",
+        Code.SHAPE, MODEL, f"{UP}.weight_scale", None, None, "it is [1], the config requires [768]",
     ),
     "config of another vocabulary": (
         "fp8", put("lm_head.weight", np.zeros((4000, 256), ml_dtypes.bfloat16)),
-        Code.SHAPE, MODEL, "lm_head.weight", None, None, "it is [4000, 256], the config calls for [4096, 256]",
+        Code.SHAPE, MODEL, "lm_head.weight", None, None, "it is [4000, 256], the config requires [4096, 256]",
     ),
     "configs that disagree": (
-        "fp8", change_json("hf_quant_config.json", say_int8),
+        "fp8", change_json("hf_quant_config.json", declare_int8),
         Code.CONFIG, "config.json", None, None, None, "it has fp8 without lm_head, model.embed_tokens, KV",
     ),
     "unknown format": (
@@ -189,11 +189,11 @@ def test_layers_that_are_not_declared_may_be_dense(copy_of: Any) -> None:
     assert verify(directory).ok
 
 
-def test_a_config_that_says_fp8_over_int8_weights(copy_of: Any) -> None:
+def test_a_config_that_declares_fp8_over_int8_weights(copy_of: Any) -> None:
     directory = copy_of("int8")
     set_both(lambda section: section.update(quant_algo="FP8"))(directory)
     actual = verify(directory).violations
-    assert Violation(Code.DTYPE, "it is I8, the config calls for F8_E4M3", MODEL, f"{UP}.weight") in actual
+    assert Violation(Code.DTYPE, "it is I8, the config requires F8_E4M3", MODEL, f"{UP}.weight") in actual
 
 
 def test_globs_in_the_list_of_excluded_modules(copy_of: Any) -> None:
@@ -217,7 +217,7 @@ def test_a_split_that_cuts_a_group_of_4(copy_of: Any) -> None:
     assert {violation.code for violation in actual} == {Code.TENSOR_PARALLEL}
     assert actual[0].message == (
         "model.safetensors: 'model.layers.0.self_attn.o_proj.weight': "
-        "in_features 256 over 128 ranks is 2 each, no multiple of 4"
+        "in_features 256 over 128 ranks is 2 each, not a multiple of 4"
     )
     assert all(str(violation.tensor).endswith(("o_proj.weight", "down_proj.weight")) for violation in actual)
 

@@ -85,7 +85,7 @@ def test_normalizing_zeros_changes_no_value(exports: Path, tmp_path: Path) -> No
 
 
 def test_unfolded_masks(exports: Path) -> None:
-    """ModelOpt writes float weights and masks under a config that says FP8, and reports nothing."""
+    """ModelOpt writes float weights and masks under a config that declares FP8, without a warning."""
     actual = verify(exports / "unfolded")
     first = actual.violations[0]
     assert first.code is Code.UNFOLDED_MASK
@@ -149,7 +149,7 @@ def test_an_engine_of_other_files(copy_of: Any) -> None:
     ("prepare", "fragment"),
     [
         (lambda place: None, "no checkpoint at"),
-        (lambda place: place.mkdir(), "holds no config.json"),
+        (lambda place: place.mkdir(), "contains no config.json"),
         (lambda place: (place.mkdir(), (place / "engine.json").write_text("{}")), "is an engine"),
     ],
 )

@@ -80,7 +80,7 @@ def test_chunks_of_a_scalar_and_a_vector_are_rows_of_one(path: Path) -> None:
         (file_of(b'{"a": '), "its header is not JSON"),
         (file_of(b'{"\xff": 1}'), "its header is not JSON"),
         (file_of(b'{"a":' + b"[" * 100_000), "its header is not JSON"),
-        (file_of(b'{"a": 1, "a": 2}'), "its header names 'a' twice"),
+        (file_of(b'{"a": 1, "a": 2}'), "its header contains 'a' twice"),
         (file_of({"__metadata__": {"format": 1}}), "its __metadata__ is not a table of strings"),
         (file_of({"a": A, "b": [1]}), "'b' lacks one of dtype, shape and data_offsets"),
         (file_of({"a": A, "b": {"dtype": "I8", "shape": [4]}}), "'b' lacks one of dtype, shape and data_offsets"),
@@ -94,13 +94,13 @@ def test_chunks_of_a_scalar_and_a_vector_are_rows_of_one(path: Path) -> None:
         (file_of({"a": A, "b": {**B, "data_offsets": [16]}}), "'b' has data_offsets that are not a range"),
         (file_of({"a": A, "b": {**B, "shape": [5]}}), "'b' has 4 bytes of data, its shape and dtype need 5"),
         (file_of({"a": A, "b": {**B, "shape": [1 << 62, 1 << 62]}}), "its shape and dtype need more than 2^63"),
-        (file_of({"a": A, "b": {**B, "data_offsets": [17, 21]}}), "a hole of 1 bytes before 'b'"),
+        (file_of({"a": A, "b": {**B, "data_offsets": [17, 21]}}), "a gap of 1 bytes before 'b'"),
         (file_of({"a": A, "b": {**B, "data_offsets": [12, 16]}}), "'b' overlaps the tensor before it"),
         (file_of({"a": A, "b": B}, bytes(19)), "truncated: 1 bytes are missing at the end, of 'b' or before"),
         (file_of({"a": A, "b": B}, bytes(21)), "1 bytes at the end belong to no tensor"),
     ],
 )
-def test_each_bad_file_has_its_own_words(path: Path, content: bytes, fragment: str) -> None:
+def test_each_bad_file_has_its_own_message(path: Path, content: bytes, fragment: str) -> None:
     path.write_bytes(content)
     with pytest.raises(HeaderError) as caught:
         read_header(path)

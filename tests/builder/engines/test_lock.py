@@ -97,7 +97,7 @@ def test_launch_scripts_are_valid_bash_and_pass_the_environment_on(tmp_path):
     assert "trtllm-llmapi-launch trtllm-serve" in slurm
 
 
-def test_serve_script_preloads_the_plugin_and_says_when_it_is_missing(tmp_path):
+def test_serve_script_preloads_the_plugin_and_fails_without_it(tmp_path):
     out = tmp_path / "engine"
     tensorrt.prepare(write_checkpoint(tmp_path / "t"), out, CONFIG, ratios={LAYERS[0]: 2.0})
     done = subprocess.run([out / "launch/serve.sh"], capture_output=True, text=True, check=False)
@@ -113,7 +113,7 @@ def test_serve_script_preloads_the_plugin_and_says_when_it_is_missing(tmp_path):
     assert done.stdout == f"{out}/{launch.PLUGIN_LIBRARY}"
 
 
-STUBS = {  # each says with what it was started, and goes on as the real one does
+STUBS = {  # each prints its arguments and then behaves as the real one
     "srun": 'while [ "$1" != bash ]; do shift; done\nexec "$@"',
     "mpirun": 'while [ "$1" != tritonserver ]; do shift; done\nexec "$@"',
     "trtllm-llmapi-launch": "exec $@",  # the real one splits at spaces too

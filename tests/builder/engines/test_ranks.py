@@ -74,7 +74,7 @@ def test_children_of_a_rank_end_with_it(tmp_path):
     [
         ("x\n[TRT] [E] getPluginCreator could not find plugin: Gemm version: 1\n", "plugin library is missing"),
         ("RuntimeError: SmoothQuant is not supported on SM>=100", "use quantization.format=fp8"),
-        ("AssertionError: Unsupported model architecture: Gemma9ForCausalLM", "does not know the architecture"),
+        ("AssertionError: Unsupported model architecture: Gemma9ForCausalLM", "does not support the architecture"),
         ("ModuleNotFoundError: No module named 'plugins'", "package is missing"),
         ("all fine\nValueError: strange thing\nmore", "'ValueError: strange thing'"),
         ("", "it wrote nothing"),
@@ -89,6 +89,6 @@ def test_code_that_a_traceback_quotes_is_not_what_happened():
     assert build_errors.explain(log) == "'ValueError: the real one'"
 
 
-def test_the_first_cause_is_told_not_its_consequence():
+def test_the_first_cause_is_reported_not_its_consequence():
     log = "CUDA out of memory\n" + "x\n" * 10 + "getPluginCreator could not find plugin: Gemm"
     assert "ran out of memory" in build_errors.explain(log)

@@ -1,4 +1,4 @@
-"""The measuring commands for a GPU machine, as far as a CPU goes: what they build, compare and say without one."""
+"""The measuring commands for a GPU machine, tested on a CPU: what they build, compare and print without a GPU."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_table_begins_with_the_largest_layers_and_keeps_every_row(monkeypatch: p
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "fp8"])
-def test_peers_that_cannot_run_say_why_in_a_line(format: str) -> None:
+def test_peers_that_cannot_run_report_why_in_a_line(format: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     bench = gemm.tuner.Bench(Shape(64, 64, format), CPU, 8, 1 << 20)
@@ -180,7 +180,7 @@ def test_engines_measurement_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize(
     "module", ["benchmarks.kernels.gpu_suite", "benchmarks.kernels.gemm", "builder.engines.torch_backend.benchmark"]
 )
-def test_without_a_gpu_the_commands_say_so_in_a_line(module: str) -> None:
+def test_without_a_gpu_the_commands_end_with_a_line(module: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, check=False)

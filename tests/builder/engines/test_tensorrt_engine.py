@@ -1,4 +1,4 @@
-"""The tensorrt backend without TensorRT: what is prepared, what is refused and in which words, and failing ranks."""
+"""The tensorrt backend without TensorRT: what is prepared, what is rejected and the errors, and failing ranks."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def test_prepare_writes_all_that_needs_no_gpu(tmp_path):
     out = tmp_path / "engine"
     command = tensorrt.prepare(checkpoint, out, CONFIG)
     assert command == tensorrt.build_command(checkpoint, out, CONFIG, sparse=True)
-    assert not (out / "engine.json").exists()  # it is no engine yet
+    assert not (out / "engine.json").exists()  # it is not an engine yet
     assert (out / "tokenizer.json").is_file()
     assert json.loads((out / "hooks/routes.json").read_text())["layers"] == dict.fromkeys(LAYERS, "native")
     compile((out / "hooks/models.py").read_text(), "models.py", "exec")
@@ -145,11 +145,11 @@ def test_build_script_runs_the_same_command_wherever_the_artifact_lies(tmp_path)
         ({"architecture": "Gemma9ForCausalLM"}, "'Gemma9ForCausalLM' is not an architecture"),
         ({"dtype": "float64"}, "dtype 'float64'"),
         ({"rotary_base": None}, "has no rotary_base"),
-        ({"mapping": None}, "no 'mapping'"),
+        ({"mapping": None}, "without 'mapping'"),
         ({"quantization": {"quant_algo": "FP8", "sparsity": "2:4"}}, "quantization key 'sparsity'"),
         (
             {"quantization": {"quant_algo": "NVFP9"}, "producer": {"name": "modelopt", "version": "1.3.0"}},
-            "quant_algo 'NVFP9', which is none of W8A8_SQ_PER_CHANNEL, FP8: it was written by modelopt 1.3.0",
+            "quant_algo 'NVFP9', not one of W8A8_SQ_PER_CHANNEL, FP8: it was written by modelopt 1.3.0",
         ),
     ],
 )
@@ -168,7 +168,7 @@ def test_missing_rank_is_named(tmp_path):
 
 
 def test_hugging_face_checkpoint_in_its_place_is_recognised(docs_llama_like):
-    with pytest.raises(UserError, match="is a Hugging Face checkpoint: name the TensorRT-LLM checkpoint"):
+    with pytest.raises(UserError, match="is a Hugging Face checkpoint: give the TensorRT-LLM checkpoint"):
         trtllm_checkpoint.read(docs_llama_like)
 
 
@@ -191,7 +191,7 @@ def test_int8_on_blackwell_is_refused_before_anything_is_written(tmp_path, monke
     assert not (tmp_path / "engine").exists()
 
 
-def test_build_without_tensorrt_llm_says_what_is_missing_in_one_line(tmp_path, monkeypatch):
+def test_build_without_tensorrt_llm_names_what_is_missing_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(version_lock, "installed", lambda name: None)
     with pytest.raises(UserError) as refused:
         tensorrt.build(write_checkpoint(tmp_path / "t"), tmp_path / "engine", CONFIG)
@@ -202,7 +202,7 @@ def test_build_without_tensorrt_llm_says_what_is_missing_in_one_line(tmp_path, m
     assert "\n" not in str(refused.value)
 
 
-def test_build_without_a_gpu_says_so(tmp_path, monkeypatch):
+def test_build_without_a_gpu_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(version_lock, "installed", lambda name: "1.2.1")
     monkeypatch.setattr(tensorrt, "gpus", lambda: ())
     with pytest.raises(UserError, match="needs a GPU, and there is none"):
@@ -248,5 +248,5 @@ def test_kv_cache_estimate_counts_every_head_and_halves_for_8_bit():
 
 
 def test_fewer_gpus_than_ranks_is_refused_when_serving():
-    with pytest.raises(UserError, match="spans 2 GPUs and this machine has 1"):
+    with pytest.raises(UserError, match="needs 2 GPUs and this machine has 1"):
         gpu_memory.require(gpu_memory.Estimate(0, 0, 0), [H100], 2)

@@ -202,7 +202,7 @@ def test_an_abandoned_generation_leaves_nothing_behind(tiny: Path) -> None:
     ("request_", "fragment"),
     [
         (Request("x", (), 1), "has no tokens"),
-        (Request("x", (5,), 0), "asks for 0 tokens"),
+        (Request("x", (5,), 0), "requests 0 tokens"),
         (Request("x", (5,) * 60, 5), "60 \\+ 5 tokens, more than max_seq_len 64"),
         (Request("x", (5,) * 30, 5), "30 tokens, more than max_num_tokens 20"),
         (Request("x", (5, 96), 5), "outside 0 to 95"),
@@ -210,7 +210,7 @@ def test_an_abandoned_generation_leaves_nothing_behind(tiny: Path) -> None:
         (Request("x", (5,), 5, temperature=-1), "temperature -1"),
         (Request("x", (5,), 5, temperature=float("nan")), "temperature nan"),
         (Request("x", (5,), 5, top_p=0), "top_p 0"),
-        (Request("taken", (5,), 5), "an id of its own"),
+        (Request("taken", (5,), 5), "a unique id"),
     ],
 )
 def test_a_request_that_cannot_run_is_refused(tiny: Path, request_: Request, fragment: str) -> None:

@@ -123,7 +123,7 @@ def test_an_engine_for_its_logits_alone_needs_no_tuning(
     assert sources(json.loads((tmp_path / "engine" / "tactics.json").read_text())) == {("predicted", False)}
 
 
-def test_predicted_or_foreign_tactics_on_a_gpu_are_said_to_be(
+def test_predicted_or_foreign_tactics_on_a_gpu_are_reported(
     gpu: bindings.Context, checkpoints: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_times(monkeypatch, by_kernel(FAST))
@@ -143,7 +143,7 @@ def test_predicted_or_foreign_tactics_on_a_gpu_are_said_to_be(
         kernels = Kernels(given, torch.bfloat16, CUDA)
         with caplog.at_level(logging.WARNING):
             assert kernels.choices("lm_head", {"weight": torch.empty(0)}) is None
-            assert kernels.remarks == [], "a dense layer gives no cause to speak"
+            assert kernels.remarks == [], "a dense layer gives no remark"
             kernels.choices(UP, STORED)
             kernels.choices(DOWN, STORED)
         (remark,) = kernels.remarks
@@ -151,10 +151,10 @@ def test_predicted_or_foreign_tactics_on_a_gpu_are_said_to_be(
         assert [record.message for record in caplog.records] == [remark]
 
 
-def test_kernels_that_cannot_run_are_said(monkeypatch: pytest.MonkeyPatch, gpu: bindings.Context) -> None:
+def test_kernels_that_cannot_run_are_reported(monkeypatch: pytest.MonkeyPatch, gpu: bindings.Context) -> None:
     kernels = Kernels(None, torch.float32, CUDA)
     assert kernels.choices(UP, STORED) is None
-    assert kernels.remarks[0].startswith("2:4 layers run as dense ones: the kernels give out fp16 or bf16, and")
+    assert kernels.remarks[0].startswith("2:4 layers run dense: the kernels output fp16 or bf16, and")
 
     def missing(device: int) -> bindings.Context:
         raise UserError("no 'libtwofour.so': run `twofour plugins build`, or set TWOFOUR_LIBRARY")
@@ -168,7 +168,7 @@ def test_kernels_that_cannot_run_are_said(monkeypatch: pytest.MonkeyPatch, gpu: 
 def test_gpu_whose_kernels_cannot_be_timed_is_refused(
     checkpoints: Path, gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It would run every 2:4 layer dense, and nobody would be told."""
+    """It would silently run every 2:4 layer dense."""
 
     def refused(error: str, **changes: Any) -> None:
         with monkeypatch.context() as patched:
@@ -198,7 +198,7 @@ def test_memory_that_runs_out_while_timing_is_a_line(
 
     monkeypatch.setattr(tuner, "Bench", full)
     with pytest.raises(
-        UserError, match=r"GPU memory ran out while timing bf16 \[96, 64\]: free some .*allocate 2 GiB\)"
+        UserError, match=r"GPU memory ran out while timing bf16 \[96, 64\]: free memory .*allocate 2 GiB\)"
     ):
         registry.tactics(checkpoints / "hf", CONFIG, "H100-SXM")
 

@@ -1,4 +1,4 @@
-"""STAND-IN: building an engine. Nothing is compiled: the weights are looked at, and the log says what TensorRT's would.
+"""STAND-IN: building an engine. Nothing is compiled: the weights are inspected, and the log has TensorRT's lines.
 
 It "picks" a sparse tactic for each 2:4 weight that it can see, of 16 bit or FP8, where weight_sparsity is asked for and
 no GEMM plugin hides the weights; which is what makes the log worth reading in a test, not a claim about TensorRT.

@@ -1,4 +1,4 @@
-"""STAND-IN: trtllm-serve, with this release's options. It serves nothing: it tells what it was asked for, as JSON.
+"""STAND-IN: trtllm-serve, with this release's options. It serves nothing: it prints its arguments as JSON.
 
 On main it is a group whose default command this is; its console script calls `main` in every release (setup.py).
 """
