@@ -86,7 +86,7 @@ def test_every_step_is_a_command_that_exists() -> None:
         assert (gpu_suite.ROOT / f"{module.replace('.', '/')}.py").exists(), module
 
 
-def test_a_full_disk_prints_what_it_cannot_keep_and_goes_on(
+def test_a_full_disk_prints_what_it_cannot_keep_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(path: Path, content: object) -> None:

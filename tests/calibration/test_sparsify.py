@@ -160,7 +160,7 @@ def test_a_layer_whose_inputs_do_not_divide_by_4_is_listed_and_left(tmp_path: Pa
 
 
 @pytest.mark.parametrize("method", ["magnitude", "reconstruct"])
-def test_a_run_stopped_at_any_block_goes_on_to_the_same_bytes(llama: Path, tmp_path: Path, method: str) -> None:
+def test_a_run_stopped_at_any_block_resumes_to_the_same_bytes(llama: Path, tmp_path: Path, method: str) -> None:
     prune(llama, tmp_path / "straight", method=method)
     for stop in (1, 2, 3):
         out, work = tmp_path / f"out{stop}", tmp_path / f"work{stop}"
@@ -187,7 +187,7 @@ prune(Path(sys.argv[1]), Path(sys.argv[2]), method="reconstruct", work=Path(sys.
 """
 
 
-def test_a_killed_process_leaves_what_another_goes_on_from(llama: Path, tmp_path: Path) -> None:
+def test_another_process_resumes_after_a_killed_one(llama: Path, tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     arguments = [sys.executable, "-c", KILLED, str(llama), str(out), str(work)]
     root = str(Path(__file__).parents[2])

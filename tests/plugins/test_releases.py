@@ -167,8 +167,8 @@ def test_workers_that_would_not_find_the_package_get_the_file_and_how_to_load_it
     ran = subprocess.run(fragment, cwd=engine, capture_output=True, text=True, env=environment(), check=False)
     assert ran.returncode == 2
     assert ran.stderr == (
-        f"error: TensorRT-LLM's workers would not find '{engine}/twofour_sparse/__init__.py', which holds the sparse "
-        f"layers: start the engine with '{engine}/launch/serve.sh', or put '{engine}' on PYTHONPATH\n"
+        f"error: TensorRT-LLM's workers would not find '{engine}/twofour_sparse/__init__.py', which contains the "
+        f"sparse layers: start the engine with '{engine}/launch/serve.sh', or put '{engine}' on PYTHONPATH\n"
     )
 
 

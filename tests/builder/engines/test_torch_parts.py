@@ -141,7 +141,7 @@ def test_a_draw_is_the_same_in_any_batch(seed: int, index: int) -> None:
     assert together[0] == logits[0].argmax()
 
 
-def test_the_newest_gives_its_blocks_back_and_the_oldest_goes_on() -> None:
+def test_the_newest_frees_its_blocks_and_the_oldest_continues() -> None:
     simulation = Simulation(2, 4 * BLOCK, False, blocks=3)
     for name, prompt in (("old", (1,) * (BLOCK - 2)), ("new", (2,) * (BLOCK - 2))):
         simulation.scheduler.add(Request(name, prompt, BLOCK))
