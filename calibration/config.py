@@ -156,6 +156,9 @@ class Routing(Config):
     """Prompts to learn from and to prove the router on."""
     max_new_tokens: int = Field(default=32, ge=1)
     """Tokens of the dense model's answer to each prompt, on which the engines are compared."""
+    features: Literal["prompt", "prefill"] = "prompt"
+    """What the prediction reads: `prompt`, its tokens; `prefill`, also the build's distribution of the next token, so
+    that the build processes each prompt before the decision (Triton only)."""
     shadow: Percent = Field(default=0.01, ge=0, le=1)
     """Share of the requests that the dense engine computes again in idle time, so that the loss stays measured."""
 

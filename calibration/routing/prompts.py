@@ -6,7 +6,7 @@ Legend: W windows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from calibration.evaluation.evaluate import Logits
-from calibration.routing.divergence import likeliest, mean_kl
+from calibration.routing.divergence import LogProbabilities, likeliest, mean_kl
 from plugins.common.progress import Progress
 
 SHORTEST = 8  # tokens of a prompt
@@ -33,11 +33,13 @@ class Loss:
     """One prompt's loss: mean KL(dense || cheap) a token (nats), and the share of tokens whose first choice differs.
 
     seen_kl: the part of the KL that a shadow run measures, which compares the likeliest tokens alone
+    next_token: what the cheap engine's prefill of the prompt gives, the likeliest tokens after it
     """
 
     kl: float
     disagreement: float
     seen_kl: float
+    next_token: LogProbabilities = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -55,8 +57,9 @@ def measure_losses(
         dense_TV, cheap_TV = (_predictions(model(ids_1T)[0], len(prompt)) for model in (dense, cheap))
         kl = (dense_TV.exp() * (dense_TV - cheap_TV.to(dense_TV.device))).sum(dim=1).mean()
         differs = (dense_TV.argmax(dim=1) != cheap_TV.argmax(dim=1).to(dense_TV.device)).float().mean()
-        seen = mean_kl(zip(likeliest(dense_TV), likeliest(cheap_TV), strict=True))
-        losses.append(Loss(max(float(kl), 0.0), float(differs), seen))
+        cheap_likeliest = likeliest(cheap_TV)
+        seen = mean_kl(zip(likeliest(dense_TV), cheap_likeliest, strict=True))
+        losses.append(Loss(max(float(kl), 0.0), float(differs), seen, cheap_likeliest[0]))
         if progress:
             progress("measure prompts", number + 1, len(prompts))
     return losses

@@ -1,7 +1,8 @@
 """The router of a deployment: features, predictor and threshold, as files that serving reads with numpy alone.
 
 router.json    build_id, variants, budget, threshold
-router.npz     tables of the features, weights of the predictor, histograms of the training prompts' features
+router.npz     tables of the features, weights of the predictor, histograms of the training prompts' features;
+               components of the next token's distribution, where the router reads the prefill
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from calibration.routing.features import NAMES, Features
 from calibration.routing.predictor import Prediction, Predictor
+from calibration.routing.prefill import COMPONENTS, Prefill, RunPrefill
 from plugins.common.errors import UserError
 from plugins.common.files import replacing
 from plugins.common.json_files import read_json_object, write_json
@@ -35,6 +37,7 @@ class Router:
     edges, reference_FB: inner edges [F, B - 1] of the bins of each feature, and the training prompts' share in each bin
     prompts: how many the router was trained on
     seen: the share of their loss that a shadow run measures, which compares the likeliest tokens alone
+    prefill: features of the cheap engine's prefill of the prompt; None: the prompt alone decides
     """
 
     features: Features
@@ -47,17 +50,29 @@ class Router:
     reference_FB: NDArray[np.float32]
     prompts: int
     seen: float = 1.0
+    prefill: Prefill | None = None
 
-    def predict(self, token_ids: Any) -> Prediction:
-        """The prediction for a prompt. Raises UserError for an empty one."""
-        return self.predictor.predict(self.features.extract(token_ids))
+    def extract(self, token_ids: Any, run_prefill: RunPrefill = lambda: None) -> NDArray[np.float32]:
+        """The features [F] of a prompt. `run_prefill` is called by a router that reads the prefill.
+
+        Raises UserError for an empty prompt and for ids beyond the vocabulary, before the prefill.
+        """
+        features_F = self.features.extract(token_ids)
+        if self.prefill is None:
+            return features_F
+        return np.concatenate([features_F, self.prefill.extract(run_prefill())])
+
+    def predict(self, token_ids: Any, run_prefill: RunPrefill = lambda: None) -> Prediction:
+        """The prediction for a prompt; an infinite loss without the prefill that it reads. Raises as `extract`."""
+        return self.predictor.predict(self.extract(token_ids, run_prefill))
 
     def save(self, directory: Path) -> None:
         """Writes both files, each at once."""
         directory.mkdir(parents=True, exist_ok=True)
         own = {"edges": self.edges, "reference_FB": self.reference_FB}
         with replacing(directory / ARRAYS) as partial:
-            np.savez(partial, **self.features.arrays(), **self.predictor.arrays(), **own)
+            prefill = self.prefill.arrays() if self.prefill else {}
+            np.savez(partial, **self.features.arrays(), **self.predictor.arrays(), **prefill, **own)
         names = ("build_id", "variants", "budget_kl", "threshold", "prompts", "seen")
         write_json(directory / FACTS, {name: getattr(self, name) for name in names})
 
@@ -79,12 +94,14 @@ class Router:
                 arrays["reference_FB"],
                 int(facts["prompts"]),
                 float(facts["seen"]),
+                Prefill.from_arrays(arrays),
             )
             if not 0 < router.seen <= 1:
                 raise ValueError(f"a share of {router.seen}")
             if router.prompts < 1 or len(router.variants) < 2:
                 raise ValueError(f"{router.prompts} prompts, {len(router.variants)} variants")
-            if router.reference_FB.shape != (len(NAMES), BINS) or router.edges.shape != (len(NAMES), BINS - 1):
+            features = len(NAMES) + (COMPONENTS if router.prefill else 0)
+            if router.reference_FB.shape != (features, BINS) or router.edges.shape != (features, BINS - 1):
                 raise ValueError(f"histograms {router.reference_FB.shape}, edges {router.edges.shape}")
         except FileNotFoundError:
             raise UserError(f"'{directory}' holds no router", "build with a 'routing' section in the recipe") from None
