@@ -146,7 +146,7 @@ def _timed(router: Any, prompts: Any, losses: Any) -> tuple[Any, float]:
     predicted, times = [], []
     for prompt, loss in zip(prompts, losses, strict=True):
         began = time.perf_counter()
-        predicted.append(router.predict(prompt, lambda own=loss: own.next_token).loss)
+        predicted.append(router.predict(prompt, loss.next_token).loss)
         times.append(time.perf_counter() - began)
     return np.array(predicted), round(1e6 * float(np.median(times)), 1)
 

@@ -15,6 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.routing.divergence import LogProbabilities
 from calibration.routing.features import NAMES, Features
 from calibration.routing.predictor import Prediction, Predictor
 from calibration.routing.prefill import COMPONENTS, Prefill, RunPrefill
@@ -52,7 +53,7 @@ class Router:
     seen: float = 1.0
     prefill: Prefill | None = None
 
-    def extract(self, token_ids: Any, run_prefill: RunPrefill = lambda: None) -> NDArray[np.float32]:
+    def extract(self, token_ids: Any, run_prefill: RunPrefill) -> NDArray[np.float32]:
         """The features [F] of a prompt. `run_prefill` is called by a router that reads the prefill.
 
         Raises UserError for an empty prompt and for ids beyond the vocabulary, before the prefill.
@@ -62,9 +63,12 @@ class Router:
             return features_F
         return np.concatenate([features_F, self.prefill.extract(run_prefill())])
 
-    def predict(self, token_ids: Any, run_prefill: RunPrefill = lambda: None) -> Prediction:
-        """The prediction for a prompt; an infinite loss without the prefill that it reads. Raises as `extract`."""
-        return self.predictor.predict(self.extract(token_ids, run_prefill))
+    def predict(self, token_ids: Any, next_token: LogProbabilities | None = None) -> Prediction:
+        """The prediction for a prompt and what its prefill gave. Raises as `extract`.
+
+        A router that reads the prefill predicts an infinite loss without one.
+        """
+        return self.predictor.predict(self.extract(token_ids, lambda: next_token))
 
     def save(self, directory: Path) -> None:
         """Writes both files, each at once."""
@@ -100,6 +104,9 @@ class Router:
                 raise ValueError(f"a share of {router.seen}")
             if router.prompts < 1 or len(router.variants) < 2:
                 raise ValueError(f"{router.prompts} prompts, {len(router.variants)} variants")
+            components = router.prefill and router.prefill.components_VD.shape
+            if components and components != (len(router.features.surprisal_V), COMPONENTS):
+                raise ValueError(f"components {components}")
             features = len(NAMES) + (COMPONENTS if router.prefill else 0)
             if router.reference_FB.shape != (features, BINS) or router.edges.shape != (features, BINS - 1):
                 raise ValueError(f"histograms {router.reference_FB.shape}, edges {router.edges.shape}")
