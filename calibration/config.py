@@ -150,6 +150,9 @@ class Routing(Config):
 
     budget: RoutingBudget = RoutingBudget()
     """The loss that the deployment keeps to."""
+    variants: tuple[str, Literal["built"]] = ("dense", "built")
+    """The two engines. `dense` is the dense model's; in its place, the directory of another build of the same model,
+    such as one in FP8 without 2:4, serves in less memory. The loss is the divergence of `built` from it."""
     prompts: str | None = None
     """Text like the users' prompts, as `calibration.data` takes it; null: the calibration text."""
     samples: int = Field(default=256, ge=32)

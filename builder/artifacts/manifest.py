@@ -93,6 +93,13 @@ def is_build(directory: Path) -> bool:
     return read_manifest(directory) is not None
 
 
+def source_digest(build: Path, source: str) -> str | None:
+    """The sha256 of what went into a build under this name, such as "model"; None if it does not record one."""
+    definition = (read_manifest(build) or {}).get("predicate", {}).get("buildDefinition", {})
+    listed = definition.get("resolvedDependencies", [])
+    return next((each["digest"]["sha256"] for each in listed if each["name"] == source), None)
+
+
 def listed_files(build: Path) -> set[str]:
     """The paths of the files that the build's manifest lists."""
     return set(_subjects(read_manifest(build) or {}))

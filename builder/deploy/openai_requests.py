@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from calibration.routing.divergence import LogProbabilities, mean_kl
+from calibration.routing.divergence import COMPARISONS, LogProbabilities, mean_kl
 from plugins.common.errors import UserError
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 SHADOW_TOKENS = 32  # tokens of an answer that a shadow run compares
-TOP = {CHAT: 20, COMPLETIONS: 5}  # log-probabilities of a token that OpenAI's API gives at most
+COMPARED = {CHAT: "chat", COMPLETIONS: "completions"}  # names of COMPARISONS
 
 
 def parse(raw: bytes) -> dict[str, Any]:
@@ -63,7 +63,8 @@ def shadow_request(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in body.items() if key not in ("stream", "stream_options", "n", "best_of")}
     limit = next((body[key] for key in ("max_completion_tokens", "max_tokens") if isinstance(body.get(key), int)), None)
     kept.pop("max_completion_tokens", None)
-    probabilities = {"logprobs": True, "top_logprobs": TOP[CHAT]} if path == CHAT else {"logprobs": TOP[COMPLETIONS]}
+    top = COMPARISONS[COMPARED[path]].top
+    probabilities = {"logprobs": True, "top_logprobs": top} if path == CHAT else {"logprobs": top}
     return {**kept, "temperature": 0, "max_tokens": min(limit or SHADOW_TOKENS, SHADOW_TOKENS), **probabilities}
 
 

@@ -31,15 +31,24 @@ _ENDPOINTS = (openai_requests.COMPLETIONS, openai_requests.CHAT)
 
 
 class Proxy:
-    """Answers requests with the servers in `upstreams`, by variant. `sync_client` runs the shadow requests."""
+    """Answers requests with the servers in `upstreams`, by variant. `sync_client` runs the shadow requests.
+
+    seen: see `Router`.
+    """
 
     def __init__(
-        self, service: RouterService, upstreams: Mapping[str, Upstream], tokenizer: Any, sync_client: httpx.Client
+        self,
+        service: RouterService,
+        upstreams: Mapping[str, Upstream],
+        tokenizer: Any,
+        sync_client: httpx.Client,
+        seen: Mapping[str, float],
     ) -> None:
         self._service = service
         self._upstreams = upstreams
         self._tokenizer = tokenizer
         self._sync_client = sync_client
+        self._seen = seen
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -120,7 +129,7 @@ class Proxy:
             response = self._sync_client.post(upstream.url + path, json=upstream.own(body), headers=dict(headers))
             response.raise_for_status()
             answers.append(response.json())
-        return openai_requests.measured_loss(*answers)
+        return openai_requests.measured_loss(*answers) / self._seen[openai_requests.COMPARED[path]]
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Any) -> AsyncIterator[None]:

@@ -48,7 +48,7 @@ def make_proxy(router: LearnedRouter, tokenizer_dir: Path, options: Options) -> 
         settings=options.settings,
         state_file=options.state_file,
     )
-    return Proxy(service, upstreams, tokenizer, httpx.Client(timeout=timeout)), service
+    return Proxy(service, upstreams, tokenizer, httpx.Client(timeout=timeout), router.seen), service
 
 
 def serve(

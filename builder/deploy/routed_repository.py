@@ -1,4 +1,7 @@
-"""Writes a Triton repository of a router in front of two models: the dense model and the build. Torch engines only."""
+"""Writes a Triton repository of a router in front of two models: the dense one or another build, and the build.
+
+Torch engines only.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,18 @@ from calibration.routing.router import Router
 from plugins.common.errors import UserError
 from plugins.common.templates import render
 
-NAMES = ("dense", "built")
+VARIANTS = (("dense", "built"), ("reference", "built"))
 
 
-def write_routed_repository(engine_dir: Path, dense: Path, router_dir: Path, out: Path, config: DeployConfig) -> None:
-    """Writes `out/<model_name>`, the router, and `out/<model_name>_dense` and `_built`, the models behind it.
+def write_routed_repository(
+    engine_dir: Path, reference: Path, router_dir: Path, out: Path, config: DeployConfig
+) -> None:
+    """Writes `out/<model_name>`, the router, and the models behind it: `_built`, and `_dense` or `_reference`.
 
-    `dense` is the unpruned 16-bit model, a Hugging Face directory: its engine, with the limits of the engine at
-    `engine_dir`, is written into its model's directory. Raises UserError for options that a router does not have, and
-    for a router of other variants.
+    `reference` is the unpruned 16-bit model, a Hugging Face directory, whose engine, with the limits of the engine at
+    `engine_dir`, is written into its model's directory; or the engine of another build, which stays where it is. The
+    router's variants decide which. Raises UserError for options that a router does not have, and for a router of other
+    variants.
     """
     for option in ("response_cache", "dynamic_batching"):
         if getattr(config, option):
@@ -33,16 +39,20 @@ def write_routed_repository(engine_dir: Path, dense: Path, router_dir: Path, out
     if config.streaming is False:
         raise UserError("a router streams, and streaming is off", "drop --no-streaming")
     router = Router.load(router_dir)
-    if router.variants != NAMES:
+    if router.variants not in VARIANTS:
         raise UserError(f"the router in '{router_dir}' chooses between {', '.join(router.variants)}", "build again")
-    facts = engine_facts(engine_dir)
-    models = {name: f"{config.model_name}_{name}" for name in NAMES}
-    for name, path in zip(NAMES, ("engine", config.engine_path), strict=True):
-        own = config.model_copy(update={"model_name": models[name], "engine_path": path})
-        write_repository(engine_dir, out, own)
-    _build_dense(dense, out / models["dense"] / "engine", facts)
+    facts = {name: engine_facts(engine_dir) for name in router.variants}
+    models = {name: f"{config.model_name}_{name}" for name in router.variants}
+    first, built = (config.model_copy(update={"model_name": name}) for name in models.values())
+    write_repository(engine_dir, out, built)
+    if "dense" in models:
+        write_repository(engine_dir, out, first.model_copy(update={"engine_path": "engine"}))
+        _build_dense(reference, out / models["dense"] / "engine", facts["dense"])
+    else:
+        facts["reference"] = _reference_facts(reference, facts["built"])
+        write_repository(reference, out, first.model_copy(update={"engine_path": str(reference.resolve())}))
     model = out / config.model_name
-    capacity = facts["max_batch_size"] + config.max_queue_size
+    capacity = {name: own["max_batch_size"] + config.max_queue_size for name, own in facts.items()}
     pages = {
         "config.pbtxt": render(
             TEMPLATE_DIRECTORY,
@@ -50,7 +60,7 @@ def write_routed_repository(engine_dir: Path, dense: Path, router_dir: Path, out
             config=config,
             engine_path=config.engine_path or relative(engine_dir, model, out.parent),
             router_path=config.router_path or relative(router_dir, model, out.parent),
-            variants=json.dumps({name: [models[name], capacity] for name in NAMES}),
+            variants=json.dumps({name: [models[name], capacity[name]] for name in models}),
             inputs=[(name, field) for field in request_schema.INPUTS for name in field.names],
             outputs=request_schema.OUTPUTS,
         ),
@@ -62,6 +72,17 @@ def write_routed_repository(engine_dir: Path, dense: Path, router_dir: Path, out
 def state_file(build_id: str) -> Path:
     """Where a router of this build keeps its state unless another place is named."""
     return default_store() / "routing" / f"{build_id[:16]}.json"
+
+
+def _reference_facts(reference: Path, built: dict[str, Any]) -> dict[str, Any]:
+    """engine.json of the other build. Raises UserError if it rejects requests that this build accepts."""
+    facts = engine_facts(reference)
+    if facts["max_seq_len"] < built["max_seq_len"]:
+        raise UserError(
+            f"the engine '{reference}' takes {facts['max_seq_len']} tokens, and this build's {built['max_seq_len']}",
+            "build both with the same engine.max_seq_len",
+        )
+    return facts
 
 
 def _build_dense(dense: Path, out: Path, facts: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from builder.engines.base import Engine
-from calibration.routing.divergence import LogProbabilities, likeliest
+from calibration.routing.divergence import TRITON, LogProbabilities, likeliest
 
 TICKET = "twofour_ticket"  # names a request, so that it can be cancelled
 CANCEL = "twofour_cancel"  # the ticket of the request to cancel
@@ -23,7 +23,7 @@ def score(engine: Engine, input_ids: list[int], start: int) -> str:
 
     ids_BT = torch.tensor([input_ids])
     logits_AV = engine.logits(ids_BT)[0, start - 1 : -1].float()
-    return json.dumps(likeliest(logits_AV.log_softmax(dim=-1)))
+    return json.dumps(likeliest(logits_AV.log_softmax(dim=-1), TRITON.top))
 
 
 def read_score(text: str) -> list[LogProbabilities]:

@@ -81,7 +81,7 @@ class RouterModel:
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         here = Path(args["model_repository"])
         router = Router.load((here / parameters["router_dir"]).resolve())
-        self._seen = router.seen
+        self._seen = router.seen["triton"]
         self._tokenizer = load_tokenizer((here / parameters["tokenizer_dir"]).resolve())
         self._variants = {name: Variant(name, *facts) for name, facts in json.loads(parameters["variants"]).items()}
         state = Path(parameters["state_file"]) if parameters["state_file"] else state_file(router.build_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,9 +19,9 @@ from calibration.routing.divergence import LogProbabilities
 _OUTPUTS = ["text_output", "output_ids", "finish_reason", "num_input_tokens", "num_output_tokens"]
 _TIMES = ["arrival_time_ns", "first_token_time_ns", "last_token_time_ns"]
 
-
 _PROBE = 0.2  # seconds between two probes
 _STALE = 5.0  # seconds without a probe's answer, after which a model counts as down
+_KEPT = 5.0  # seconds from a call's end to the release of its responses
 
 
 class Variant:
@@ -36,6 +37,7 @@ class Variant:
         self._lock = threading.Lock()
         self._answers_probes = True
         self._answered = time.monotonic()
+        self._ended: deque[tuple[float, Any]] = deque()
 
     def watch(self) -> None:
         """Starts to probe the model."""
@@ -104,18 +106,23 @@ class Variant:
             yield response
 
     def _call(self, outputs: list[str], tensors: Sequence[Any], parameters: dict[str, Any]) -> Iterator[Any]:
+        """The responses that hold tensors, as they come. Raises CallError."""
         request = pb_utils.InferenceRequest(
             model_name=self.model, inputs=list(tensors), requested_output_names=outputs, parameters=parameters
         )
         try:
-            for response in request.exec(decoupled=True):
-                if response.has_error():
-                    error = response.error()
-                    raise CallError(error.message(), error.code())
-                if response.output_tensors():
-                    yield response
+            responses = request.exec(decoupled=True)
         except pb_utils.TritonModelException as error:  # the model is not loaded
             raise CallError(str(error)) from None
+        try:
+            for response in responses:
+                if response.has_error():
+                    failure = response.error()
+                    raise CallError(failure.message(), failure.code())
+                if response.output_tensors():
+                    yield response
+        finally:
+            self._ended.append((time.monotonic(), responses))
 
     def _probe(self) -> None:
         while True:
@@ -125,4 +132,15 @@ class Variant:
             except CallError:
                 self._answers_probes = False
             self._answered = time.monotonic()
+            self._release_ended()
             time.sleep(_PROBE)
+
+    def _release_ended(self) -> None:
+        """Frees the responses of calls that ended `_KEPT` seconds ago.
+
+        The backend keeps its own reference until soon after a call's end, and drops it on a thread without the GIL. If
+        that were the last one, Python objects would be freed there and memory be corrupted (Triton before 24.12:
+        python_backend's pull request 390).
+        """
+        while self._ended and self._ended[0][0] < time.monotonic() - _KEPT:
+            self._ended.popleft()

@@ -17,6 +17,7 @@ from builder.artifacts.install import claimed, publish
 from builder.artifacts.manifest import MANIFEST, as_bytes, make_manifest, now
 from builder.context import BuildContext, Outputs
 from builder.hardware import machine
+from builder.pipeline.reference_build import reference_engine
 from builder.pipeline.stages import UNTIL, Until, run_stages
 from builder.planning.compatibility import check, choose_backend
 from builder.planning.compatibility_rules import BACKENDS
@@ -60,6 +61,8 @@ def build(
         console.warn(note)
     with claimed(out) as place:
         context = BuildContext(recipe, plan, model, Cache(store or default_store(), console.say), console, wait)
+        if recipe.routing:
+            reference_engine(recipe.routing, context.model_digest)
         outputs = run_stages(context, until)
         report = assemble(context, outputs, UNTIL.index(until) >= UNTIL.index("benchmark"))
         _publish(context, outputs, report, place, until, started)

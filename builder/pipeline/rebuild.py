@@ -10,13 +10,14 @@ from benchmarks.config import Benchmark, Workload
 from builder import recipe
 from builder.artifacts.filesystem import remove, sha256_tree
 from builder.artifacts.install import claimed, publish
-from builder.artifacts.manifest import MANIFEST, as_bytes, is_build, make_manifest, now, record_folder
+from builder.artifacts.manifest import MANIFEST, as_bytes, is_build, make_manifest, now, record_folder, source_digest
 from builder.checkpoint import Checkpoint
 from builder.config import DeployConfig, EngineConfig
 from builder.engines.trtllm import version_lock
 from builder.hardware import machine
 from builder.pipeline import measure
 from builder.pipeline.build import pick_backend
+from builder.pipeline.reference_build import reference_engine
 from builder.pipeline.route import shadow_share
 from builder.planning.hub import find_model
 from builder.progress import Console
@@ -167,7 +168,11 @@ def _write_repository(build: Path, out: Path, config: DeployConfig) -> None:
         write_repository(engine, out, config)
         return
     routed = config.model_copy(update={"router_path": "../../routing", "shadow": shadow_share(router)})
-    write_routed_repository(engine, _dense(_recipe(build), None), router, out, routed)
+    built = _recipe(build)
+    assert built is not None
+    assert built.routing is not None, "only a build with a routing section has a router"
+    other = reference_engine(built.routing, source_digest(build, "model"))
+    write_routed_repository(engine, other or _dense(built, None), router, out, routed)
 
 
 def _how_to_start(build: Path, repository: Path, model: str) -> str:

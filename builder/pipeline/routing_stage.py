@@ -9,12 +9,14 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from builder.artifacts.cache import digest_of
+from builder.artifacts.filesystem import sha256_tree
 from builder.context import BuildContext, Outputs, data_digest
+from builder.pipeline.reference_build import reference_engine
 from builder.pipeline.stage import ENGINE_TOOLS, Stage
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
 
-VARIANTS = ("dense", "built")
 HELD_OUT = 0.3  # share of the documents
 LEAST_PROMPTS = 16  # on each side of the split
 
@@ -28,8 +30,15 @@ def _data(context: BuildContext) -> str:
 
 
 def _inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:
-    engine = outputs.get("reference") or outputs["engine"]
-    return {"model": context.model_digest, "engine": engine.digest, "data": data_digest(_data(context))}
+    engine, other = outputs.get("reference") or outputs["engine"], _reference(context)
+    digests = {"model": context.model_digest, "engine": engine.digest, "data": data_digest(_data(context))}
+    return digests | ({"reference": digest_of(sha256_tree(other))} if other else {})
+
+
+def _reference(context: BuildContext) -> Path | None:
+    """The other build's engine; None for the dense model."""
+    assert context.recipe.routing is not None
+    return reference_engine(context.recipe.routing, context.model_digest)
 
 
 def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
@@ -40,7 +49,7 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     from calibration.routing.features import fit_features, unseen_features
     from calibration.routing.predictor import fit
     from calibration.routing.prefill import fit_prefill
-    from calibration.routing.prompts import seen_share
+    from calibration.routing.prompts import seen_shares
     from calibration.routing.proof import choose_threshold, prove
     from calibration.routing.router import Router, histograms
 
@@ -48,7 +57,9 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     assert routing is not None
     engine = (outputs.get("reference") or outputs["engine"]).path
     windows, prompts = _prompts(context)
-    dense, built = registry.load_dense(model, engine), registry.load(engine)
+    other, built = _reference(context), registry.load(engine)
+    dense = registry.load(other) if other else registry.load_dense(model, engine)
+    variants = ("reference" if other else "dense", "built")
     losses = _losses(dense, built, prompts, routing.max_new_tokens, context)
     loss_N = np.array([loss.kl for loss in losses])
     held_N = _held_out(windows.documents)
@@ -66,8 +77,8 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     edges, reference_FB = histograms(features_NF)
     identity = hashlib.sha256("".join(_inputs(context, outputs).values()).encode()).hexdigest()
     router = Router(
-        features, fitted.predictor, identity, VARIANTS, routing.budget.kl, threshold, edges, reference_FB,
-        prompts=len(training), seen=seen_share(losses), prefill=prefill,
+        features, fitted.predictor, identity, variants, routing.budget.kl, threshold, edges, reference_FB,
+        prompts=len(training), seen=seen_shares(losses), prefill=prefill,
     )  # fmt: skip
     predicted_N, microseconds = _timed(router, held_out, list(compress(losses, held_N)))
     proof = prove(predicted_N, loss_N[held_N], windows.documents[held_N])
@@ -78,7 +89,7 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
         {
             **proof,
             "features": routing.features,
-            "variants": list(VARIANTS),
+            "variants": list(variants),
             "budget_kl": routing.budget.kl,
             "threshold": threshold,
             "share": float(cheap_N.mean()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from builder.planning.kv_cache import eviction_notes
 from builder.recipe import Recipe
 
@@ -19,8 +21,15 @@ def notes(recipe: Recipe, prunes: bool, dense_bytes: int, built_bytes: int) -> t
             "only where reading weights is the limit"
         )
     if recipe.routing:
+        first = recipe.routing.variants[0]
+        held = (dense_bytes, "of dense weights") if first == "dense" else (_weight_bytes(Path(first)), f"of '{first}'")
         lines.append(
-            f"routing holds two engines: {dense_bytes / 1e6:.4g} MB of dense weights beside {built_bytes / 1e6:.4g} MB "
-            "of the build's, each with a KV cache of its own; they share the tokenizer"
+            f"routing holds two engines: {held[0] / 1e6:.4g} MB {held[1]} and {built_bytes / 1e6:.4g} MB of the "
+            "build's, each with a KV cache of its own; they share the tokenizer"
         )
     return tuple(lines)
+
+
+def _weight_bytes(build: Path) -> int:
+    """Bytes of the weight files of another build's engine; 0 before it is built."""
+    return sum(file.stat().st_size for file in (build / "engine").glob("*.safetensors"))

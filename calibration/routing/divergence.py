@@ -7,18 +7,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 LogProbabilities = Mapping[Hashable, float]  # of some tokens, in nats
-TOP = 64  # likeliest tokens that a shadow run inside a server compares
 _LEAST = 1e-9  # probability that a set of tokens has at least
 
 
-def likeliest(log_TV: Any) -> list[LogProbabilities]:
-    """The `TOP` likeliest tokens of each position and their log-probabilities, from a torch tensor of all."""
-    top = log_TV.topk(min(TOP, log_TV.shape[-1]))
-    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+@dataclass(frozen=True)
+class Comparison:
+    """What a shadow run compares: at each position the `top` likeliest tokens of both engines.
+
+    own_answers: each engine generates its own answer, so that the comparison ends at the first token that differs.
+    """
+
+    top: int
+    own_answers: bool
+
+
+TRITON = Comparison(64, own_answers=False)
+COMPARISONS = {
+    "triton": TRITON,
+    "chat": Comparison(20, own_answers=True),  # as many log-probabilities as OpenAI's API returns at most
+    "completions": Comparison(5, own_answers=True),
+}
+
+
+def likeliest(log_TV: Any, top: int) -> list[LogProbabilities]:
+    """The `top` likeliest tokens of each position and their log-probabilities, from a torch tensor of all."""
+    best = log_TV.topk(min(top, log_TV.shape[-1]))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [dict(zip(tokens, values, strict=True)) for tokens, values in rows]
 
 

@@ -7,6 +7,8 @@ router.npz     tables of the features, weights of the predictor, histograms of t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.routing.divergence import LogProbabilities
+from calibration.routing.divergence import COMPARISONS, LogProbabilities
 from calibration.routing.features import NAMES, Features
 from calibration.routing.predictor import Prediction, Predictor
 from calibration.routing.prefill import COMPONENTS, Prefill, RunPrefill
@@ -37,7 +39,7 @@ class Router:
     threshold: predicted loss, nats a token; below 0 no prompt goes to the cheap engine
     edges, reference_FB: inner edges [F, B - 1] of the bins of each feature, and the training prompts' share in each bin
     prompts: how many the router was trained on
-    seen: the share of their loss that a shadow run measures, which compares the likeliest tokens alone
+    seen: the ratio of what a shadow run measures to the training prompts' loss, for each of COMPARISONS
     prefill: features of the cheap engine's prefill of the prompt; None: the prompt alone decides
     """
 
@@ -50,7 +52,7 @@ class Router:
     edges: NDArray[np.float32]
     reference_FB: NDArray[np.float32]
     prompts: int
-    seen: float = 1.0
+    seen: Mapping[str, float]
     prefill: Prefill | None = None
 
     def extract(self, token_ids: Any, run_prefill: RunPrefill) -> NDArray[np.float32]:
@@ -97,11 +99,11 @@ class Router:
                 arrays["edges"],
                 arrays["reference_FB"],
                 int(facts["prompts"]),
-                float(facts["seen"]),
+                {name: float(facts["seen"][name]) for name in COMPARISONS},
                 Prefill.from_arrays(arrays),
             )
-            if not 0 < router.seen <= 1:
-                raise ValueError(f"a share of {router.seen}")
+            if not all(0 < share < math.inf for share in router.seen.values()):
+                raise ValueError(f"shares of the loss {facts['seen']}")
             if router.prompts < 1 or len(router.variants) < 2:
                 raise ValueError(f"{router.prompts} prompts, {len(router.variants)} variants")
             components = router.prefill and router.prefill.components_VD.shape

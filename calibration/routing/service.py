@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +39,8 @@ class LearnedRouter(Policy, Protocol):
 
     @property
     def predictor(self) -> LossPredictor: ...
+    @property
+    def seen(self) -> Mapping[str, float]: ...
 
 
 class RouterService:

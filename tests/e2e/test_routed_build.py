@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -12,6 +13,7 @@ SETTINGS = (
     "--preset", "2of4-all", "--set", "sparsity.method=magnitude", "--set", "accuracy.data=null",
     "--set", "routing.samples=64", "--set", "routing.max_new_tokens=4", "--until", "evaluate",
 )  # fmt: skip
+DENSE = ("--set", "quantization.format=none", "--set", "accuracy.data=null")
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +58,45 @@ def test_prompts_that_are_not_there_are_named_before_anything_runs(docs_llama, s
     assert done.status == 2
     assert "nowhere.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def other_build(docs_llama, store, tmp_path_factory):
+    """A build of the same model, dense in bfloat16, up to its engine."""
+    out = tmp_path_factory.mktemp("other") / "dense"
+    done = twofour("build", docs_llama, *DENSE, "--until", "engine", "--store", store, "--out", out)
+    assert done.status == 0, done.stderr
+    return out
+
+
+def test_another_build_takes_the_dense_models_place(docs_llama, store, other_build, tmp_path):
+    """That build is the dense model in bfloat16, as is the dense engine: both routers are equal."""
+    overrides = ("routing.budget.kl=100", f"routing.variants=[{other_build}, built]")
+    routing = routing_of(docs_llama, store, tmp_path / "out", *overrides)
+    assert routing["variants"] == ["reference", "built"]
+    assert routing["curve"] == routing_of(docs_llama, store, tmp_path / "dense", overrides[0])["curve"]
+
+
+@pytest.mark.parametrize("damage", ["no build", "another model", "another backend"])
+def test_another_build_that_cannot_be_compared_is_named_before_anything_runs(
+    docs_llama, store, other_build, tmp_path, damage
+):
+    copied = tmp_path / "other"
+    shutil.copytree(other_build, copied)
+    if damage == "no build":
+        (copied / "manifest.json").unlink()
+    elif damage == "another model":
+        manifest = json.loads((copied / "manifest.json").read_text())
+        manifest["predicate"]["buildDefinition"]["resolvedDependencies"][-1]["digest"]["sha256"] = "0" * 64
+        (copied / "manifest.json").write_text(json.dumps(manifest))
+    else:
+        facts = json.loads((copied / "engine" / "engine.json").read_text())
+        (copied / "engine" / "engine.json").write_text(json.dumps({**facts, "backend": "pytorch"}))
+    done = twofour(
+        "build", docs_llama, *SETTINGS, "--set", f"routing.variants=[{copied}, built]", "--store", store, "--out",
+        tmp_path / "out",
+    )  # fmt: skip
+    assert done.status == 2
+    assert str(copied) in done.stderr
+    assert "sparsify" not in done.stderr
+    assert not (tmp_path / "out").exists()

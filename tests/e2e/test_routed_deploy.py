@@ -24,7 +24,7 @@ from builder.deploy.scoring import read_score, score
 from builder.deploy.server import Ports, Server
 from builder.engines.base import Engine, Request
 from builder.pipeline.rebuild import deploy
-from calibration.routing.divergence import TOP
+from calibration.routing.divergence import TRITON
 from calibration.routing.metrics import METRICS, REQUESTS
 from plugins.common.errors import UserError
 from tests.support.routing import EASY, HARD, UNREADABLE, learned_router
@@ -196,7 +196,7 @@ def test_a_score_is_the_engines_log_probabilities(engine: Engine) -> None:
     positions = read_score(score(engine, ids, len(EASY)))
     assert len(positions) == 3
     for place, top in enumerate(positions, start=len(EASY) - 1):
-        assert len(top) == TOP
+        assert len(top) == TRITON.top
         for token, value in top.items():
             assert value == pytest.approx(float(expected[place, int(token)]), abs=1e-5)  # type: ignore[call-overload]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from calibration.routing.divergence import TRITON
 from calibration.routing.features import fit_features
 from calibration.routing.predictor import fit
 from calibration.routing.prefill import fit_prefill
@@ -18,8 +19,8 @@ from calibration.routing.router import Router, histograms
 
 BUDGET = 0.05
 VOCABULARY = 4096  # docs-llama's
-TOP = 64
 Distribution = dict[int, float]
+SEEN = {"triton": 1.0, "chat": 0.75, "completions": 0.5}
 
 
 @dataclass
@@ -46,18 +47,19 @@ def learned_router(threshold: float = 0.1) -> Router:
     predictor = fit(features_NF, np.exp(-4 + 3 * hard_N)).predictor
     features.projected_VD[UNREADABLE[0]] = np.nan
     return Router(
-        features, predictor, "this", ("dense", "built"), BUDGET, threshold, *histograms(features_NF), len(features_NF)
-    )
+        features, predictor, "this", ("dense", "built"), BUDGET, threshold, *histograms(features_NF), len(features_NF),
+        seen=SEEN,
+    )  # fmt: skip
 
 
 def distributions(chance_N: np.ndarray[Any, Any], seed: int) -> list[Distribution]:
     """The 64 likeliest next tokens of N prompts, hard with `chance_N`: all of one entropy, 40 of each of its topic."""
     random = np.random.default_rng(seed)
-    log_T = np.log(np.arange(TOP, 0, -1.0) / (TOP * (TOP + 1) / 2) * 0.99)
+    log_T = np.log(np.arange(TRITON.top, 0, -1.0) / (TRITON.top * (TRITON.top + 1) / 2) * 0.99)
     rows = []
     for chance in chance_N:
         topic = 100 if random.random() < chance else 200
-        tokens = np.concatenate([topic + random.permutation(40), 1000 + random.permutation(TOP - 40)])
+        tokens = np.concatenate([topic + random.permutation(40), 1000 + random.permutation(TRITON.top - 40)])
         rows.append(dict(zip(tokens.tolist(), log_T.tolist(), strict=True)))
     return rows
 
@@ -75,8 +77,10 @@ def prefill_router() -> Router:
     features, prefill = learned_router().features, fit_prefill(rows, VOCABULARY)
     features_NF = np.stack([np.concatenate([features.extract(EASY), prefill.extract(row)]) for row in rows])
     predictor = fit(features_NF, losses(rows, seed=6)).predictor
-    variants = ("dense", "built")
-    return Router(features, predictor, "this", variants, BUDGET, 0.1, *histograms(features_NF), 200, prefill=prefill)
+    return Router(
+        features, predictor, "this", ("dense", "built"), BUDGET, 0.1, *histograms(features_NF), len(features_NF),
+        seen=SEEN, prefill=prefill,
+    )  # fmt: skip
 
 
 EASY = [5, 6, 7, 8]

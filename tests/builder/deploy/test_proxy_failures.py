@@ -17,7 +17,7 @@ from plugins.common.errors import UserError
 from tests.support.openai_server import OpenAIServer, until
 from tests.support.route_proxy import DOCS_LLAMA, complete, metric, routed
 from tests.support.route_proxy import servers as servers
-from tests.support.routing import EASY, learned_router
+from tests.support.routing import EASY, SEEN, learned_router
 
 
 def test_a_dead_server_is_routed_around_until_it_is_back() -> None:
@@ -108,13 +108,13 @@ def test_every_request_gets_its_own_answer_while_a_server_dies(servers: tuple[Op
     assert [len(text.split()) for text in texts] == [1 + index % 7 for index in range(300)]
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_shadow_runs_measure_the_divergence_after_the_answer(
-    servers: tuple[OpenAIServer, OpenAIServer], path: str
+@pytest.mark.parametrize(("path", "seen"), [("/v1/completions", "completions"), ("/v1/chat/completions", "chat")])
+def test_shadow_runs_measure_the_divergence_after_the_answer_divided_by_the_share_that_they_see(
+    servers: tuple[OpenAIServer, OpenAIServer], path: str, seen: str
 ) -> None:
     dense, built = servers
     dense.probability, built.probability = 0.5, 0.25
-    expected = 0.5 * log(0.5 / 0.25) + 0.5 * log(0.5 / 0.75)
+    expected = (0.5 * log(0.5 / 0.25) + 0.5 * log(0.5 / 0.75)) / SEEN[seen]
     bodies = {
         "/v1/completions": {"prompt": EASY},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "the the the"}]},

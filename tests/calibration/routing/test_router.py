@@ -134,7 +134,10 @@ def router() -> Router:
     prompts = [RANDOM.integers(0, 8, RANDOM.integers(2, 30)) for _ in range(60)]
     features_NF = np.stack([own.extract(prompt) for prompt in prompts])
     predictor = fit(features_NF, np.exp(RANDOM.standard_normal(60))).predictor
-    return Router(own, predictor, "a" * 64, ("dense", "built"), 0.05, 0.1, *histograms(features_NF), len(features_NF))
+    seen = {"triton": 0.8, "chat": 0.7, "completions": 0.5}
+    return Router(
+        own, predictor, "a" * 64, ("dense", "built"), 0.05, 0.1, *histograms(features_NF), len(features_NF), seen
+    )
 
 
 def test_a_router_comes_back_from_its_files_as_it_was(tmp_path):
