@@ -36,7 +36,16 @@ from plugins.common.errors import UserError
 
 SETTLE = 1.0  # seconds after which the metrics count every answer
 WATCH = 25  # requests between two reads of the metrics
-SEEN = ("measured_total", "measured_loss_sum", "shadows_dropped_total", "shadows_failed_total", "requests_total")
+SEEN = (
+    "measured_total",
+    "measured_loss_sum",
+    "shadows_dropped_total",
+    "shadows_failed_total",
+    "requests_total",
+    "unpredicted_total",
+    "seconds_total",
+    "timed_total",
+)
 
 
 def first_gap(
