@@ -48,7 +48,6 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     from builder.engines import registry
     from calibration.routing.features import fit_features, unseen_features
     from calibration.routing.predictor import fit
-    from calibration.routing.prefill import fit_prefill
     from calibration.routing.prompts import seen_shares
     from calibration.routing.proof import choose_threshold, prove
     from calibration.routing.router import Router, histograms
@@ -69,13 +68,12 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     features_NF = unseen_features(features, training, text, windows.documents[~held_N])
     prefill = None
     if routing.features == "prefill":
-        next_tokens = [loss.next_token for loss in compress(losses, ~held_N)]
-        prefill = fit_prefill(next_tokens, len(features.surprisal_V))
-        features_NF = np.concatenate([features_NF, [prefill.extract(each) for each in next_tokens]], axis=1)
+        prefill, added_ND = _prefill(list(compress(losses, ~held_N)), len(features.surprisal_V))
+        features_NF = np.concatenate([features_NF, added_ND], axis=1)
     fitted = fit(features_NF, training_loss_N)
     threshold = choose_threshold(fitted.left_out_N, training_loss_N, routing.budget.kl)
     edges, reference_FB = histograms(features_NF)
-    identity = hashlib.sha256("".join(_inputs(context, outputs).values()).encode()).hexdigest()
+    identity = hashlib.sha256("".join([*_inputs(context, outputs).values(), routing.features]).encode()).hexdigest()
     router = Router(
         features, fitted.predictor, identity, variants, routing.budget.kl, threshold, edges, reference_FB,
         prompts=len(training), seen=seen_shares(losses), prefill=prefill,
@@ -148,6 +146,16 @@ def _vocabulary(model: Path) -> tuple[Any, list[str]]:
     embedding = Weights(model).read("model.embed_tokens.weight").float().numpy()
     tokenizer = load_tokenizer(model)
     return embedding, [tokenizer.decode([token]) for token in range(min(len(tokenizer), len(embedding)))]
+
+
+def _prefill(losses: Any, vocabulary: int) -> tuple[Any, Any]:
+    """The components of the prompts' next tokens on the build, and the features [N, D] of each prompt."""
+    import numpy as np
+
+    from calibration.routing.prefill import fit_prefill
+
+    prefill = fit_prefill([loss.next_token for loss in losses], vocabulary)
+    return prefill, np.stack([prefill.extract(loss.next_token) for loss in losses])
 
 
 def _timed(router: Any, prompts: Any, losses: Any) -> tuple[Any, float]:
