@@ -47,7 +47,7 @@ def test_a_router_is_proved_and_kept_only_if_it_beats_a_coin(docs_llama, store, 
 def test_a_router_that_reads_the_prefill_is_learned_from_the_same_losses_and_refused_by_the_proxy(
     docs_llama, store, tmp_path
 ):
-    overrides = ("routing.budget.kl=100", "routing.samples=128")
+    overrides = ("routing.budget.kl=100", "routing.samples=400")
     prompt, prefill = (
         routing_of(docs_llama, store, tmp_path / features, *overrides, f"routing.features={features}")
         for features in ("prompt", "prefill")
