@@ -158,6 +158,9 @@ class Routing(Config):
     """Prompts to train and test the router on."""
     max_new_tokens: int = Field(default=32, ge=1)
     """Tokens of the dense model's answer to each prompt; the engines are compared on them."""
+    features: Literal["prompt", "prefill"] = "prompt"
+    """Input of the prediction. `prompt`: the prompt's tokens. `prefill`: also the build's distribution of the next
+    token, so that the build processes each prompt before the decision (Triton only)."""
     shadow: Percent = Field(default=0.01, ge=0, le=1)
     """Share of the requests that both engines score in idle time, to measure the loss."""
 

@@ -1,4 +1,7 @@
-"""Renders the marked blocks of docs/routing.md: metrics, and the newest results of a server and of the simulation."""
+"""Renders the marked blocks of docs/routing.md: metrics, and the newest results.
+
+Those are of the second stage, of a server and of the simulation.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +44,14 @@ documentation. Shadow runs measure {shadow:.0%}. A dense answer has no loss, the
 Of these {requests:,}, {lost} got no answer, {wrong} the answer of another request, and {other} differed by rounding
 (two tokens at most {tie:.3f} nats apart). {measured:.0f} shadow runs were measured. {alarm}
 The median answer took {median:.0f} ms on the {cores} cores of an {processor}.
+"""
+SECOND_STAGE = """
+| features, besides the prompt's | {models} |
+|---|{rules}|
+{rows}
+The share of a random mix's loss that the router saves, over all shares of requests on the build, and in parentheses how
+much more that is than with the prompt alone. Models and their 2:4 builds, values, and the time of a prefill and of an
+answer of {max_tokens} tokens on one of the 2 cores of an {processor} that did other work too: {values}.
 """
 ESTIMATES = {
     "share": "share of requests on the build",
@@ -109,12 +120,56 @@ def server() -> str:
     ).lstrip("\n")
 
 
+def second_stage() -> str:
+    results = dict(sorted(newest(RESULTS, "routing-second-stage", _model).items()))
+    first = next(result for result, _ in results.values())
+    rows = {
+        name: [_saved(result["rows"][name], name == "prompt") for result, _ in results.values()]
+        for name in first["rows"]
+    }
+    rows["oracle"] = [f"{result['oracle']['value']:.1%}" for result, _ in results.values()]
+    named = {"none" if name == "prompt" else name: cells for name, cells in rows.items()}
+    return SECOND_STAGE.format(
+        models=" | ".join(results),
+        rules="|".join("---" for _ in results),
+        rows="".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in named.items()),
+        max_tokens=first["settings"]["max_tokens"],
+        processor=first["environment"]["processor"],
+        values="; ".join(_second_stage(model, *found) for model, found in results.items()),
+    ).lstrip("\n")
+
+
+def _model(result: dict[str, Any]) -> str:
+    return str(result["settings"]["model"])
+
+
+def _saved(row: dict[str, Any], alone: bool) -> str:
+    """What a set of features saves, and how much more than the first."""
+    more = row["more_than_prompt"]
+    low, high = (f"{100 * bound:+.1f}" for bound in more["interval"])
+    return f"{row['saved']['value']:.1%}" + ("" if alone else f" ({100 * more['value']:+.1f} points, {low} to {high})")
+
+
+def _second_stage(model: str, result: dict[str, Any], path: Path) -> str:
+    settings, times = result["settings"], result["milliseconds"]
+    return (
+        f"[{model}](../{path.relative_to(ROOT).as_posix()}), {settings['learned']} prompts, tested on "
+        f"{settings['served']} of {settings['documents']} other documents, {times['prefill']:.1f} and "
+        f"{times['answer']:.0f} ms"
+    )
+
+
 def metrics() -> str:
     rows = [f"| `{name}` | {kind} | {help_text} |\n" for name, (kind, help_text) in METRICS.items()]
     return f"| metric | kind | |\n|---|---|---|\n{''.join(rows)}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"metrics": metrics, "server": server, "simulation": simulation}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "second stage": second_stage,
+    "metrics": metrics,
+    "server": server,
+    "simulation": simulation,
+}
 
 
 def _estimate(name: str, estimate: dict[str, Any]) -> str:

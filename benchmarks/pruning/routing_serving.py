@@ -31,11 +31,21 @@ from benchmarks.pruning.routing_mix import Floats, Numbers, arrivals, equal_shar
 from benchmarks.pruning.routing_requests import Answer, Gap, Prompt, check, read_metrics, send, serving
 from benchmarks.pruning.routing_texts import read_texts
 from benchmarks.serving.workload import BenchRequest
+from calibration.routing.router import Router
 from plugins.common.errors import UserError
 
 SETTLE = 1.0  # seconds after which the metrics count every answer
 WATCH = 25  # requests between two reads of the metrics
-SEEN = ("measured_total", "measured_loss_sum", "shadows_dropped_total", "shadows_failed_total", "requests_total")
+SEEN = (
+    "measured_total",
+    "measured_loss_sum",
+    "shadows_dropped_total",
+    "shadows_failed_total",
+    "requests_total",
+    "unpredicted_total",
+    "seconds_total",
+    "timed_total",
+)
 
 
 def first_gap(
@@ -55,7 +65,7 @@ def first_gap(
 class Prompts:
     """Held-out prompts [N]; for each the kind, the document, the loss in nats per token, and each engine's own answer.
 
-    gap: see `check`.
+    gap: see `check`. predicted: the losses that the router predicts
     """
 
     tokens: list[Prompt]
@@ -64,6 +74,7 @@ class Prompts:
     loss: Floats
     greedy: list[dict[str, tuple[int, ...]]]
     gap: Gap
+    predicted: Floats
 
 
 def read_prompts(build: Path, path: Path, length: int) -> tuple[list[Prompt], list[dict[str, str]]]:
@@ -78,7 +89,7 @@ def read_prompts(build: Path, path: Path, length: int) -> tuple[list[Prompt], li
     return cut_prompts(text.tokens[first_N], seed=1), [rows[at] for at in text.documents[first_N]]
 
 
-def measure(build: Path, path: Path, length: int, max_tokens: int) -> Prompts:
+def measure(build: Path, router: Router, path: Path, length: int, max_tokens: int) -> Prompts:
     """Runs both engines on each prompt alone."""
     import twofour
 
@@ -96,7 +107,10 @@ def measure(build: Path, path: Path, length: int, max_tokens: int) -> Prompts:
     losses = measure_losses(*logits, tokens, [own["dense"] for own in greedy])
     _, documents_N = np.unique([row["source"] for row in rows], return_inverse=True)
     loss_N = np.array([loss.kl for loss in losses])
-    return Prompts(tokens, [row["kind"] for row in rows], documents_N, loss_N, greedy, partial(first_gap, engines))
+    pairs = zip(tokens, losses, strict=True)
+    predicted_N = np.array([router.predict(prompt, loss.next_token).loss for prompt, loss in pairs])
+    gap = partial(first_gap, engines)
+    return Prompts(tokens, [row["kind"] for row in rows], documents_N, loss_N, greedy, gap, predicted_N)
 
 
 def serve(build: Path, prompts: Prompts, order: Numbers, rate: float, max_tokens: int) -> dict[str, Any]:
@@ -137,21 +151,20 @@ def _times(answers: Sequence[Answer]) -> dict[str, float]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both parts. Raises UserError for a build without a router or a deployment."""
     from calibration.config import Routing
-    from calibration.routing.router import Router
 
     build: Path = arguments.build
     router, recipe = Router.load(build / "routing"), yaml.safe_load((build / "recipe.yaml").read_text())
     routing = Routing(**recipe["routing"])
     max_tokens, budget = routing.max_new_tokens, router.budget_kl
     print("measuring the losses ...", file=sys.stderr, flush=True)
-    prompts = measure(build, arguments.prompts, recipe["calibration"]["sequence_length"], max_tokens)
+    prompts = measure(build, router, arguments.prompts, recipe["calibration"]["sequence_length"], max_tokens)
     every = np.random.default_rng(0).permutation(len(prompts.tokens))
     print(f"{len(every)} prompts once ...", file=sys.stderr, flush=True)
     once = serve(build, prompts, every, arguments.rate, max_tokens)
     order = schedule(prompts.kinds, arguments.requests, "docs", arguments.share)
     print(f"{len(order)} requests whose mix changes ...", file=sys.stderr, flush=True)
     mixed = serve(build, prompts, order, arguments.rate, max_tokens)
-    learned_N = np.array([router.predict(prompt).loss for prompt in prompts.tokens]) <= router.threshold
+    learned_N = prompts.predicted <= router.threshold
     settings = {"prompts": len(every), "requests": len(order), "rate": arguments.rate, "docs_share": arguments.share}
     return {
         "environment": describe(),
@@ -162,6 +175,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "learned_threshold": router.threshold,
             "learned_from": router.prompts,
             "shadow": routing.shadow,
+            "features": routing.features,
             "max_tokens": max_tokens,
         },
         "mean_loss": {kind: float(prompts.loss[np.array(prompts.kinds) == kind].mean()) for kind in ("docs", "code")},

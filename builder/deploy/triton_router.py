@@ -14,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from builder.deploy.router_metrics import TritonMetrics
 from builder.deploy.variant_calls import Variant
 from calibration.routing import metrics
 from calibration.routing.controller import Decision, Settings, UnavailableError, route_around
-from calibration.routing.divergence import mean_kl
+from calibration.routing.divergence import LogProbabilities, mean_kl
 from calibration.routing.router import Router
 from calibration.routing.service import RouterService
 
@@ -140,7 +141,8 @@ class RouterModel:
             up, full = self._conditions()
             dense, cheap = list(self._variants.values())[:2]
             tokens_T = np.array(opened.input_ids, np.int64)
-            decision = self._service.decide(tokens_T, **asked, up=up, full=full, load=dense.load)
+            prefill = partial(_next_token, cheap, opened.input_ids)
+            decision = self._service.decide(tokens_T, prefill, **asked, up=up, full=full, load=dense.load)
             self._forward(opened, decision)
             self._service.answered(decision, lambda: _loss(dense, cheap, opened) / self._seen)
         except Exception as error:
@@ -202,6 +204,14 @@ class RouterModel:
                     with contextlib.suppress(CallError):
                         opened.variant.cancel(opened.ticket)
             self._metrics.write(self._service.samples())
+
+
+def _next_token(cheap: Variant, input_ids: list[int]) -> LogProbabilities | None:
+    """The cheap variant's likeliest tokens after the prompt; None if it does not answer, so that dense does."""
+    try:
+        return cheap.score([*input_ids, input_ids[-1]], len(input_ids))[0]  # what stands in its place has no effect
+    except CallError:
+        return None
 
 
 def _loss(dense: Variant, cheap: Variant, opened: Open) -> float:

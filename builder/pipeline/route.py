@@ -30,6 +30,11 @@ def route(
     from calibration.routing.router import Router
 
     opened = Router.load(router)
+    if opened.prefill is not None:
+        raise UserError(
+            f"the router in '{router}' reads the build's prefill, which servers of OpenAI's API do not return",
+            "build with --set routing.features=prompt, or serve with 'twofour deploy'",
+        )
     encoding = tokenizer or router.resolve().parent / "checkpoint"
     if not encoding.is_dir():
         raise UserError(f"'{encoding}' holds no tokenizer", "give the model's directory with --tokenizer")

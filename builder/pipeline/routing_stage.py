@@ -66,15 +66,19 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     text, training_loss_N = windows.tokens[~held_N], loss_N[~held_N]
     features = fit_features(text, *_vocabulary(model))
     features_NF = unseen_features(features, training, text, windows.documents[~held_N])
+    prefill = None
+    if routing.features == "prefill":
+        prefill, added_ND = _prefill(list(compress(losses, ~held_N)), len(features.surprisal_V))
+        features_NF = np.concatenate([features_NF, added_ND], axis=1)
     fitted = fit(features_NF, training_loss_N)
     threshold = choose_threshold(fitted.left_out_N, training_loss_N, routing.budget.kl)
     edges, reference_FB = histograms(features_NF)
-    identity = hashlib.sha256("".join(_inputs(context, outputs).values()).encode()).hexdigest()
+    identity = hashlib.sha256("".join([*_inputs(context, outputs).values(), routing.features]).encode()).hexdigest()
     router = Router(
         features, fitted.predictor, identity, variants, routing.budget.kl, threshold, edges, reference_FB,
-        prompts=len(training), seen=seen_shares(losses),
+        prompts=len(training), seen=seen_shares(losses), prefill=prefill,
     )  # fmt: skip
-    predicted_N, microseconds = _timed(router, held_out)
+    predicted_N, microseconds = _timed(router, held_out, list(compress(losses, held_N)))
     proof = prove(predicted_N, loss_N[held_N], windows.documents[held_N])
     cheap_N = predicted_N <= threshold
     router.save(out / "router")
@@ -82,6 +86,7 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
         out / "routing.json",
         {
             **proof,
+            "features": routing.features,
             "variants": list(variants),
             "budget_kl": routing.budget.kl,
             "threshold": threshold,
@@ -143,14 +148,24 @@ def _vocabulary(model: Path) -> tuple[Any, list[str]]:
     return embedding, [tokenizer.decode([token]) for token in range(min(len(tokenizer), len(embedding)))]
 
 
-def _timed(router: Any, prompts: Any) -> tuple[Any, float]:
-    """The predicted losses [N], and the median time of one prediction, microseconds."""
+def _prefill(losses: Any, vocabulary: int) -> tuple[Any, Any]:
+    """The components of the prompts' next tokens on the build, and the features [N, D] of each prompt."""
+    import numpy as np
+
+    from calibration.routing.prefill import fit_prefill
+
+    prefill = fit_prefill([loss.next_token for loss in losses], vocabulary)
+    return prefill, np.stack([prefill.extract(loss.next_token) for loss in losses])
+
+
+def _timed(router: Any, prompts: Any, losses: Any) -> tuple[Any, float]:
+    """The predicted losses [N], and the median time of one prediction without the prefill, microseconds."""
     import numpy as np
 
     predicted, times = [], []
-    for prompt in prompts:
+    for prompt, loss in zip(prompts, losses, strict=True):
         began = time.perf_counter()
-        predicted.append(router.predict(prompt).loss)
+        predicted.append(router.predict(prompt, loss.next_token).loss)
         times.append(time.perf_counter() - began)
     return np.array(predicted), round(1e6 * float(np.median(times)), 1)
 

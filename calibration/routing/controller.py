@@ -122,7 +122,8 @@ class Controller:
         variants = self.policy.variants
         if variant is not None:
             _require("variant", variant, variants)
-        by_threshold = variant is None and quality == "auto"
+        auto = variant is None and quality == "auto"
+        by_threshold = auto and math.isfinite(predicted)
         with self._lock:
             self._drift.add(features_F)
             within = not self._drift.alarm and predicted <= self._control.threshold  # false for NaN
@@ -131,8 +132,8 @@ class Controller:
             shadow = by_threshold and not self._drift.alarm and self._coin.random() < self.settings.shadow
             self._totals[Sample(metrics.REQUESTS, (("variant", answers), ("quality", quality)))] += 1
             self._count(metrics.REROUTED, answers != asked)
-            self._count(metrics.UNPREDICTED, not math.isfinite(predicted))
-            if by_threshold and math.isfinite(predicted):
+            self._count(metrics.UNPREDICTED, auto and not by_threshold)
+            if by_threshold:
                 self._count(metrics.PREDICTED, 1)
                 self._count(metrics.PREDICTED_LOSS, predicted if answers != variants[0] else 0.0)
         return Decision(answers, asked, predicted, within, shadow)

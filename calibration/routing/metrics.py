@@ -27,7 +27,7 @@ TIMED = "twofour_router_timed_total"
 METRICS: dict[str, tuple[Literal["counter", "gauge"], str]] = {
     REQUESTS: ("counter", "Requests, by answering variant and requested quality"),
     REROUTED: ("counter", "Requests sent to another variant because theirs was down or full"),
-    UNPREDICTED: ("counter", "Requests whose loss could not be predicted"),
+    UNPREDICTED: ("counter", "`auto` requests whose loss could not be predicted"),
     PREDICTED: ("counter", "Requests routed by the threshold"),
     PREDICTED_LOSS: ("counter", "Sum of their predicted losses; 0 for requests answered by the dense variant"),
     MEASURED: ("counter", "Completed shadow runs"),

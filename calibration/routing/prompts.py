@@ -6,7 +6,7 @@ Legend: W windows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from calibration.evaluation.evaluate import Logits
-from calibration.routing.divergence import COMPARISONS, Comparison, likeliest, mean_kl
+from calibration.routing.divergence import COMPARISONS, TRITON, Comparison, LogProbabilities, likeliest, mean_kl
 from plugins.common.progress import Progress
 
 SHORTEST = 8  # tokens of a prompt
@@ -33,11 +33,13 @@ class Loss:
     """One prompt's loss: mean KL(dense || cheap) a token (nats), and the share of tokens whose first choice differs.
 
     seen_kl: what a shadow run measures instead, for each of COMPARISONS
+    next_token: what the cheap engine's prefill of the prompt gives, the likeliest tokens after it
     """
 
     kl: float
     disagreement: float
     seen_kl: Mapping[str, float]
+    next_token: LogProbabilities = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -56,7 +58,8 @@ def measure_losses(
         kl = (dense_TV.exp() * (dense_TV - cheap_TV.to(dense_TV.device))).sum(dim=1).mean()
         differs = (dense_TV.argmax(dim=1) != cheap_TV.argmax(dim=1).to(dense_TV.device)).float().mean()
         seen = {name: _seen_kl(dense_TV, cheap_TV, comparison) for name, comparison in COMPARISONS.items()}
-        losses.append(Loss(max(float(kl), 0.0), float(differs), seen))
+        [next_token] = likeliest(cheap_TV[:1], TRITON.top)
+        losses.append(Loss(max(float(kl), 0.0), float(differs), seen, next_token))
         if progress:
             progress("measure prompts", number + 1, len(prompts))
     return losses

@@ -41,8 +41,7 @@ def prove(predicted_N: Floats, loss_N: Floats, documents_N: NDArray[np.int64], s
     """
     weights_BN = resample_documents(documents_N, RESAMPLES, seed)
     router_BS = _curves(predicted_N, loss_N, weights_BN)
-    random_BS = SHARES * (weights_BN @ loss_N / weights_BN.sum(axis=1))[:, None]
-    gain_B = 1 - router_BS.mean(axis=1) / random_BS.mean(axis=1)
+    gain_B = _saved(router_BS, loss_N, weights_BN)
     once_1N = np.ones((1, len(loss_N)))
     router_S, oracle_S = (_curves(key_N, loss_N, once_1N)[0] for key_N in (predicted_N, loss_N))
     random_S = SHARES * loss_N.mean()
@@ -75,6 +74,17 @@ def resample_documents(documents_N: NDArray[np.int64], resamples: int, seed: int
     count = int(of_N.max()) + 1
     picked_BD = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     return picked_BD[:, of_N].astype(np.float64)
+
+
+def saved_shares(key_N: Floats, loss_N: Floats, weights_BN: Floats) -> Floats:
+    """The area between a coin's curve and that of the order of `key_N`, as a share of the coin's, by resample [B]."""
+    return _saved(_curves(key_N, loss_N, weights_BN), loss_N, weights_BN)
+
+
+def _saved(curves_BS: Floats, loss_N: Floats, weights_BN: Floats) -> Floats:
+    random_B = SHARES.mean() * (weights_BN @ loss_N) / weights_BN.sum(axis=1)
+    saved_B: Floats = 1 - curves_BS.mean(axis=1) / random_B
+    return saved_B
 
 
 def _curves(key_N: Floats, loss_N: Floats, weights_BN: Floats) -> Floats:

@@ -1,7 +1,8 @@
 """The router of a deployment: features, predictor and threshold, as files that serving reads with numpy alone.
 
 router.json    build_id, variants, budget, threshold
-router.npz     tables of the features, weights of the predictor, histograms of the training prompts' features
+router.npz     tables of the features, weights of the predictor, histograms of the training prompts' features;
+               components of the next token's distribution, where the router reads the prefill
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.routing.divergence import COMPARISONS
+from calibration.routing.divergence import COMPARISONS, LogProbabilities
 from calibration.routing.features import NAMES, Features
 from calibration.routing.predictor import Prediction, Predictor
+from calibration.routing.prefill import COMPONENTS, Prefill, RunPrefill
 from plugins.common.errors import UserError
 from plugins.common.files import replacing
 from plugins.common.json_files import read_json_object, write_json
@@ -32,12 +34,13 @@ ARRAYS = "router.npz"
 class Router:
     """Serves a prompt on `variants[1]`, the cheap engine, where its predicted loss is at most `threshold`.
 
-    build_id: sha256 of the engines that it was trained on
+    build_id: sha256 of the engines that it was trained on, and of what it reads
     budget_kl: mean loss over all requests that the deployment may cost, nats a token
     threshold: predicted loss, nats a token; below 0 no prompt goes to the cheap engine
     edges, reference_FB: inner edges [F, B - 1] of the bins of each feature, and the training prompts' share in each bin
     prompts: how many the router was trained on
     seen: the ratio of what a shadow run measures to the training prompts' loss, for each of COMPARISONS
+    prefill: features of the cheap engine's prefill of the prompt; None: the prompt alone decides
     """
 
     features: Features
@@ -50,17 +53,32 @@ class Router:
     reference_FB: NDArray[np.float32]
     prompts: int
     seen: Mapping[str, float]
+    prefill: Prefill | None = None
 
-    def predict(self, token_ids: Any) -> Prediction:
-        """The prediction for a prompt. Raises UserError for an empty one."""
-        return self.predictor.predict(self.features.extract(token_ids))
+    def extract(self, token_ids: Any, run_prefill: RunPrefill) -> NDArray[np.float32]:
+        """The features [F] of a prompt. `run_prefill` is called by a router that reads the prefill.
+
+        Raises UserError for an empty prompt and for ids beyond the vocabulary, before the prefill.
+        """
+        features_F = self.features.extract(token_ids)
+        if self.prefill is None:
+            return features_F
+        return np.concatenate([features_F, self.prefill.extract(run_prefill())])
+
+    def predict(self, token_ids: Any, next_token: LogProbabilities | None = None) -> Prediction:
+        """The prediction for a prompt and what its prefill gave. Raises as `extract`.
+
+        A router that reads the prefill predicts an infinite loss without one.
+        """
+        return self.predictor.predict(self.extract(token_ids, lambda: next_token))
 
     def save(self, directory: Path) -> None:
         """Writes both files, each at once."""
         directory.mkdir(parents=True, exist_ok=True)
         own = {"edges": self.edges, "reference_FB": self.reference_FB}
         with replacing(directory / ARRAYS) as partial:
-            np.savez(partial, **self.features.arrays(), **self.predictor.arrays(), **own)
+            prefill = self.prefill.arrays() if self.prefill else {}
+            np.savez(partial, **self.features.arrays(), **self.predictor.arrays(), **prefill, **own)
         names = ("build_id", "variants", "budget_kl", "threshold", "prompts", "seen")
         write_json(directory / FACTS, {name: getattr(self, name) for name in names})
 
@@ -82,12 +100,17 @@ class Router:
                 arrays["reference_FB"],
                 int(facts["prompts"]),
                 {name: float(facts["seen"][name]) for name in COMPARISONS},
+                Prefill.from_arrays(arrays),
             )
             if not all(0 < share < math.inf for share in router.seen.values()):
                 raise ValueError(f"shares of the loss {facts['seen']}")
             if router.prompts < 1 or len(router.variants) < 2:
                 raise ValueError(f"{router.prompts} prompts, {len(router.variants)} variants")
-            if router.reference_FB.shape != (len(NAMES), BINS) or router.edges.shape != (len(NAMES), BINS - 1):
+            components = router.prefill and router.prefill.components_VD.shape
+            if components and components != (len(router.features.surprisal_V), COMPONENTS):
+                raise ValueError(f"components {components}")
+            features = len(NAMES) + (COMPONENTS if router.prefill else 0)
+            if router.reference_FB.shape != (features, BINS) or router.edges.shape != (features, BINS - 1):
                 raise ValueError(f"histograms {router.reference_FB.shape}, edges {router.edges.shape}")
         except FileNotFoundError:
             raise UserError(f"'{directory}' holds no router", "build with a 'routing' section in the recipe") from None

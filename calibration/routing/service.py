@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,16 +14,12 @@ import numpy as np
 from calibration.routing import metrics, state
 from calibration.routing.controller import Controller, Decision, Policy, Settings
 from calibration.routing.metrics import Sample
+from calibration.routing.prefill import RunPrefill
 from calibration.routing.shadow import Measure, ShadowRuns
 
 log = logging.getLogger(__name__)
 
 _SAVE_PERIOD = 10.0  # seconds between two writes of the state
-
-
-class Extractor(Protocol):
-    def extract(self, token_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Features [F] float32 of token ids [T] int64. Raises UserError for an empty prompt."""
 
 
 class LossPrediction(Protocol):
@@ -38,8 +34,9 @@ class LossPredictor(Protocol):
 class LearnedRouter(Policy, Protocol):
     """What learning leaves: features, a predictor of the loss, and the facts that the controller reads."""
 
-    @property
-    def features(self) -> Extractor: ...
+    def extract(self, token_ids: np.ndarray[Any, Any], run_prefill: RunPrefill) -> np.ndarray[Any, Any]:
+        """Features [F] float32 of token ids [T] int64. Raises UserError for an empty prompt, before the prefill."""
+
     @property
     def predictor(self) -> LossPredictor: ...
     @property
@@ -71,15 +68,19 @@ class RouterService:
         self._saved = -math.inf
         self._shadows = ShadowRuns(self.controller, idle, after=self._save_if_due)
 
-    def decide(self, token_ids: np.ndarray[Any, Any] | None, **asked: Any) -> Decision:
+    def decide(
+        self, token_ids: np.ndarray[Any, Any] | None, run_prefill: RunPrefill = lambda: None, **asked: Any
+    ) -> Decision:
         """The decision for a prompt [T] int64; `asked` as in `Controller.decide`.
 
-        A prompt of None is one that cannot be read here: its loss is not predicted. Raises UserError for an empty one.
+        A prompt of None is one that cannot be read here: its loss is not predicted. `run_prefill` is called if the
+        router reads the prefill, the threshold decides, and the cheap variant is up and free. Raises UserError for an
+        empty prompt.
         """
         start = self._clock()
         features_F, predicted = np.full(1, np.nan), float("inf")
         if token_ids is not None:
-            features_F = self._router.features.extract(token_ids)
+            features_F = self._router.extract(token_ids, run_prefill if self._may_be_cheap(**asked) else lambda: None)
             predicted = float(self._router.predictor.predict(features_F).loss)
         decision = self.controller.decide(features_F, predicted, **asked)
         self.controller.count(metrics.SECONDS, max(self._clock() - start, 0.0))
@@ -108,6 +109,18 @@ class RouterService:
         """Ends the shadow runs and writes the state."""
         self._shadows.stop()
         self.save()
+
+    def _may_be_cheap(
+        self,
+        quality: Any = "auto",
+        variant: Any = None,
+        up: Collection[str] | None = None,
+        full: Collection[str] = (),
+        **_: Any,
+    ) -> bool:
+        """Whether the threshold decides, and the cheap variant is up and free."""
+        cheap = self.controller.policy.variants[1]
+        return variant is None and quality == "auto" and (up is None or cheap in up) and cheap not in full
 
     def _save_if_due(self) -> None:
         if not 0 <= self._clock() - self._saved < _SAVE_PERIOD:  # also a clock that was set back

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+from calibration.routing.router import Router
 from tests.support.command import twofour
 
 SETTINGS = (
@@ -40,6 +42,30 @@ def test_a_router_is_proved_and_kept_only_if_it_beats_a_coin(docs_llama, store, 
     serves = routing["decision"]["serve"]
     assert serves == ("router" if routing["gate"]["passed"] else "dense")
     assert (tmp_path / "out" / "routing" / "router.json").is_file() == (serves == "router")
+
+
+def test_a_router_that_reads_the_prefill_is_learned_from_the_same_losses_and_refused_by_the_proxy(
+    docs_llama, store, tmp_path
+):
+    overrides = ("routing.budget.kl=100", "routing.samples=400")
+    prompt, prefill = (
+        routing_of(docs_llama, store, tmp_path / features, *overrides, f"routing.features={features}")
+        for features in ("prompt", "prefill")
+    )
+    assert (prompt["features"], prefill["features"]) == ("prompt", "prefill")
+    for point in ("random_loss", "oracle_loss"):
+        assert [each[point] for each in prompt["curve"]] == [each[point] for each in prefill["curve"]]
+    assert [each["loss"] for each in prompt["curve"]] != [each["loss"] for each in prefill["curve"]]
+    assert prefill["decision"]["serve"] == "router", prefill["decision"]
+    out = tmp_path / "prefill"
+    router = Router.load(out / "routing")
+    assert router.predict([5, 6, 7]).loss == np.inf
+    assert np.isfinite(router.predict([5, 6, 7], {8: -0.1}).loss)
+    servers = ("--dense", "http://127.0.0.1:9", "--built", "http://127.0.0.1:10")
+    done = twofour("route", *servers, "--router", out / "routing")
+    assert done.status == 2
+    assert "reads the build's prefill" in done.stderr
+    assert "routing.features=prompt" in done.stderr
 
 
 def test_a_budget_that_only_dense_meets_keeps_dense_and_says_why(docs_llama, store, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.routing.divergence import COMPARISONS
+from calibration.routing.divergence import COMPARISONS, TRITON
 from calibration.routing.prompts import SHORTEST, Loss, cut_prompts, measure_losses, seen_shares
 
 
@@ -42,6 +42,16 @@ def test_the_loss_is_the_divergence_over_the_answer_and_no_token_of_the_prompt()
     assert inside.disagreement == pytest.approx(1 / 3)
     assert outside.kl == pytest.approx(0, abs=1e-6)
     assert outside.disagreement == 0
+
+
+def test_the_next_token_is_what_the_cheap_models_prefill_of_the_prompt_gives():
+    torch.manual_seed(0)
+    dense, cheap = torch.randn(512, 512), torch.randn(512, 512)
+    (loss,) = measure_losses(lambda ids: dense[ids], lambda ids: cheap[ids], [(1, 2, 3)], [[7, 8, 9]])
+    expected_V = cheap[3].log_softmax(0)
+    assert sorted(loss.next_token) == sorted(expected_V.topk(TRITON.top).indices.tolist())
+    for token, value in loss.next_token.items():
+        assert value == pytest.approx(float(expected_V[token]), abs=1e-5)
 
 
 def test_equal_models_lose_nothing():

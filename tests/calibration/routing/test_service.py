@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from calibration.routing.controller import Settings
 from calibration.routing.metrics import Sample
 from calibration.routing.service import RouterService
 from plugins.common.errors import UserError
-from tests.support.routing import BUDGET, EASY, HARD, UNREADABLE, learned_router
+from tests.support.routing import BUDGET, EASY, HARD, UNREADABLE, distributions, learned_router, prefill_router
 
 ALL = Settings(shadow=1.0)
 
@@ -98,4 +99,44 @@ def test_a_place_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     service = RouterService(learned_router(), lambda: True, ALL, tmp_path / "file" / "state.json")
     assert service.decide(np.array(EASY)).variant == "built"
+    service.close()
+
+
+@pytest.mark.parametrize(("chance", "answers"), [(0.0, "built"), (1.0, "dense")])
+def test_the_prefill_decides(chance: float, answers: str) -> None:
+    service = RouterService(prefill_router(), idle=lambda: True)
+    [next_token] = distributions(np.array([chance]), seed=1)
+    assert service.decide(np.array(EASY), lambda: next_token).variant == answers
+    service.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "answers"),
+    [
+        ({"quality": "high"}, "dense"),
+        ({"quality": "fast"}, "built"),
+        ({"variant": "built"}, "built"),
+        ({"up": {"dense"}}, "dense"),
+        ({"up": {"dense", "built"}, "full": {"built"}}, "dense"),
+        ({"up": {"built"}, "full": {"built"}}, "built"),  # nothing better is up
+    ],
+)
+def test_the_prefill_runs_only_where_it_may_decide(asked: dict[str, Any], answers: str) -> None:
+    service = RouterService(prefill_router(), idle=lambda: True)
+    decision = service.decide(np.array(EASY), lambda: pytest.fail("the prefill ran"), **asked)
+    assert decision.variant == answers
+    service.close()
+
+
+def test_a_prefill_that_does_not_answer_is_dense_and_moves_no_threshold() -> None:
+    service = RouterService(prefill_router(), lambda: True, ALL)
+    before = service.controller.state()
+    for _ in range(50):
+        decision = service.decide(np.array(EASY), lambda: None)
+        assert (decision.variant, decision.shadow) == ("dense", False)
+        service.answered(decision, lambda: pytest.fail("measured"))
+    samples = service.samples()
+    assert samples[Sample(metrics.UNPREDICTED)] == 50
+    assert samples[Sample(metrics.DRIFT)] == 0
+    assert service.controller.state() == before
     service.close()
