@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plugins.common.files import replacing
 
-TOKENS_AT_ONCE = 512  # that go through a block together; fixed, as sums in another order round otherwise
+TOKENS_AT_ONCE = 1024  # that go through a block together; fixed, as sums in another order round otherwise
 
 
 def samples_at_once(length: int) -> int:
