@@ -41,7 +41,7 @@ METRICS: dict[str, tuple[Literal["counter", "gauge"], str]] = {
     SHADOWS_DISCARDED: ("counter", "Shadow runs without effect: during drift, or with a loss that is not finite"),
     DRIFT: ("gauge", "Greatest population stability index of a feature against the training prompts"),
     DRIFT_ALARM: ("gauge", "1 while drift routes all requests to the dense variant"),
-    SECONDS: ("counter", "Seconds spent on features, prediction and decision"),
+    SECONDS: ("counter", "Seconds spent on features, with the prefill if it is read, prediction and decision"),
     TIMED: ("counter", "Requests counted in twofour_router_seconds_total"),
 }
 

@@ -1,7 +1,7 @@
 """What the cheap engine's prefill shows of a prompt: its distribution of the next token. numpy alone.
 
 The features are the principal components of the square roots of the probabilities, whose distances are Hellinger's. The
-entropy and the margin of the same distribution predict no loss (docs/experiments.md).
+entropy and the margin of the same distribution add nothing to the prompt's features (docs/experiments.md).
 
 Legend: N prompts, T listed tokens, V vocabulary, D components.
 """
