@@ -65,7 +65,7 @@ SPENT = (  # title, form, part of the result, its key
     ("computed: mean loss with the initial threshold", "{:.2f}", "learned_threshold_alone", "loss_over_budget"),
 )
 FOOT = """
-Losses are in budgets: 1 is the budget of {budget} nats a token. One request in a hundred is measured. A decision took
+Losses are in budgets: 1 is the budget of {budget} nats per token. One request in a hundred is measured. A decision took
 {us:.0f} us on one core of an {processor} that did other work too.
 """
 

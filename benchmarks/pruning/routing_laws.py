@@ -1,4 +1,4 @@
-"""Ways to move a router's threshold, compared by simulation. Losses in nats a token.
+"""Ways to move a router's threshold, compared by simulation. Losses in nats per token.
 
 A law takes each measured request and gives the threshold. Requests that it does not give to the cheap engine cost
 nothing; `loss` is None for them, since nothing runs.
@@ -57,7 +57,7 @@ class LeastSquares:
 
     FORGETTING = 0.97  # a memory of 33 measurements: as quick as the integral; a longer one is late by as much
     RECENT = 2000  # predictions that stand for those to come
-    LEAST = 1e-6  # nats a token: a loss that is smaller counts as this
+    LEAST = 1e-6  # nats per token: a loss that is smaller counts as this
 
     def __init__(self, budget: float, threshold: float) -> None:
         self.threshold = threshold

@@ -21,7 +21,7 @@ RESAMPLES = 5000
 
 
 def equal_share(cheap_N: Flags, loss_N: Floats, documents_N: Numbers, seed: int = 0) -> dict[str, Any]:
-    """The router's mean loss over all prompts against a random mix's with as many cheap ones, nats a token.
+    """The router's mean loss over all prompts against a random mix's with as many cheap ones, nats per token.
 
     cheap_N: prompts that the cheap engine answered. A random mix of that share loses share x mean(loss). `gain` is the
     part of it that the router saves. Intervals of 95%: documents are resampled whole, the share with them.

@@ -46,7 +46,7 @@ Pair = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """Prompts [N] of D documents: their losses (nats a token), and what the prefill gives.
+    """Prompts [N] of D documents: their losses (nats per token), and what the prefill gives.
 
     seconds: of the build's prefill of each prompt, and of its answer [N, 2]
     """

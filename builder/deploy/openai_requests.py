@@ -19,7 +19,7 @@ COMPARED = {CHAT: "chat", COMPLETIONS: "completions"}  # names of COMPARISONS
 
 
 def parse(raw: bytes) -> dict[str, Any]:
-    """The body of a request. Raises UserError where it is no JSON object."""
+    """The body of a request. Raises UserError where it is not a JSON object."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):
@@ -30,7 +30,7 @@ def parse(raw: bytes) -> dict[str, Any]:
 
 
 def prompt_tokens(path: str, body: Mapping[str, Any], tokenizer: Any) -> np.ndarray[Any, Any] | None:
-    """Token ids [T] int64 of a request's prompt, of several prompts joined; None where it is no text but an image.
+    """Token ids [T] int64 of a request's prompt, of several prompts joined; None if it is not text but an image.
 
     Raises UserError for a prompt that is missing.
     """
@@ -69,7 +69,7 @@ def shadow_request(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measured_loss(dense: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """KL(dense || other) in nats a token over the tokens that both greedy answers share, and the one where they part.
+    """KL(dense || other) in nats per token over the tokens that both greedy answers share, and the first that differs.
 
     Up to there both engines saw the same text. Raises ValueError where an answer has no log-probabilities.
     """

@@ -18,7 +18,7 @@ def write_repository(engine_dir: Path, out: Path, config: DeployConfig) -> None:
 
     For an engine of TensorRT-LLM it writes `out/make_repository.py` (see tensorrt_llm.py). The engine is named by a
     path relative to the repository where both lie in one directory, so that a build can be moved or mounted elsewhere,
-    else by an absolute one. Raises UserError for what is no engine and for options that Triton cannot combine.
+    else by an absolute one. Raises UserError for what is not an engine, and for options that Triton cannot combine.
     """
     engine = engine_facts(engine_dir)
     backend = engine.get("backend")

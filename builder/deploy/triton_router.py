@@ -168,7 +168,7 @@ class RouterModel:
                 self._service.controller.count(metrics.REROUTED)
 
     def _next(self, decision: Decision, refused: set[str], up: set[str], full: set[str]) -> str:
-        """The variant to try after some refused; one of those where there is no other."""
+        """The variant to try after some rejected the request; one of those if there is no other."""
         try:
             return route_around(decision.asked, list(self._variants), up - refused, full)
         except UnavailableError:

@@ -104,5 +104,5 @@ def checked_url(option: str, url: str) -> str:
 
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{option} '{url}' is no URL", "write it as http://host:port")
+        raise UserError(f"{option} '{url}' is not a URL", "write it as http://host:port")
     return url.rstrip("/").removesuffix("/v1")

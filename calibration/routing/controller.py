@@ -29,7 +29,7 @@ MEMORY = 1000  # shadow runs that the recent measured loss is a mean over
 
 
 class Policy(Protocol):
-    """What the controller reads of a router. Losses in nats a token; histograms as `Drift` takes them."""
+    """What the controller reads of a router. Losses in nats per token; histograms as `Drift` takes them."""
 
     @property
     def build_id(self) -> str: ...
@@ -97,7 +97,7 @@ class Controller:
         self._drift = Drift(policy.reference_FB, policy.edges, self.settings.window, bound)
         self._totals: defaultdict[Sample, float] = defaultdict(float)
         self._measured = 0  # shadow runs in the mean
-        self._loss = 0.0  # mean of the recent ones, nats a token
+        self._loss = 0.0  # mean of the recent ones, nats per token
 
     def decide(
         self,
@@ -111,7 +111,7 @@ class Controller:
     ) -> Decision:
         """The decision for one request.
 
-        predicted: loss of the cheap variant in nats a token; dense answers where it is not finite
+        predicted: loss of the cheap variant in nats per token; dense answers where it is not finite
         quality: one of QUALITIES. variant: takes this one instead of what the quality asks for
         up: variants that answer now (None: all). full: variants whose queues are full
         load: share of the dense engine that is busy
@@ -139,7 +139,7 @@ class Controller:
         return Decision(answers, asked, predicted, within, shadow)
 
     def measured(self, decision: Decision, loss: float) -> None:
-        """Takes the loss that a shadow run measured, in nats a token. One beyond the threshold counts as 0.
+        """Takes the loss that a shadow run measured, in nats per token. One beyond the threshold counts as 0.
 
         While the alarm is on the threshold decides nothing, so it stays where it is.
         """

@@ -55,7 +55,7 @@ def partial_kl(dense: LogProbabilities, other: LogProbabilities) -> float:
 
 
 def mean_kl(positions: Iterable[tuple[LogProbabilities, LogProbabilities]]) -> float:
-    """The mean over positions, in nats a token. Raises ValueError where there is none."""
+    """The mean over positions, in nats per token. Raises ValueError where there is none."""
     values = [partial_kl(dense, other) for dense, other in positions]
     if not values:
         raise ValueError("no token to compare")

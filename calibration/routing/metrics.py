@@ -1,4 +1,4 @@
-"""The metrics of a router, in Prometheus' text format. Losses in nats a token."""
+"""The metrics of a router, in Prometheus' text format. Losses in nats per token."""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ Floats = NDArray[np.float64]
 
 PENALTIES = tuple(10.0**power for power in range(-3, 6))
 CONFIDENCE = 0.9
-LEAST_LOSS = 1e-6  # nats a token: below it losses count as equal
+LEAST_LOSS = 1e-6  # nats per token: below it losses count as equal
 EXTREME = 4.0  # standard deviations: features beyond it count as this far
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Expected loss of one prompt, nats a token, and the interval that holds 90% of the losses."""
+    """Expected loss of one prompt, nats per token, and the interval that holds 90% of the losses."""
 
     loss: float
     low: float
@@ -73,7 +73,7 @@ class Fit:
 
 
 def fit(features_NF: NDArray[Any], loss_N: Floats) -> Fit:
-    """Fits the loss of N prompts, nats a token."""
+    """Fits the loss of N prompts, nats per token."""
     mean_F, scale_F = features_NF.mean(axis=0).astype(np.float64), features_NF.std(axis=0).astype(np.float64)
     scale_F[scale_F == 0] = 1.0
     terms_NP = _terms(features_NF, mean_F, scale_F)

@@ -1,4 +1,4 @@
-"""Whether a router beats a coin: loss against the share of requests on the cheap engine, on prompts it never saw.
+"""Whether a router beats a random mix: loss against the share of requests on the cheap engine, on prompts it never saw.
 
 Legend: N prompts, D documents, B resamples, S shares of requests.
 """
@@ -35,9 +35,9 @@ def choose_threshold(predicted_N: Floats, loss_N: Floats, budget: float) -> floa
 def prove(predicted_N: Floats, loss_N: Floats, documents_N: NDArray[np.int64], seed: int = 0) -> dict[str, Any]:
     """`curve` and `gate` of the report. Documents are resampled whole, as their prompts resemble one another.
 
-    A point of the curve holds the mean loss over all requests (nats a token) where the router, a coin or an oracle
-    chooses which `share` of them the cheap engine serves. The gate: the area between the coin's curve and the router's,
-    as a share of the coin's, is above 0 with 95% certainty.
+    A point of the curve holds the mean loss over all requests (nats per token) if the router, a random mix or an oracle
+    selects which `share` of them the cheap engine serves. The gate: the area between the random mix's curve and the
+    router's, as a share of the random mix's, is above 0 with 95% certainty.
     """
     weights_BN = resample_documents(documents_N, RESAMPLES, seed)
     router_BS = _curves(predicted_N, loss_N, weights_BN)
@@ -77,7 +77,7 @@ def resample_documents(documents_N: NDArray[np.int64], resamples: int, seed: int
 
 
 def saved_shares(key_N: Floats, loss_N: Floats, weights_BN: Floats) -> Floats:
-    """The area between a coin's curve and that of the order of `key_N`, as a share of the coin's, by resample [B]."""
+    """The area between a random mix's curve and that of the order of `key_N`, as a share of the former, [B]."""
     return _saved(_curves(key_N, loss_N, weights_BN), loss_N, weights_BN)
 
 

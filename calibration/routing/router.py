@@ -35,8 +35,8 @@ class Router:
     """Serves a prompt on `variants[1]`, the cheap engine, where its predicted loss is at most `threshold`.
 
     build_id: sha256 of the engines that it was trained on, and of what it reads
-    budget_kl: mean loss over all requests that the deployment may cost, nats a token
-    threshold: predicted loss, nats a token; below 0 no prompt goes to the cheap engine
+    budget_kl: mean loss over all requests that the deployment may cost, nats per token
+    threshold: predicted loss, nats per token; below 0 no prompt goes to the cheap engine
     edges, reference_FB: inner edges [F, B - 1] of the bins of each feature, and the training prompts' share in each bin
     prompts: how many the router was trained on
     seen: the ratio of what a shadow run measures to the training prompts' loss, for each of COMPARISONS

@@ -32,7 +32,7 @@ class LossPredictor(Protocol):
 
 
 class LearnedRouter(Policy, Protocol):
-    """What learning leaves: features, a predictor of the loss, and the facts that the controller reads."""
+    """The result of training: features, a predictor of the loss, and the facts that the controller reads."""
 
     def extract(self, token_ids: np.ndarray[Any, Any], run_prefill: RunPrefill) -> np.ndarray[Any, Any]:
         """Features [F] float32 of token ids [T] int64. Raises UserError for an empty prompt, before the prefill."""

@@ -13,7 +13,7 @@ from calibration.routing.controller import Controller, Decision
 log = logging.getLogger(__name__)
 
 Measure = Callable[[], float]
-"""Runs both engines and returns the cheap one's loss in nats a token."""
+"""Runs both engines and returns the cheap one's loss in nats per token."""
 
 _LOOK = 0.02  # seconds between two looks whether the engines are idle
 

@@ -26,9 +26,9 @@ def resume(controller: Controller, path: Path) -> None:
     try:
         state = read_json(path)
     except (ValueError, OSError) as error:
-        raise UserError(f"'{path}' is no state of a router ({' '.join(str(error).split())})", remedy) from None
+        raise UserError(f"'{path}' is not a state of a router ({' '.join(str(error).split())})", remedy) from None
     if not isinstance(state, dict) or not all(_is_amount(state.get(key)) for key in controller.state()):
-        raise UserError(f"'{path}' is no state of a router", remedy)
+        raise UserError(f"'{path}' is not a state of a router", remedy)
     if state.get("build_id") != controller.policy.build_id:
         raise UserError(
             f"'{path}' is the state of build '{state.get('build_id')}', and the router is of build "

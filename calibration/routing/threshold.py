@@ -18,7 +18,7 @@ class IntegralControl:
     whatever the predictor is worth: the argument of adaptive conformal inference (Gibbs and Candes, 2021). Clamped
     steps are left out of that.
 
-    `threshold` and `budget` are in nats a token. A threshold of 0 stays 0: no request is cheap.
+    `threshold` and `budget` are in nats per token. A threshold of 0 stays 0: no request is cheap.
     """
 
     def __init__(self, budget: float, threshold: float, gain: float = 0.02) -> None:
@@ -27,7 +27,7 @@ class IntegralControl:
         self.threshold = self._clamp(threshold)
 
     def measured(self, loss: float) -> None:
-        """Takes one request's loss in nats a token: 0 where the threshold gave it to the dense engine."""
+        """Takes one request's loss in nats per token: 0 where the threshold gave it to the dense engine."""
         if self.threshold > 0:
             share = min(loss / (AIM * self._budget), CAP)
             self.threshold = self._clamp(self.threshold * math.exp(self._gain * (1 - share)))

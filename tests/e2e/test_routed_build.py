@@ -32,7 +32,7 @@ def routing_of(docs_llama, store, out, *overrides):
     return report["routing"]
 
 
-def test_a_router_is_proved_and_kept_only_if_it_beats_a_coin(docs_llama, store, tmp_path):
+def test_a_router_is_proved_and_kept_only_if_it_beats_a_random_mix(docs_llama, store, tmp_path):
     routing = routing_of(docs_llama, store, tmp_path / "out", "routing.budget.kl=100")
     assert routing["curve"][0]["loss"] == 0
     assert routing["curve"][-1]["loss"] == pytest.approx(routing["curve"][-1]["random_loss"])

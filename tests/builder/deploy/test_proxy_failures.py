@@ -154,7 +154,7 @@ def test_another_builds_state_is_refused_at_the_start(tmp_path: Path) -> None:
         make_proxy(learned_router(), DOCS_LLAMA, Options("http://a", "http://b", state_file=state))
 
 
-@pytest.mark.parametrize(("dense", "fragment"), [("localhost:8000", "is no URL"), ("http://b/v1", "are both")])
+@pytest.mark.parametrize(("dense", "fragment"), [("localhost:8000", "is not a URL"), ("http://b/v1", "are both")])
 def test_wrong_urls_are_quoted(dense: str, fragment: str) -> None:
     with pytest.raises(UserError, match=fragment):
         make_proxy(learned_router(), DOCS_LLAMA, Options(dense, "http://b"))

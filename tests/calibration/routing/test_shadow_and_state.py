@@ -114,7 +114,7 @@ def test_another_builds_state_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_state_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "state.json"
     path.write_text(content, encoding="latin1")
-    with pytest.raises(UserError, match="is no state of a router") as caught:
+    with pytest.raises(UserError, match="is not a state of a router") as caught:
         state.resume(Controller(Policy()), path)
     assert "\n" not in str(caught.value)
 
