@@ -72,7 +72,7 @@ def test_the_reordered_model_is_the_dense_one(tmp_path: Path, family: str) -> No
 @pytest.mark.parametrize(
     ("orders", "fragment"),
     [
-        ({"model.layers.2.mlp": range(96)}, "there is no 'model.layers.2.mlp'"),
+        ({"model.layers.2.mlp": range(96)}, "the model has no 'model.layers.2.mlp'"),
         ({"model.layers.0.self_attn": range(8)}, "each channel from 0 to 3 once"),
         ({"model.layers.0.mlp": [0] * 96}, "each channel from 0 to 95 once"),
     ],
