@@ -169,7 +169,7 @@ def _bucket(bucket: dict[str, Any]) -> str:
     if bucket["sparse_us"] is not None:
         times += f", 2:4 {bucket['sparse_us']:.2f} us"
     if ratio := bucket["ratio"]:
-        times += f", {ratio:.2f}x" + (f" (less than {LEAST_GAIN:.2f}x is not worth it)" if ratio < LEAST_GAIN else "")
+        times += f", {ratio:.2f}x" + (f" (below {LEAST_GAIN:.2f}x: no gain)" if ratio < LEAST_GAIN else "")
     line = f"{bucket['tokens']:>5} tokens  {bucket['kernel']:<15} {times}  ({how})"
     return "\n         ".join([line, *bucket.get("notes", ())])
 
@@ -247,7 +247,7 @@ def verification(outcome: Verification) -> None:
     for violation in outcome.violations:
         click.echo(f"FAILED   {violation.message}")
     if outcome.ok:
-        click.echo(f"ok       every check holds ({outcome.seconds:.1f} s)")
+        click.echo(f"ok       all checks passed ({outcome.seconds:.1f} s)")
 
 
 def health(examination: Examination) -> None:

@@ -17,7 +17,7 @@ def notes(recipe: Recipe, prunes: bool, dense_bytes: int, built_bytes: int) -> t
         lines.append("bytes and times are those of all candidates 2:4: the build prunes only what fits the budget")
     if recipe.sparsity:
         lines.append(
-            "2:4 needs a GPU with sparse tensor cores (SM80 and later) to pay in full; a CPU saves bytes, and time "
+            "2:4 gains its full time on GPUs with sparse tensor cores (SM80 and later); a CPU saves bytes, and time "
             "only where reading weights is the limit"
         )
     if recipe.routing:

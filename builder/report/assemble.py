@@ -75,7 +75,7 @@ def gates(
     """A gate for each limit of the recipe, and one for the verification of every checkpoint."""
     rows: list[dict[str, Any]] = []
     if "checkpoint" in outputs:
-        text = "every check of the written checkpoint holds"
+        text = "all checks of the written checkpoint passed"
         rows.append({"name": "verification", "passed": True, "message": text})
     if "accuracy" in report:
         from calibration.budget.search import Goal

@@ -130,7 +130,7 @@ def test_plan_knows_the_gpus_of_the_design(gpu: str, docs_llama: Path) -> None:
 
 
 def test_verify_prints_what_it_checked(built: Path) -> None:
-    assert "ok       every check holds" in done("verify", built).stdout
+    assert "ok       all checks passed" in done("verify", built).stdout
     actual = done("verify", built, "--json").json
     assert actual["violations"] == []
     assert actual["checkpoints"][0]["sparse_layers"] == 14

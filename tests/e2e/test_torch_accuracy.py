@@ -175,7 +175,7 @@ def test_kernels_and_bytes_are_described(build: Callable[[str], Built]) -> None:
     facts = engine.describe()
     assert facts["kernels"]["cpu-2of4"] == 42
     assert not any("unpacked" in remark for remark in facts["remarks"])
-    assert any("what is not 8 bit computes in" in remark for remark in facts["remarks"])
+    assert any("layers that are not 8 bit compute in" in remark for remark in facts["remarks"])
 
 
 def _request(name: str, prompt: torch.Tensor, new: int) -> Request:

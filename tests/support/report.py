@@ -114,7 +114,7 @@ def _full() -> dict[str, Any]:
             "decision": {"serve": "router", "reason": "it loses less than a random mix"},
         },
         "gates": [
-            {"name": "verification", "passed": True, "message": "every check holds"},
+            {"name": "verification", "passed": True, "message": "all checks passed"},
             {"name": "perplexity", "limit": 0.15, "value": 0.17, "passed": False, "message": "17.0% is above 15.0%"},
         ],
         "notes": ["2:4 gives no speed on a CPU because it has no sparse matrix instructions."],

@@ -50,7 +50,7 @@ class Decoder:
         self.remarks = [*kernels.remarks, *remarks(self.linears.values())]
         if device.type == "cpu":
             name = str(dtype).removeprefix("torch.")
-            self.remarks.append(f"what is not 8 bit computes in {name}, dense and built alike")
+            self.remarks.append(f"layers that are not 8 bit compute in {name}, in both engines")
         _put_rest(model, tensors, dtype, device)
         body = model.model
         self._body, self._embed, self._norm = body, body.embed_tokens, body.norm
