@@ -51,7 +51,7 @@ SECOND_STAGE = """
 {rows}
 The share of a random mix's loss that the router saves, over all shares of requests on the build, and in parentheses how
 much more that is than with the prompt alone. Models and their 2:4 builds, values, and the time of a prefill and of an
-answer of {max_tokens} tokens on one of the 2 cores of an {processor} that did other work too: {values}.
+answer of {max_tokens} tokens on one of the {cores} cores of an {processor} that did other work too: {values}.
 """
 ESTIMATES = {
     "share": "share of requests on the build",
@@ -134,6 +134,7 @@ def second_stage() -> str:
         rules="|".join("---" for _ in results),
         rows="".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in named.items()),
         max_tokens=first["settings"]["max_tokens"],
+        cores=first["environment"]["cores"],
         processor=first["environment"]["processor"],
         values="; ".join(_second_stage(model, *found) for model, found in results.items()),
     ).lstrip("\n")

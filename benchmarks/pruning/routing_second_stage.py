@@ -25,9 +25,8 @@ import yaml
 
 from benchmarks.environment import describe
 from benchmarks.pruning.accuracy import RESULTS, write_result
-from benchmarks.pruning.routing_serving import read_prompts
+from benchmarks.pruning.routing_serving import answer, open_engines, read_prompts
 from benchmarks.pruning.routing_signals import GROUPS, Signals, read_signals
-from benchmarks.serving.workload import BenchRequest
 from calibration.routing.divergence import LogProbabilities
 from calibration.routing.features import Features, unseen_features
 from calibration.routing.predictor import fit
@@ -62,13 +61,13 @@ class Measured:
 def measure(engines: Mapping[str, Any], tokens: list[tuple[int, ...]], documents_N: Numbers, length: int) -> Measured:
     """Runs both engines on each prompt, with answers of at most `length` tokens."""
     dense, built = engines["dense"], engines["built"]
-    losses = measure_losses(dense.logits, built.logits, tokens, [_answer(dense, prompt, length) for prompt in tokens])
+    losses = measure_losses(dense.logits, built.logits, tokens, [answer(dense, prompt, length) for prompt in tokens])
     times, signals = [], []
     for prompt in tokens:
         start = time.perf_counter()
         built_TV = built.logits(_batch(prompt))[0]
         middle = time.perf_counter()
-        _answer(built, prompt, length)
+        answer(built, prompt, length)
         times.append((middle - start, time.perf_counter() - middle))
         signals.append(read_signals(dense.logits(_batch(prompt))[0], built_TV, prompt))
     loss_N = np.array([loss.kl for loss in losses])
@@ -79,10 +78,6 @@ def _batch(prompt: Sequence[int]) -> Any:
     import torch
 
     return torch.tensor([prompt])
-
-
-def _answer(engine: Any, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
-    return [token.token for token in engine.generate([BenchRequest("0", prompt, max_tokens, ignore_eos=False)])]
 
 
 def feature_sets(tables: Features, text_WT: Any, learned: Measured, served: Measured) -> dict[str, Pair]:
@@ -140,15 +135,12 @@ def _estimate(values_B: Floats) -> dict[str, Any]:
 
 def run(build: Path, texts: Path) -> dict[str, Any]:
     """The comparison. Raises UserError for a build without a router or a deployment."""
-    import twofour
-
     from calibration.config import Routing
     from calibration.data.windows import windows
 
     router, recipe = Router.load(build / "routing"), yaml.safe_load((build / "recipe.yaml").read_text())
     calibration, routing = recipe["calibration"], Routing(**recipe["routing"])
-    places = {"dense": build / "triton" / "llm_dense" / "engine", "built": build / "engine"}
-    engines = {name: twofour.load(place).engine for name, place in places.items()}
+    engines = open_engines(build)
     length, seed = calibration["sequence_length"], calibration["seed"] + 1
     text = windows(str(texts / "learning.jsonl"), build / "checkpoint", length, routing.samples, seed)
     tokens, rows = read_prompts(build, texts / "serving.jsonl", length)

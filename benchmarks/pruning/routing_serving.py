@@ -89,20 +89,25 @@ def read_prompts(build: Path, path: Path, length: int) -> tuple[list[Prompt], li
     return cut_prompts(text.tokens[first_N], seed=1), [rows[at] for at in text.documents[first_N]]
 
 
-def measure(build: Path, router: Router, path: Path, length: int, max_tokens: int) -> Prompts:
-    """Runs both engines on each prompt alone."""
+def open_engines(build: Path) -> dict[str, Any]:
+    """The engines of a deployed build and of its dense model, by variant. Raises UserError where there is none."""
     import twofour
 
+    places = {"dense": build / "triton" / "llm_dense" / "engine", "built": build / "engine"}
+    return {name: twofour.load(place).engine for name, place in places.items()}
+
+
+def answer(engine: Any, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
+    """The engine's greedy answer to one prompt alone."""
+    return tuple(token.token for token in engine.generate([BenchRequest("0", prompt, max_tokens, ignore_eos=False)]))
+
+
+def measure(build: Path, router: Router, path: Path, length: int, max_tokens: int) -> Prompts:
+    """Runs both engines on each prompt alone."""
     from calibration.routing.prompts import measure_losses
 
-    tokens, rows = read_prompts(build, path, length)
-    places = {"dense": build / "triton" / "llm_dense" / "engine", "built": build / "engine"}
-    engines = {name: twofour.load(place).engine for name, place in places.items()}
-    greedy: list[dict[str, tuple[int, ...]]] = []
-    for number, prompt in enumerate(tokens):
-        request = BenchRequest(str(number), prompt, max_tokens, ignore_eos=False)
-        alone = {name: tuple(token.token for token in engine.generate([request])) for name, engine in engines.items()}
-        greedy.append(alone)
+    (tokens, rows), engines = read_prompts(build, path, length), open_engines(build)
+    greedy = [{name: answer(engine, prompt, max_tokens) for name, engine in engines.items()} for prompt in tokens]
     logits = (engine.logits for engine in engines.values())
     losses = measure_losses(*logits, tokens, [own["dense"] for own in greedy])
     _, documents_N = np.unique([row["source"] for row in rows], return_inverse=True)

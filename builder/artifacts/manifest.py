@@ -95,9 +95,11 @@ def is_build(directory: Path) -> bool:
 
 def source_digest(build: Path, source: str) -> str | None:
     """The sha256 of what went into a build under this name, such as "model"; None if it does not record one."""
-    definition = (read_manifest(build) or {}).get("predicate", {}).get("buildDefinition", {})
-    listed = definition.get("resolvedDependencies", [])
-    return next((each["digest"]["sha256"] for each in listed if each["name"] == source), None)
+    try:
+        listed = (read_manifest(build) or {})["predicate"]["buildDefinition"]["resolvedDependencies"]
+        return next((str(each["digest"]["sha256"]) for each in listed if each["name"] == source), None)
+    except (KeyError, TypeError):
+        return None
 
 
 def listed_files(build: Path) -> set[str]:

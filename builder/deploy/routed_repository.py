@@ -41,18 +41,21 @@ def write_routed_repository(
     router = Router.load(router_dir)
     if router.variants not in VARIANTS:
         raise UserError(f"the router in '{router_dir}' chooses between {', '.join(router.variants)}", "build again")
-    facts = {name: engine_facts(engine_dir) for name in router.variants}
+    facts = engine_facts(engine_dir)
+    reference_facts = facts if "dense" in router.variants else _reference_facts(reference, facts)
     models = {name: f"{config.model_name}_{name}" for name in router.variants}
     first, built = (config.model_copy(update={"model_name": name}) for name in models.values())
     write_repository(engine_dir, out, built)
     if "dense" in models:
         write_repository(engine_dir, out, first.model_copy(update={"engine_path": "engine"}))
-        _build_dense(reference, out / models["dense"] / "engine", facts["dense"])
+        _build_dense(reference, out / models["dense"] / "engine", facts)
     else:
-        facts["reference"] = _reference_facts(reference, facts["built"])
         write_repository(reference, out, first.model_copy(update={"engine_path": str(reference.resolve())}))
     model = out / config.model_name
-    capacity = {name: own["max_batch_size"] + config.max_queue_size for name, own in facts.items()}
+    capacities = {
+        name: own["max_batch_size"] + config.max_queue_size
+        for name, own in zip(models, (reference_facts, facts), strict=True)
+    }
     pages = {
         "config.pbtxt": render(
             TEMPLATE_DIRECTORY,
@@ -60,7 +63,7 @@ def write_routed_repository(
             config=config,
             engine_path=config.engine_path or relative(engine_dir, model, out.parent),
             router_path=config.router_path or relative(router_dir, model, out.parent),
-            variants=json.dumps({name: [models[name], capacity[name]] for name in models}),
+            variants=json.dumps({name: [models[name], capacities[name]] for name in models}),
             inputs=[(name, field) for field in request_schema.INPUTS for name in field.names],
             outputs=request_schema.OUTPUTS,
         ),

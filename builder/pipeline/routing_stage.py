@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from builder.artifacts.cache import digest_of
-from builder.artifacts.filesystem import sha256_tree
 from builder.context import BuildContext, Outputs, data_digest
 from builder.pipeline.reference_build import reference_engine
 from builder.pipeline.stage import ENGINE_TOOLS, Stage
 from plugins.common.errors import UserError
+from plugins.common.files import sha256_once
 from plugins.common.json_files import write_json
 
 HELD_OUT = 0.3  # share of the documents
@@ -32,7 +32,9 @@ def _data(context: BuildContext) -> str:
 def _inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:
     engine, other = outputs.get("reference") or outputs["engine"], _reference(context)
     digests = {"model": context.model_digest, "engine": engine.digest, "data": data_digest(_data(context))}
-    return digests | ({"reference": digest_of(sha256_tree(other))} if other else {})
+    if other:
+        digests["reference"] = digest_of({path.name: sha256_once(path) for path in other.iterdir() if path.is_file()})
+    return digests
 
 
 def _reference(context: BuildContext) -> Path | None:

@@ -103,7 +103,7 @@ def test_another_build_takes_the_dense_models_place(docs_llama, store, other_bui
     assert routing["curve"] == routing_of(docs_llama, store, tmp_path / "dense", overrides[0])["curve"]
 
 
-@pytest.mark.parametrize("damage", ["no build", "another model", "another backend"])
+@pytest.mark.parametrize("damage", ["no build", "another model", "no list of sources", "another backend"])
 def test_another_build_that_cannot_be_compared_is_named_before_anything_runs(
     docs_llama, store, other_build, tmp_path, damage
 ):
@@ -111,9 +111,10 @@ def test_another_build_that_cannot_be_compared_is_named_before_anything_runs(
     shutil.copytree(other_build, copied)
     if damage == "no build":
         (copied / "manifest.json").unlink()
-    elif damage == "another model":
+    elif damage in ("another model", "no list of sources"):
         manifest = json.loads((copied / "manifest.json").read_text())
-        manifest["predicate"]["buildDefinition"]["resolvedDependencies"][-1]["digest"]["sha256"] = "0" * 64
+        sources = manifest["predicate"]["buildDefinition"]["resolvedDependencies"]
+        sources[-1] = {**sources[-1], "digest": {"sha256": "0" * 64}} if damage == "another model" else 1
         (copied / "manifest.json").write_text(json.dumps(manifest))
     else:
         facts = json.loads((copied / "engine" / "engine.json").read_text())
