@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib
 import importlib.util
+import logging
 import os
 import shutil
 import sys
@@ -19,9 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parent.parent
+HAS_GPU_DRIVER = shutil.which("nvidia-smi") is not None
 
-TIERS = {  # what `make test-fast` leaves out, beside tests/gpu
+TIERS = {  # what `make test-fast` leaves out, beside single tests marked `slow` or `gpu`
     "e2e": ("e2e",),
+    "gpu": ("gpu",),
     "native": (
         "builder/engines/test_tuned.py",
         "plugins/test_cpu_kernels.py",
@@ -74,10 +79,11 @@ if importlib.util.find_spec("twofour") is None:  # a checkout that is not instal
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fast", action="store_true", help="skip the tiers e2e, native and slow without importing them")
+    parser.addoption("--fast", action="store_true", help="skip the files of TIERS without importing them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until everything is imported
     if config.getoption("--fast"):
         settings.register_profile("fast", max_examples=20, deadline=None)
         settings.load_profile("fast")
@@ -87,10 +93,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.getoption("--fast") and tiers(collection_path) else None
 
 
+@functools.cache
 def tiers(path: Path) -> list[str]:
     """The tiers of a test file."""
     place = path.relative_to(ROOT / "tests")
     return [tier for tier, paths in TIERS.items() if any(place.is_relative_to(each) for each in paths)]
+
+
+def pytest_collection_finish() -> None:
+    """Takes work from each test: visits of the garbage collector to all modules, and handlers of pytest on torch's 80
+    loggers, which it attaches and removes three times where a logger does not propagate."""
+    gc.freeze()
+    gc.enable()
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch.") and isinstance(logger, logging.Logger):
+            logger.propagate = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -110,7 +127,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that is not marked `gpu` runs on the CPU, its processes too, on a machine with a GPU as on any other."""
-    if request.node.get_closest_marker("gpu") or shutil.which("nvidia-smi") is None:
+    if request.node.get_closest_marker("gpu") or not HAS_GPU_DRIVER:
         return
     import torch
 

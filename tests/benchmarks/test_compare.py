@@ -129,6 +129,7 @@ def test_a_round_that_failed_whole_is_left_out() -> None:
     assert point["speedup"]["output_token_throughput"]["ratio"] == pytest.approx(2)
 
 
+@pytest.mark.slow
 def test_equal_engines_are_called_equal_95_percent_of_the_time() -> None:
     """A/A: the same pace on both sides, with noise of the machine in each round and each request."""
     calls = 0

@@ -18,6 +18,7 @@ def test_the_controller_holds_the_budget_through_a_change() -> None:
     assert after["cheap_share"] < before["cheap_share"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(LAWS))
 def test_a_fixed_threshold_fails_where_laws_adapt(name: str) -> None:
     requests = simulate(Scenario(100_000))

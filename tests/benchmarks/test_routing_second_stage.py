@@ -29,6 +29,7 @@ def measured(count: int, seed: int) -> tuple[Measured, np.ndarray, np.ndarray]:
     return Measured([], np.arange(count), loss, [], [], np.empty((0, 2))), first, second
 
 
+@pytest.mark.slow
 def test_a_feature_is_credited_with_what_it_adds_and_noise_with_nothing() -> None:
     (learned, *learned_features), (served, *served_features) = measured(400, 0), measured(400, 1)
     noise = [np.random.default_rng(seed).standard_normal((400, 1)) for seed in (2, 3)]

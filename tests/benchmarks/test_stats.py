@@ -40,6 +40,7 @@ def test_the_paired_ratio_lies_in_its_95_percent_interval_95_percent_of_the_time
     assert held / RUNS >= 0.95 - SPREAD_OF_COVERAGE
 
 
+@pytest.mark.slow
 def test_resampling_single_requests_would_have_claimed_too_much() -> None:
     """Why rounds are resampled: treating requests as independent makes a 95% interval hold far less often."""
     random = np.random.default_rng(7)

@@ -161,6 +161,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_while_publishing_leaves_a_whole_build(entry: CachedOutput, tmp_path: Path) -> None:
     out, chance = tmp_path / "out", random.Random(1)
     build(entry, out)

@@ -60,6 +60,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     yield from mounted(tmp_path / "disk", 2)
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments_then_the_same_bytes(tmp_path: Path) -> None:
     calm = child(tmp_path / "calm", tmp_path / "calm.made")
     digest = calm.communicate()[0].split()[1]

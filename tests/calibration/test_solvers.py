@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from calibration.pruning.solvers.reconstruct import refit
 from calibration.pruning.solvers.sparsegpt import prune_in_turn, prune_together, sweep
 from plugins.common.errors import UserError
 from plugins.sparsity.segments import Segments
+from tests.support.examples import examples
 
 TWO_OF_FOUR = Pattern.parse("2:4")
 
@@ -112,7 +113,7 @@ def test_the_weight_given_and_the_statistics_are_left_alone(method: str) -> None
     assert torch.equal(hessian, moments)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.integers(0, 10_000))
 def test_each_better_method_has_the_smaller_error(seed: int) -> None:
     weight, hessian = layer(seed=seed)

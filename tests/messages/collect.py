@@ -19,12 +19,12 @@ ROOTS = {"UserError", "GateError", "warning"}  # and log.warning
 
 def collect() -> list[str]:
     """Every message, in the order of files and lines."""
-    trees = {path: ast.parse(path.read_text(encoding="utf8")) for path in _files()}
-    errors = _errors(list(trees.values()))
+    nodes = {path: list(ast.walk(ast.parse(path.read_text(encoding="utf8")))) for path in _files()}
+    errors = _errors([node for each in nodes.values() for node in each if isinstance(node, ast.ClassDef)])
     return [
         f"{path.relative_to(ROOT).as_posix()}: {message}"
-        for path, tree in trees.items()
-        for message in dict.fromkeys(_messages(tree, errors))
+        for path, each in nodes.items()
+        for message in dict.fromkeys(_messages(each, errors))
     ]
 
 
@@ -32,20 +32,17 @@ def _files() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
-def _errors(trees: Iterable[ast.AST]) -> set[str]:
+def _errors(classes: Iterable[ast.ClassDef]) -> set[str]:
     """The names of the roots and of all their subclasses."""
     errors, before = set(ROOTS), 0
     while len(errors) > before:
         before = len(errors)
-        for tree in trees:
-            for node in ast.walk(tree):
-                if isinstance(node, ast.ClassDef) and errors & {_name(base) for base in node.bases}:
-                    errors.add(node.name)
+        errors |= {each.name for each in classes if errors & {_name(base) for base in each.bases}}
     return errors
 
 
-def _messages(tree: ast.AST, errors: set[str]) -> Iterator[str]:
-    for node in ast.walk(tree):
+def _messages(nodes: Iterable[ast.AST], errors: set[str]) -> Iterator[str]:
+    for node in nodes:
         if isinstance(node, ast.Call) and _name(node.func) in errors and node.args:
             yield " -> ".join(_text(value) for value in [*node.args, *(word.value for word in node.keywords)])
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plugins.common.errors import UserError
 from plugins.libtwofour import bindings, structures
 from plugins.sparsity import skinny_layout
 from tests.support import native
+from tests.support.examples import examples
 
 DTYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
 
@@ -92,7 +93,7 @@ def in_features(format: str, chunks: int) -> int:
     return chunks * 16 // np.dtype(DTYPES[format]).itemsize
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(**shapes)
 def test_packing_agrees_with_numpy_and_inverts(format: str, n: int, chunks: int, seed: int) -> None:
     host, rng = bindings.context(bindings.HOST), np.random.default_rng(seed)
@@ -148,7 +149,7 @@ algorithms = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(tokens=st.integers(1, 64), algorithm=algorithms, out=st.sampled_from(sorted(OUT)), **shapes)
 def test_simulated_kernel_against_float64(
     format: str, n: int, chunks: int, seed: int, tokens: int, algorithm: tuple[int, ...], out: str

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plugins.common import numerics
@@ -15,6 +15,7 @@ from plugins.linear.factory import build_linear, remarks, share_input
 from plugins.linear.kernel_linear import KernelLinear, choices_of
 from plugins.linear.torch_linear import InputQuantizer
 from plugins.sparsity.torch_packing import from_numpy, pack, to_numpy, unpack
+from tests.support.examples import examples
 
 CPU = torch.device("cpu")
 N, K = 48, 64
@@ -108,7 +109,7 @@ def test_inputs_beyond_the_calibrated_range_saturate(kind: str) -> None:
 
 
 @given(st.lists(st.floats(-600, 600, width=32), min_size=1, max_size=50), st.sampled_from([1.0, 0.3, 7.0, 2.0**-9]))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_rounding_to_fp8_is_torchs(values: list[float], multiplier: float) -> None:
     x, factor = torch.tensor(values), torch.tensor([multiplier])
     assert torch.equal(numerics.round_to_fp8(x, factor), numerics.quantize_fp8(x, factor).float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,6 +15,7 @@ from plugins.libtwofour import bindings, structures, torch_ops
 from plugins.sparsity import skinny_layout
 from plugins.sparsity.torch_packing import to_numpy
 from tests.support import native
+from tests.support.examples import examples
 
 DTYPES = list(torch_ops.FORMATS)
 CHECKS = ("test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration", "test_schema")
@@ -97,7 +98,7 @@ def test_operators_compile_into_one_graph() -> None:
         torch.testing.assert_close(layer(x[:tokens].bfloat16()), expected, rtol=0, atol=0)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     dtype=st.sampled_from(DTYPES),
     n=st.integers(1, 70),

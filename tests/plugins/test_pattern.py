@@ -8,11 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plugins.common.errors import UserError
 from plugins.sparsity import pattern, torch_packing
+from tests.support.examples import examples
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.int8]
 EDGES = {  # bit patterns worth meeting often: smallest subnormal, -0.0, smallest normal, largest, int8 -128
@@ -54,7 +55,7 @@ def without_negative_zero(w: np.ndarray) -> np.ndarray:
 
 
 @given(weights())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_round_trip_is_bit_exact_but_for_negative_zero(w: np.ndarray) -> None:
     values, indices = pattern.pack(w)
     assert values.dtype == w.dtype
@@ -65,7 +66,7 @@ def test_round_trip_is_bit_exact_but_for_negative_zero(w: np.ndarray) -> None:
 
 
 @given(weights())
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_indices_are_as_documented(w: np.ndarray) -> None:
     """Read back one element at a time, as the docstring describes the format."""
     values, indices = pattern.pack(w)
@@ -82,7 +83,7 @@ def test_indices_are_as_documented(w: np.ndarray) -> None:
 
 
 @given(weights(), st.data())
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_a_third_nonzero_is_named_by_row_and_group(w: np.ndarray, data: st.DataObject) -> None:
     row = data.draw(st.integers(0, w.shape[0] - 1))
     group = data.draw(st.integers(0, w.shape[1] // 4 - 1))
@@ -139,6 +140,7 @@ def test_damaged_indices_are_refused() -> None:
         unpack(values, indices.astype(np.int32))
 
 
+@pytest.mark.slow
 def test_a_large_layer_packs_fast() -> None:
     """An MLP weight of an 8B model, on whatever machine this is: a loop over elements would take minutes."""
     rng = np.random.default_rng(0)

@@ -53,6 +53,7 @@ def test_kernels_compile(sm: int) -> None:
     assert all(kernel["waits"] and kernel["reads"][1] for kernel in compiled), "for what the kernel before wrote"
 
 
+@pytest.mark.slow
 def test_operators_pass_the_checks_of_torch_library() -> None:
     residual, x = torch.randn(2, 8), torch.randn(2, 8)
     torch.library.opcheck(ops.rms_norm, (residual, x, torch.ones(8), 1e-5, None, torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ import pytest
 from tests.support.models import random_model
 
 
+@pytest.fixture(scope="session")
+def untrained_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("models") / "llama", "Llama")
+
+
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return random_model(tmp_path / "model", "Llama")
+def model(untrained_llama: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(untrained_llama, tmp_path / "model"))

@@ -12,12 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from builder.checkpoint import Checkpoint, VerificationError, read
 from builder.checkpoint.safetensors_file import CHUNK_BYTES, HeaderError, Tensor, read_header
 from plugins.common.errors import UserError
+from tests.support.examples import examples
 
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 B = {"dtype": "I8", "shape": [4], "data_offsets": [16, 20]}
@@ -114,6 +115,7 @@ def test_a_file_that_shrinks_while_it_is_read(path: Path) -> None:
         list(Tensor("w", "I8", (20,), path, 0).chunks())
 
 
+@pytest.mark.slow
 def test_a_large_tensor_is_read_in_little_memory(path: Path) -> None:
     script = """
 import resource, sys
@@ -171,14 +173,14 @@ def opens_or_fails_in_one_way(folder: Path) -> None:
     assert printed.encode().count(b"\n") == 0
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(content=st.binary(max_size=200))
 def test_any_bytes(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
     opens_or_fails_in_one_way(folder)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(header=HEADER | st.binary(max_size=60).map(lambda rest: b"{" + rest), data=st.binary(max_size=64))
 @example(header=b'{"\\ud800": {"dtype": "I8", "shape": [1], "data_offsets": [0, 1]}}', data=b"1")
 def test_any_header(folder: Path, header: bytes, data: bytes) -> None:
@@ -186,7 +188,7 @@ def test_any_header(folder: Path, header: bytes, data: bytes) -> None:
     opens_or_fails_in_one_way(folder)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255))
 def test_any_changed_byte(folder: Path, position: int, value: int) -> None:
     content = bytearray(file_of({"model.norm.weight": A, "lm_head.weight": B, "__metadata__": {"format": "pt"}}))
@@ -199,7 +201,7 @@ KEYS = [*CONFIG, "head_dim", "dtype", "quantization_config", "architecture", "ma
 FILES = ["config.json", "hf_quant_config.json", "sparsity.json"]
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(key=st.sampled_from([*KEYS, "quantization", "layers"]), value=JSON, file=st.sampled_from(FILES))
 @example(key="num_hidden_layers", value=1 << 60, file="config.json")
 @example(key="num_attention_heads", value=0, file="config.json")

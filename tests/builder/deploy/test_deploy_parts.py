@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from builder.deploy import request_schema
@@ -17,6 +17,7 @@ from builder.deploy.detokenizer import TextStream
 from builder.deploy.engine_thread import EngineLoop
 from builder.engines.base import Request, Token
 from plugins.common.errors import UserError
+from tests.support.examples import examples
 
 DOCS_LLAMA = Path(__file__).parents[3] / "examples" / "docs-llama"
 
@@ -146,7 +147,7 @@ def test_a_character_of_many_tokens_arrives_whole(tokenizer: Any) -> None:
     assert not any("\ufffd" in part for part in parts)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 4095), max_size=24))
 def test_streamed_pieces_join_to_the_decoded_text(tokenizer: Any, tokens: list[int]) -> None:
     assert "".join(pieces(tokenizer, [], tokens)) == tokenizer.decode(tokens, skip_special_tokens=True)

@@ -93,7 +93,7 @@ def tokens_of(engine: TorchEngine) -> dict[str, list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("kv_cache", ["none", "int8"])
+@pytest.mark.parametrize("kv_cache", [pytest.param("none", marks=pytest.mark.slow), "int8"])
 @pytest.mark.parametrize("format", ["bf16", "int8-2of4", "int8-2of4-token", "int8-hybrid"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_compute_what_the_layers_compute(family: str, format: str, kv_cache: str, tmp_path: Path) -> None:

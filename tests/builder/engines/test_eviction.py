@@ -50,6 +50,7 @@ def test_a_budget_of_the_whole_context_changes_no_token(model: Path, chunked: bo
     assert generated(opened(model, BUDGET, **settings), lengths, 40) == expected
 
 
+@pytest.mark.slow
 def test_decoding_sees_what_evaluation_sees(model: Path) -> None:
     """Three sequences pass the budget at different times, each several times; the last is a prompt past half of it."""
     engine, lengths, new = opened(model, BUDGET), (BUDGET // 2, 20, BUDGET), LENGTH - BUDGET
@@ -70,6 +71,7 @@ def test_a_long_prompt_leaves_no_more_than_its_budget(model: Path) -> None:
     assert used == [8, *[4] * 8, 0], "whole after the prompt, then the budget"
 
 
+@pytest.mark.slow
 def test_preemption_ends_and_gives_every_block_back(model: Path) -> None:
     engine = opened(model, BUDGET)
     each = engine.describe()["kv_cache_bytes"] * LENGTH // engine.describe()["kv_cache_tokens"]

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plugins.tensorrt_llm.log import parse
+from tests.support.examples import examples
 
 LOGS = Path(__file__).parents[2] / "data" / "logs"
 
@@ -87,7 +88,7 @@ def test_unprefixed_line_after_a_short_list_is_not_a_name():
     assert log.picked.names == ("b",)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.text(max_size=200))
 def test_any_text_is_read_without_error(text):
     assert parse(text).status in ("picked", "eligible", "none", "unknown")

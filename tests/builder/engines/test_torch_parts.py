@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.engines.request import Request
@@ -18,6 +18,7 @@ from builder.engines.torch_backend.sampling import sample
 from builder.engines.torch_backend.scheduler import Scheduler
 from builder.planning.kv_cache import BLOCK
 from plugins.common.errors import UserError
+from tests.support.examples import examples
 
 
 class Simulation:
@@ -70,7 +71,7 @@ class Simulation:
 
 
 @given(st.data(), st.integers(1, 4), st.integers(3, 12), st.booleans())
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_every_request_ends_and_no_block_is_mixed_up(
     data: st.DataObject, rows: int, blocks: int, chunked: bool
 ) -> None:
@@ -131,7 +132,7 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
 
 
 @given(st.integers(0, 2**31), st.integers(0, 50))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_a_draw_is_the_same_in_any_batch(seed: int, index: int) -> None:
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(seed))
     kinds = [{}, {"temperature": 0.7}, {"temperature": 1.3, "top_k": 3}, {"temperature": 1.0, "top_p": 0.4}, {}]
