@@ -1,4 +1,4 @@
-"""What a measurement was made on: the machine and the versions, for the files in `results/`. Imports no torch."""
+"""The environment of a measurement: machine and versions, for the files in `results/`. Imports no torch."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ MODEL_FILES = (".json", ".model", ".txt", ".jinja")  # config and tokenizer
 
 @dataclass(frozen=True)
 class BuildContext:
-    """One build. Stages read it and never change it; their outputs travel beside it."""
+    """One build. Stages read it and never change it; outputs are passed separately."""
 
     recipe: Recipe
     plan: Plan
@@ -32,7 +32,7 @@ class BuildContext:
 
     @cached_property
     def model_digest(self) -> str:
-        """The sha256 of the files that make the dense model; not of the texts that may lie beside them."""
+        """The sha256 of the files that make the dense model; not of texts in the same folder."""
         weights = weight_files(self.model)
         paths = [path for path in sorted(self.model.iterdir()) if path in weights or path.suffix in MODEL_FILES]
         return digest_of({path.name: sha256_once(path) for path in paths if path.is_file()})

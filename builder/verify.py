@@ -105,7 +105,7 @@ def _check_kernel_versions(directory: Path) -> list[Violation]:
 
 
 def _check_engine_record(directory: Path) -> list[Violation]:
-    """Where an engine lies beside the checkpoint that it is built from: whether it was built from these very files."""
+    """Where a build holds an engine and its checkpoint: whether the engine was built from exactly these files."""
     try:
         engine = read_json(directory.parent / "engine" / "engine.json")
         source, recorded = PARTS[engine.get("backend") == "tensorrt"], engine.get("checkpoint_sha256")

@@ -1,4 +1,4 @@
-"""Renders the marked blocks of README.md: results from files in benchmarks/results/, and what is supported.
+"""Renders the marked blocks of README.md: results from files in benchmarks/results/, and the support table.
 
 A block is the text between `<!-- block: NAME -->` and `<!-- end -->`; everything else is written by hand.
 """

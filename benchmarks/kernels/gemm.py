@@ -45,7 +45,7 @@ ERROR_FEATURES = 1024
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this GPU was seen to reach: bytes a second read from memory, and dense FLOP a second of each format."""
+    """The GPU's measured peaks: bytes a second read from memory, and dense FLOP a second of each format."""
 
     bandwidth: float
     flops: dict[str, float]
@@ -198,7 +198,7 @@ def _ours(row: dict[str, Any]) -> str:
 def save(kind: str, content: dict[str, Any], device: int = 0) -> Path:
     """Writes `content` with the machine and the versions to results/, named by kind, GPU and date. Returns the file.
 
-    Also where there is no library: what failed is a result.
+    Also without the library: a failure is a result.
     """
     facts = timing.device_facts(device)
     now = datetime.datetime.now(datetime.UTC)

@@ -66,7 +66,7 @@ def measure_limits(device: int = 0) -> dict[str, float]:
 
 
 def read_rate(device: torch.device, size: int = 2 << 30) -> float:
-    """Bytes a second that a sum over a large buffer reads: what a product of few tokens is held against."""
+    """Bytes a second that a sum over a large buffer reads: the bound of a product of few tokens."""
     buffers = torch.zeros(2, size // 8, dtype=torch.int64, device=device)
     return size / (timing.measure(lambda i: buffers[i].sum(), copies=2).us * 1e-6)
 

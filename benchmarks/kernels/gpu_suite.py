@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "results"
 SMOKE_SECONDS, FULL_SECONDS = 150.0, 420.0
 LEAST = 8.0  # seconds: with less left, no step is started
-CUDA_LOST = 3  # exit status of tests/gpu where CUDA cannot go on in their process
+CUDA_LOST = 3  # exit status of tests/gpu after a CUDA error that the process cannot clear
 GRACE = 5.0  # seconds between a step's own time limit and its end by force
 
 

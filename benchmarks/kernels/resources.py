@@ -124,7 +124,7 @@ def loops(cubin: Path) -> dict[tuple[int, ...], Counter[str]]:
 
 
 def find_cuobjdump() -> str | None:
-    """cuobjdump beside nvcc, on the PATH, or in triton's wheel."""
+    """cuobjdump from nvcc's folder, the PATH, or triton's wheel."""
     wheels = (Path(path) / "triton/backends/nvidia/bin/cuobjdump" for path in sys.path)
     beside = Path(compiler.find_nvcc()).with_name("cuobjdump")
     return next((str(p) for p in (beside, *wheels) if p.exists()), shutil.which("cuobjdump"))
@@ -132,7 +132,7 @@ def find_cuobjdump() -> str | None:
 
 def table(kernels: Sequence[Kernel]) -> str:
     """A Markdown table. Instructions are those in the code of one packed block, slow paths included; "-" for bytes in
-    flight: x of INPUTS does not fit beside a ring, and the inputs are split."""
+    flight: x of INPUTS and a ring do not both fit, and the inputs are split."""
     lines = [
         "| kernel | type | tokens | registers | spilled | instructions a block | of these conversions | KB in flight |",
         "|---|---|---|---|---|---|---|---|",

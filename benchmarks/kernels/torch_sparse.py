@@ -1,4 +1,4 @@
-"""torch's own 2:4 products, timed beside ours: cuSPARSELt and CUTLASS as torch calls them.
+"""torch's own 2:4 products, timed against ours: cuSPARSELt and CUTLASS as torch calls them.
 
 They are called eagerly, as their users do; their launch overhead is theirs. A peer that cannot run gives its reason.
 """

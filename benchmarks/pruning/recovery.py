@@ -26,7 +26,7 @@ from plugins.common.json_files import read_json
 
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Prunes, recovers and judges in processes of their own."""
+    """Prunes, recovers and evaluates, each in its own process."""
     model, length, minutes = str(arguments.model), str(arguments.sequence_length), str(arguments.minutes)
     layers, tokens = linear_layers(arguments.model), str(make_tokens(arguments, work))
     directories = {"dense": model, "pruned": str(work / "pruned"), "recovered": str(work / "recovered")}

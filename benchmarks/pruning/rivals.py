@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     directories, numbers = {"dense": str(arguments.model)}, itertools.count()
 
     def add(name: str, directory: Path, saved: float | None) -> None:
-        """A name that stands already is the same row: whole blocks round two shares to one number."""
+        """Skips a name that is listed already: rounding to whole blocks maps two shares to one row."""
         directories[name], rows[name] = str(directory), {"bytes_saved": saved}
 
     def prune(name: str, script: str, method: str, python: str = sys.executable) -> tuple[Path, Any]:

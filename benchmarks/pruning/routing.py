@@ -127,7 +127,7 @@ def run_controller(requests: Requests, shadow: float = 0.01, rest: float = 1.0) 
 
 
 def oracle_share(loss_N: Array) -> float:
-    """The cheap share of one that knows each loss and takes the smallest within the budget."""
+    """The cheap share of an oracle: it sends the requests with the smallest losses within the budget."""
     return float((np.cumsum(np.sort(loss_N)) <= BUDGET * len(loss_N)).mean())
 
 

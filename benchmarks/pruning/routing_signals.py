@@ -1,4 +1,4 @@
-"""Numbers that engines' logits over a prompt give, each of which may tell what the prompt will lose on the build."""
+"""Features of both engines' logits over a prompt, as predictors of the prompt's loss on the build."""
 
 from __future__ import annotations
 

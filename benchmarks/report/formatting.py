@@ -87,12 +87,12 @@ def workload(point: Point) -> str:
 
 
 def shown(point: Point) -> list[str]:
-    """The metrics of a point that the pages list; the others follow from them and stand in report.json."""
+    """The metrics of a point that the pages list; the others follow from them and are in report.json."""
     return [name for name in SHOWN if name in point.speedup]
 
 
 def few(points: list[Point]) -> bool:
-    """Whether some point has too few requests for a 99th percentile of its own."""
+    """Whether some point has too few requests for a 99th percentile."""
     return any(point.requests is not None and point.requests < 100 for point in points)
 
 

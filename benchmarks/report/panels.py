@@ -17,7 +17,7 @@ COMPARED = ("output_token_throughput", *LATENCIES)
 
 
 def speedups(report: Report) -> Markup:
-    """The paired ratio at each point with its interval, beside the line of no change; one panel a metric."""
+    """The paired ratio at each point with its interval, and the line of no change; one panel a metric."""
     names = [n for n in COMPARED if any(n in p.speedup and p.speedup[n].ratio > 0 for p in report.performance)]
     ends = [1.1, 1 / 1.1]
     for speedup in (point.speedup[name] for point in report.performance for name in names if name in point.speedup):

@@ -1,4 +1,4 @@
-"""The router's curve: loss against the share of requests on the build, beside a random mix and an oracle."""
+"""The router's curve: loss against the share of requests on the build, with a random mix and an oracle."""
 
 from __future__ import annotations
 

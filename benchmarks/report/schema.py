@@ -1,6 +1,6 @@
 """What report.json holds. Keys that are not described here are kept in the file and left out of the pages.
 
-Measured figures stand in `accuracy`, `size`, `layers` and `performance`; predicted ones in `predicted` only.
+Measured figures are in `accuracy`, `size`, `layers` and `performance`; predicted ones in `predicted` only.
 """
 
 from __future__ import annotations

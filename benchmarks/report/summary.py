@@ -1,4 +1,4 @@
-"""The head of the report: the verdict in one sentence, the marks beside it, and the four cards."""
+"""The head of the report: the verdict in one sentence, its marks, and the four cards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Chip:
-    """A short mark; `strong` ones stand out."""
+    """A short mark; `strong` ones are highlighted."""
 
     text: str
     strong: bool = False
@@ -141,5 +141,5 @@ def device(report: Report) -> str:
 
 
 def limits(report: Report) -> list[str]:
-    """How near each point came to what its device allows, where that is known."""
+    """The share of its device's limit that each point reached, where the limit is known."""
     return [str(point.limit["message"]) for point in report.performance if point.limit and point.limit.get("message")]

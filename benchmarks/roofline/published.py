@@ -84,7 +84,7 @@ class Published(Config):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One published figure beside its prediction; microseconds for times, dense over built for speed-ups."""
+    """One published figure with its prediction; microseconds for times, dense over built for speed-ups."""
 
     kind: Kind
     source: str

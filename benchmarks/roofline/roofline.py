@@ -54,7 +54,7 @@ class Gpu(Config):
         return (self.launch_us + self.wave_us) * 1e-6
 
     def peak(self, format: str, sparse: bool = False) -> float:
-        """FLOP a second, of the dense product that a 2:4 kernel stands for."""
+        """FLOP a second, counted as those of the dense product."""
         return self.dense_tflops[format] * 1e12 * (self.sparse_multiplier if sparse else 1)
 
     def refuses(self, format: str, sparse: float = 0.0) -> str | None:

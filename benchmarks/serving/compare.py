@@ -1,7 +1,7 @@
-"""Measures a build beside its dense baseline: same prompts, same token counts, interleaved rounds. Imports no torch.
+"""Measures a build against its dense baseline: same prompts, same token counts, interleaved rounds. Imports no torch.
 
 A round runs both sides on prompts that neither has seen, and the side that goes first alternates (ABBA), so that a slow
-drift of the machine's clocks falls on both. Warm-up is a run of its own whose records are never kept.
+drift of the machine's clocks falls on both. Warm-up is a separate run whose records are discarded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is kept of each request, and its file forms. Times are seconds of `time.perf_counter()`."""
+"""The record of each request, and its file formats. Times are seconds of `time.perf_counter()`."""
 
 from __future__ import annotations
 

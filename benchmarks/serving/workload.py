@@ -1,4 +1,4 @@
-"""What is asked of an engine: prompts of random token ids and their arrival times, from a seed. Imports no torch."""
+"""The load of a benchmark: prompts of random token ids and their arrival times, from a seed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _arrivals(workload: Workload, random: np.random.Generator) -> NDArray[np.flo
     """Seconds at which each request is due. Closed loop: all at once, and the concurrency holds them back."""
     if workload.arrival == "closed":
         return np.zeros(workload.requests)
-    assert workload.request_rate is not None, "the config asks for a rate with poisson arrivals"
+    assert workload.request_rate is not None, "the config requires a rate for poisson arrivals"
     gaps = random.exponential(1 / workload.request_rate, size=workload.requests)
     gaps[0] = 0.0
     return np.cumsum(gaps)

@@ -100,9 +100,9 @@ class Cache:
             return self._make(stage, key, describe, make)
 
     def find(self, stage: str, key: str) -> CachedOutput | None:
-        """The finished output of `stage` under `key`, its files hashed anew; None where there is none.
+        """The finished output of `stage` under `key`, its files hashed again; None where there is none.
 
-        Raises CorruptEntryError where they are not what was recorded.
+        Raises CorruptEntryError where they differ from the record.
         """
         folder = self._folder(stage, key)
         if not folder.exists():

@@ -17,7 +17,7 @@ from pathlib import Path
 from plugins.common.errors import UserError
 from plugins.common.files import sha256, sync
 
-HOLDER_SECONDS, HOLDER_READS = 2.0, 100  # how long, and how often, an unnamed lock is asked for its holder
+HOLDER_SECONDS, HOLDER_READS = 2.0, 100  # time limit and number of reads of a lock file without its holder's pid
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -30,7 +30,7 @@ def sha256_tree(directory: Path) -> dict[str, str]:
     for path in paths:
         if path.is_symlink() or not path.is_file():
             raise ValueError(f"'{path}' is not a regular file")
-    with ThreadPoolExecutor() as threads:  # hashlib lets go of the interpreter lock
+    with ThreadPoolExecutor() as threads:  # hashlib releases the interpreter lock
         return {
             path.relative_to(directory).as_posix(): digest
             for path, digest in zip(paths, threads.map(sha256, paths), strict=True)
@@ -64,8 +64,8 @@ def remove(path: Path) -> None:
 def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
     """Holds the lock file at `path`, alone among processes and threads.
 
-    Where another holds it, `busy(pid)` is called once, and may raise to give up; else this waits. The kernel lets go of
-    the lock when its holder dies.
+    Where another holds it, `busy(pid)` is called once, and may raise to stop waiting. The kernel
+    releases the lock when its holder dies.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     reported = False
@@ -80,7 +80,7 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
                     busy(holder)
                 fcntl.flock(file, fcntl.LOCK_EX)
             continue
-        if _is_open_at(file.fileno(), path):  # else the holder before us removed it: what we hold is no longer the lock
+        if _is_open_at(file.fileno(), path):  # else the previous holder removed it: our file is no longer the lock
             break
         file.close()
     with file:

@@ -1,4 +1,4 @@
-"""Puts a finished build in place: assembled beside OUT and swapped in by rename: OUT is never half a build."""
+"""Installs a finished build: assembles it in OUT's folder and swaps it in by rename: OUT is never incomplete."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _tidy(out: Path) -> None:
-    """Undoes what a killed build left beside `out`."""
+    """Removes the remains of a killed build from the folder of `out`."""
     new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
     if old.exists() and not out.exists():
         old.rename(out)

@@ -1,4 +1,4 @@
-"""What a build is made of and from: an in-toto Statement v1 with a SLSA Provenance v1 predicate, unsigned.
+"""The contents and inputs of a build: an in-toto Statement v1 with a SLSA Provenance v1 predicate, unsigned.
 
     https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
     https://slsa.dev/spec/v1.0/provenance
@@ -119,7 +119,7 @@ def record_folder(build: Path, folder: str) -> None:
 
 
 def verify_manifest(build: Path, within: str = "") -> list[str]:
-    """What is wrong with the files of a build, a line each: missing, changed or unlisted. Empty where all is well.
+    """Missing, changed and unlisted files of a build, a line each; empty without any.
 
     `within` (such as "checkpoint/") looks only at the files under that folder.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint's sparsity.json declares of the model's layers; what does not fit the model is reported."""
+"""Reads the layers that a checkpoint's sparsity.json declares; reports declarations that do not fit the model."""
 
 from __future__ import annotations
 

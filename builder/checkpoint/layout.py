@@ -65,7 +65,7 @@ def hf_tensors(arch: Architecture, quantization: Quantization) -> dict[str, Expe
 
 
 def trtllm_parts(arch: Architecture, mapping: Mapping, rank: int) -> Iterator[Part]:
-    """The linear layers of one rank. A file counts its blocks anew from 0 in each pipeline stage."""
+    """The linear layers of one rank. Files of each pipeline stage number their blocks from 0."""
     count = arch.num_blocks // mapping.pp
     stage = rank // mapping.tp
     hidden, inner = arch.hidden_size, arch.intermediate_size // mapping.tp

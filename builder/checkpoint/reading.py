@@ -164,7 +164,7 @@ def read(directory: Path) -> Checkpoint:
 
 
 def open_checkpoint(directory: Path, report: Report) -> Checkpoint | None:
-    """Opens a checkpoint and reports what is wrong with its files. None where nothing can be made of them."""
+    """Opens a checkpoint and reports errors of its files. None where the errors leave no checkpoint."""
     config = _read_config(directory, report)
     if config is None:
         return None

@@ -1,7 +1,7 @@
 """Reads safetensors files without torch: the header, strictly, and tensors as numpy views or chunks of rows.
 
 The format (https://github.com/huggingface/safetensors) is 8 bytes of header length, the header in JSON, the data.
-Refused, each with a message of its own: a header that does not fit, is not JSON or names a tensor twice; a dtype, shape
+Refused, each with its own message: a header that does not fit, is not JSON or names a tensor twice; a dtype, shape
 or range that is not one; data with a hole, an overlap, a missing end or an end that no tensor owns.
 """
 

@@ -1,4 +1,4 @@
-"""The tables and the safetensors headers of a checkpoint's files; what is wrong with a file is reported."""
+"""Reads the index and the safetensors headers of a checkpoint's files; reports errors of each file."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ Receive = Callable[["Token | Exception"], None]
 
 
 class EngineLoop:
-    """Runs `engine` on a thread of its own until `stop`."""
+    """Runs `engine` on its own thread until `stop`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

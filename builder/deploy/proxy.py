@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 VARIANT = "x-twofour-variant"  # header of a response: which variant answered; of a request: which one must
 QUALITY = "x-twofour-quality"
-_PASSED = ("authorization", "x-request-id", "traceparent")  # headers that go on to the servers
+_PASSED = ("authorization", "x-request-id", "traceparent")  # headers forwarded to the servers
 _ENDPOINTS = (openai_requests.COMPLETIONS, openai_requests.CHAT)
 
 

@@ -12,7 +12,7 @@ TEMPLATE_DIRECTORY = Path(__file__).parent / "templates"
 
 
 def replace(place: Path, content: str | Mapping[str, str]) -> None:
-    """Writes a file, or a directory of files by relative name, beside `place` and renames it to `place`."""
+    """Writes a file, or a directory of files by relative name, under a temporary name and renames it to `place`."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=place.parent) as scratch:
         new = Path(scratch) / "new"

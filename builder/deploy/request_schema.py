@@ -110,7 +110,7 @@ def read(tensors: Mapping[str, np.ndarray[Any, Any]], parameters: Mapping[str, A
     """Values by their first name from the input tensors (any alias) of one request.
 
     Scalars come out as Python values, `input_ids` as a list, strings as str. `parameters` are the JSON fields of a
-    `generate` call that name no input. Raises UserError for one that nothing here knows, for two prompts in one
+    `generate` call that name no input. Raises UserError for an unknown one, for two prompts in one
     request, and for a value that cannot be honoured.
     """
     for name in parameters:

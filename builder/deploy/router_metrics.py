@@ -1,4 +1,4 @@
-"""A router's metrics beside Triton's own, on the server's page. Runs inside Triton's Python backend."""
+"""A router's metrics, on the page of Triton's own. Runs inside Triton's Python backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a router asks of the models behind it, beside answers: to cancel one, and to score a text.
+"""Requests of a router to its models, besides answers: cancel a request, and score a text.
 
 Both are parameters of a request. A score is JSON in `text_output`: for each token of the answer, the log-probabilities
 of the likeliest tokens in its place. A ticket is random, so that no client cancels another's request.

@@ -118,7 +118,7 @@ class EngineModel:
                 look = time.monotonic()
 
     def _produced(self) -> dict[Reply, list[Token | Exception]] | None:
-        """What is queued to be sent, by reply; empty after a timeout, None at the end."""
+        """Queued events by reply; empty after a timeout, None at the end."""
         events: dict[Reply, list[Token | Exception]] = {}
         with contextlib.suppress(queue.Empty):
             item = self._outbox.get(timeout=_CANCELLATION_PERIOD)
@@ -178,7 +178,7 @@ def _capacity(engine_dir: Path, parameters: dict[str, str]) -> int:
 
 
 class _Counters:
-    """Metrics beside Triton's own, whose durations end when a request is accepted."""
+    """Metrics in addition to Triton's own, whose durations end when a request is accepted."""
 
     _WORDS: ClassVar = {
         "twofour_requests": "Requests answered",

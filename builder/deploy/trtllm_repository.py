@@ -1,7 +1,7 @@
 """Triton repositories for TensorRT-LLM's own backends, made inside NVIDIA's container from the container's templates.
 
 A repository's preprocessing, batching and postprocessing models belong to one release of TensorRT-LLM, so none is
-written here: what is written is the program that takes them from the container that serves and fills in this engine.
+written here: this module writes the program that takes them from the container that serves and fills in this engine.
 It has never run there.
 """
 

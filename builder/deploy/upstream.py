@@ -51,7 +51,7 @@ class Upstream:
     async def open(
         self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
     ) -> AsyncIterator[httpx.Response]:
-        """The response to a POST, whole unless the body asks for a stream. Leaving early cancels the request.
+        """The response to a POST, whole unless the body requests a stream. Leaving early cancels the request.
 
         Raises DownError where no answer began, or where one that is not streamed broke off.
         """

@@ -55,7 +55,7 @@ class Variant:
 
     @property
     def up(self) -> bool:
-        """Whether the model is loaded and its process lives."""
+        """Whether the model is loaded and its process runs."""
         return self._answers_probes and time.monotonic() - self._answered < _STALE
 
     def generate(self, tensors: Sequence[Any], ticket: str) -> Iterator[Any]:
@@ -80,7 +80,7 @@ class Variant:
         return scoring.read_score(text.decode())
 
     def _read(self, outputs: list[str], tensors: Sequence[Any], parameters: dict[str, Any]) -> Iterator[Any]:
-        """The responses of `_call`, which runs on a thread of its own: it may wait for ever for a model that died."""
+        """The responses of `_call`, which runs on its own thread: it may wait for ever for a model that died."""
         responses: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def read() -> None:

@@ -30,7 +30,7 @@ DTYPES = {format.dtype: format.value for format in KERNEL_OUTPUTS}  # config.jso
 
 
 class Sized(sharding.Shardable, Protocol):
-    """What is read of a checkpoint's layer (builder.checkpoint.LayerFacts), of all ranks together."""
+    """The fields that are read of a checkpoint's layer (builder.checkpoint.LayerFacts), of all ranks together."""
 
     @property
     def format(self) -> str: ...

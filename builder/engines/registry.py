@@ -29,8 +29,8 @@ def build(
     """Builds the engine of `backend` into `out` from a folder of checkpoints (hf/, trtllm/).
 
     Kernels are timed on this machine's GPU; `gpu` is the card that their times are predicted for where there is none,
-    or where speed does not matter, as in an engine that is asked for its logits alone. Raises UserError for what is
-    missing.
+    or where speed does not matter, as in an engine that computes logits only. Raises UserError for a missing
+    requirement.
     """
     if backend == "torch":
         from builder.engines import measured_tactics
@@ -81,7 +81,7 @@ def tactics(
 def load(engine: Path, *, precise: bool = False) -> Engine:
     """Opens an engine directory. Raises UserError for a foreign directory or a backend that cannot run here.
 
-    `precise`: on a CPU, computes in float32 what is not 8 bit, as accuracy is judged; else in the fastest dtype.
+    `precise`: on a CPU, layers that are not 8 bit compute in float32, as for accuracy; else in the fastest dtype.
     """
     backend = engine_facts(engine).get("backend")
     version_lock.require(engine)

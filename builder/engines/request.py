@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt. `temperature` 0 is greedy; `ignore_eos` asks for exactly `max_new_tokens`."""
+    """One prompt. `temperature` 0 is greedy; `ignore_eos` generates exactly `max_new_tokens`."""
 
     id: str
     input_ids: tuple[int, ...]

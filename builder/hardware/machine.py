@@ -1,4 +1,4 @@
-"""What this machine is, in the few facts that a measurement or an engine depends on. Imports no torch."""
+"""The facts of this machine that a measurement or an engine depends on. Imports no torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """For the report: the machine, its software, and the threads that the CPU's figures stand for."""
+    """For the report: the machine, its software, and the threads of the CPU's figures."""
     return {
         "device": device(),
         "python": platform.python_version(),

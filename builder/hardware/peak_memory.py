@@ -15,7 +15,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 class PeakMemory:
     """`with PeakMemory() as peak: ...` then `peak.bytes`.
 
-    Linux can start its high-water mark anew; where it may not, the mark is that of the whole process.
+    Resets Linux's high-water mark; without the permission the peak is that of the whole process.
     """
 
     bytes: int = 0

@@ -84,7 +84,7 @@ def check_files(recipe: Recipe, plan: Plan) -> tuple[Plan, Path]:
 def resolve(
     recipe: Recipe, gpu: str, batch: int = defaults.BATCH, context: int = defaults.CONTEXT, until: Until = "deploy"
 ) -> Plan:
-    """The plan with its backend chosen. Raises UserError where no backend can run what the recipe asks for."""
+    """The plan with its backend chosen. Raises UserError where no backend can run the recipe."""
     plan = make_plan(recipe, gpu, batch, context)
     engine = recipe.engine
     check_shards(plan.layers, engine.tensor_parallel).require()

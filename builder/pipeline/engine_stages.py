@@ -42,7 +42,7 @@ def _run_checkpoint(context: BuildContext, outputs: Outputs, out: Path, work: Pa
 CHECKPOINT = Stage(
     name="checkpoint",
     until="checkpoint",
-    wanted=lambda context: True,
+    enabled=lambda context: True,
     inputs=_checkpoint_inputs,
     config=lambda context, outputs: {
         "quantization": context.recipe.quantization.model_dump(mode="json"),
@@ -83,7 +83,7 @@ def _run_engine(context: BuildContext, outputs: Outputs, out: Path, work: Path) 
 ENGINE = Stage(
     name="engine",
     until="engine",
-    wanted=lambda context: True,
+    enabled=lambda context: True,
     inputs=lambda context, outputs: {"checkpoint": outputs["checkpoint"].digest},
     config=_served_engine_config,
     run=_run_engine,
@@ -93,7 +93,7 @@ ENGINE = Stage(
 
 
 def _run_reference(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
-    """A torch engine of the same checkpoint, asked for its logits alone."""
+    """A torch engine of the same checkpoint that computes logits only."""
     from builder.engines import registry
 
     checkpoint, gpu = outputs["checkpoint"].path, context.plan.predicted["gpu"]
@@ -104,7 +104,7 @@ REFERENCE = Stage(
     name="reference",
     until="evaluate",
     # only TensorRT-LLM's own server opens an engine of its backends
-    wanted=lambda context: context.plan.backend != "torch" and context.recipe.accuracy.data is not None,
+    enabled=lambda context: context.plan.backend != "torch" and context.recipe.accuracy.data is not None,
     inputs=lambda context, outputs: {"checkpoint": outputs["checkpoint"].digest},
     config=lambda context, outputs: _engine_config(context, "torch"),
     run=_run_reference,
@@ -125,7 +125,7 @@ def _run_evaluate(context: BuildContext, outputs: Outputs, out: Path, work: Path
 EVALUATE = Stage(
     name="evaluate",
     until="evaluate",
-    wanted=lambda context: context.recipe.accuracy.data is not None,
+    enabled=lambda context: context.recipe.accuracy.data is not None,
     inputs=lambda context, outputs: {
         "model": context.model_digest,
         "engine": (outputs.get("reference") or outputs["engine"]).digest,
@@ -150,7 +150,7 @@ def _run_benchmark(context: BuildContext, outputs: Outputs, out: Path, work: Pat
 BENCHMARK = Stage(
     name="benchmark",
     until="benchmark",
-    wanted=lambda context: context.recipe.benchmark is not None and context.plan.backend == "torch",
+    enabled=lambda context: context.recipe.benchmark is not None and context.plan.backend == "torch",
     inputs=lambda context, outputs: {"model": context.model_digest, "engine": outputs["engine"].digest},
     config=lambda context, outputs: {
         "benchmark": context.recipe.benchmark and context.recipe.benchmark.model_dump(mode="json"),

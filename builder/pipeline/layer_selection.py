@@ -91,7 +91,7 @@ def _load(context: BuildContext) -> tuple[int, str]:
 def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> dict[str, float]:
     """Dense less 2:4 at the workload's decode batch: measured on this machine's GPU, or, without one, the roofline's.
 
-    All candidates come from the same of the two: a measured time beside a predicted one would decide nothing. Where no
+    All candidates use the same source: measured and predicted times cannot be compared. Where no
     layer is predicted to gain, because a kernel's launch bounds them all, they are weighed by the bytes that they save.
     """
     batch, dtype = _load(context)
@@ -132,7 +132,7 @@ def _predicted_gain(card: roofline.Gpu, tokens: int, layer: LayerPlan) -> float:
 
 
 class _Builds:
-    """Prunes and measures allocations, remembering in `work` what was measured."""
+    """Prunes and measures allocations, and keeps the results in `work`."""
 
     def __init__(self, context: BuildContext, tokens: Tokens, allocator: Allocator, work: Path) -> None:
         from calibration.data.windows import windows

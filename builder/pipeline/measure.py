@@ -1,4 +1,4 @@
-"""What is measured on a built engine: accuracy and speed, each against the dense model on the same backend."""
+"""Measures accuracy and speed of a built engine, each against the dense model on the same backend."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _this_gpu() -> Gpu | None:
     try:
         return roofline.gpu(machine.device()["name"]) if machine.sm() else None
     except UserError:
-        return None  # a card that gpus.yaml does not describe: figures stand without a share
+        return None  # a card that gpus.yaml does not describe: no share is computed
 
 
 def _costs(model: Path, engine: Path) -> dict[str, ModelCost]:

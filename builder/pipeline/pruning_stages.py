@@ -26,7 +26,7 @@ def _run_prices(context: BuildContext, outputs: Outputs, out: Path, work: Path) 
 PRICES = Stage(
     name="prices",
     until="checkpoint",
-    wanted=selects_layers,
+    enabled=selects_layers,
     inputs=lambda context, outputs: {"model": context.model_digest, "tokens": outputs["calibration"].digest},
     config=lambda context, outputs: context.plan.sparse_layers,
     run=_run_prices,
@@ -90,7 +90,7 @@ def _report_selection(context: BuildContext, output: CachedOutput) -> None:
 SELECTION = Stage(
     name="selection",
     until="checkpoint",
-    wanted=selects_layers,
+    enabled=selects_layers,
     inputs=_selection_inputs,
     config=_selection_config,
     run=_run_selection,
@@ -132,7 +132,7 @@ def _run_sparsify(context: BuildContext, outputs: Outputs, out: Path, work: Path
 SPARSIFY = Stage(
     name="sparsify",
     until="checkpoint",
-    wanted=lambda context: context.recipe.sparsity is not None,
+    enabled=lambda context: context.recipe.sparsity is not None,
     inputs=_sparsify_inputs,
     config=lambda context, outputs: {
         "method": context.recipe.sparsity and context.recipe.sparsity.method,
@@ -184,7 +184,7 @@ def _run_recover(context: BuildContext, outputs: Outputs, out: Path, work: Path)
 RECOVER = Stage(
     name="recover",
     until="checkpoint",
-    wanted=lambda context: context.recipe.sparsity is not None and context.recipe.recovery is not None,
+    enabled=lambda context: context.recipe.sparsity is not None and context.recipe.recovery is not None,
     inputs=lambda context, outputs: {
         "model": context.model_digest,
         "pruned": outputs["sparsify"].digest,
@@ -224,7 +224,7 @@ def _run_adapter(context: BuildContext, outputs: Outputs, out: Path, work: Path)
 ADAPTER = Stage(
     name="adapter",
     until="checkpoint",
-    wanted=lambda context: context.recipe.sparsity is not None and context.recipe.sparsity.adapter_rank is not None,
+    enabled=lambda context: context.recipe.sparsity is not None and context.recipe.sparsity.adapter_rank is not None,
     inputs=_adapter_inputs,
     config=lambda context, outputs: {"rank": context.recipe.sparsity and context.recipe.sparsity.adapter_rank},
     run=_run_adapter,

@@ -190,7 +190,7 @@ def _engine(artifact: Path) -> Path:
 
 
 def _recipe(artifact: Path) -> recipe.Recipe | None:
-    """The recipe that a build keeps; None for an engine on its own."""
+    """The recipe in a build; None for an engine outside a build."""
     path = artifact / "recipe.yaml"
     return recipe.load(str(path)) if path.is_file() else None
 

@@ -44,7 +44,7 @@ def route(
 
 
 def shadow_share(router: Path) -> float:
-    """The share that the build's recipe asks for; the default where the router lies outside a build."""
+    """The share in the build's recipe; the default where the router is not part of a build."""
     path = router.resolve().parent / "recipe.yaml"
     asked = recipe.load(str(path)).routing if path.is_file() else None
     return (asked or Routing()).shadow

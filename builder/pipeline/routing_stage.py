@@ -184,7 +184,7 @@ def _decision(gate: dict[str, Any], threshold: float, budget: float) -> dict[str
 ROUTING = Stage(
     name="routing",
     until="evaluate",
-    wanted=lambda context: context.recipe.routing is not None,
+    enabled=lambda context: context.recipe.routing is not None,
     inputs=_inputs,
     config=lambda context, outputs: {
         "routing": context.recipe.routing and context.recipe.routing.model_dump(mode="json"),

@@ -22,7 +22,7 @@ class Stage:
     """One row of the pipeline.
 
     until: the first value of --until that includes the stage
-    wanted: whether the recipe asks for it
+    enabled: whether the recipe requires it
     inputs: digests, by name, of the files that `run` reads; raises UserError where the recipe lacks one
     config: the part of the recipe and of the machine that changes the output; a JSON value
     run: writes the output into `out`; `work` outlives a kill, and `run` resumes from it
@@ -32,7 +32,7 @@ class Stage:
 
     name: str
     until: str
-    wanted: Callable[[BuildContext], bool]
+    enabled: Callable[[BuildContext], bool]
     inputs: Callable[[BuildContext, Outputs], Mapping[str, str]]
     config: Callable[[BuildContext, Outputs], Any]
     run: Callable[[BuildContext, Outputs, Path, Path], None]
@@ -42,7 +42,7 @@ class Stage:
 
 
 def run_stage(stage: Stage, context: BuildContext, outputs: Outputs, place: str = "") -> CachedOutput:
-    """The stage's output: cached, or made now. `place` shows where in the build it stands."""
+    """The stage's output: cached, or made now. `place` is its place in the build, for the progress line."""
     inputs, config = stage.inputs(context, outputs), stage.config(context, outputs)
     tools = machine.versions(*stage.tools)
     code = code_digest(stage.code, inspect.getsource(stage.run))

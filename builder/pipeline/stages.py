@@ -33,9 +33,9 @@ STAGES = (
 
 
 def run_stages(context: BuildContext, until: Until) -> dict[str, CachedOutput]:
-    """Runs the stages that the recipe wants, up to and with `until`. Returns their outputs by stage name."""
+    """Runs the enabled stages, up to and including `until`. Returns their outputs by stage name."""
     outputs: dict[str, CachedOutput] = {}
-    wanted = [stage for stage in STAGES if UNTIL.index(stage.until) <= UNTIL.index(until) and stage.wanted(context)]
-    for number, stage in enumerate(wanted, start=1):
-        outputs[stage.name] = run_stage(stage, context, outputs, f" ({number} of {len(wanted)})")
+    stages = [stage for stage in STAGES if UNTIL.index(stage.until) <= UNTIL.index(until) and stage.enabled(context)]
+    for number, stage in enumerate(stages, start=1):
+        outputs[stage.name] = run_stage(stage, context, outputs, f" ({number} of {len(stages)})")
     return outputs

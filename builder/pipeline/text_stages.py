@@ -14,7 +14,7 @@ from plugins.common.json_files import read_json, write_json
 
 
 def needs_text(context: BuildContext) -> bool:
-    """Whether any wanted stage reads calibration tokens."""
+    """Whether any enabled stage reads calibration tokens."""
     recipe = context.recipe
     sparsity = recipe.sparsity
     pruning = sparsity is not None and bool(sparsity.needs_text or sparsity.adapter_rank)
@@ -22,7 +22,7 @@ def needs_text(context: BuildContext) -> bool:
 
 
 def selects_layers(context: BuildContext) -> bool:
-    """Whether the recipe asks for a share of the weights, or for a budget to find one."""
+    """Whether the recipe sets a share of the weights, or a budget that determines one."""
     sparsity = context.recipe.sparsity
     return sparsity is not None and (sparsity.budget is not None or sparsity.fraction is not None)
 
@@ -56,7 +56,7 @@ def _run_calibration(context: BuildContext, outputs: Outputs, out: Path, work: P
 CALIBRATION = Stage(
     name="calibration",
     until="checkpoint",
-    wanted=needs_text,
+    enabled=needs_text,
     inputs=_calibration_inputs,
     config=lambda context, outputs: context.recipe.calibration.model_dump(mode="json"),
     run=_run_calibration,
@@ -86,7 +86,7 @@ def _warn_of_text(context: BuildContext, output: CachedOutput) -> None:
 TEXT_CHECK = Stage(
     name="text_check",
     until="checkpoint",
-    wanted=lambda context: needs_text(context) and context.recipe.accuracy.data is not None,
+    enabled=lambda context: needs_text(context) and context.recipe.accuracy.data is not None,
     inputs=lambda context, outputs: {
         "model": context.model_digest,
         "tokens": outputs["calibration"].digest,

@@ -1,4 +1,4 @@
-"""What can be built: the table of compatibility_rules.py, asked.
+"""Checks what can be built, by the table of compatibility_rules.py.
 
 `plan`, `build`, `engine` and `doctor` all use it, so that they never disagree.
 """

@@ -16,7 +16,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 def find_config(model: str, revision: str | None = None) -> tuple[dict[str, Any], str]:
     """The model's config and its path, without downloading weights. Raises UserError.
 
-    A local config without a dtype gets that of the weights beside it, as in transformers.
+    A local config without a dtype gets that of the weights in its folder, as in transformers.
     """
     if is_local(model):
         config = read_config(Path(model))
@@ -28,7 +28,7 @@ def find_config(model: str, revision: str | None = None) -> tuple[dict[str, Any]
 
 
 def find_model(model: str, revision: str | None = None) -> Path:
-    """The directory that holds the model's config, tokenizer and safetensors. Code beside them is never run.
+    """The directory that holds the model's config, tokenizer and safetensors. Code in the directory is never run.
 
     Raises UserError for a missing model and for one with pickled weights only.
     """

@@ -10,7 +10,7 @@ from plugins.common.errors import UserError
 if TYPE_CHECKING:
     from builder.config import EngineConfig
 
-# Of the memory that is free with the weights loaded. The torch engine's leaves room for a dense baseline beside it;
+# Of the memory that is free with the weights loaded. The torch engine's share leaves room for a dense baseline;
 # TensorRT-LLM's is its own default, written so that it is seen.
 SHARES = {"torch": 0.45, "pytorch": 0.9, "tensorrt": 0.9}
 
@@ -20,7 +20,7 @@ SINKS = 4  # first tokens that eviction always keeps
 
 @dataclass(frozen=True)
 class Capacity:
-    """What fits on one card beside the weights: predicted. `sequences` are of `max_seq_len` tokens."""
+    """The KV cache that fits on one card with the weights: predicted. `sequences` are of `max_seq_len` tokens."""
 
     tokens: int
     sequences: int
@@ -33,7 +33,9 @@ def budget_bytes(budget: int | float | None, free: int, backend: str) -> int:
 
 def capacity(engine: EngineConfig, backend: str, token_bytes: int, free: int, max_seq_len: int) -> Capacity:
     """Of one device; `token_bytes` are a token's there and `free` what the weights leave."""
-    further = min(engine.kv_cache_budget or max_seq_len, max_seq_len)  # what a sequence keeps beside the first
+    further = min(
+        engine.kv_cache_budget or max_seq_len, max_seq_len
+    )  # the other sequences' own tokens, besides a shared prefix
     most = max_seq_len + (engine.max_batch_size - 1) * further
     tokens = min(most, max(0, budget_bytes(engine.kv_cache_memory, free, backend)) // token_bytes)
     return Capacity(tokens, max(0, 1 + (tokens - max_seq_len) // further))

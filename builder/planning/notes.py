@@ -1,4 +1,4 @@
-"""What a reader of a plan should know beside its figures."""
+"""Notes on a plan's figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def notes(recipe: Recipe, prunes: bool, dense_bytes: int, built_bytes: int) -> t
         held = (dense_bytes, "of dense weights") if first == "dense" else (_weight_bytes(Path(first)), f"of '{first}'")
         lines.append(
             f"routing holds two engines: {held[0] / 1e6:.4g} MB {held[1]} and {built_bytes / 1e6:.4g} MB of the "
-            "build's, each with a KV cache of its own; they share the tokenizer"
+            "build's, each with its own KV cache; they share the tokenizer"
         )
     return tuple(lines)
 

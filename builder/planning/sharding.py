@@ -47,7 +47,7 @@ def check_shards(layers: Sequence[Shardable], tensor_parallel: int) -> Verdict:
 def check_mapping(heads: int, blocks: int, tensor_parallel: int, pipeline_parallel: int, backend: str) -> Verdict:
     """Whether attention heads divide over the tensor-parallel ranks, and decoder blocks over the stages.
 
-    The PyTorch backend gives the first stages one block more where they do not divide; engines want them even.
+    The PyTorch backend gives the first stages one block more where they do not divide; engines require an even split.
     """
     if heads % tensor_parallel:
         return Verdict.no(

@@ -58,7 +58,7 @@ def assemble(context: BuildContext, outputs: Outputs, benchmark_reached: bool) -
     if "evaluate" in outputs:
         report["accuracy"] = _read(outputs["evaluate"].path / "accuracy.json")
         for engine in report["accuracy"]["engines"].values():
-            engine.pop("kernel_of", None)  # stands in the table of layers
+            engine.pop("kernel_of", None)  # is in the table of layers
     if "routing" in outputs:
         report["routing"] = _read(outputs["routing"].path / "routing.json")
     if "benchmark" in outputs:

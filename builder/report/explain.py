@@ -67,7 +67,7 @@ def _why_dense(artifact: Path) -> dict[str, str]:
         layers = read_json(artifact / "plan.json")["layers"]
         return {x["name"]: "its pruning does not fit the budget" if x["sparse"] else x["reason"] for x in layers}
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # a checkpoint or an engine on its own
+        return {}  # a checkpoint or an engine outside a build
 
 
 def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None, why_dense: str | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Holds a source model to its config before anything is calibrated: weights, settings, generation config, tokenizer.
 
-`plan --check`, `build` and the dense baseline's engine ask here; `plan` alone reads config.json (settings.py).
+`plan --check`, `build` and the dense baseline's engine call this; `plan` alone reads config.json (settings.py).
 """
 
 from __future__ import annotations

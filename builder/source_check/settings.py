@@ -1,4 +1,4 @@
-"""What config.json asks for and a later stage cannot do: rotary scalings, activations, biases, windows, token ids.
+"""Settings of config.json that later stages do not support: rotary scalings, activations, biases, windows, token ids.
 
 Reads the config alone and imports no torch.
 """
@@ -50,7 +50,7 @@ def check_settings(
         notes.append(
             f"sliding_window {window} is below engine.max_seq_len {max_seq_len}: TensorRT-LLM attends to all tokens "
             f"unless it is started with kv_cache_config.max_attention_window [{window}], and the accuracy here is with "
-            f"the window; set engine.max_seq_len={window} to serve what is measured"
+            f"the window; set engine.max_seq_len={window} to serve the measured context"
         )
     return notes
 

@@ -92,7 +92,7 @@ def verify(directory: str | Path, *, tensor_parallel: int = 1) -> Verification:
 def load(directory: str | Path) -> LLM:
     """Opens the engine of a build, or an engine directory.
 
-    Raises UserError where there is none, or where its backend runs in a server of its own (TensorRT-LLM).
+    Raises UserError where there is none, or where its backend runs in a separate server (TensorRT-LLM).
     """
     from .llm import LLM
 

@@ -58,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How many channels of each unit go 2:4, and what that is predicted to cost and gain."""
+    """How many channels of each unit go 2:4, and the predicted cost and gain."""
 
     counts: tuple[int, ...]
     cost: float
@@ -102,7 +102,7 @@ class Allocator:
         return self._take(lambda taken, step: taken + step <= cost, which=0)
 
     def _take(self, fits: Callable[[float, float], bool], which: int) -> Allocation:
-        """The steps in order, as long as `fits` is true of what is taken and of the step, by cost, gain or weights."""
+        """The steps in order, as long as `fits` holds for the taken and the next step, by cost, gain or weights."""
         counts, taken, closed = [0] * len(self.units), np.zeros(3), set[int]()
         for step in self.steps:
             if step.unit in closed or not fits(float(taken[which]), float(step.sums[which])):

@@ -71,7 +71,7 @@ class Goal:
         return float(getattr(accuracy, self.name))
 
     def nats(self, loss: float) -> float:
-        """The KL that such a loss stands for. The share of tokens that change grows with its root."""
+        """The KL of such a loss. The share of tokens that change grows with its root."""
         if self.name == "perplexity_increase":
             return math.log1p(loss)
         return loss if self.name == "kl" else loss**2
@@ -98,7 +98,7 @@ def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) 
     aim = goal.nats(goal.limit)
     for build in range(1, MOST_BUILDS + 1):
         allocation = allocator.within(aim / share)
-        if not allocation.gain:  # not even one step: the cheapest shows what is possible
+        if not allocation.gain:  # not even one step: the cheapest shows the limit
             allocation = allocator.within(allocator.steps[0].cost)
         if any(point.allocation == allocation for point in points):
             break
@@ -132,7 +132,7 @@ def _unused(allocator: Allocator, goal: Goal, point: Point) -> float:
 
 
 def _predicted(allocator: Allocator, goal: Goal, share: float) -> list[Point]:
-    """Allocations of growing fraction with what they are predicted to lose."""
+    """Allocations of growing fraction with their predicted losses."""
     allocations = [allocator.of_fraction((number + 1) / PREDICTED) for number in range(PREDICTED)]
     losses = {"perplexity_increase": math.expm1, "kl": float, "top1_agreement": math.sqrt}
     return [Point(each, losses[goal.name](share * each.cost), measured=False) for each in allocations]

@@ -156,7 +156,7 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _text_of(content: Any, where: str) -> str:
-    """A message's content: text, nothing beside tool calls, or OpenAI's list of parts."""
+    """A message's content: text, nothing with tool calls, or OpenAI's list of parts."""
     if content is None:
         return ""
     if isinstance(content, str):

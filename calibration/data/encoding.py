@@ -13,7 +13,7 @@ from plugins.common.errors import UserError
 def encode_documents(documents: Sequence[Document], tokenizer: Any, chat_template: bool | None) -> list[list[int]]:
     """Token ids of each document. `chat_template` None: applied to conversations where the tokenizer has one.
 
-    Raises UserError where the template is asked for and missing, or does not render a conversation.
+    Raises UserError where the template is required and missing, or does not render a conversation.
     """
     if chat_template and not tokenizer.chat_template:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The model's tokenizer, held against its own tokenizer.json.
+"""Loads the model's tokenizer and checks it against its tokenizer.json.
 
 transformers 5 builds some tokenizers from their class, not from their file: under a SentencePiece class such as
 LlamaTokenizerFast a byte-level tokenizer.json loses every space (https://github.com/huggingface/transformers/issues/45488).

@@ -51,7 +51,7 @@ def windows(
 ) -> Windows:
     """Windows of `length` tokens: first the first window of each document, then the second of each, and so on.
 
-    What is left of each document is joined into further windows, so that short documents count too. `samples` None
+    The remainders of the documents are joined into further windows, so that short documents count too. `samples` None
     takes all, `seed` None keeps the order of the data. Raises UserError where there are fewer than `samples`, which the
     recipe's `key` sets.
     """

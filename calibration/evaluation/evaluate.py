@@ -28,7 +28,7 @@ Gate = dict[str, Any]
 
 RESAMPLES = 2000  # of the documents, for the interval
 CONFIDENCE = 0.95
-LARGEST = 700.0  # nats: what is worse counts as this bad, and its exponential is still a number
+LARGEST = 700.0  # nats: the upper bound of a loss, whose exponential is finite
 AT_ONCE = 1 << 20  # logits of each model that are compared at once
 BATCH = 4  # windows: logits of both models at 256 tokens and a vocabulary of 128k take 1 GB
 
@@ -62,7 +62,7 @@ class Accuracy:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Accuracy:
-        """Reads `to_dict`'s values back; what else report.json holds beside them is left aside."""
+        """Reads `to_dict`'s values back; ignores report.json's other fields."""
         known = {field.name: values[field.name] for field in fields(cls)}
         known["dense"], known["built"] = (Perplexity(values[side]["perplexity"]) for side in ("dense", "built"))
         known["perplexity_increase_interval"] = tuple(values["perplexity_increase_interval"])

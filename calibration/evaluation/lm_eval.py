@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness on an engine: https://github.com/EleutherAI/lm-evaluation-harness
 
-The package is optional and downloads its own data sets, so it runs only where it is asked for and installed.
+The package is optional and downloads its own data sets, so it runs only on request and where it is installed.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def _config(rank: int, layers: Sequence[str], others: Sequence[str]) -> dict[str
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "checkpoint",  # which lies beside the adapter in a build
+        "base_model_name_or_path": "checkpoint",  # next to the adapter in a build
         "r": rank,
         "lora_alpha": rank,  # a scale of lora_alpha / r = 1
         "target_modules": targets,
@@ -49,7 +49,7 @@ def _config(rank: int, layers: Sequence[str], others: Sequence[str]) -> dict[str
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": 0.0,
-        "modules_to_save": None,  # older TensorRT-LLM wants the key
+        "modules_to_save": None,  # older TensorRT-LLM requires the key
         "use_dora": False,
         "use_rslora": False,
     }

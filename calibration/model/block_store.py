@@ -51,7 +51,7 @@ class BlockStore:
             file.unlink()
 
     def reports(self, number: int) -> list[dict[str, Any]]:
-        """What was reported of block `number`'s layers."""
+        """The reports of block `number`'s layers."""
         with safe_open(str(self._block(number)), "pt") as opened:
             reports: list[dict[str, Any]] = json.loads(opened.metadata()["reports"])
         return reports

@@ -36,7 +36,7 @@ class BlockWalk:
     def entering(self, number: int, name: str) -> ActivationFile:
         """The states that enter a block: what the one before left, or the embedded tokens."""
         states = self.states(number, name)
-        if number == 0:  # written anew at each start: only what leaves a block is sure to be whole
+        if number == 0:  # written again at each start: only files of a block's outputs are known to be complete
             states.write(self.blocks.embed(self.tokens_BT))
         return states
 

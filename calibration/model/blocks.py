@@ -1,4 +1,4 @@
-"""A model held one decoder block at a time: the skeleton on the meta device, weights read when a block is asked for.
+"""A model in memory one decoder block at a time: the skeleton on the meta device, weights read per block.
 
 Suffixes: B samples, T tokens of a sample, D hidden size.
 """
@@ -67,7 +67,7 @@ class Blocks:
     def arguments(self, length: int) -> list[dict[str, Any]]:
         """What the model passes to each block besides the hidden states, for samples of `length` tokens.
 
-        The model itself is run, with blocks that do nothing but remember: masks and positions are then its own.
+        Runs the model itself with blocks that only record their inputs, so that masks and positions are the model's.
         """
         model = copy.copy(self.skeleton)
         model._modules = dict(self.skeleton._modules)

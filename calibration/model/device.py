@@ -12,7 +12,7 @@ KEPT_BYTES = 2**28
 
 
 def device() -> torch.device:
-    """The device that blocks and their statistics live on."""
+    """The device of blocks and their statistics."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -37,7 +37,7 @@ def return_freed_memory() -> None:
     """Returns freed memory to the system, where the C library is glibc; elsewhere does nothing.
 
     From then on glibc keeps up to `KEPT_BYTES` of freed memory and reuses it for tensors below `MAPPED_BYTES`. By
-    default it maps more of them anew each time, and returns memory earlier: page faults then slow small blocks.
+    default it maps more of them again each time, and returns memory earlier: page faults then slow small blocks.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):

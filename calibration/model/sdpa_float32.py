@@ -1,4 +1,4 @@
-"""Attention in float32 beside linear layers in bfloat16.
+"""Attention in float32 with linear layers in bfloat16.
 
 On CPUs PyTorch's fused attention takes half as long in float32 as in bfloat16 (an AMD EPYC with AVX512-BF16, 4 heads of
 64 on 256 tokens, forwards and backwards), and is the more exact.

@@ -1,4 +1,4 @@
-"""Which safetensors files make a model: those that transformers reads, and no other format's or adapter's beside them.
+"""The safetensors files of a model: those that transformers reads, without other formats' and adapters'.
 
 Imports no torch.
 """

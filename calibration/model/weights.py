@@ -23,7 +23,7 @@ OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx
 
 
 class Weights:
-    """The tensors of a model's safetensors files, by name. None is read before it is asked for.
+    """The tensors of a model's safetensors files, by name. Each is read on access.
 
     With `order` the matrices and biases that `read` gives have their channels in that order.
     """
@@ -40,7 +40,7 @@ class Weights:
                 raise UserError(f"'{file}' is not a complete safetensors file ({error}): fetch it again") from None
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own. Raises UserError where the directory lacks it."""
+        """The tensor, copied to memory. Raises UserError where the directory lacks it."""
         with safe_open(str(self._file(name)), "pt") as opened:
             tensor: Tensor = opened.get_tensor(name).clone()
         return self.order.apply(name, tensor) if self.order else tensor

@@ -27,10 +27,10 @@ TOKENS = 64  # whose logits are in memory together
 
 
 def refit_head(blocks: Blocks, pruned: ActivationFile, dense: ActivationFile) -> tuple[LayerReport, Tensor]:
-    """What became of the head, and its weight [V, D] as stored: as it was if the new one does no better.
+    """The outcome, and the head's weight [V, D] as stored: the old one where the new one is not better.
 
-    The states are those that leave the last block. What judges is the KL of the logits from the dense model's over the
-    samples held back.
+    `states` are the outputs of the last block. The criterion is the KL of the logits from the dense model's over the
+    held-out samples.
     """
     return_freed_memory()
     old_VD, norm = blocks.weights.read(f"{HEAD}.weight").to(blocks.device), blocks.load_norm()

@@ -41,7 +41,7 @@ def prune(source: Path, tokens_BT: Tensor, method: str, layers: Sequence[str], p
 
 
 def apply_modelopt_masks(model: nn.Module, layers: Sequence[str]) -> nn.Module:
-    """Gives ModelOpt the zeros of `layers` as masks of its own sparse state, in place.
+    """Gives ModelOpt the zeros of `layers` as masks of its sparse state, in place.
 
     From then on ModelOpt keeps them through training, distillation and saving; fold them with
     `modelopt.torch.sparsity.export` before quantizing.

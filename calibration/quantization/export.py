@@ -1,4 +1,4 @@
-"""Writes both checkpoint formats through ModelOpt, with the tokenizer and the list of 2:4 layers beside the weights."""
+"""Writes both checkpoint formats through ModelOpt, with the tokenizer and the list of 2:4 layers."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def snap_to_quantized_grid(model: nn.Module) -> None:
 def extract_int8_kv_scales(model: nn.Module) -> dict[str, torch.Tensor]:
     """Scales of INT8 KV-cache quantizers, which are switched off.
 
-    ModelOpt's unified export knows FP8 and NVFP4 KV caches only; its TensorRT-LLM export knows INT8. We write the INT8
-    scales into the unified checkpoint under the names that it gives FP8's.
+    ModelOpt's unified export supports FP8 and NVFP4 KV caches only; its TensorRT-LLM export supports INT8. We write the
+    INT8 scales into the unified checkpoint under the names of FP8's.
     """
     scales = {}
     for name, module in model.named_modules():
@@ -116,7 +116,7 @@ def _declare_per_token(out: Path) -> None:
 
 
 def _write_for_transformers_4(path: Path) -> None:
-    """Readers on transformers 4 (TensorRT-LLM, vLLM) take defaults in silence for what transformers 5 names anew."""
+    """Readers on transformers 4 (TensorRT-LLM, vLLM) silently use defaults for keys that transformers 5 renamed."""
     write_json(path, for_transformers_4(read_json(path)), 2)
 
 
@@ -161,7 +161,7 @@ def export_trtllm(
             inference_tensor_parallel=tensor_parallel,
             inference_pipeline_parallel=pipeline_parallel,
         )
-    if not (out / "rank0.safetensors").is_file():  # ModelOpt swallows its own failures and writes a bare state instead
+    if not (out / "rank0.safetensors").is_file():  # ModelOpt catches its own errors and writes a bare state instead
         reason = output.getvalue().strip().splitlines()[-1:] or ["no reason given"]
         raise UserError(
             f"ModelOpt could not write a TensorRT-LLM checkpoint of {architecture} ({reason[0][:160]})",

@@ -2,7 +2,7 @@
 
 TensorRT-LLM and vLLM run q, k and v as one product, gate and up as another, with one scale each: they bring the parts
 to the largest of their scales when they load, and round the weights a second time. Given one scale from the start,
-nothing is rounded twice, and what was evaluated is what is served.
+nothing is rounded twice, and the evaluated weights are the served ones.
 """
 
 from __future__ import annotations

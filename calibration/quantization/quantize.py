@@ -40,7 +40,7 @@ def quantize(
     """Calibrates and inserts quantizers, in place.
 
     `layers` are the modules to quantize, by full name; every other linear layer stays as it is. A quantized `lm_head`
-    gets a weight of its own where it shares the embedding's. `tokens` [samples, length]. Raises UserError where a
+    gets its own weight where it shares the embedding's. `tokens` [samples, length]. Raises UserError where a
     layer's range comes out empty or not finite, which calibration text can cause.
     """
     import modelopt.torch.quantization as mtq

@@ -38,8 +38,8 @@ def trtllm_name(layer: str) -> str:
 def complete_config(hf_config: Mapping[str, Any], trtllm_config: Mapping[str, Any]) -> dict[str, Any]:
     """`trtllm_config` with the Hugging Face config's settings of the rotary embedding, the biases and the kind of Qwen.
 
-    `hf_config` is the `config.json` of the source model, written by transformers 4 or 5. What is there already must
-    agree. Raises UserError for rotary settings by layer, which TensorRT-LLM's config lacks, and where they do not.
+    `hf_config` is the `config.json` of the source model, written by transformers 4 or 5. Raises UserError for rotary
+    settings by layer, which TensorRT-LLM's config lacks, and where `trtllm_config` has other rotary settings.
     """
     base, scaling = rotary(hf_config)
     family = family_of(trtllm_config["architecture"], "config.json of the TensorRT-LLM checkpoint")
@@ -62,8 +62,8 @@ def complete_config(hf_config: Mapping[str, Any], trtllm_config: Mapping[str, An
 def for_transformers_4(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """A Hugging Face `config.json` that transformers 4 reads rightly too, which TensorRT-LLM 1.0 to 1.2 pins.
 
-    It knows no `rope_parameters` and takes base 10000 and no scaling in silence. Below 4.56 it knows no `dtype` and
-    leaves the model without one, which TensorRT-LLM hands to its layers. transformers 5 reads either form.
+    It ignores `rope_parameters` and silently uses base 10000 without scaling. Below 4.56 it ignores `dtype` and leaves
+    the model without one, which TensorRT-LLM passes to its layers. transformers 5 reads either form.
     """
     base, scaling = rotary(hf_config)
     scaling = {key: value for key, value in scaling.items() if key != "type"} if scaling else None

@@ -3,7 +3,7 @@
 The masks are a ModelOpt sparse state: a masked weight gets no gradient, and is multiplied by its mask wherever it is
 read. The teacher is ModelOpt's distillation mode. Losses: forward KL, which covers all modes of the teacher (Hinton et
 al., 2015, arXiv 1503.02531); reverse KL, which keeps to the teacher's likely tokens (Gu et al., 2023, arXiv
-2306.08543); hidden states beside the logits, for pruned models (Sreenivas et al., 2024, arXiv 2408.11796).
+2306.08543); hidden states in addition to the logits, for pruned models (Sreenivas et al., 2024, arXiv 2408.11796).
 
 Suffixes: B windows, T tokens of a window, V vocabulary, D hidden size, N out_features, K in_features.
 """
@@ -75,8 +75,8 @@ class HiddenLoss(_Loss):
     def forward(self, student: Any, teacher: Any) -> Tensor:
         """A block gives a tensor, or a tuple that begins with it."""
         student_BTD, teacher_BTD = (each[0] if isinstance(each, tuple) else each for each in (student, teacher))
-        wanted = teacher_BTD.float()
-        return self.weight * nn.functional.mse_loss(student_BTD.float(), wanted) / wanted.square().mean()
+        target_BTD = teacher_BTD.float()
+        return self.weight * nn.functional.mse_loss(student_BTD.float(), target_BTD) / target_BTD.square().mean()
 
 
 class Sum(mtd.DistillationLossBalancer):  # type: ignore[misc]
@@ -119,7 +119,7 @@ def fake_quantize(model: nn.Module, config: Quantization, layers: Sequence[str],
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Token windows as the Trainer wants them."""
+    """Token windows in the form of the Trainer."""
 
     def __init__(self, tokens_BT: Tokens):
         self.tokens_BT = torch.from_numpy(tokens_BT)

@@ -1,4 +1,4 @@
-"""What a recovery is asked to do, kept in its work directory: a resumed run and each process of it read the same."""
+"""The settings of a recovery, kept in its work directory: a resumed run and each of its processes read the same."""
 
 from __future__ import annotations
 

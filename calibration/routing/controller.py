@@ -1,6 +1,6 @@
 """Decides which variant answers a request, and holds the loss within the budget.
 
-A request asks for a quality: `high` is the dense variant, `fast` the cheap one, and `auto` the cheap one where the
+A request names a quality: `high` is the dense variant, `fast` the cheap one, and `auto` the cheap one where the
 predicted loss is at or under the threshold. The threshold follows what shadow runs measure (`threshold.py`). While
 requests drift away from the training prompts (`drift.py`), `auto` is dense.
 """
@@ -57,7 +57,7 @@ class UnavailableError(Exception):
 @dataclass(frozen=True)
 class Settings:
     """shadow: share of `auto` requests that are measured
-    rest: the threshold beside an idle dense engine, as a share of the threshold that meets the budget
+    rest: the threshold while the dense engine is idle, as a share of the threshold that meets the budget
     gain: of the integral control
     window, bound: requests in the drift index, and the index above which the alarm is on, without its noise
     """
@@ -71,7 +71,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Decision:
-    """Which variant answers, and which one was asked for, by name or by the quality.
+    """Which variant answers, and which one was requested, by name or by the quality.
 
     within: the budget allows the cheap variant. shadow: measure this request after its answer.
     """
@@ -112,7 +112,7 @@ class Controller:
         """The decision for one request.
 
         predicted: loss of the cheap variant in nats per token; dense answers where it is not finite
-        quality: one of QUALITIES. variant: takes this one instead of what the quality asks for
+        quality: one of QUALITIES. variant: overrides the quality
         up: variants that answer now (None: all). full: variants whose queues are full
         load: share of the dense engine that is busy
 
@@ -202,8 +202,8 @@ class Controller:
 def route_around(asked: str, variants: Sequence[str], up: Collection[str] | None, full: Collection[str]) -> str:
     """The variant that answers where `asked` may be down or full.
 
-    Another is never poorer than the one asked for, unless nothing else is up: a poorer answer beats none. Where all of
-    them are full the asked one answers: its own queue decides. Raises UnavailableError where none is up.
+    Another is never poorer than the requested one, unless nothing else is up: a poorer answer beats none. Where all of
+    them are full the requested one answers: its own queue decides. Raises UnavailableError where none is up.
     """
     live = [variant for variant in variants if up is None or variant in up]
     if not live:

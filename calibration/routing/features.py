@@ -101,7 +101,7 @@ def unseen_features(
 
 
 def fit_features(text_WT: Tokens, embedding_VK: Floats, pieces: Sequence[str], seed: int = 0) -> Features:
-    """Features of a model with input embedding [V, K] and tokens that stand for `pieces`, from text [W, T]."""
+    """Features of a model with input embedding [V, K] and the tokens' `pieces`, from text [W, T]."""
     size = len(embedding_VK)
     digits_V = [any(sign.isdigit() for sign in piece) for piece in pieces]
     code_V = [bool(piece.strip(" ")) and set(piece.strip(" ")) <= CODE for piece in pieces]

@@ -65,7 +65,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Fit:
-    """A predictor, and what it predicts for each prompt of its own text when that prompt is left out [N]."""
+    """A predictor, and its leave-one-out predictions for each prompt of its text [N]."""
 
     predictor: Predictor
     left_out_N: Floats

@@ -1,4 +1,4 @@
-"""Prompts cut from text, and what each loses on the cheap engine: KL from the dense model on its own continuation.
+"""Prompts cut from text, and the loss of each on the cheap engine: KL from the dense model on its own continuation.
 
 Legend: W windows, T tokens, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""A router in service: tokens in, a decision out; shadow runs, saved state and metrics beside it."""
+"""Serves a router: tokens in, a decision out; with shadow runs, saved state and metrics."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RouterService:
     """Thread-safe. `close` it at the end.
 
     idle: whether the engines do nothing, so that a shadow run may start. state_file: resumed from now, and written at
-    most every ten seconds and at the end; None: a restart begins anew. clock: seconds; one that jumps moves nothing
+    most every ten seconds and at the end; None: a restart begins afresh. clock: seconds; one that jumps moves nothing
     but the time of the next write. Raises UserError for another build's state.
     """
 
@@ -88,7 +88,7 @@ class RouterService:
         return decision
 
     def answered(self, decision: Decision, measure: Measure) -> None:
-        """Call it after the answer was sent: queues the shadow run that the decision asks for."""
+        """Call it after the answer was sent: queues the shadow run that the decision requires."""
         if decision.shadow:
             self._shadows.offer(decision, measure)
 

@@ -19,7 +19,7 @@ _LOOK = 0.02  # seconds between two looks whether the engines are idle
 
 
 class ShadowRuns:
-    """A thread that measures queued requests one at a time, each while `idle()`. A full queue drops what is offered.
+    """A thread that measures queued requests one at a time, each while `idle()`. A full queue drops new requests.
 
     `after` runs after each measurement, on the same thread.
     """

@@ -1,4 +1,4 @@
-"""The threshold on the predicted loss, moved by what was measured so that the mean loss meets the budget."""
+"""The threshold on the predicted loss, moved by measured losses so that the mean loss meets the budget."""
 
 from __future__ import annotations
 

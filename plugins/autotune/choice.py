@@ -58,7 +58,7 @@ class Hybrid:
 
 @dataclass(frozen=True)
 class Timing:
-    """A kernel's time for one call in microseconds, the algorithm it ran, and what a reader should know of it."""
+    """A kernel's time for one call in microseconds, the algorithm it ran, and notes on it."""
 
     kernel: str
     us: float

@@ -17,7 +17,7 @@ FEW_CALLS = 2
 
 @dataclass(frozen=True)
 class Result:
-    """The fastest algorithm and its microseconds; how many want more workspace than there is."""
+    """The fastest algorithm and its microseconds; how many need more workspace than there is."""
 
     algorithm: tuple[int, ...]
     us: float

@@ -29,7 +29,7 @@ class Bucket(Config):
     measured: bool
     algorithm: tuple[int, ...] | None = None  # of the kernel, as libtwofour's search chose it for this GPU and version
     rest_algorithm: tuple[int, ...] | None = None  # of the dense product, where the layer is 2:4 in part
-    notes: tuple[str, ...] = ()  # what a reader of the times should know: algorithms left out for want of memory
+    notes: tuple[str, ...] = ()  # limits of the times: algorithms skipped for lack of memory
 
 
 class Layer(Config):

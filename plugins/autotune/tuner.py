@@ -257,9 +257,9 @@ def _line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _workspace(device: torch.device, wanted: int) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """`wanted` bytes, or what memory has left: then algorithms that need more are left out, with a note."""
-    size = wanted
+def _workspace(device: torch.device, required: int) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """`required` bytes, or the free memory: then algorithms that need more are skipped, with a note."""
+    size = required
     while True:
         try:
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -268,5 +268,5 @@ def _workspace(device: torch.device, wanted: int) -> tuple[torch.Tensor, tuple[s
                 raise UserError("no GPU memory is left for a workspace: free memory, or tune a smaller model") from None
             size //= 2
         else:
-            short = (f"only {size >> 20} MiB of GPU memory for a workspace",) if size < wanted else ()
+            short = (f"only {size >> 20} MiB of GPU memory for a workspace",) if size < required else ()
             return workspace, short

@@ -1,4 +1,4 @@
-"""The number formats of weights, and what each is called elsewhere. Imports no torch."""
+"""The number formats of weights, and their names in other libraries. Imports no torch."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     int8   y = (q_MK @ w_NK^T) * input_scale * weight_scale_N
            q = clamp(round(x * pre_quant_scale / input_scale), -128, 127)
-           with a scale of its own for each token in place of input_scale:
+           with a scale per token in place of input_scale:
            largest of |x * pre_quant_scale| over the token / 127
     fp8    the same in float8_e4m3fn, saturating at 448, with one weight_scale for the whole tensor
 
@@ -19,7 +19,7 @@ import torch
 
 FP8_MAX = 448.0  # largest e4m3 number
 FP8_MIN_NORMAL = 2.0**-6
-CUDA_INT_MM_ROWS = 32  # torch._int_mm on CUDA wants more than 16 rows
+CUDA_INT_MM_ROWS = 32  # torch._int_mm on CUDA requires more than 16 rows
 
 
 def quantize_int8(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ class SparsityLog:
 
 
 def parse(text: str) -> SparsityLog:
-    """Reads a build log of any length. Never raises: what it cannot read is unknown."""
+    """Reads a build log of any length. Never raises: unreadable entries are unknown."""
     eligible = picked = None
     lines = text.splitlines()
     for number, line in enumerate(lines):

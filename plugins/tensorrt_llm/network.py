@@ -145,7 +145,7 @@ def add_plugin(layer: Any, x: Any, scales: np.ndarray[Any, Any]) -> Any:
 
 
 def plugin_fields(layer: Any, scales: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """The plugin's fields. The arrays behind them live as long as the network does."""
+    """The plugin's fields. Their arrays are kept as long as the network."""
     out_features, in_features = layer.weight.raw_value.shape
     out_type = {trt.float16: "float16", trt.bfloat16: "bfloat16"}[dtype_of(layer)]
     kinds = trt.PluginFieldType

@@ -116,14 +116,14 @@ def compress(module: Any, choices: Choices) -> None:
     if layer.quantizer is not None:
         layer.quantizer = UnlessQuantized(layer.quantizer)  # type: ignore[assignment]
     module.twofour = layer
-    # Others ask for its dtype and device: it stays, with nothing in it.
+    # Other code reads its dtype and device: it stays, empty.
     module.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
 class UnlessQuantized:
     """An input quantizer that takes e4m3 inputs as they are.
 
-    TensorRT-LLM's attention hands them to its output projection, and a fused all-reduce to the layers after it.
+    TensorRT-LLM's attention passes them to its output projection, and a fused all-reduce to the layers after it.
     """
 
     def __init__(self, quantizer: InputQuantizer) -> None:

@@ -17,11 +17,11 @@ from plugins.triton_kernels.launching import begin_kernel
 from plugins.triton_kernels.rounding import load_multiplier, round_to
 
 BLOCK_S = 64  # positions that a program takes at once
-PROGRAMS = 264  # wanted at least: two for each multiprocessor of an H100
+PROGRAMS = 264  # at least: two for each multiprocessor of an H100
 MOST_SPLITS = 32
 LOG2_E = 1.4426950408889634
 EVERYTHING = 1 << 30  # a window longer than any sequence
-LOWEST = tl.constexpr(-1e30)  # stands for minus infinity: differences of it are numbers
+LOWEST = tl.constexpr(-1e30)  # in place of minus infinity: its differences are finite
 
 
 @triton.jit

@@ -72,7 +72,7 @@ def rope_and_cache(
         rows, slots = table[rows, positions_M // size].long(), positions_M % size
     for cache, new, multiplier in ((keys_PHSD, k_MHD, k_multiplier), (values_PHSD, v_MHD, v_multiplier)):
         rounded = _round(new, multiplier, cache.dtype)
-        if cache.element_size() == 1:  # not every operator knows float8
+        if cache.element_size() == 1:  # not every operator supports float8
             cache, rounded = cache.view(torch.uint8), rounded.view(torch.uint8)
         cache[rows, :, slots] = rounded
     return q_MHD.contiguous()

@@ -276,9 +276,9 @@ def test_reconstruct_aims_between_the_layers_output_and_the_dense_models() -> No
 def test_reconstruct_aims_between_the_layers_output_and_what_the_residual_stream_lacks() -> None:
     weight, hessian = layer()[0], torch.eye(64)
     plain = SOLVERS["reconstruct"]().prune(
-        "layer", weight, Statistics(hessian, wanted=weight), TWO_OF_FOUR, whole(weight)
+        "layer", weight, Statistics(hessian, residual_cross=weight), TWO_OF_FOUR, whole(weight)
     )
     grown = SOLVERS["reconstruct"]().prune(
-        "layer", weight, Statistics(hessian, wanted=3 * weight), TWO_OF_FOUR, whole(weight)
+        "layer", weight, Statistics(hessian, residual_cross=3 * weight), TWO_OF_FOUR, whole(weight)
     )
     torch.testing.assert_close(grown, 2 * plain, atol=0.01, rtol=0.02)

@@ -317,7 +317,7 @@ def test_stamp_of_another_shape_gpu_or_version_is_refused(host: bindings.Context
     stamp = host.stamp(problem)
     host.check_stamp(problem, stamp)
     for field, value, algorithm in (
-        ("out_features", 32, r"prepared for skinny, int8, \[32, 256\]; wanted skinny, int8, \[16, 256\]"),
+        ("out_features", 32, r"prepared for skinny, int8, \[32, 256\]; the call needs skinny, int8, \[16, 256\]"),
         ("sm", 89, "prepared for SM 89 and version 1, here are SM 0 and version 1; prepare it again"),
         ("version", 7, "version 7"),
     ):

@@ -151,7 +151,7 @@ def search(gpu: bindings.Context, layer: Layer, kernel: str, bytes_: int) -> str
 
 
 def test_search_takes_the_fastest_that_fits_and_counts_the_rest(gpu: bindings.Context) -> None:
-    """The stand-in's later algorithms are faster, and want more workspace."""
+    """The stand-in's later algorithms are faster, and need more workspace."""
     layer = Layer("bf16", 64, 64, 16)
     actual = search(gpu, layer, "cusparselt", 250_000)
     assert (actual.tried, actual.over_workspace) == (9, 0)  # 3 configurations x split-K of 1, and -1 in 2 modes
@@ -159,7 +159,7 @@ def test_search_takes_the_fastest_that_fits_and_counts_the_rest(gpu: bindings.Co
     actual = search(gpu, layer, "cusparselt", 150_000)
     assert (actual.tried, actual.over_workspace) == (6, 3)
     assert gpu.algorithm(layer.problem("cusparselt"))[0] == 1
-    with pytest.raises(bindings.LibraryError, match="no algorithm of cusparselt ran; 9 want more workspace than 100"):
+    with pytest.raises(bindings.LibraryError, match="no algorithm of cusparselt ran; 9 need more workspace than 100"):
         search(gpu, layer, "cusparselt", 100)
     assert search(gpu, layer, "cublaslt", 250_000).tried == 3
     # K of one block cannot be split: the staged kernel, and the streamed one in two ways

@@ -153,7 +153,7 @@ void check_bad_fields(IPluginCreatorV3One& creator) {
   refused(dense, "row 2, group 2 (inputs 8 to 11) has more than 2 nonzeros");
   Problem short_weight;
   short_weight.weight.resize(100);
-  refused(short_weight, "weight has 100 bytes, wanted 30720 for [96, 320]");
+  refused(short_weight, "weight has 100 bytes, not 30720 for [96, 320]");
   Problem misaligned;
   misaligned.k = 316, misaligned.weight.resize(static_cast<size_t>(kN) * 316);
   refused(misaligned, "in_features=316 is not a multiple of 16");

@@ -37,7 +37,7 @@ def load_code(model: str) -> None:
 @contextmanager
 def meter(out: str, packages: list[str]) -> Iterator[None]:
     """Writes `out`: seconds, and the peak of resident memory, absolute and above what was resident at the start."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, started = status_bytes("VmRSS"), time.perf_counter()
     yield
     seconds, peak = time.perf_counter() - started, status_bytes("VmHWM")

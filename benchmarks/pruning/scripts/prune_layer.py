@@ -27,7 +27,7 @@ def twofour(method: str, weight_NK: Tensor, hessian_KK: Tensor) -> Tensor:
 
 
 def modelopt(weight_NK: Tensor, hessian_KK: Tensor) -> Tensor:
-    """Gives a mask only: what is kept stays as it was."""
+    """Gives a mask only: kept weights are unchanged."""
     from modelopt.torch.sparsity.weight_sparsity.sparsegpt import SparseGPTSearcher, create_sgpt_mask
 
     config = {**SparseGPTSearcher().default_search_config, "pattern": "2:4 sparsity"}

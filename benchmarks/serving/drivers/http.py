@@ -19,12 +19,12 @@ from benchmarks.serving.drivers.token_times import Arrival, Chunk, token_times
 from benchmarks.serving.records import Record
 from benchmarks.serving.workload import BenchRequest
 
-END = "[DONE]"  # what the OpenAI protocol sends last
+END = "[DONE]"  # the last event of the OpenAI protocol
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server and the model to ask of it. A request fails after `request_s` in all or `gap_s` without a byte."""
+    """A server and its model. A request fails after `request_s` in all or `gap_s` without a byte."""
 
     url: str
     model: str = ""
@@ -34,7 +34,7 @@ class Endpoint:
 
 
 class Dialect(Protocol):
-    """How a server is asked and how its events read."""
+    """A server's protocol: the request's path and body, and the parser of its events."""
 
     def path(self, endpoint: Endpoint) -> str: ...
     def body(self, endpoint: Endpoint, request: BenchRequest) -> dict[str, Any]: ...
@@ -49,7 +49,7 @@ def run(dialect: Dialect, endpoint: Endpoint, requests: Sequence[BenchRequest], 
     """Sends `requests` with at most `concurrency` under way, and returns a record of each, in their order.
 
     Failures are recorded, not raised: an HTTP error, an error inside a 200, a stream that ends early or stalls, a count
-    of tokens that is not what was asked.
+    of tokens other than requested.
     """
     return asyncio.run(_run(dialect, endpoint, requests, concurrency))
 

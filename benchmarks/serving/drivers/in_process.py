@@ -42,7 +42,7 @@ def run(
 ) -> list[Record]:
     """Serves `requests` with at most `concurrency` of them in the engine, and returns a record of each, in their order.
 
-    A request that ends with fewer tokens than asked, or that gets none for `stall_s` seconds, is recorded as an error.
+    A request with fewer tokens than requested, or without one for `stall_s` seconds, is recorded as an error.
     """
     began = clock()
     waiting, running = deque(requests), dict[str, BenchRequest]()

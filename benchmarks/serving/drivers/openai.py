@@ -1,6 +1,6 @@
 """Drives an OpenAI-compatible completions endpoint: `trtllm-serve`, vLLM, Triton's OpenAI frontend.
 
-Prompts are sent as token ids and `ignore_eos` asks for exact lengths; servers that lack either refuse the request.
+Prompts are sent as token ids and `ignore_eos` requests exact lengths; servers that lack either refuse the request.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = ["Endpoint", "run"]
 def run(endpoint: Endpoint, requests: Sequence[BenchRequest], concurrency: int) -> list[Record]:
     """Sends `requests` to `endpoint`; see `http.run`. `endpoint.url` ends before `/v1`.
 
-    An endpoint without a model name gets the one that the server serves. Raises UserError where the server cannot be
-    asked or serves several.
+    An endpoint without a model name gets the one that the server serves. Raises UserError where the server does not
+    answer or serves several.
     """
     return http.run(_Completions(), _with_model(endpoint), requests, concurrency)
 

@@ -1,7 +1,7 @@
 """Attention over the batches of an iteration, as the attention function of transformers' own attention modules.
 
-A batch knows where its keys and values go and what each query may see. transformers hands it through its layers as the
-keyword `batch`, so that its modules, rotary embedding and norms run unchanged.
+A batch holds the cache slots of its keys and values and the mask of its queries. transformers passes it through its
+layers as the keyword `batch`, so that its modules, rotary embedding and norms run unchanged.
 
 Legend: B requests, N blocks a request, T new tokens, H heads, G query heads a key-value head, S positions seen,
 D head_dim.
@@ -43,7 +43,7 @@ def attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in each layer; `attention_mask` is unused, the batch knows it."""
+    """The function that transformers calls in each layer; `attention_mask` is unused, the batch holds the mask."""
     return batch.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
 
 

@@ -177,7 +177,7 @@ Keep = Callable[[dict[str, Any]], None]
 
 
 def run(model: str, seconds: float, keep: Keep = lambda results: None, device: str = "cuda:0") -> dict[str, Any]:
-    """Everything, within about `seconds`; `keep` gets what there is after each model. UserError without a GPU."""
+    """Measures all models within about `seconds`; `keep` gets the results after each. UserError without a GPU."""
     bindings.context(0)
     deadline = time.monotonic() + seconds
     place, config = torch.device(device), MODELS[model].config()

@@ -119,7 +119,7 @@ def _empty_model(config: dict[str, Any]) -> nn.Module:
 
 
 def _put_rest(model: nn.Module, tensors: Source, dtype: torch.dtype, device: torch.device) -> None:
-    """Gives memory to what is not a linear layer: embedding and norms."""
+    """Allocates the parameters outside linear layers: embedding and norms."""
     if is_tied(model, tensors) and isinstance(model.lm_head, CpuLinear):
         model.model.embed_tokens = PackedEmbedding(model.lm_head)
     for name, parameter in list(model.named_parameters()):

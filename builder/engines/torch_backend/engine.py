@@ -143,7 +143,7 @@ class TorchEngine:
         }
 
     def _evict(self) -> None:
-        """Takes from each running sequence that has reached its budget what is attended to least."""
+        """Evicts the tokens of least attention from each running sequence that has reached its budget."""
         budget = self.limits.kv_cache_budget
         if budget is None or self._mass is None:
             return

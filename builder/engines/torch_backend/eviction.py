@@ -2,7 +2,7 @@
 and the first ones (attention sinks, Xiao et al., arXiv 2309.17453).
 
 Each key-value head sums the attention that each cached token gets, over all queries since. A sequence that holds
-`budget` tokens gives up a block of them before its next token, in each head the ones of least mass. Keys hold their
+`budget` tokens evicts a block of them before its next token, in each head the ones of least mass. Keys hold their
 rotary embedding, so that the rest may move: a token keeps its position and gets another slot of the sequence's blocks.
 
 Legend: B sequences, N blocks a sequence, H key-value heads, G query heads a key-value head, T new tokens, S slots seen,
@@ -71,7 +71,7 @@ class AttentionMass:
         return self._layers[layer]
 
     def clear(self, layer: int, blocks: torch.Tensor, slots: torch.Tensor) -> None:
-        """Forgets the mass of slots that are written anew."""
+        """Clears the mass of slots that are written again."""
         self._of(layer)[blocks, :, slots] = 0
 
     def add(self, layer: int, table_BN: torch.Tensor, mass_BHS: torch.Tensor) -> None:
@@ -91,7 +91,9 @@ class AttentionMass:
             stay_HS = heaviest(mass_HS, count)
             mass[target] = mass_HS.gather(1, stay_HS).unflatten(1, (-1, BLOCK)).transpose(0, 1)
             for pages in (self._cache.keys[layer], self._cache.values[layer]):
-                pages = pages.view(torch.uint8) if pages.element_size() == 1 else pages  # not all know float8
+                pages = (
+                    pages.view(torch.uint8) if pages.element_size() == 1 else pages
+                )  # not all operators support float8
                 slots_HSD = pages[index].transpose(0, 1).flatten(1, 2)
                 stay_HSD = slots_HSD.gather(1, stay_HS[:, :, None].expand(-1, -1, pages.shape[3]))
                 pages[target] = stay_HSD.unflatten(1, (-1, BLOCK)).transpose(0, 1)

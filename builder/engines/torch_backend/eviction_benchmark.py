@@ -33,7 +33,7 @@ NEW_TOKENS = 24
 
 
 def texts() -> dict[str, str]:
-    """What is read, by name."""
+    """The prompts by name."""
     return {
         "documentation": "\n\n".join(pydoc_data.topics.topics.values()),
         "source code": Path(argparse.__file__).read_text(encoding="utf8"),

@@ -1,4 +1,4 @@
-"""What a decode step is made of: its kernels' number and times, and whether a replay of its graph computes the same."""
+"""The kernels of a decode step: their number and times, and whether a replay of its graph computes the same."""
 
 from __future__ import annotations
 

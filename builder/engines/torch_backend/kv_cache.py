@@ -84,7 +84,7 @@ class KVCache:
         return 2 * len(self.scales) * math.prod(self._shape) * int(self._stored.itemsize)
 
     def multipliers(self, layer: int) -> tuple[torch.Tensor | None, ...]:
-        """What keys and values are multiplied by before they are rounded, [1] each; None in a 16-bit cache."""
+        """The factors of keys and values before rounding, [1] each; None in a 16-bit cache."""
         return (None, None) if self.kind == "none" else self._multipliers[layer]
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +108,7 @@ class KVCache:
     ) -> None:
         """Puts stored keys and values of T tokens at slots of blocks."""
         for cache, new in ((self.keys[layer], k_THD), (self.values[layer], v_THD)):
-            if cache.element_size() == 1:  # not every operator knows float8
+            if cache.element_size() == 1:  # not every operator supports float8
                 cache, new = cache.view(torch.uint8), new.view(torch.uint8)
             cache[blocks_T, :, slots_T] = new
 

@@ -1,4 +1,4 @@
-"""What an engine is sized for, and which requests fit."""
+"""The sizes of an engine, and which requests fit."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def make_sparse(decoder: Decoder, tactics: dict[str, Any] | None) -> None:
 
 
 def replace(decoder: Decoder, make: Callable[[Linear], KernelLinear], sparse: bool) -> None:
-    """Makes each linear layer of the blocks anew of what it is."""
+    """Replaces each linear layer of the blocks by one made from its tensors."""
     decoder.linears.clear()  # or the weights of before would stay in memory
     for block in decoder.blocks:
         for parent in (block.self_attn, block.mlp):

@@ -3,7 +3,7 @@
 Requests wait in order, are prefilled as soon as the batch and the token budget allow, and then decode together. A
 sequence takes blocks of the KV cache as it grows, and begins with those that hold its prompt's first tokens already. At
 most one prompt is half prefilled between two iterations (chunked prefill). Where blocks run out, the newest sequence
-gives its own back and is computed anew later (preemption by recomputation, as in vLLM).
+returns its own and is recomputed later (preemption by recomputation, as in vLLM).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Sequence:
 
     @property
     def context(self) -> list[int]:
-        """The prompt and what was generated."""
+        """The prompt and the generated tokens."""
         return [*self.request.input_ids, *self.tokens]
 
     @property
@@ -83,7 +83,7 @@ class Scheduler:
     def decode(self) -> list[Sequence]:
         """The running sequences, oldest first, each with a block for its next token.
 
-        Where there are too few blocks the newest sequences wait again, and are computed anew later.
+        Where there are too few blocks the newest sequences wait again and are recomputed later.
         """
         for sequence in list(self.running):
             missing = blocks_for(sequence.slots + 1) - len(sequence.blocks)

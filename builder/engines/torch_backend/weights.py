@@ -136,6 +136,6 @@ def _shard_name(number: int) -> str:
 
 
 def number_format(tensors: Tensors) -> str:
-    """ "int8" or "fp8" where a layer's weight is, else what the weights are."""
+    """ "int8" or "fp8" where a layer's weight is 8 bit, else the dtype of the weights."""
     dtypes = {tensors.dtype(name) for name in tensors if name.endswith("_proj.weight")}
     return next((format.value for format in NARROWEST_FIRST if format.safetensors in dtypes), "fp32")

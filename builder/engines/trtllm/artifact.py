@@ -30,7 +30,7 @@ def write_facts(
     remarks: Sequence[str],
     reuse: bool = True,
 ) -> None:
-    """Writes `engine.json`: what this engine is. `remarks` are for the reader of a build's report.
+    """Writes `engine.json`, the engine's facts. A build's report shows `remarks`.
 
     `reuse` is whether the engine can use blocks of its KV cache again at all.
     """

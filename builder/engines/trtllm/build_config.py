@@ -24,7 +24,7 @@ def routes(
     """How each 2:4 layer runs: "native" (TensorRT times sparse against dense itself) or "plugin" (our kernels).
 
     `ratios` are measured times, dense over sparse, of our kernels: where ours wins, it is taken, but for layers that
-    TensorRT `picked` a sparse tactic of its own for. With none measured all layers stay native, which is never slower
+    TensorRT `picked` one of its sparse tactics for. With none measured all layers stay native, which is never slower
     by TensorRT's own timing.
     """
     ours = {layer for layer, ratio in (ratios or {}).items() if ratio > 1} - set(picked)
@@ -32,7 +32,7 @@ def routes(
 
 
 def pages_context(checkpoint: TrtllmCheckpoint) -> bool:
-    """Whether attention over a prompt can read the paged KV cache, on which block reuse and chunked prefill stand.
+    """Whether attention over a prompt can read the paged KV cache, which block reuse and chunked prefill require.
 
     TensorRT-LLM's build turns it off for an INT8 cache, and for an FP8 cache under weights that are not FP8.
     """

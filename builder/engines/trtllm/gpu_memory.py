@@ -29,7 +29,7 @@ class Estimate:
 
     @property
     def least(self) -> int:
-        """Without which nothing runs: all but the KV cache, which shrinks to what is left."""
+        """The least memory to run: everything but the KV cache, which shrinks to the remainder."""
         return self.weights + self.activations + self.runtime
 
     @property

@@ -16,7 +16,7 @@ from plugins.common.errors import UserError
 from plugins.common.progress import Progress
 
 _POLL = 0.05  # seconds
-_PATIENCE = 10.0  # seconds that a rank has to end when asked, before it is killed
+_PATIENCE = 10.0  # seconds between SIGTERM and SIGKILL of a rank
 _LOG_SHOWN = 1 << 20  # bytes at the end of a log that are searched for the cause
 _LOG_KEPT = 16 << 20  # bytes at the end of a failed rank's log that outlive the engine directory
 
@@ -43,7 +43,7 @@ def run_ranks(
                         stderr=subprocess.STDOUT,
                         stdin=subprocess.DEVNULL,
                         env={**os.environ, **environment},
-                        start_new_session=True,  # a rank may start processes of its own: they end with it
+                        start_new_session=True,  # child processes of a rank end with it
                     )
                 )
         _wait(processes, logs, doing, progress)
@@ -89,7 +89,7 @@ def _end_of(log: Path, count: int) -> bytes:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends every rank that still runs, with what it started: asked first, killed after `_PATIENCE`."""
+    """Ends every running rank and its child processes: SIGTERM, and SIGKILL after `_PATIENCE`."""
     for process in processes:
         _signal(process, signal.SIGTERM)
     deadline = time.monotonic() + _PATIENCE

@@ -26,7 +26,7 @@ from plugins.tensorrt_llm.log import SparsityLog, Status, parse
 FILE = "sparsity_log.json"
 REASONS: dict[Status, str] = {
     "picked": "2:4: TensorRT timed a sparse tactic faster and picked it",
-    "eligible": "runs dense: TensorRT found it eligible and timed a dense tactic faster",
+    "eligible": "runs dense: TensorRT listed it as eligible and measured a dense tactic faster",
     "none": "runs dense: TensorRT did not find it eligible; its weight reaches it through a plugin or is not 2:4",
     "unknown": "2:4, but neither the build log nor the inspector names the tactic that runs",
 }

@@ -1,7 +1,7 @@
 """The tensorrt backend: TensorRT-LLM checkpoint -> engine, with TensorRT-LLM 1.0 to 1.2.
 
     engine/
-      engine.json  lock.json            what it is, and what it may run with
+      engine.json  lock.json            the engine's facts, and the versions it may run with
       build_config.json  build.sh       the same build by hand, with trtllm-build
       hooks/{models.py, routes.json}    the model class that swaps layers for our plugin, and which layers
       launch/  llm_args.yaml            how to serve it; tokenizer files
@@ -59,7 +59,7 @@ def prepare(
 ) -> list[str]:
     """Writes into `out` all that needs no GPU, and returns the build command.
 
-    `tokenizer` is a directory with tokenizer files, by default the unified checkpoint beside this one. Raises UserError
+    `tokenizer` is a directory with tokenizer files, by default the unified checkpoint next to it. Raises UserError
     where the checkpoint cannot become this engine.
     """
     opened = trtllm_checkpoint.read(checkpoint)
@@ -167,7 +167,7 @@ def _build_ranks(
 
 
 def _tokenizer(checkpoint: Path) -> Path:
-    """The unified checkpoint beside this one, as builds lay them; else this one, which may have a tokenizer."""
+    """The unified checkpoint next to this one, as builds place them; else this one, which may have a tokenizer."""
     beside = [checkpoint.parent / "hf", checkpoint.resolve().parent / "checkpoint"]
     return next((path for path in beside if path.is_dir()), checkpoint)
 
@@ -250,7 +250,7 @@ def _rank_environment(out: Path, rank: int, preload: Path | None) -> dict[str, s
 
 
 def _serve(config: EngineConfig) -> list[str]:
-    # "trt" is the name that every release takes: 1.0 knows no other, and the later "tensorrt" has it as an alias
+    # every release accepts "trt": the only name in 1.0, later an alias of "tensorrt"
     command = ["trtllm-serve", "$engine", "--backend", "trt", "--tokenizer", "$engine"]
     command += ["--tp_size", str(config.tensor_parallel), "--pp_size", str(config.pipeline_parallel)]
     return [*command, "--extra_llm_api_options", "$engine/llm_args.yaml"]

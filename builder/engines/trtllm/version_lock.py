@@ -1,4 +1,4 @@
-"""What an engine was built with, and the refusal to run it with anything else.
+"""Records the versions that built an engine, and refuses to run it with others.
 
 A TensorRT engine runs only under the TensorRT that built it, on a GPU of the same SM, with the same plugin library:
 another one fails late, or runs wrong. The lock names the container that has the right versions.

@@ -1,4 +1,4 @@
-"""What a pruning method is: statistics of a layer's inputs in, pruned weight out.
+"""The interface of a pruning method: statistics of a layer's inputs in, pruned weight out.
 
 Suffixes: N out_features, K in_features.
 """
@@ -19,27 +19,28 @@ from plugins.sparsity.segments import Segments
 class Statistics:
     """Second moments of one layer's inputs over the calibration tokens, float32, divided by their number.
 
-    With X [tokens, K] the inputs that the pruned part of the model gives, `hessian` [K, K] is X'X. Against the dense
-    model there is one of two. With X_d its inputs, `cross` [K, K] is X_d'X. Where the layer's output is added to the
-    residual stream, R before it and D [tokens, N] after it in the dense model, `wanted` [N, K] is (D - R)'X: of the
-    outputs that would undo all that was changed before.
+    `hessian` [K, K] is X'X with X [tokens, K] the layer's inputs in the pruned model. At most one of the others is set:
+    `cross` [K, K] is X_d'X with X_d the layer's inputs in the dense model. Where the layer's output is added to the
+    residual stream, `residual_cross` [N, K] is (D - R)'X with R the stream before the layer in the pruned model and
+    D [tokens, N] the stream after it in the dense model: outputs D - R would undo all earlier changes.
     """
 
     hessian: Tensor
     cross: Tensor | None = None
-    wanted: Tensor | None = None
+    residual_cross: Tensor | None = None
     _factor: tuple[Tensor, float] | None = field(default=None, repr=False)
 
     def reorder(self, order_K: Tensor) -> Statistics:
         """Those of the inputs in the order [K], place -> input."""
         hessian_KK = self.hessian[order_K][:, order_K]
         cross_KK = None if self.cross is None else self.cross[order_K][:, order_K]
-        return Statistics(hessian_KK, cross_KK, None if self.wanted is None else self.wanted[:, order_K])
+        residual_cross_NK = None if self.residual_cross is None else self.residual_cross[:, order_K]
+        return Statistics(hessian_KK, cross_KK, residual_cross_NK)
 
     def factor(self, name: str) -> tuple[Tensor, float]:
         """The upper triangular U [K, K] with U'U = (hessian + damping)^-1, and the damping that this took.
 
-        Found once for all the layers that share the statistics.
+        Computed once for all layers that share the statistics.
         """
         if self._factor is None:
             self._factor = inverse_factor(name, self.hessian)
@@ -47,12 +48,12 @@ class Statistics:
 
 
 class Solver(Protocol):
-    """A pruning method. The weight that it returns is sparse in the pattern where `segments` ask, and holds no -0."""
+    """A pruning method. The weight that it returns is sparse within the sparse `segments`, and holds no -0."""
 
     needs_inputs: bool  # whether it reads `hessian`
-    needs_dense_inputs: bool  # whether it reads `cross` or `wanted`
+    needs_dense_inputs: bool  # whether it reads `cross` or `residual_cross`
     tunes_blocks: bool  # whether a block's layers are tuned together once each is pruned; needs the dense inputs
-    refits_head: bool  # whether the output head, if it is not the embedding, makes up for what is left; needs them too
+    refits_head: bool  # whether an output head that is not the embedding compensates for the rest; needs them too
 
     def prune(
         self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern, segments: Segments

@@ -1,21 +1,20 @@
-"""Our own: finds the sparse weight whose outputs come nearest to the dense model's, given inputs already changed.
+"""Computes the sparse weight whose outputs are nearest to the dense model's, given the pruned model's inputs.
 
-With X the inputs that the pruned part of the model gives and H = X'X, the sparse V is to minimise |XV' - T|^2 for the
-target outputs
+With X the layer's inputs in the pruned model and H = X'X, the sparse V minimises |XV' - T|^2 for the target outputs
 
     T = (1 - a) XW' + a T_d,
 
-between what the layer gave for these inputs and what it would have to give to undo the changes made before it: X_d W'
-with the dense model's inputs X_d, or, where outputs are added to a residual stream, what is missing in it. Up to a
-constant that is tr(V H V') - 2 tr(V B') with B = T'X, which the second moments hold whole. Then, in turn:
+between the layer's dense outputs for these inputs and the outputs T_d that would undo all earlier changes: X_d W' with
+the dense model's inputs X_d, or, where outputs are added to a residual stream, the difference of the streams. Up to a
+constant that is tr(V H V') - 2 tr(V B') with B = T'X, so second moments suffice. Then, in turn:
 
 1. target: the dense weight that minimises it, B H^-1;
 2. mask: SparseGPT's sweep on that weight, each group's mask chosen by the joint cost of what it prunes;
 3. refit: the kept weights that minimise it, by conjugate gradients, all rows at once; in a dense segment
    every weight is kept.
 
-Once each layer of a block is pruned, `calibration.pruning.block_finetune` lets the block's layers make up for each
-other; behind the last block `calibration.pruning.lm_head_refit` lets the output head make up for what is left.
+Once each layer of a block is pruned, `calibration.pruning.block_finetune` lets the block's layers compensate for
+each other; after the last block `calibration.pruning.lm_head_refit` lets the output head compensate for the rest.
 
 The pruned and dense inputs in one target: Li et al., GPTAQ, 2025, arXiv:2504.02692. A refit on a fixed mask by
 projected conjugate gradients: Meng et al., ALPS, NeurIPS 2024, arXiv:2406.07831.
@@ -65,12 +64,12 @@ class Reconstruct:
 
 
 def _target(weight_NK: Tensor, statistics: Statistics, hessian_KK: Tensor) -> Tensor:
-    """B [N, K]: the target outputs' moments with the inputs. The damping pulls the weight to what it was."""
+    """B [N, K]: the target outputs' moments with the inputs. The damping pulls the weight to its dense value."""
     target_NK = weight_NK @ hessian_KK
     if statistics.cross is not None:
         target_NK += TOWARDS_DENSE * (weight_NK @ (statistics.cross - statistics.hessian))
-    elif statistics.wanted is not None:
-        target_NK += TOWARDS_DENSE * (statistics.wanted - weight_NK @ statistics.hessian)
+    elif statistics.residual_cross is not None:
+        target_NK += TOWARDS_DENSE * (statistics.residual_cross - weight_NK @ statistics.hessian)
     return target_NK
 
 

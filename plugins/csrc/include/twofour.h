@@ -6,7 +6,7 @@
  * device pointers, or host pointers where the context was made for TWOFOUR_HOST.
  *
  * Rules:
- * - A function returns a status; twofour_last_error() then says in one line what is wrong and what to do (per thread).
+ * - A function returns a status; twofour_last_error() returns one line per thread: the error and its fix.
  * - twofour_matmul allocates no device memory, searches nothing and never synchronises: it may be captured in a
  *   CUDA graph. The caller owns the workspace, and may share one buffer among all layers of a stream.
  * - A context belongs to one device, and its calls to one stream at a time.
@@ -64,7 +64,7 @@ typedef struct twofour_gemm {
   int64_t x_pitch, y_pitch;    /* elements from row to row, where x or y is a slice of a wider matrix; 0: dense */
 } twofour_gemm;
 
-/* What a prepared weight depends on; store it beside the weight and check it before use. */
+/* The inputs that a prepared weight depends on; store the stamp with the weight and check it before use. */
 typedef struct twofour_stamp {
   int32_t kernel, type;
   int64_t out_features, in_features;
@@ -72,14 +72,14 @@ typedef struct twofour_stamp {
   int32_t version; /* of cuSPARSELt, or of twofour's layout */
 } twofour_stamp;
 
-/* The choice a search makes for one (kernel, type, shape, tokens bucket). The words mean something to the kernel only. */
+/* The choice a search makes for one (kernel, type, shape, tokens bucket). Each kernel defines its own encoding. */
 typedef struct twofour_algorithm {
   uint64_t words[8];
 } twofour_algorithm;
 
 typedef struct twofour_search_result {
   float best_us;                /* median time of the chosen algorithm, caches flushed before each run */
-  int32_t tried, over_workspace; /* algorithms timed; algorithms left out because they want more workspace */
+  int32_t tried, over_workspace; /* algorithms timed; algorithms skipped because they need more workspace */
 } twofour_search_result;
 
 typedef struct twofour_info {
@@ -94,7 +94,7 @@ typedef struct twofour_context twofour_context;
 TWOFOUR_API int twofour_version(void);
 TWOFOUR_API const char* twofour_status_name(twofour_status status);
 TWOFOUR_API const char* twofour_last_error(void);
-/* The version of the library that a kernel runs on, loaded without a GPU: 801 is cuSPARSELt 0.8.1. Says what is wrong
+/* The version of the library that a kernel runs on, loaded without a GPU: 801 is cuSPARSELt 0.8.1. Returns an error
  * where it is missing or too old. For TWOFOUR_SKINNY it is the version of the packed layout. */
 TWOFOUR_API twofour_status twofour_library_version(twofour_kernel kernel, int32_t* version);
 

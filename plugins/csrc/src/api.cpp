@@ -168,7 +168,7 @@ twofour_status twofour_check_stamp(twofour_context* context, const twofour_gemm*
     const twofour_stamp wanted = context->stamp(*gemm);
     if (stamp->kernel != wanted.kernel || stamp->type != wanted.type || stamp->out_features != wanted.out_features ||
         stamp->in_features != wanted.in_features)
-      fail(TWOFOUR_WRONG_BUILD, "the weight was prepared for %s, %s, [%lld, %lld]; wanted %s, %s, [%lld, %lld]",
+      fail(TWOFOUR_WRONG_BUILD, "the weight was prepared for %s, %s, [%lld, %lld]; the call needs %s, %s, [%lld, %lld]",
            kernel_name(stamp->kernel), type_name(stamp->type), static_cast<long long>(stamp->out_features),
            static_cast<long long>(stamp->in_features), kernel_name(wanted.kernel), type_name(wanted.type),
            static_cast<long long>(wanted.out_features), static_cast<long long>(wanted.in_features));
@@ -215,7 +215,7 @@ twofour_status twofour_search(twofour_context* context, const twofour_gemm* gemm
           us = time_us([&] { context->matmul(*gemm, x, prepared, y, workspace, workspace_bytes, as_stream(stream)); },
                        flush, flush_bytes, as_stream(stream));
         });
-      if (status == TWOFOUR_CUDA_ERROR) fail(status, "%s", last_error());  // sticky: nothing after it can be trusted
+      if (status == TWOFOUR_CUDA_ERROR) fail(status, "%s", last_error());  // sticky: all later results are undefined
       if (status != TWOFOUR_OK) continue;  // a configuration that this shape cannot take
       if (result->tried++ == 0 || us < result->best_us) {
         result->best_us = us;
@@ -224,7 +224,7 @@ twofour_status twofour_search(twofour_context* context, const twofour_gemm* gemm
     }
     if (result->tried == 0)
       fail(result->over_workspace > 0 ? TWOFOUR_WORKSPACE_TOO_SMALL : TWOFOUR_UNSUPPORTED,
-           "no algorithm of %s ran; %d want more workspace than %zu bytes", kernel_name(gemm->kernel),
+           "no algorithm of %s ran; %d need more workspace than %zu bytes", kernel_name(gemm->kernel),
            result->over_workspace, workspace_bytes);
     context->set_algorithm(*gemm, best);
   });

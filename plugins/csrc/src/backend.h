@@ -1,4 +1,4 @@
-// What cuSPARSELt and cuBLASLt have in common: plans kept per exact problem, algorithms enumerated and chosen.
+// The interface of cuSPARSELt and cuBLASLt: keeps a plan per exact problem, enumerates and chooses algorithms.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -13,7 +13,7 @@
 namespace twofour {
 
 int64_t tokens_bucket(int64_t tokens) {
-  if (tokens <= 1) return 1;  // one token decodes on algorithms of its own
+  if (tokens <= 1) return 1;  // one token has its own algorithms
   int64_t bucket = 8;
   while (bucket < tokens) bucket *= 2;
   return bucket;
@@ -183,7 +183,7 @@ void twofour_context::plan(const twofour_gemm& g) {
       try {
         return backend(g.kernel).plan(g, &chosen->second);
       } catch (const Failure& failure) {
-        // Found for another token count of the bucket, or another epilogue, and not fit for this one.
+        // The search ran at another token count of the bucket or another epilogue; the algorithm does not fit this one.
         if (failure.status == TWOFOUR_MISALIGNED || failure.status == TWOFOUR_SM_UNSUPPORTED) throw;
       }
     }

@@ -1,4 +1,4 @@
-// A context: one device, the libraries on it, the algorithms chosen. The C API in api.cpp is a thin shell around it.
+// A context: one device, its libraries, the chosen algorithms. api.cpp wraps it in the C API.
 #pragma once
 
 #include <map>
@@ -60,7 +60,7 @@ namespace twofour {
 // Token counts that share an algorithm: 1, then up to 8, 16, 32, ...
 int64_t tokens_bucket(int64_t tokens);
 
-// Makes a context's device current while it lives.
+// Makes a context's device current within a scope.
 class DeviceScope {
  public:
   explicit DeviceScope(int device);

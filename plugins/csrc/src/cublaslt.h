@@ -1,4 +1,4 @@
-// cuBLASLt, loaded at run time: the dense kernel to beat, and what a layer uses where no sparse kernel wins.
+// cuBLASLt, loaded at run time: the dense baseline, and the kernel of layers where no sparse kernel is faster.
 #pragma once
 
 #include <memory>

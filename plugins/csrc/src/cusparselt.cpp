@@ -13,7 +13,7 @@ namespace {
 // Tokens are the columns of the dense operand and of D: a multiple of 16 bytes of either.
 int64_t token_multiple(int type) { return 16 / element_bytes(type); }
 
-// Which factor sits where. Per-channel scales exist in the library for int8 only, and its int8 bias is fp32; both
+// Where each scale is applied. Per-channel scales exist in the library for int8 only, and its int8 bias is fp32; both
 // other cases leave raw sums (int32 or fp32) that our epilogue finishes.
 bool wants_raw_sums(const twofour_gemm& g) {
   if (g.type == TWOFOUR_INT8) return g.bias != nullptr;
@@ -112,14 +112,14 @@ class Cusparselt final : public Backend {
 
   std::vector<twofour_algorithm> algorithms(const twofour_gemm& g) override {
     plan(g, nullptr);
-    // One of the fp16 algorithms of 0.8.1 is an illegal instruction on an H200 ([8192, 8192], 1 token), after which CUDA
-    // is lost to the process: there only the library's own choice is tried.
+    // One of the fp16 algorithms of 0.8.1 is an illegal instruction on an H200 ([8192, 8192], 1 token), after which the
+    // process can no longer use CUDA: on such GPUs only the library's default is tried.
     if (g.type == TWOFOUR_FP16 && sm_ >= 90) return {find(g).algorithm};
     int count = 0;
     TWOFOUR_CALL(cusparseLtMatmulAlgGetAttribute, &handle_, &find(g).selection, CUSPARSELT_MATMUL_ALG_CONFIG_MAX_ID,
                  &count, sizeof count);
     // words: configuration, split-K, split-K mode. On SM90 and newer the library takes a split-K of 1 or -1 (its
-    // own choice, in a mode); before, any small number, in one or two kernels.
+    // own choice, in a mode); older GPUs take any small number, in one or two kernels.
     struct Split {
       int factor, mode;
     };
@@ -142,7 +142,7 @@ class Cusparselt final : public Backend {
     try {
       build(g, algorithm, wants_raw_sums(g), *fresh);
     } catch (const Failure& failure) {
-      // A combination the library lacks on this GPU; its raw sums and our epilogue do the same.
+      // The library lacks this combination on this GPU; raw sums and our epilogue compute the same.
       if (failure.status != TWOFOUR_UNSUPPORTED || wants_raw_sums(g) || element_bytes(g.type) == 2) throw;
       fresh = std::make_unique<Plan>();
       build(g, algorithm, true, *fresh);
@@ -244,8 +244,8 @@ class Cusparselt final : public Backend {
     return aligned(static_cast<size_t>(p.tokens * g.out_features) * element);
   }
 
-  // Token counts that are padded to the same share a plan: a prefill of any length finds one of few. The library sees
-  // dense matrices: slices are staged.
+  // Token counts with the same padding share a plan, so prefills of all lengths need few plans. The library reads dense
+  // matrices: slices are staged.
   static ProblemKey key(twofour_gemm g) {
     g.x_pitch = g.y_pitch = 0;
     g.tokens = round_up(g.tokens, token_multiple(g.type));

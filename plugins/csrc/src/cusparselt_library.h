@@ -1,4 +1,4 @@
-// The functions of cuSPARSELt, found when the first is used.
+// The functions of cuSPARSELt, resolved when the first is called.
 #pragma once
 
 #include <cusparseLt.h>
@@ -43,7 +43,7 @@ struct Library {
     if (cusparseLtGetProperty(MAJOR_VERSION, &major) != CUSPARSE_STATUS_SUCCESS ||
         cusparseLtGetProperty(MINOR_VERSION, &minor) != CUSPARSE_STATUS_SUCCESS ||
         cusparseLtGetProperty(PATCH_LEVEL, &patch) != CUSPARSE_STATUS_SUCCESS)
-      fail(TWOFOUR_CUSPARSELT_ERROR, "cusparseLtGetProperty does not say the version of cuSPARSELt");
+      fail(TWOFOUR_CUSPARSELT_ERROR, "cusparseLtGetProperty does not return the version of cuSPARSELt");
     version = 1000 * major + 100 * minor + patch;
     if (version < oldest_cusparselt())
       fail(TWOFOUR_LIBRARY_TOO_OLD,

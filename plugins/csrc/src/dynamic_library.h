@@ -1,4 +1,4 @@
-// Libraries found at run time, so that libtwofour loads everywhere and says itself what is missing.
+// Libraries loaded at run time, so that libtwofour loads on every machine and reports a missing library itself.
 #pragma once
 
 #include <dlfcn.h>

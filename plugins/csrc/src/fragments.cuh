@@ -1,4 +1,4 @@
-// What a warp does with a packed block of weights, and what becomes of a sum: shared by the staged and the streamed kernel.
+// Multiplies a packed block of weights in a warp and stores the sums: shared by the staged and the streamed kernel.
 //
 // Both sources are compiled twice: by nvcc over ptx.cuh, and by the host compiler over simt.h, where the same code runs
 // thread by thread on a CPU. Both define namespace gpu.
@@ -56,7 +56,7 @@ TWOFOUR_HD constexpr int step_of(int i) {
 }
 
 // sums[r][n] += packed block r of `blocks` times the 8 tokens at x_rows[n]. A block beyond the weight's last row may hold
-// anything: its sums are nobody's.
+// any values: its sums are discarded.
 template <int kType, int kTiles, int kTokenTiles, class Accumulator>
 TWOFOUR_DEVICE void multiply_blocks(const uint8_t* blocks, const uint8_t* const (&x_rows)[kTokenTiles], int lane,
                                     Accumulator (&sums)[kTiles][kTokenTiles][4]) {
@@ -97,7 +97,7 @@ TWOFOUR_DEVICE void multiply_block(const uint8_t* block, const gpu::Fragment (&x
 TWOFOUR_HD constexpr int row_of_sum(int lane, int c) { return lane / 4 + 8 * (c / 2); }
 TWOFOUR_HD constexpr int token_of_sum(int lane, int c) { return 2 * (lane % 4) + c % 2; }
 
-// y[token, feature] = scale * sum + bias, where it lies inside.
+// y[token, feature] = scale * sum + bias, where both indices are in range.
 template <class Accumulator>
 TWOFOUR_DEVICE void store_output(const SkinnyProblem& p, int64_t feature, int token, Accumulator sum) {
   if (feature >= p.out_features || token >= p.tokens) return;

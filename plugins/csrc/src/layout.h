@@ -1,6 +1,6 @@
 // The packed form of a 2:4 weight that the skinny kernel reads, as index maps that host and device code share.
 //
-// Unit of everything: a *block*, 16 output features x 256 inputs, stored contiguously; blocks of one 16-row tile follow
+// The unit is a *block*, 16 output features x 256 inputs, stored contiguously; blocks of one 16-row tile follow
 // each other along K, tiles along N. A block holds chunks of 16 bytes for each of the 32 lanes, chunk-major, so that
 // a warp reads 512 contiguous bytes at a time: first the values, in the order the lane feeds them to mma.sp, last one
 // chunk with four 32-bit words of metadata. Bytes against dense: 0.5625 at 16 bits, 0.625 at 8 bits.
@@ -62,8 +62,8 @@ TWOFOUR_HD constexpr int unit_group(int type, int step, int h) {
   return type == TWOFOUR_FP8 ? 8 * (h & 1) + 4 * step + (h >> 1) : 8 * step + h;
 }
 
-// The group whose 4 bits are number i (0..7, from the low end) of a lane's metadata word, and where its values live:
-// the lane that feeds them, and the byte of that lane's value chunks.
+// The group whose 4 bits are number i (0..7, from the low end) of a lane's metadata word, and the place of its values:
+// the lane that holds them, and the byte of that lane's value chunks.
 struct Place {
   int row, group, lane, byte;
 };

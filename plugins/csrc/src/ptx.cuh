@@ -1,4 +1,4 @@
-// Namespace gpu for nvcc: the few instructions the skinny kernel is written in.
+// Namespace gpu for nvcc: the instructions that the skinny kernels use.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,7 +24,7 @@ TWOFOUR_DEVICE unsigned fetch_add(unsigned* counter) { return atomicAdd(counter,
 
 TWOFOUR_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Past L1, which would only be thrashed; the L2 fetches the neighbouring sectors, which the warp asks for next.
+// Bypasses L1, which weights would thrash; the L2 prefetches the neighbouring sectors, which the warp reads next.
 TWOFOUR_DEVICE void copy_weight(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
@@ -54,7 +54,7 @@ TWOFOUR_DEVICE void publish_barriers() {  // to the copy engine
 TWOFOUR_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-// Each byte of a weight is read once a product: it is the first to leave the L2.
+// Each product reads each byte of a weight once: evict it from the L2 first.
 TWOFOUR_DEVICE void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier) {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -142,7 +142,7 @@ TWOFOUR_DEVICE void mma_sp(int (&d)[4], const Fragment& a, const Fragment& b, ui
   TWOFOUR_MMA_SP("m16n8k64.row.col.s32.s8.s8.s32", "r", "0x0");
 }
 
-// Rounded each on its own, never fused: the reference in plugins/common/numerics.py is met bit for bit.
+// Each operation rounds separately, without fusing: bit-identical to the reference in plugins/common/numerics.py.
 TWOFOUR_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 TWOFOUR_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 
@@ -155,7 +155,7 @@ TWOFOUR_DEVICE void store_float(int type, void* values, int64_t index, float val
   else static_cast<__nv_bfloat16*>(values)[index] = __float2bfloat16_rn(value);
 }
 
-// Partial sums travel between blocks: past the L1 caches.
+// Blocks exchange partial sums: bypasses the L1 caches.
 TWOFOUR_DEVICE void store_partial(uint32_t* p, float value) { __stcg(p, __float_as_uint(value)); }
 TWOFOUR_DEVICE void store_partial(uint32_t* p, int value) { __stcg(p, static_cast<uint32_t>(value)); }
 template <class T>

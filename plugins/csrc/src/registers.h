@@ -1,4 +1,4 @@
-// What a thread holds of a tile: the same for nvcc (ptx.cuh) and for the simulated GPU (simt.h).
+// A thread's registers of a tile: the same for nvcc (ptx.cuh) and for the simulated GPU (simt.h).
 #pragma once
 
 #include <stdint.h>

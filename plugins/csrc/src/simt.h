@@ -1,6 +1,6 @@
 // Namespace gpu for the host compiler: one thread block at a time, each CUDA thread a fiber, so that the skinny kernel's
-// own source runs on a CPU. It is strict where the GPU is silent: shared memory starts as rubbish; an asynchronous copy
-// turns its target into rubbish until the wait that completes it; copies must be aligned and inside their tensor;
+// own source runs on a CPU. It reports errors that a GPU ignores: shared memory starts with arbitrary values; an asynchronous copy
+// overwrites its target with arbitrary values until the wait that completes it; copies must be aligned and inside their tensor;
 // metadata must be one of the six codes that mma.sp::ordered_metadata defines; a barrier that not all threads reach is
 // reported; a kernel that starts before the one before it has ended must wait before it reads x or writes. The semantics
 // of mma.sp and ldmatrix are written from the PTX ISA and share nothing with layout.h.

@@ -59,7 +59,7 @@ struct CopyBarrier {  // mbarrier
   std::vector<Copy> copies;
 };
 
-// One thread block under way.
+// One running thread block.
 struct Block {
   int x, y, z, grid_x;
   std::vector<Range> readable;
@@ -130,7 +130,7 @@ inline void fiber_main() {
 // Runs `body` as every thread of one block, switching only at barriers, in an order that `seed` picks.
 inline void run_block(Block& block, unsigned seed) {
   const size_t n = static_cast<size_t>(block.threads), stack_bytes = 128 * 1024;
-  static thread_local std::vector<uint8_t> stacks;  // kept: they are large, and blocks many
+  static thread_local std::vector<uint8_t> stacks;  // reused: each is large and there are many blocks
   if (stacks.size() < n * stack_bytes) stacks.resize(n * stack_bytes);
   block.warps.resize(n / 32);
   block.copies.assign(n, {{}});

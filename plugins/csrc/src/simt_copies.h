@@ -77,7 +77,7 @@ inline void bulk_copy(void* shared, const void* global, int bytes, uint64_t* bar
 inline void prefetch_to_l2(const void* global, int bytes) {
   require_source(static_cast<const uint8_t*>(global), static_cast<size_t>(bytes));
 }
-// As mbarrier.try_wait.parity: true at once where the current phase has the other parity. The bytes land here at last.
+// As mbarrier.try_wait.parity: true at once where the current phase has the other parity. Copies the bytes at the latest here.
 inline void wait_phase(uint64_t* barrier, unsigned parity) {
   CopyBarrier& b = copy_barrier(barrier);
   while (b.parity == parity) {

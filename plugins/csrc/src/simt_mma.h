@@ -54,7 +54,7 @@ inline double operand(uint32_t word, int index) {  // element `index` of a 32-bi
   return kType == TWOFOUR_BF16 ? bfloat_bits(bits) : half_bits(bits);
 }
 
-// The warp's A[16, K] B[K, 8] from what its lanes hold, K = 32 for 16-bit operands and 64 for int8.
+// The warp's A[16, K] B[K, 8] from its lanes' registers, K = 32 for 16-bit operands and 64 for int8.
 template <int kType>
 inline void multiply_warp(Warp& w, int selector) {
   constexpr int k8 = kType == TWOFOUR_INT8 ? 2 : 1, k = 32 * k8, per_register = 2 * k8;

@@ -1,6 +1,6 @@
 // The skinny GEMM: y[tokens, N] = scale * (x[tokens, K] w[N, K]^T) + bias for few tokens, w packed as in layout.h.
 //
-// At 1 to 64 tokens the weight's bytes are the time, so the kernel is a stream of 16-byte asynchronous copies of w into
+// At 1 to 64 tokens reading the weight bounds the time, so the kernel streams w by 16-byte asynchronous copies into
 // a ring of shared-memory stages, multiplied on sparse tensor cores with the weight as the (sparse) A operand and the
 // tokens as the 8 columns of B. A thread block owns 4 warps x RowTiles x 16 output features, all of its tokens, and one
 // of `splits` ranges of K. Each lane copies exactly the bytes it later reads; only x is shared between the warps.
@@ -95,7 +95,7 @@ TWOFOUR_DEVICE bool reduce_splits(const SkinnyProblem& p, uint8_t* shared,
     gpu::store_partial(partials + (gpu::block_z() * C::accumulators + i) * C::threads,
                        sums[i / (4 * C::token_tiles)][i / 4 % C::token_tiles][i % 4]);
   gpu::fence();
-  gpu::block_sync();  // also: nobody reads the stages any more
+  gpu::block_sync();  // and no warp reads the stages any more
   unsigned* arrived = reinterpret_cast<unsigned*>(shared);
   if (thread == 0) *arrived = gpu::fetch_add(p.counters + tile);
   gpu::block_sync();

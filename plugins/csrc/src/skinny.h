@@ -1,4 +1,4 @@
-// Launching the skinny kernel: geometry, and one entry each for the GPU and for the simulated one.
+// Launches the skinny kernel: its geometry; one entry for the GPU, one for the simulation.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,11 +22,11 @@ struct SkinnyGeometry {
 
 SkinnyGeometry skinny_geometry(int type, int64_t tokens, int64_t out_features, int64_t in_features);
 
-// Enough blocks to keep every multiprocessor loading, as few splits as that takes.
+// The fewest splits with enough blocks to keep every multiprocessor loading.
 int default_splits(const SkinnyGeometry& geometry, int multiprocessors);
 size_t skinny_workspace_bytes(const SkinnyGeometry& geometry, int splits);
 
-void skinny_configure();  // once a device: asks for the shared memory
+void skinny_configure();  // once a device: raises the limit of shared memory
 void skinny_launch(int type, const SkinnyProblem& problem, cudaStream_t stream);
 void skinny_simulate(int type, const SkinnyProblem& problem, size_t packed_bytes);
 

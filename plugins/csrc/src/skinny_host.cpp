@@ -1,4 +1,4 @@
-// The skinny kernel on the CPU, and the geometry that both sides share.
+// The skinny kernel simulated on the CPU, and the geometry, which GPU and simulation share.
 #include "simt.h"
 #include "skinny.cuh"
 

@@ -15,7 +15,7 @@ struct SkinnyProblem {
   int out_type;
   int tokens;
   int splits;
-  int depth, prefetch;  // of the streamed kernel: slots in a warp's ring; packed blocks beyond it to ask into the L2
+  int depth, prefetch;  // of the streamed kernel: slots in a warp's ring; packed blocks beyond it to prefetch into the L2
   int64_t out_features, in_features, x_pitch, y_pitch;
   uint32_t* partials;   // the workspace; unused where splits is 1
   unsigned* counters;  // one a tile or range of rows, all 0 between launches

@@ -2,8 +2,8 @@
 //
 // One or two thread blocks a multiprocessor stay for the whole product. Each owns a range of 16-row tiles and of 256-input
 // blocks of the weight, in nearly equal shares. Each of its eight warps takes every eighth block of a group of tiles and
-// streams them through a ring of its own: one bulk copy a packed block, counted by the slot's barrier in shared memory.
-// Weights depend on no earlier kernel, so the rings are filled, and what follows is asked into the L2, before the launch
+// streams them through its own ring: one bulk copy a packed block, counted by the slot's barrier in shared memory.
+// Weights depend on no earlier kernel, so the rings are filled, and the blocks after them prefetched into the L2, before the launch
 // waits for the kernel before it. Then each warp loads the x of its blocks, once, and begins when the first is there. It keeps
 // the x of a block in registers for all tiles of a group, waits for its next slot alone, multiplies and refills it: there is
 // no barrier of the thread block until a group ends, where the sums of the warps are added in order. Where the inputs are split over thread blocks,
@@ -44,7 +44,7 @@ struct StreamedConfig {
 template <int kType, int kTokenTiles>
 using StreamedChoice = StreamedConfig<kType, kTokenTiles, kTokenTiles == 4 ? 2 : 4>;
 
-// What a thread block multiplies: 16-row tiles and 256-input blocks of the weight.
+// The share of a thread block: 16-row tiles and 256-input blocks of the weight.
 struct Range {
   int64_t tile, block;  // the first
   int tiles, blocks;
@@ -105,7 +105,7 @@ TWOFOUR_DEVICE void load_x(const SkinnyProblem& p, const Range& range, int token
   constexpr int kChunks = C::x_bytes / kChunkBytes;  // of a token and a block
   const int64_t row_bytes = p.in_features * element_bytes(C::type), row_pitch = p.x_pitch * element_bytes(C::type);
   const uint8_t* source = p.x + gpu::block_y() * C::tokens * row_pitch;
-  // All thread blocks read the same lines: each begins elsewhere, so that they do not queue at one slice of the L2.
+  // All thread blocks read the same lines: each starts at another line, so that they do not queue at one L2 slice.
   const int chunks = C::x_rows(tokens_here) * kChunks, first = gpu::block_x() * kLanes % chunks + lane;
   for (int block = warp; block < range.blocks; block += C::warps) {
     const int64_t first_byte = (range.block + block) * C::x_bytes;
@@ -179,7 +179,7 @@ TWOFOUR_DEVICE void add_splits(const SkinnyProblem& p, const Range& range, unsig
   }
 }
 
-// Grid: x the ranges, y the tiles of tokens. `shared` holds what streamed_plan (streamed.h) says, 128-byte aligned.
+// Grid: x the ranges, y the tiles of tokens. `shared` has the size that streamed_plan (streamed.h) returns, 128-byte aligned.
 template <class C>
 TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
   using Accumulator = typename gpu::Accumulator<C::type>::Type;
@@ -191,7 +191,7 @@ TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
   uint64_t* const x_barriers = reinterpret_cast<uint64_t*>(shared + C::x_barriers_offset(p.depth));
   uint8_t* const x = shared + C::x_offset(p.depth, range.blocks);
 
-  Stream<C> ahead(p, range, warp);  // what is copied next
+  Stream<C> ahead(p, range, warp);  // the next block to copy
   const auto fill = [&](int slot) {
     if (ahead.ended()) return;
     if (lane == 0) {
@@ -211,7 +211,7 @@ TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
   for (int i = 0; i < p.prefetch && !further.ended(); ++i, further.advance())
     if (lane == 0) gpu::prefetch_to_l2(further.source(), C::slot_bytes);
   gpu::let_next_kernel_start();
-  gpu::wait_for_previous_kernel();  // x, and y's memory, may have been its
+  gpu::wait_for_previous_kernel();  // that kernel may write x and read y's memory
 
   const int tokens_left = p.tokens - gpu::block_y() * C::tokens, tokens_here = tokens_left < C::tokens ? tokens_left : C::tokens;
   const int64_t pitch = C::x_pitch(range.blocks);

@@ -1,4 +1,4 @@
-// Launching the streamed skinny kernel: how a product is cut for a GPU, and one entry each for it and for the simulated one.
+// Launches the streamed skinny kernel: partitions a product for a GPU; one entry for the GPU, one for the simulation.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,19 +15,19 @@ constexpr int kStreamedSm = 90;  // the first with bulk copies and programmatic 
 constexpr int kMaxBlocksPerMultiprocessor = 8;
 constexpr int kMaxPrefetch = 64;
 
-// What a launch has to fit.
+// The limits of a launch.
 struct Multiprocessors {
   int count = 1;
-  size_t shared_bytes = 228 * 1024;        // of each
-  size_t block_shared_bytes = 227 * 1024;  // what one thread block may have of them
+  size_t shared_bytes = 228 * 1024;        // per multiprocessor
+  size_t block_shared_bytes = 227 * 1024;  // limit of one thread block
 };
 
-// The choices that a search makes. 0: the default.
+// The parameters that a search sets. 0: the default.
 struct StreamedChoices {
   int splits = 0;     // of the inputs
-  int share = 0;      // 1: a thread block may take all the shared memory; 2: half, so that the next kernel's fits beside it
+  int share = 0;      // 1: a thread block may take all the shared memory; 2: half, so that the next kernel's block also fits
   int per_multiprocessor = 0;  // thread blocks of this kernel on each
-  int prefetch = 0;            // packed blocks that a warp asks into the L2 beyond its ring
+  int prefetch = 0;            // packed blocks that a warp prefetches into the L2 beyond its ring
 };
 
 struct StreamedPlan {
@@ -41,7 +41,7 @@ struct StreamedPlan {
 std::optional<StreamedPlan> streamed_plan(int type, int64_t tokens, int64_t out_features, int64_t in_features,
                                           const Multiprocessors& gpu, const StreamedChoices& choices);
 
-void streamed_configure(const Multiprocessors& gpu);  // once a device: asks for the shared memory
+void streamed_configure(const Multiprocessors& gpu);  // once a device: raises the limit of shared memory
 void streamed_launch(int type, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t stream);
 void streamed_simulate(int type, const SkinnyProblem& problem, const StreamedPlan& plan);
 

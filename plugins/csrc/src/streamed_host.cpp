@@ -1,4 +1,4 @@
-// The streamed kernel on the CPU, and how a product is cut, which both sides share.
+// The streamed kernel simulated on the CPU, and the partition of a product, which GPU and simulation share.
 #include "simt.h"
 #include "streamed.cuh"
 
@@ -52,7 +52,7 @@ std::optional<StreamedPlan> fit(int64_t tokens, int64_t out_features, int64_t in
   return fit<C>(tokens, out_features, in_features, gpu, splits, 1, per_multiprocessor, choices.prefetch);
 }
 
-// Bytes that pass while the busiest thread block works.
+// Bytes read while the busiest thread block runs.
 template <class C>
 int64_t cost(const StreamedPlan& plan, int64_t out_features, int64_t in_features) {
   const int64_t tiles = ceil_div(row_tiles(out_features), plan.blocks / plan.splits);

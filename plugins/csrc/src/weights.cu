@@ -137,7 +137,7 @@ void pack_device(int type, int64_t out_features, int64_t in_features, const void
   const int64_t words = packed_words(out_features, in_features);
   pack_kernel<<<grid_for(words), kThreads, 0, stream>>>(type, out_features, in_features, weight, packed, words);
   check(cudaGetLastError(), "pack kernel launch");
-  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");  // a product reads the weight before its turn comes
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");  // a product on another stream may read the weight
 }
 
 void unpack_device(int type, int64_t out_features, int64_t in_features, const uint8_t* packed, void* weight,

@@ -42,7 +42,7 @@ inline void* upload(int device, const void* source, size_t bytes) {
   return memory;
 }
 
-// Device memory that goes with its scope.
+// Device memory freed at the end of its scope.
 struct Scratch {
   Scratch(int device, size_t bytes) : device_(device), bytes(bytes), memory(allocate(device, bytes)) {}
   ~Scratch() { release(device_, memory); }

@@ -91,7 +91,7 @@ std::shared_ptr<Layer> Layer::from_packed(Description description) {
   size_t bytes = 0;
   check(twofour_weight_bytes(host.get(), &problem, &bytes));
   require(bytes == layer->description_.packed.size(), "the packed weight has " + std::to_string(layer->description_.packed.size()) +
-                                                          " bytes, wanted " + std::to_string(bytes) + ": build the engine again");
+                                                          " bytes, not " + std::to_string(bytes) + ": build the engine again");
   return layer;
 }
 
@@ -142,7 +142,7 @@ void Layer::make_weight(twofour_context* context, int device, Forms& forms, int 
     forms.weights[kernel] = upload(device, d.packed.data(), d.packed.size());
     return;
   }
-  // From the packed form to dense, and from there to what this GPU and library version want.
+  // From the packed form to dense, and from there to the form of this GPU and library version.
   const twofour_gemm skinny = gemm(TWOFOUR_SKINNY, 1, nullptr), wanted = gemm(kernel, 1, nullptr);
   size_t bytes = 0;
   check(twofour_weight_bytes(context, &wanted, &bytes));
@@ -201,7 +201,7 @@ void Layer::prepare_locked(twofour_context* context, int tactic, int64_t tokens)
   check(twofour_plan(context, &problem));
   size_t needed = 0;
   check(twofour_workspace_bytes(context, &problem, &needed));
-  require(needed <= workspace_bytes(tokens), "a kernel wants " + std::to_string(needed) + " bytes of workspace for " +
+  require(needed <= workspace_bytes(tokens), "a kernel needs " + std::to_string(needed) + " bytes of workspace for " +
                                                  std::to_string(tokens) + " tokens, and the engine has " +
                                                  std::to_string(workspace_bytes(tokens)) + ": set another tactic");
 }
@@ -216,7 +216,7 @@ void Layer::search(twofour_context* context, int64_t tokens) {
   for (int kernel : kernels) search_kernel(context, device, forms, kernel, tokens);
 }
 
-// Layers of one shape share what was found, also when they belong to several engines of one process.
+// Layers of one shape share search results, also across the engines of one process.
 void Layer::search_kernel(twofour_context* context, int device, Forms& forms, int kernel, int64_t tokens) {
   const Description& d = description_;
   Choice choice = place_of(context, kernel, tokens);
@@ -238,7 +238,7 @@ void Layer::search_kernel(twofour_context* context, int device, Forms& forms, in
       const Scratch x(device, rows * static_cast<size_t>(d.in_features) * element_bytes(d.type));
       const Scratch y(device, rows * static_cast<size_t>(d.out_features) * element_bytes(d.out_type));
       const Scratch workspace(device, workspace_bytes(tokens)), flush(device, 2 * static_cast<size_t>(info.l2_bytes));
-      check_cuda(cudaMemset(x.memory, 0x2A, x.bytes), "cudaMemset");  // some number other than 0 in every type
+      check_cuda(cudaMemset(x.memory, 0x2A, x.bytes), "cudaMemset");  // a number other than 0 in every type
       twofour_search_result result{};
       check(twofour_search(context, &problem, x.memory, forms.weights[kernel], y.memory, workspace.memory,
                            workspace.bytes, flush.memory, flush.bytes, nullptr, &result));

@@ -1,5 +1,5 @@
 // One sparse layer of a TensorRT engine: its weight on the host in the packed form, which depends on no GPU, and on each
-// device in the forms its kernels read, made there when they are first needed. Knows nothing of TensorRT.
+// device in the forms its kernels read, made there at first use. Does not depend on TensorRT.
 #pragma once
 
 #include <map>
@@ -18,7 +18,7 @@ struct Error {
 };
 void check(twofour_status status);
 
-// How tokens choose a kernel: the skinny one up to `skinny_tokens`, `wide_kernel` above. TensorRT times these against each
+// The kernel by number of tokens: the skinny one up to `skinny_tokens`, `wide_kernel` above. TensorRT times these against each
 // other; its tactic number is the index + 1, as 0 means "no tactic".
 struct Tactic {
   int64_t skinny_tokens;
@@ -28,7 +28,7 @@ constexpr Tactic kTactics[] = {{64, TWOFOUR_CUSPARSELT}, {16, TWOFOUR_CUSPARSELT
                                {64, TWOFOUR_CUBLASLT},   {16, TWOFOUR_CUBLASLT},   {0, TWOFOUR_CUBLASLT}};
 constexpr int kTacticCount = sizeof kTactics / sizeof kTactics[0];
 
-// What a search found for a kernel at a number of tokens, and where: it holds for that GPU and library alone.
+// The result of a search for a kernel at a number of tokens: valid for that GPU and library version only.
 struct Choice {
   int32_t kernel = 0, sm = 0, version = 0, reserved = 0;
   int64_t tokens = 0;
@@ -43,7 +43,7 @@ struct Description {
   std::vector<uint8_t> bias;  // of out_type
   std::vector<uint8_t> packed;
   twofour_stamp stamp{};
-  std::vector<Choice> choices;  // found while the engine was built
+  std::vector<Choice> choices;  // searched while the engine was built
 };
 
 using Context = std::shared_ptr<twofour_context>;
@@ -66,16 +66,16 @@ class Layer {
   static twofour_kernel kernel(int tactic, int64_t tokens);
   // The tactics that this layer and device can run.
   std::vector<int32_t> tactics(twofour_context* context) const;
-  // A bound for these tokens and any of the tactics, which grows with tokens: TensorRT is asked for that of the most
-  // tokens when it builds, never says again how much there is, and each call is held to the bound of its own tokens.
+  // An upper bound for these tokens and any of the tactics, which grows with tokens. The builder requests the bound of
+  // the most tokens from TensorRT, which does not pass the size to enqueue; each call stays within its own bound.
   size_t workspace_bytes(int64_t tokens) const;
-  // Everything that enqueue needs for these tokens, so that it neither allocates nor plans.
+  // Prepares all that enqueue needs for these tokens, so that it neither allocates nor plans.
   void prepare(twofour_context* context, int tactic, int64_t tokens);
   // While an engine is built: the fastest algorithm of each kernel that a tactic may run at these tokens. Allocates, and
   // takes a while; on the host there is nothing to time.
   void search(twofour_context* context, int64_t tokens);
-  // While an execution context is made: gives it the choices found, and makes the weights and plans that `tactic` needs
-  // at the tokens that were searched. What does not work says so when it is used.
+  // Called for a new execution context: sets the searched algorithms, and prepares the weights and plans that `tactic`
+  // needs at the searched tokens. Errors are reported at the first call that needs the failed part.
   void warm_up(twofour_context* context, int tactic);
   void enqueue(twofour_context* context, int tactic, int64_t tokens, const void* x, void* y, void* workspace,
                void* stream);

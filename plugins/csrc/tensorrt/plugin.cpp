@@ -27,7 +27,7 @@ T guard(T failure, F&& f) noexcept {
   return failure;
 }
 
-// One context for each execution context: streams of two of them may overlap, and each needs counters of its own.
+// One context for each execution context: streams of two of them may overlap, and each needs its own counters.
 Context shared_context(const void* owner) {
   static std::map<std::pair<const void*, int>, std::weak_ptr<twofour_context>> contexts;
   const std::lock_guard<std::mutex> lock(global_mutex);
@@ -84,7 +84,7 @@ std::shared_ptr<Layer> make_layer(const PluginFieldCollection& fields) {
   const bool wide = d.type == TWOFOUR_FP16 || d.type == TWOFOUR_BF16;
   const size_t wanted = static_cast<size_t>(d.out_features) * static_cast<size_t>(d.in_features) * (wide ? 2 : 1);
   if (dense == nullptr || dense_bytes != wanted)
-    throw Error{"weight has " + std::to_string(dense_bytes) + " bytes, wanted " + std::to_string(wanted) + " for [" +
+    throw Error{"weight has " + std::to_string(dense_bytes) + " bytes, not " + std::to_string(wanted) + " for [" +
                 std::to_string(d.out_features) + ", " + std::to_string(d.in_features) + "]"};
   return Layer::from_dense(std::move(d), dense);
 }
@@ -180,7 +180,7 @@ int32_t Plugin::getNbTactics() noexcept {
 int32_t Plugin::getValidTactics(int32_t* tactics, int32_t count) noexcept {
   return guard(1, [&] {
     const std::vector<int32_t> valid = layer_->tactics(context());
-    if (static_cast<size_t>(count) != valid.size()) throw Error{"TensorRT asks for another number of tactics than it was told"};
+    if (static_cast<size_t>(count) != valid.size()) throw Error{"TensorRT requests another number of tactics than getNbTactics returned"};
     std::copy(valid.begin(), valid.end(), tactics);
     return 0;
   });
@@ -204,7 +204,7 @@ const char* Plugin::getTimingCacheID() noexcept {
   return id_.c_str();
 }
 
-// TensorRT may set a tactic before or after it gives the shape: whatever comes second prepares.
+// TensorRT may set a tactic before or after it sets the shape: the second call prepares.
 int32_t Plugin::setTactic(int32_t tactic) noexcept {
   if (tactic < 0 || tactic > kTacticCount) return 1;
   return guard(1, [&] {

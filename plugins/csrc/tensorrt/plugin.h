@@ -1,4 +1,4 @@
-// The TensorRT side: IPluginV3 around a Layer, its creator, and how fields become a Description and back.
+// The TensorRT side: IPluginV3 around a Layer, its creator, and the conversion of fields to a Description and back.
 #pragma once
 
 #include <NvInfer.h>

@@ -1,6 +1,6 @@
-// How TensorRT finds the creator: by the functions that IPluginRegistry::loadLibrary looks for, or, where the library is
-// preloaded (LD_PRELOAD), by itself: at once if TensorRT is there, else at the first runtime or builder that the process
-// makes, as the library stands in front of the two functions that make them. Python loads TensorRT long after its start.
+// Registers the creator with TensorRT: through the functions that IPluginRegistry::loadLibrary looks up, or, where the
+// library is preloaded (LD_PRELOAD), by itself: at once if TensorRT is loaded, else when the process makes its first
+// runtime or builder, since the library interposes the two functions that make them. Python loads TensorRT late.
 #pragma GCC visibility push(default)  // TensorRT's headers leave the visibility of what is defined below to the flags
 #include <dlfcn.h>
 
@@ -21,7 +21,7 @@ IPluginCreatorInterface& creator() {
   return instance;
 }
 
-// A function of libnvinfer, which may have been loaded where only its users see it.
+// A function of libnvinfer, which may be loaded with local symbols.
 template <class Function>
 Function find(const char* name) {
   void* symbol = dlsym(RTLD_NEXT, name);
@@ -45,7 +45,7 @@ bool register_creator() {
   return done;
 }
 
-// Only where preloaded: IPluginRegistry::loadLibrary registers by itself, and would find the creator there already.
+// Only where preloaded: IPluginRegistry::loadLibrary registers the creator itself, which must happen once.
 __attribute__((constructor)) void on_load() {
   const char* preload = std::getenv("LD_PRELOAD");
   if (preload != nullptr && std::strstr(preload, "libtwofour_tensorrt") != nullptr) register_creator();
@@ -66,7 +66,7 @@ void* forward(const char* name, Arguments... arguments) {
 
 extern "C" {
 
-// For a program that opens the library itself, as TensorRT-LLM's own plugins offer it. Whether the creator is registered.
+// For a program that opens the library itself, as TensorRT-LLM's own plugins offer it. Returns whether the creator is registered.
 TENSORRTAPI bool initTwofourPlugins() { return register_creator(); }
 
 TENSORRTAPI IPluginCreatorInterface* const* getCreators(int32_t& count) {
