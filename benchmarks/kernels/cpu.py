@@ -98,7 +98,7 @@ def run(model: str, threads: Sequence[int], tokens: Sequence[int], isas: Sequenc
         held = sum(weight.nbytes for layer in layers for weight in layer.weights.values())
         for isa in usable:
             if (isa, kind) == ("avx2", "bf16 2:4"):
-                continue  # no kernel of its own there
+                continue  # no separate kernel there
             cpu.use_isa(isa)
             for count in threads:
                 cpu.set_threads(count)

@@ -183,7 +183,7 @@ def _service(requests: Requests, rest: float) -> dict[str, Any]:
 
 
 def _drift(alarm_N: Array, cheap_N: Array) -> dict[str, Any]:
-    """How soon the alarm came and went, in requests, and what was cheap in between."""
+    """The alarm's delays to start and end, in requests, and the cheap share in between."""
     count = len(alarm_N)
     begin, end = count // 2, count * 3 // 4
     raised = begin + int(alarm_N[begin:].argmax())

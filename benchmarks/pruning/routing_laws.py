@@ -56,7 +56,7 @@ class LeastSquares:
     """
 
     FORGETTING = 0.97  # a memory of 33 measurements: as quick as the integral; a longer one is late by as much
-    RECENT = 2000  # predictions that stand for those to come
+    RECENT = 2000  # predictions used as a sample of later ones
     LEAST = 1e-6  # nats per token: a loss that is smaller counts as this
 
     def __init__(self, budget: float, threshold: float) -> None:

@@ -23,7 +23,7 @@ def add_limits(points: Sequence[dict[str, Any]], costs: Mapping[str, ModelCost],
 
     For each side: bytes and floating-point operations of one decode step, the GB/s and TFLOP/s that the measured time
     makes of them, and the share of `gpu`'s ceiling. `gpu` None means that no limit is known for the device, as for a
-    CPU: the rates stand without a share. A step is taken to hold `concurrency` sequences, half of their output done,
+    CPU: no share is computed. A step is taken to hold `concurrency` sequences, half of their output done,
     which only a closed loop keeps up: other arrivals get no limit.
     """
     for point in points:

@@ -47,7 +47,7 @@ def digest_of(value: Any) -> str:
 
 @dataclass(frozen=True)
 class CachedOutput:
-    """A finished stage output. `files` are sha256 by relative path; `digest` stands for all of them."""
+    """A finished stage output. `files` are sha256 by relative path; `digest` is the hash of all of them."""
 
     path: Path
     digest: str

@@ -103,7 +103,7 @@ def _place(source: Path, target: Path) -> None:
 
 
 def _swap(new: Path, out: Path) -> None:
-    """Puts `new` at `out`. At no moment is `out` absent, where the kernel can exchange two names."""
+    """Puts `new` at `out`. `out` is never absent where the kernel can exchange two names."""
     old = out.with_name(f".{out.name}.old")
     if not out.exists():
         new.rename(out)

@@ -40,7 +40,7 @@ def check_names(checkpoint: Checkpoint) -> Iterator[Violation]:
             detail = "a ModelOpt mask: fold the masks into the weights (mts.export) before quantizing and exporting"
             weight = checkpoint.tensors.get(key.removesuffix("_weight_mask") + "weight")
             if weight is not None and checkpoint.quantization.format != "none":
-                detail += f"; the config has {checkpoint.quantization.format}, the weight beside it is {weight.dtype}"
+                detail += f"; the config has {checkpoint.quantization.format}, its weight is {weight.dtype}"
             yield Violation(Code.UNFOLDED_MASK, detail, file, name)
         elif any(mark in name for mark in _QUANTIZER_NAMES):
             yield Violation(Code.QUANTIZER_STATE, "a quantizer's own state: export the model again", file, name)

@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 
 
 class UnsupportedError(ConfigError):
-    """A sound config of what this release does not know, such as the format of a newer ModelOpt."""
+    """A valid config with a feature that this release does not support, such as the format of a newer ModelOpt."""
 
 
 @dataclass(frozen=True)

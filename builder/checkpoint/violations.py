@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint: one code a kind of damage, and where it is."""
+"""Violations of a checkpoint: a code for each kind of damage, and its place."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ Report = Callable[[Violation], None]
 
 
 class Unsupported(Violation):
-    """Not damage: what this release does not know, such as the format of a newer ModelOpt."""
+    """Not damage: a feature that this release does not support, such as the format of a newer ModelOpt."""
 
 
 class VerificationError(GateError):

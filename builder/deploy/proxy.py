@@ -118,7 +118,7 @@ class Proxy:
     def _next(self, decision: Decision, refused: set[str]) -> str:
         """The variant to try after some refused. One of those where no other is as good and up."""
         up, full = self._conditions()
-        return route_around(decision.asked, list(self._upstreams), up, full | refused)
+        return route_around(decision.requested, list(self._upstreams), up, full | refused)
 
     def _measure(
         self, path: str, body: Mapping[str, Any], headers: Mapping[str, str], dense: Upstream, cheap: Upstream

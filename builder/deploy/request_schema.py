@@ -192,8 +192,8 @@ def _sampling_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling parameters: greedy by default; `top_k` or `top_p` alone means temperature 1."""
     top_k = _within("top_k", values.get("top_k", 0), 0)
     top_p = _within("top_p", values.get("top_p", 1.0), 0.0, 1.0)
-    asked = "temperature" in values
-    temperature = _within("temperature", values["temperature"] if asked else float(top_k > 1 or top_p < 1), 0.0, 100.0)
+    given = "temperature" in values
+    temperature = _within("temperature", values["temperature"] if given else float(top_k > 1 or top_p < 1), 0.0, 100.0)
     if top_k == 1 or top_p == 0:
         temperature, top_k, top_p = 0.0, 0, 1.0
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": values.get("seed", 0)}

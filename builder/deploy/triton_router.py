@@ -113,12 +113,12 @@ class RouterModel:
                 if self._refuses and len(self._open) >= self._capacity:
                     raise FullError(f"{len(self._open)} requests are waiting or running: try again later")
                 parameters = json.loads(request.parameters())
-                asked = {name: parameters.pop(name) for name in ("quality", "variant") if name in parameters}
+                requested = {name: parameters.pop(name) for name in ("quality", "variant") if name in parameters}
                 tensors = request.inputs()
                 values = request_schema.read({tensor.name(): tensor.as_numpy() for tensor in tensors}, parameters)
                 opened = Open(sender, secrets.token_hex(8), tensors, self._input_ids(values))
                 self._open[opened.ticket] = opened
-                self._pool.submit(self._serve, opened, asked)
+                self._pool.submit(self._serve, opened, requested)
             except Exception as error:
                 send_error(sender, error)
 
@@ -135,14 +135,14 @@ class RouterModel:
             return list(values["input_ids"])
         return encode_text(self._tokenizer, values.get("text_input", ""), values.get("add_special_tokens", True))
 
-    def _serve(self, opened: Open, asked: dict[str, Any]) -> None:
+    def _serve(self, opened: Open, requested: dict[str, Any]) -> None:
         """Answers one request, on its own thread."""
         try:
             up, full = self._conditions()
             dense, cheap = list(self._variants.values())[:2]
             tokens_T = np.array(opened.input_ids, np.int64)
             prefill = partial(_next_token, cheap, opened.input_ids)
-            decision = self._service.decide(tokens_T, prefill, **asked, up=up, full=full, load=dense.load)
+            decision = self._service.decide(tokens_T, prefill, **requested, up=up, full=full, load=dense.load)
             self._forward(opened, decision)
             self._service.answered(decision, lambda: _loss(dense, cheap, opened) / self._seen)
         except Exception as error:
@@ -170,7 +170,7 @@ class RouterModel:
     def _next(self, decision: Decision, refused: set[str], up: set[str], full: set[str]) -> str:
         """The variant to try after some rejected the request; one of those if there is no other."""
         try:
-            return route_around(decision.asked, list(self._variants), up - refused, full)
+            return route_around(decision.requested, list(self._variants), up - refused, full)
         except UnavailableError:
             return next(iter(refused))
 
@@ -209,7 +209,7 @@ class RouterModel:
 def _next_token(cheap: Variant, input_ids: list[int]) -> LogProbabilities | None:
     """The cheap variant's likeliest tokens after the prompt; None if it does not answer, so that dense does."""
     try:
-        return cheap.score([*input_ids, input_ids[-1]], len(input_ids))[0]  # what stands in its place has no effect
+        return cheap.score([*input_ids, input_ids[-1]], len(input_ids))[0]  # its replacement has no effect
     except CallError:
         return None
 

@@ -97,6 +97,6 @@ def _note(name: str, by_name: Mapping[str, Finding]) -> str:
 def _formats(backend: str, by_name: Mapping[str, Finding]) -> str:
     """The number formats of 2:4 layers that this GPU supports, and the reasons against the others."""
     sm = int(str(by_name["GPU"].version).removeprefix("SM"))
-    asked = {name: check(name, True, backend, sm, tensorrt_llm=by_name["TensorRT-LLM"].version) for name in FORMATS}
-    refused = [f"not {name}: {verdict.reason}" for name, verdict in asked.items() if not verdict.ok]
-    return "; ".join([f"2:4 layers in {', '.join(name for name in asked if asked[name].ok)}", *refused])
+    verdicts = {name: check(name, True, backend, sm, tensorrt_llm=by_name["TensorRT-LLM"].version) for name in FORMATS}
+    refused = [f"not {name}: {verdict.reason}" for name, verdict in verdicts.items() if not verdict.ok]
+    return "; ".join([f"2:4 layers in {', '.join(name for name in verdicts if verdicts[name].ok)}", *refused])

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out. No pydantic: the inner part of the torch engine runs without it."""
+"""The inputs and outputs of an engine. No pydantic: the inner part of the torch engine runs without it."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def resolve(
 
 
 def pick_backend(
-    asked: str,
+    requested: str,
     number_format: str,
     sparse: bool,
     kv_cache: str,
@@ -120,11 +120,11 @@ def pick_backend(
     among: Sequence[str] = BACKENDS,
     features: Sequence[str] = (),
 ) -> tuple[str, str]:
-    """The backend to build for on this machine, and why. Raises UserError where `asked`, or with "auto" any, cannot.
+    """The backend to build for here, and why. Raises UserError where `requested`, or with "auto" any, cannot.
 
     `among` are those that "auto" may take, `features` a plan's.
     """
-    if asked == "auto":
+    if requested == "auto":
         trtllm = machine.versions("tensorrt-llm").get("tensorrt-llm")
         return choose_backend(
             number_format,
@@ -137,9 +137,9 @@ def pick_backend(
             among=among,
         )
     verdict = check(
-        number_format, sparse, asked, machine.sm(), kv_cache=kv_cache, parallel=parallel, features=features
+        number_format, sparse, requested, machine.sm(), kv_cache=kv_cache, parallel=parallel, features=features
     ).require()
-    return asked, verdict.reason
+    return requested, verdict.reason
 
 
 def _publish(

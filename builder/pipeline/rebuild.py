@@ -1,4 +1,4 @@
-"""What can be done with a finished build, engine or checkpoint: measure it again, rebuild its engine, deploy it."""
+"""Commands on a finished build, engine or checkpoint: measure it again, rebuild its engine, deploy it."""
 
 from __future__ import annotations
 
@@ -119,22 +119,22 @@ def _engine_config(checkpoint: Checkpoint, overrides: tuple[str, ...]) -> Engine
     return config.model_copy(update={key: n for key, n in split.items() if key not in config.model_fields_set})
 
 
-def _backend_of(source: Checkpoint, asked: str, config: EngineConfig) -> str:
+def _backend_of(source: Checkpoint, requested: str, config: EngineConfig) -> str:
     """The backend to build for. Raises UserError where it does not read this kind of checkpoint."""
     can_read = ("tensorrt",) if source.kind == "trtllm" else ("pytorch", "torch")
-    if asked not in ("auto", *can_read):
+    if requested not in ("auto", *can_read):
         kinds = {"hf": "a unified Hugging Face", "trtllm": "a TensorRT-LLM"}
         other = next(kind for kind in kinds if kind != source.kind)
         part = {"hf": "checkpoint", "trtllm": "checkpoint-trtllm"}[other]
         raise UserError(
-            f"'{source.directory}' is {kinds[source.kind]} checkpoint, and {asked} needs {kinds[other]} one: "
-            f"name OUT/{part} of a build for engine.backend={asked}, or use --backend {can_read[0]}"
+            f"'{source.directory}' is {kinds[source.kind]} checkpoint, and {requested} needs {kinds[other]} one: "
+            f"name OUT/{part} of a build for engine.backend={requested}, or use --backend {can_read[0]}"
         )
     parallel = config.tensor_parallel * config.pipeline_parallel
-    if asked == "auto" and len(can_read) == 1:
-        asked = can_read[0]
+    if requested == "auto" and len(can_read) == 1:
+        requested = can_read[0]
     sparse, features = bool(source.sparse_layers), source.features
-    return pick_backend(asked, source.format, sparse, source.kv_cache, parallel, can_read, features)[0]
+    return pick_backend(requested, source.format, sparse, source.kv_cache, parallel, can_read, features)[0]
 
 
 def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:

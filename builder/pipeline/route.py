@@ -46,5 +46,5 @@ def route(
 def shadow_share(router: Path) -> float:
     """The share in the build's recipe; the default where the router is not part of a build."""
     path = router.resolve().parent / "recipe.yaml"
-    asked = recipe.load(str(path)).routing if path.is_file() else None
-    return (asked or Routing()).shadow
+    config = recipe.load(str(path)).routing if path.is_file() else None
+    return (config or Routing()).shadow

@@ -116,11 +116,11 @@ def _answered(row: Mapping[str, Any], question: str, answer: str, where: str) ->
         if not isinstance(turn, list) or len(turn) != 2:
             raise UserError(f"{where}: 'history' is not a list of pairs [question, answer]: write it as one")
         messages += _pair(_string(turn[0], "history", where), _string(turn[1], "history", where))
-    asked = _string(row[question], question, where)
+    prompt = _string(row[question], question, where)
     more = row.get("input") if question != "input" else None
     if more:
-        asked += "\n" + _string(more, "input", where)
-    return messages + _pair(asked, _string(row[answer], answer, where))
+        prompt += "\n" + _string(more, "input", where)
+    return messages + _pair(prompt, _string(row[answer], answer, where))
 
 
 def _pair(question: str, answer: str) -> list[Message]:

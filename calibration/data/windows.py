@@ -66,9 +66,9 @@ def windows(
         tokens = _cut(encode_documents(documents, tokenizer, chat_template), length)
     count = len(tokens.tokens)
     if count == 0 or (samples is not None and count < samples):
-        asked = f"{samples} samples" if samples else "a sample"
+        needed = f"{samples} samples" if samples else "a sample"
         raise UserError(
-            f"'{data}' holds {count} samples of {length} tokens, and {asked} are needed: add text, or use fewer"
+            f"'{data}' holds {count} samples of {length} tokens, and {needed} are needed: add text, or use fewer"
             + (f" (--set {key}={count})" if count else "")
         )
     if tokens.tokens.min() < 0 or tokens.tokens.max() >= vocabulary:

@@ -138,7 +138,7 @@ def hf_logits(model: Any) -> Logits:
 
 
 def gates(accuracy: Accuracy, limits: config.Accuracy) -> list[Gate]:
-    """What the recipe holds the build to: one {name, limit, value, passed, message} for each limit that is set."""
+    """The results of the recipe's limits: one {name, limit, value, passed, message} for each limit that is set."""
     rows: list[Gate] = []
     if limits.max_perplexity_increase is not None:
         value, limit = accuracy.perplexity_increase, limits.max_perplexity_increase

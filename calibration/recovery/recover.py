@@ -53,7 +53,7 @@ class RecoveryReport:
     seconds: float
     kl_before: float
     kl_after: float | None  # of the best mix; None: no mix is finite
-    mix: float  # how far the weights that were judged best lie from the pruned ones towards the trained ones
+    mix: float  # step from the pruned to the trained weights at the best evaluation
     kept: bool  # false: training did not help, and the weights are the pruned ones
 
 

@@ -77,7 +77,7 @@ class Decision:
     """
 
     variant: str
-    asked: str
+    requested: str
     predicted: float
     within: bool
     shadow: bool
@@ -127,16 +127,16 @@ class Controller:
         with self._lock:
             self._drift.add(features_F)
             within = not self._drift.alarm and predicted <= self._control.threshold  # false for NaN
-            asked = variant or self._asked(quality, predicted, within, load)
-            answers = route_around(asked, variants, up, full)
+            requested = variant or self._requested(quality, predicted, within, load)
+            answers = route_around(requested, variants, up, full)
             shadow = by_threshold and not self._drift.alarm and self._coin.random() < self.settings.shadow
             self._totals[Sample(metrics.REQUESTS, (("variant", answers), ("quality", quality)))] += 1
-            self._count(metrics.REROUTED, answers != asked)
+            self._count(metrics.REROUTED, answers != requested)
             self._count(metrics.UNPREDICTED, auto and not by_threshold)
             if by_threshold:
                 self._count(metrics.PREDICTED, 1)
                 self._count(metrics.PREDICTED_LOSS, predicted if answers != variants[0] else 0.0)
-        return Decision(answers, asked, predicted, within, shadow)
+        return Decision(answers, requested, predicted, within, shadow)
 
     def measured(self, decision: Decision, loss: float) -> None:
         """Takes the loss that a shadow run measured, in nats per token. One beyond the threshold counts as 0.
@@ -188,7 +188,7 @@ class Controller:
             self._control.resume(state["threshold"])
             self._measured, self._loss = int(state["measured"]), state["loss"]
 
-    def _asked(self, quality: str, predicted: float, within: bool, load: float) -> str:
+    def _requested(self, quality: str, predicted: float, within: bool, load: float) -> str:
         dense, cheap = self.policy.variants[:2]
         if quality == "auto":
             rest = self.settings.rest ** (1 - min(max(load, 0.0), 1.0))
@@ -199,8 +199,8 @@ class Controller:
         self._totals[Sample(name)] += amount
 
 
-def route_around(asked: str, variants: Sequence[str], up: Collection[str] | None, full: Collection[str]) -> str:
-    """The variant that answers where `asked` may be down or full.
+def route_around(requested: str, variants: Sequence[str], up: Collection[str] | None, full: Collection[str]) -> str:
+    """The variant that answers where `requested` may be down or full.
 
     Another is never poorer than the requested one, unless nothing else is up: a poorer answer beats none. Where all of
     them are full the requested one answers: its own queue decides. Raises UnavailableError where none is up.
@@ -208,7 +208,7 @@ def route_around(asked: str, variants: Sequence[str], up: Collection[str] | None
     live = [variant for variant in variants if up is None or variant in up]
     if not live:
         raise UnavailableError("no variant is up: try again later")
-    place = variants.index(asked)
+    place = variants.index(requested)
     as_good = [variant for variant in reversed(variants[: place + 1]) if variant in live]
     free = [variant for variant in as_good if variant not in full]
     return (free or as_good or live)[0]

@@ -69,9 +69,9 @@ class RouterService:
         self._shadows = ShadowRuns(self.controller, idle, after=self._save_if_due)
 
     def decide(
-        self, token_ids: np.ndarray[Any, Any] | None, run_prefill: RunPrefill = lambda: None, **asked: Any
+        self, token_ids: np.ndarray[Any, Any] | None, run_prefill: RunPrefill = lambda: None, **requested: Any
     ) -> Decision:
-        """The decision for a prompt [T] int64; `asked` as in `Controller.decide`.
+        """The decision for a prompt [T] int64; `requested` as in `Controller.decide`.
 
         A prompt of None is one that cannot be read here: its loss is not predicted. `run_prefill` is called if the
         router reads the prefill, the threshold decides, and the cheap variant is up and free. Raises UserError for an
@@ -80,9 +80,11 @@ class RouterService:
         start = self._clock()
         features_F, predicted = np.full(1, np.nan), float("inf")
         if token_ids is not None:
-            features_F = self._router.extract(token_ids, run_prefill if self._may_be_cheap(**asked) else lambda: None)
+            features_F = self._router.extract(
+                token_ids, run_prefill if self._may_be_cheap(**requested) else lambda: None
+            )
             predicted = float(self._router.predictor.predict(features_F).loss)
-        decision = self.controller.decide(features_F, predicted, **asked)
+        decision = self.controller.decide(features_F, predicted, **requested)
         self.controller.count(metrics.SECONDS, max(self._clock() - start, 0.0))
         self.controller.count(metrics.TIMED)
         return decision

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 PADDED = (16, 32)  # tokens that a dense FP8 product is also timed with
-WORKSPACE = 128 << 20  # beside the raw sums that our epilogue finishes
+WORKSPACE = 128 << 20  # in addition to the raw sums that our epilogue finishes
 
 
 @dataclass

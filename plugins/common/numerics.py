@@ -1,4 +1,4 @@
-"""The numerics of every linear layer in plain torch: what each kernel must reproduce, and what runs on a CPU.
+"""The numerics of every linear layer in plain torch: the reference of each kernel, and the implementation on a CPU.
 
     int8   y = (q_MK @ w_NK^T) * input_scale * weight_scale_N
            q = clamp(round(x * pre_quant_scale / input_scale), -128, 127)
@@ -44,8 +44,8 @@ def round_to_fp8(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
     """The numbers of quantize_fp8 (every zero as +0), held in float32.
 
     torch converts float8 on a CPU one element at a time; this takes vector instructions. Adding 1.5 * 2^(e + 20), where
-    2^e is the power of two under |x|, pushes all but 3 bits of the mantissa out, and float32 addition rounds them as
-    asked. Subnormal results share the e of the smallest normal.
+    2^e is the power of two under |x|, pushes all but 3 bits of the mantissa out, and float32 addition rounds to the
+    rest. Subnormal results share the e of the smallest normal.
     """
     x = (x * multiplier).float().clamp_(-FP8_MAX, FP8_MAX)
     magic = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=FP8_MIN_NORMAL).mul_(1.5 * 2**20)

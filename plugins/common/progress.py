@@ -3,4 +3,4 @@
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all)."""
+"""Called with (task, steps done, steps in all)."""

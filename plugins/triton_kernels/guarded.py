@@ -61,7 +61,7 @@ class Guarded:
         return result
 
     def _compare(self, copies: list[Any], result: torch.Tensor, arguments: tuple[Any, ...]) -> str | None:
-        """What is wrong with the operator's result on copies of the arguments that the reference had."""
+        """The error of the operator's result on copies of the reference's arguments; None without one."""
         try:
             out = self._operator(*copies)
             torch.cuda.synchronize(out.device)

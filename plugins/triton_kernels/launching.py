@@ -1,4 +1,4 @@
-"""What every kernel does before it reads what another wrote (overlap.py)."""
+"""Waits before a kernel reads the output of another (overlap.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoder block does between its linear layers, as torch operators `torch.ops.twofour.*`: one kernel each.
+"""The steps of a decoder block between its linear layers, as torch operators `torch.ops.twofour.*`: one kernel each.
 
     rms_norm(residual_MK!, x_MK, weight, eps, multiplier, dtype)   residual += x; its RMSNorm, rounded
     rope_and_cache(qkv_MN, ..., keys!, values!, ...) -> q_MHD       rotary embedding; keys and values into the cache

@@ -1,4 +1,4 @@
-"""The steps of a decoder block between its linear layers, in plain torch: what each kernel must reproduce.
+"""The steps of a decoder block between its linear layers, in plain torch: the reference of each kernel.
 
 Every operation rounds to the compute dtype as transformers' own modules do.
 

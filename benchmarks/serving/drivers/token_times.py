@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one event holds.
+    """The content of one event.
 
-    `tokens` is how many, None where the event has no count; `text` whether it has any, `end` whether it gives a reason
-    for the answer's end. `output_tokens` and `input_tokens` are the server's counts so far, where the event has them.
+    `tokens` is their number, None where the event has no count; `text`: it has text; `end`: it gives a reason for the
+    answer's end. `output_tokens` and `input_tokens` are the server's counts so far, where the event has them.
     """
 
     tokens: int | None = 0
@@ -34,17 +34,17 @@ class Arrival:
     chunk: Chunk
 
 
-def token_times(arrivals: Sequence[Arrival], start: float, asked: int) -> tuple[tuple[float, ...], int]:
-    """(the times of the events that hold tokens, the number of tokens) of an answer asked for at `start`.
+def token_times(arrivals: Sequence[Arrival], start: float, requested: int) -> tuple[tuple[float, ...], int]:
+    """(the times of the events that hold tokens, the number of tokens) of the answer to a request sent at `start`.
 
-    `asked` is the number of tokens that the request asked for: it stands for the server's count where there is none.
+    `requested`: the request's number of tokens, used where the server reports no count.
     """
     counts = [arrival.chunk.output_tokens for arrival in arrivals if arrival.chunk.output_tokens is not None]
     events = [arrival for arrival in arrivals if arrival.chunk.tokens != 0]
     if events and all(event.chunk.output_tokens is not None for event in events):
         times = _grown(events)
     else:
-        times = _reconciled(events, start, counts[-1] if counts else asked)
+        times = _reconciled(events, start, counts[-1] if counts else requested)
     known = sum(event.chunk.tokens or 1 for event in events if event.time in times)
     return tuple(times), counts[-1] if counts else known
 

@@ -156,8 +156,8 @@ def _check_architecture(directory: Path, config: Mapping[str, Any]) -> None:
         raise UserError(f"'{directory}' has the architecture '{name}', not supported: use one of {', '.join(FAMILIES)}")
 
 
-def _max_seq_len(asked: int, config: Mapping[str, Any]) -> int:
-    return min(asked, int(config.get("max_position_embeddings") or asked))
+def _max_seq_len(requested: int, config: Mapping[str, Any]) -> int:
+    return min(requested, int(config.get("max_position_embeddings") or requested))
 
 
 def _kv_cache(config: Mapping[str, Any], tensors: weights.Tensors) -> str:

@@ -1,6 +1,6 @@
 """A TensorRT-LLM checkpoint's `config.json`, refused here where TensorRT-LLM would refuse it late, or never.
 
-A TensorRT-LLM checkpoint is `config.json` and one `rank{N}.safetensors` a rank, with our `sparsity.json` beside them.
+A TensorRT-LLM checkpoint is `config.json` and one `rank{N}.safetensors` a rank, and our `sparsity.json`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def read(directory: Path) -> TrtllmCheckpoint:
 
 
 def _check_quantization(config: dict[str, Any], where: Path) -> None:
-    """Names what a newer ModelOpt may have written and TensorRT-LLM does not know."""
+    """Names settings that a newer ModelOpt may write and TensorRT-LLM does not support."""
     quantization = config.get("quantization") or {}
     producer = config.get("producer") or {}
     writer = f"{producer.get('name', 'an unknown tool')} {producer.get('version', '')}".strip()

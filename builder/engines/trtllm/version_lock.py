@@ -24,7 +24,7 @@ from plugins.tensorrt_llm import releases
 FILE = "lock.json"
 CUDA_TOOLKIT = Path("/usr/local/cuda/version.json")  # where NVIDIA's images have CUDA, and no wheel of it
 
-# What must be the same when the engine runs. The PyTorch backend compiles nothing for one GPU and reads plain weights.
+# Facts that must match when the engine runs. The PyTorch backend compiles nothing for one GPU and reads plain weights.
 BINDING = {
     "tensorrt": ("tensorrt_llm", "tensorrt", "cuda", "sm", "plugin_sha256"),
     "pytorch": ("tensorrt_llm", "plugin_sha256"),

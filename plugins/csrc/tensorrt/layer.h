@@ -18,8 +18,8 @@ struct Error {
 };
 void check(twofour_status status);
 
-// The kernel by number of tokens: the skinny one up to `skinny_tokens`, `wide_kernel` above. TensorRT times these against each
-// other; its tactic number is the index + 1, as 0 means "no tactic".
+// The kernel by number of tokens: the skinny one up to `skinny_tokens`, `wide_kernel` above. TensorRT times these against
+// each other; its tactic number is the index + 1, as 0 means "no tactic".
 struct Tactic {
   int64_t skinny_tokens;
   twofour_kernel wide_kernel;

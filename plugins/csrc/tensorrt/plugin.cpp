@@ -180,7 +180,7 @@ int32_t Plugin::getNbTactics() noexcept {
 int32_t Plugin::getValidTactics(int32_t* tactics, int32_t count) noexcept {
   return guard(1, [&] {
     const std::vector<int32_t> valid = layer_->tactics(context());
-    if (static_cast<size_t>(count) != valid.size()) throw Error{"TensorRT requests another number of tactics than getNbTactics returned"};
+    if (static_cast<size_t>(count) != valid.size()) throw Error{"TensorRT requests other tactics than getNbTactics returned"};
     std::copy(valid.begin(), valid.end(), tactics);
     return 0;
   });

@@ -66,7 +66,7 @@ void* forward(const char* name, Arguments... arguments) {
 
 extern "C" {
 
-// For a program that opens the library itself, as TensorRT-LLM's own plugins offer it. Returns whether the creator is registered.
+// For a program that opens the library itself, as with TensorRT-LLM's own plugins. Returns whether the creator is registered.
 TENSORRTAPI bool initTwofourPlugins() { return register_creator(); }
 
 TENSORRTAPI IPluginCreatorInterface* const* getCreators(int32_t& count) {

@@ -92,7 +92,7 @@ def test_unfolded_masks(exports: Path) -> None:
     assert first.message == (
         "model.safetensors: 'model.layers.0.mlp.down_proj._weight_mask': a ModelOpt mask: fold the masks "
         "into the weights (mts.export) before quantizing and exporting; the config has fp8, "
-        "the weight beside it is BF16"
+        "its weight is BF16"
     )
     assert {Code.MISSING_TENSOR, Code.DTYPE} <= {violation.code for violation in actual.violations}
     with pytest.raises(VerificationError, match=r"^\[unfolded-mask\] model.safetensors: .* more: twofour verify lists"):
