@@ -64,7 +64,7 @@ def test_moments_of_a_layer_that_adds_to_the_residual_stream(block: tuple[Blocks
     missing = after - before - pruned.block.self_attn.o_proj.bias
     assert actual.cross is None
     torch.testing.assert_close(actual.hessian, x.T @ x / len(x))
-    torch.testing.assert_close(actual.wanted, missing.T @ x / len(x))
+    torch.testing.assert_close(actual.residual_cross, missing.T @ x / len(x))
     torch.testing.assert_close(inputs.read(range(len(TOKENS))).flatten(0, 1), x)
     torch.testing.assert_close(leaving.read(range(len(TOKENS))).flatten(0, 1), after)
 
@@ -78,7 +78,7 @@ def test_moments_of_a_layer_inside_a_half(block: tuple[Blocks, Stream, Stream]):
         stream.block.post_attention_layernorm(stream.states.read(range(len(TOKENS)))).flatten(0, 1)
         for stream in (pruned, dense)
     )
-    assert actual.wanted is None
+    assert actual.residual_cross is None
     torch.testing.assert_close(actual.hessian, x.T @ x / len(x))
     torch.testing.assert_close(actual.cross, dense_x.T @ x / len(x))
 
