@@ -15,7 +15,7 @@ layer along its channels, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,11 @@ from calibration.model.channel_order import INPUTS, Channels
 from calibration.pruning.block_pruner import by_block
 from calibration.pruning.input_statistics import collect_statistics, shared_inputs
 from calibration.pruning.solvers import SOLVERS, Pattern
+from plugins.common.progress import Progress
 from plugins.sparsity.segments import Segments
 
 BATCH = 4  # windows
 DRAWS = 4  # of tokens from the model's own distribution, a batch
-Progress = Callable[[str, int, int], None]
 Prices = dict[str, list[float]]
 
 

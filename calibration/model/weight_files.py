@@ -75,15 +75,15 @@ def stored_dtype(directory: Path) -> str:
     """The dtype that most bytes of the weights are stored in."""
     sizes: Counter[str] = Counter()
     for file in weight_files(directory):
-        for tensor in _header(file).values():
+        for tensor in read_header(file)[0].values():
             if tensor["dtype"] in DTYPES:
                 first, last = tensor["data_offsets"]
                 sizes[DTYPES[tensor["dtype"]]] += last - first
     return max(sizes, key=lambda name: sizes[name]) if sizes else "bfloat16"
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """The header's table of tensors."""
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header's table of tensors, and where their data begins in the file. Raises UserError for a damaged file."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -96,7 +96,7 @@ def _header(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"'{file}' is not a complete safetensors file ({reason}): fetch it again") from None
-    return header
+    return header, 8 + length
 
 
 def _is_file_name(name: Any) -> bool:

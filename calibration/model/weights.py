@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calibration.model.channel_order import ChannelOrder
-from calibration.model.weight_files import INDEX, SINGLE, weight_files
+from calibration.model.weight_files import INDEX, SINGLE, read_header, weight_files
 from plugins.common.errors import UserError
 from plugins.common.files import replacing, sha256_once
 
@@ -78,7 +76,7 @@ def copy_with(source: Path, out: Path, names: Iterable[str], replacement: Callab
     that are not the model's own safetensors are left behind. Each file is complete and on disk before it gets its name.
     """
     out.mkdir(parents=True, exist_ok=True)
-    wanted, weights = set(names), weight_files(source)
+    replaced, weights = set(names), weight_files(source)
     for file in sorted(path for path in source.iterdir() if path.is_file()):
         if file.suffix in OTHER_WEIGHTS and file not in weights:
             continue
@@ -87,15 +85,17 @@ def copy_with(source: Path, out: Path, names: Iterable[str], replacement: Callab
         with replacing(out / file.name, durable=True) as copy:
             shutil.copyfile(file, copy)
             if file.suffix == ".safetensors":
-                with copy.open("r+b") as opened:
-                    _replace(opened.fileno(), wanted, replacement)
+                _replace(copy, replaced, replacement)
 
 
-def _replace(file: int, names: set[str], replacement: Callable[[str], Tensor]) -> None:
-    size = int.from_bytes(os.pread(file, 8, 0), "little")
-    for name, facts in json.loads(os.pread(file, size, 8)).items():
-        if name in names:
+def _replace(file: Path, names: set[str], replacement: Callable[[str], Tensor]) -> None:
+    header, start = read_header(file)
+    with file.open("r+b") as opened:
+        for name, facts in header.items():
+            if name not in names:
+                continue
             begin, end = facts["data_offsets"]
             data = replacement(name).cpu().contiguous().view(torch.uint8).numpy().tobytes()
             assert len(data) == end - begin, f"'{name}' changed its shape or dtype"
-            os.pwrite(file, data, 8 + size + begin)
+            opened.seek(start + begin)
+            opened.write(data)

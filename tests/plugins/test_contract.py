@@ -19,7 +19,7 @@ from builder.engines.trtllm import artifact, launch, pytorch, tensorrt
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from calibration.quantization.trtllm_config import complete_config
 from plugins.common.formats import INT8_PER_TOKEN
-from tests.support.contract import RELEASES, SECTIONS, facts, source
+from tests.support.contract import RELEASES, SECTIONS, check_flags, facts, source, switches
 from tests.support.stand_in_checkpoint import CONFIG, LAYERS, write_checkpoint
 
 TYPES = {"int": int, "bool": bool, "str": str, "float": (int, float)}
@@ -73,16 +73,6 @@ def test_every_flag_of_the_build_command_is_in_the_contract(tmp_path):
         assert all(command[command.index(f) + 1] in ("enable", "disable") for f in features if f in command)
 
 
-def check_flags(arguments, known, switches=frozenset()):
-    """Every option is known, once, and has one value exactly where it takes one."""
-    options = [word for word in arguments if word.startswith("-")]
-    assert sorted(set(options)) == sorted(options)
-    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
-        if word.startswith("-"):
-            assert word in known
-            assert following.startswith("-") == (word in switches)
-
-
 def test_gemm_plugin_is_off_wherever_native_sparse_tactics_are_wanted(tmp_path):
     for checkpoint, config, routes in everything_buildable(tmp_path):
         settings = tensorrt.build_config(trtllm_checkpoint.read(checkpoint), config, routes)
@@ -133,10 +123,6 @@ def test_a_budget_of_the_cache_becomes_tensorrt_llms_own_eviction(backend):
     else:
         assert (cache["max_attention_window"], cache["sink_token_length"]) == ([1024], 4)
         assert set(cache) <= set(facts("KvCacheConfig"))
-
-
-def switches(section: str) -> set[str]:
-    return {name for name, fact in facts(section).items() if fact.get("switch")}
 
 
 def serve_arguments(script: Path) -> list[str]:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_contract import check_flags, switches
 
 from tests.support.command import done, nothing_left, refused, twofour
-from tests.support.contract import facts
+from tests.support.contract import check_flags, facts, switches
 from tests.support.models import change_config
 from tests.support.trtllm_builds import change
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,17 @@ def source(section: str, fact: str) -> dict[str, str]:
     whole = SECTIONS[section]
     where = whole["facts"][fact].get("source") or whole["source"]
     return {**CONTRACT["texts"][where["text"]], "path": where["path"], "text": where["text"]}
+
+
+def switches(section: str) -> set[str]:
+    return {name for name, fact in facts(section).items() if fact.get("switch")}
+
+
+def check_flags(arguments: Sequence[str], known: Collection[str], switches: Collection[str] = frozenset()) -> None:
+    """Every option is known, once, and has one value exactly where it takes one."""
+    options = [word for word in arguments if word.startswith("-")]
+    assert sorted(set(options)) == sorted(options)
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if word.startswith("-"):
+            assert word in known
+            assert following.startswith("-") == (word in switches)

@@ -5,17 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from calibration.pruning.solvers.masks import Pattern, apply, dense_part
-from calibration.pruning.solvers.protocol import Statistics
+from calibration.pruning.solvers.protocol import Solver, Statistics
 from plugins.sparsity.segments import Segments
 
 
-class Magnitude:
+class Magnitude(Solver):
     """Looks at no activations."""
 
     needs_inputs = False
-    needs_dense_inputs = False
-    tunes_blocks = False
-    refits_head = False
 
     def prune(
         self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern, segments: Segments

@@ -48,12 +48,15 @@ class Statistics:
 
 
 class Solver(Protocol):
-    """A pruning method. The weight that it returns is sparse within the sparse `segments`, and holds no -0."""
+    """A pruning method. The weight that it returns is sparse within the sparse `segments`, and holds no -0.
 
-    needs_inputs: bool  # whether it reads `hessian`
-    needs_dense_inputs: bool  # whether it reads `cross` or `residual_cross`
-    tunes_blocks: bool  # whether a block's layers are tuned together once each is pruned; needs the dense inputs
-    refits_head: bool  # whether an output head that is not the embedding compensates for the rest; needs them too
+    A method extends this class and sets the attributes that differ.
+    """
+
+    needs_inputs: bool = True  # whether it reads `hessian`
+    needs_dense_inputs: bool = False  # whether it reads `cross` or `residual_cross`
+    tunes_blocks: bool = False  # whether a pruned block's layers are fine-tuned together; needs the dense inputs
+    refits_head: bool = False  # whether an untied output head compensates for the rest; needs them too
 
     def prune(
         self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern, segments: Segments

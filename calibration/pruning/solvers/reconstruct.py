@@ -29,7 +29,7 @@ from torch import Tensor
 
 from calibration.pruning.solvers.hessian import damped
 from calibration.pruning.solvers.masks import Pattern, apply
-from calibration.pruning.solvers.protocol import Statistics
+from calibration.pruning.solvers.protocol import Solver, Statistics
 from calibration.pruning.solvers.sparsegpt import prune_in_turn, prune_together, sweep_segments
 from plugins.sparsity.segments import Segments
 
@@ -39,10 +39,9 @@ TINY = 1e-30  # keeps a row that is solved already from dividing by zero
 MOST_CHOICES = 70  # masks of a group that are tried one by one: as many as 4:8 has
 
 
-class Reconstruct:
+class Reconstruct(Solver):
     """Raises UserError where the inputs are not finite."""
 
-    needs_inputs = True
     needs_dense_inputs = True
     tunes_blocks = True
     refits_head = True

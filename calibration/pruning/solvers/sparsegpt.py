@@ -20,20 +20,15 @@ import torch
 from torch import Tensor
 
 from calibration.pruning.solvers.masks import Pattern, apply
-from calibration.pruning.solvers.protocol import Statistics
+from calibration.pruning.solvers.protocol import Solver, Statistics
 from plugins.sparsity.segments import Segments
 
 PANEL = 128
 Prune = Callable[[Tensor, Tensor, Pattern], tuple[Tensor, Tensor]]
 
 
-class SparseGPT:
+class SparseGPT(Solver):
     """The mask by |w| over the inverse Hessian's diagonal, the other weights updated."""
-
-    needs_inputs = True
-    needs_dense_inputs = False
-    tunes_blocks = False
-    refits_head = False
 
     def prune(
         self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern, segments: Segments

@@ -6,17 +6,12 @@ from torch import Tensor
 
 from calibration.pruning.solvers.hessian import check_finite
 from calibration.pruning.solvers.masks import Pattern, apply, dense_part
-from calibration.pruning.solvers.protocol import Statistics
+from calibration.pruning.solvers.protocol import Solver, Statistics
 from plugins.sparsity.segments import Segments
 
 
-class Wanda:
+class Wanda(Solver):
     """Scores a weight by its size times the norm of its input; compares within a row, never across rows."""
-
-    needs_inputs = True
-    needs_dense_inputs = False
-    tunes_blocks = False
-    refits_head = False
 
     def prune(
         self, name: str, weight_NK: Tensor, statistics: Statistics | None, pattern: Pattern, segments: Segments

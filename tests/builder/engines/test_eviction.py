@@ -14,7 +14,7 @@ from builder.engines.torch_backend.artifact import TorchEngine
 from builder.engines.torch_backend.eviction import attend, heaviest
 from builder.planning.kv_cache import BLOCK
 from plugins.common.errors import UserError
-from tests.builder.engines.test_torch_engine import make_model, prompt
+from tests.support.torch_models import make_model, prompt
 
 BUDGET = 4 * BLOCK
 LENGTH = 8 * BLOCK
