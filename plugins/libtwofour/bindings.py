@@ -22,7 +22,6 @@ from plugins.libtwofour.structures import (
     Info,
     Search,
     SearchResult,
-    Stamp,
 )
 
 HOST = -1
@@ -110,12 +109,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "library_version": (c_int, POINTER(c_int32)),
         "create": (c_int, POINTER(c_void_p)),
         "get_info": (pointer, POINTER(DeviceInfo)),
-        "check": (pointer, c_int, number, number, pointer, pointer, POINTER(number), POINTER(number)),
         "weight_bytes": (pointer, problem, POINTER(c_size_t)),
         "prepare_weight": (pointer, problem, pointer, pointer, pointer),
-        "unpack_weight": (pointer, problem, pointer, pointer, pointer),
-        "get_stamp": (pointer, problem, POINTER(Stamp)),
-        "check_stamp": (pointer, problem, POINTER(Stamp)),
         "plan": (pointer, problem),
         "workspace_bytes": (pointer, problem, POINTER(c_size_t)),
         "search": (pointer, problem, *[pointer] * 4, c_size_t, pointer, c_size_t, pointer, POINTER(SearchResult)),
@@ -157,21 +152,6 @@ class Context:
         self._call("get_info", byref(info))
         return Info(*(getattr(info, name) for name, _ in DeviceInfo._fields_))
 
-    def first_violation(
-        self, format: str, out_features: int, in_features: int, weight: int, stream: int = 0
-    ) -> tuple[int, int] | None:
-        """(row, group) of the first group with more than 2 nonzeros, or None."""
-        row, group = c_int64(-1), c_int64(-1)
-        try:
-            self._call(
-                "check", FORMATS.index(format), out_features, in_features, weight, stream, byref(row), byref(group)
-            )
-        except LibraryError as error:
-            if error.status != "not 2:4":
-                raise
-            return row.value, group.value
-        return None
-
     def weight_bytes(self, problem: Gemm) -> int:
         return self._size("weight_bytes", problem)
 
@@ -180,17 +160,6 @@ class Context:
 
     def prepare_weight(self, problem: Gemm, weight: int, prepared: int, stream: int = 0) -> None:
         self._call("prepare_weight", byref(problem), weight, prepared, stream)
-
-    def unpack_weight(self, problem: Gemm, prepared: int, weight: int, stream: int = 0) -> None:
-        self._call("unpack_weight", byref(problem), prepared, weight, stream)
-
-    def stamp(self, problem: Gemm) -> Stamp:
-        stamp = Stamp()
-        self._call("get_stamp", byref(problem), byref(stamp))
-        return stamp
-
-    def check_stamp(self, problem: Gemm, stamp: Stamp) -> None:
-        self._call("check_stamp", byref(problem), byref(stamp))
 
     def plan(self, problem: Gemm) -> None:
         self._call("plan", byref(problem))

@@ -1,8 +1,8 @@
 """Builds libtwofour, and its TensorRT plugin where TensorRT's headers are given, with nvcc. Imports no torch.
 
 cuSPARSELt, cuSPARSE and cuBLAS are needed as headers only: the library finds them when it runs. They come from the
-PyPI wheels (nvidia-cusparselt-cu13, nvidia-cusparse, nvidia-cublas) or the system. With CMake on the PATH the build
-is plugins/csrc/CMakeLists.txt; without it nvcc is called directly on the same sources.
+PyPI wheels (nvidia-cusparselt-cu13, nvidia-cusparse, nvidia-cublas) or the system. CMake runs the build by
+plugins/csrc/CMakeLists.txt.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,7 +49,6 @@ def build(
     out: Path | None = None,
     tensorrt_include: Path | None = None,
     progress: Progress = lambda line: None,
-    use_cmake: bool | None = None,
 ) -> Build:
     """Compiles for `sms` ("90a", "sm_90", "9.0"; None: the GPU here, else all of SMS) into the directory `out` (OUT).
 
@@ -58,6 +56,8 @@ def build(
     libtwofour_tensorrt.so. Raises UserError where the compiler or a header is missing, or the compilation fails.
     """
     nvcc, out = find_nvcc(), out or OUT
+    if shutil.which("cmake") is None or shutil.which("make") is None:
+        raise UserError("no CMake and make found", "pip install cmake, and install make")
     chosen = tuple(dict.fromkeys(parse_sm(sm) for sm in sms)) if sms else gpu_sms() or SMS
     includes = find_includes()
     if tensorrt_include is None and os.environ.get("TENSORRT_INCLUDE"):
@@ -65,9 +65,8 @@ def build(
     if tensorrt_include is not None and not (tensorrt_include / "NvInfer.h").exists():
         raise UserError(f"no NvInfer.h in '{tensorrt_include}': give the include directory of TensorRT 10")
     progress(f"compiling {SOURCES} for sm_{', sm_'.join(chosen)} with {nvcc}")
-    compile_ = _with_cmake if (_can_use_cmake() if use_cmake is None else use_cmake) else _with_nvcc
     with tempfile.TemporaryDirectory(prefix="twofour-build-") as work:
-        compiled = compile_(nvcc, chosen, includes, tensorrt_include, Path(work), progress)
+        compiled = _compile(nvcc, chosen, includes, tensorrt_include, Path(work), progress)
         out.mkdir(parents=True, exist_ok=True)
         for file in compiled:
             shutil.copy2(file, out / (file.name + ".new"))
@@ -138,12 +137,7 @@ def _include_candidates() -> list[Path]:
     return [*homes, *wheels, *system]
 
 
-def _can_use_cmake() -> bool:
-    """Whether CMake and a build program that it can drive are here."""
-    return shutil.which("cmake") is not None and shutil.which("make") is not None
-
-
-def _with_cmake(
+def _compile(
     nvcc: str, sms: Sequence[str], includes: list[Path], tensorrt: Path | None, work: Path, progress: Progress
 ) -> list[Path]:
     options = {
@@ -155,34 +149,6 @@ def _with_cmake(
     _run(["cmake", "-S", str(SOURCES), "-B", str(work), *(f"-D{k}={v}" for k, v in options.items())], progress)
     _run(["cmake", "--build", str(work), "--parallel", str(_jobs())], progress)
     return [work / "libtwofour.so", *([work / "tensorrt" / "libtwofour_tensorrt.so"] if tensorrt else [])]
-
-
-def _with_nvcc(
-    nvcc: str, sms: Sequence[str], includes: list[Path], tensorrt: Path | None, work: Path, progress: Progress
-) -> list[Path]:
-    codes = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in sms]
-    search = [f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'src'}", *(f"-isystem={path}" for path in includes)]
-    common = [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *search]
-
-    def compile_one(source: Path, *options: str) -> str:
-        target = work / f"{source.stem}.o"
-        _run(
-            [*common, *(codes if source.suffix == ".cu" else []), *options, "-c", str(source), "-o", str(target)],
-            progress,
-        )
-        return str(target)
-
-    with ThreadPoolExecutor(_jobs()) as pool:
-        objects = list(pool.map(compile_one, sorted((SOURCES / "src").glob("*.c*[pu]"))))
-    library = work / "libtwofour.so"
-    _run([nvcc, *codes, "-shared", "-cudart=static", *objects, "-o", str(library), "-ldl"], progress)
-    if tensorrt is None:
-        return [library]
-    plugin = work / "libtwofour_tensorrt.so"
-    parts = [compile_one(source, f"-isystem={tensorrt}") for source in sorted((SOURCES / "tensorrt").glob("*.cpp"))]
-    exports = f"-Xlinker=--version-script={SOURCES / 'tensorrt' / 'exports.map'}"
-    _run([nvcc, *codes, "-shared", "-cudart=static", exports, *objects, *parts, "-o", str(plugin), "-ldl"], progress)
-    return [library, plugin]
 
 
 def _run(command: list[str], progress: Progress) -> None:
@@ -212,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args(arguments)
     try:
-        result = build(use_cmake=False)
+        result = build()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -30,19 +30,6 @@ class Gemm(Structure):
     )
 
 
-class Stamp(Structure):
-    """twofour_stamp: what a prepared weight was made for."""
-
-    _fields_ = (
-        ("kernel", c_int32),
-        ("type", c_int32),
-        ("out_features", c_int64),
-        ("in_features", c_int64),
-        ("sm", c_int32),
-        ("version", c_int32),
-    )
-
-
 class Algorithm(Structure):
     """twofour_algorithm."""
 

@@ -17,6 +17,7 @@ from plugins.common.errors import UserError
 from plugins.libtwofour import bindings, structures, torch_ops
 from plugins.sparsity import skinny_layout
 from plugins.sparsity.torch_packing import to_numpy
+from tests.support import c_api
 
 OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "skinny": torch_ops.skinny_linear,
@@ -146,7 +147,7 @@ def test_packing_on_the_device_is_numpys(dtype: torch.dtype) -> None:
     assert torch.equal(packed.cpu(), torch.from_numpy(expected))
     unpacked = torch.empty_like(w)
     problem = structures.gemm("skinny", torch_ops.FORMATS[dtype], "bf16", 70, 528)
-    bindings.context(0).unpack_weight(problem, packed.data_ptr(), unpacked.data_ptr())
+    c_api.unpack_weight(bindings.context(0), problem, packed.data_ptr(), unpacked.data_ptr())
     torch.cuda.synchronize()
     assert torch.equal(unpacked.view(torch.uint8), w.view(torch.uint8))
 
@@ -174,11 +175,11 @@ def test_shapes_that_cusparselt_cannot_take_say_what_works() -> None:
 
 def test_stamp_of_another_gpu_is_refused() -> None:
     context, problem = bindings.context(0), structures.gemm("cusparselt", "bf16", "bf16", 128, 128)
-    stamp = context.stamp(problem)
-    context.check_stamp(problem, stamp)
+    stamp = c_api.get_stamp(context, problem)
+    c_api.check_stamp(context, problem, stamp)
     assert stamp.version >= int(os.environ.get("TWOFOUR_CUSPARSELT_OLDEST", "801"))
     stamp.sm = 75
-    assert "prepared for SM 75" in refused(lambda: context.check_stamp(problem, stamp))
+    assert "prepared for SM 75" in refused(lambda: c_api.check_stamp(context, problem, stamp))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=torch_ops.FORMATS.get)

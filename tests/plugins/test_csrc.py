@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plugins.common.errors import UserError
 from plugins.libtwofour import bindings, structures
 from plugins.sparsity import skinny_layout
-from tests.support import native
+from tests.support import c_api, native
 from tests.support.examples import examples
 
 DTYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
@@ -108,7 +108,7 @@ def test_packing_agrees_with_numpy_and_inverts(format: str, n: int, chunks: int,
     canonical = np.where(bits == sign, 0, bits)  # -0.0 comes back as 0
     problem = structures.gemm("skinny", format, "fp16", *w_NK.shape)
     unpacked = native.aligned(np.full_like(w_NK, 1))
-    host.unpack_weight(problem, packed.ctypes.data, unpacked.ctypes.data)
+    c_api.unpack_weight(host, problem, packed.ctypes.data, unpacked.ctypes.data)
     np.testing.assert_array_equal(unpacked.view(bits.dtype), canonical)
     np.testing.assert_array_equal(skinny_layout.unpack(packed, *w_NK.shape, format), canonical)
 
@@ -238,7 +238,7 @@ def test_rings_of_the_streamed_kernel_turn_many_times(
 
 def violation(host: bindings.Context, w_NK: np.ndarray, format: str) -> tuple[int, int] | None:
     weight = native.aligned(w_NK)
-    return host.first_violation(format, *w_NK.shape, weight.ctypes.data)
+    return c_api.first_violation(host, format, *w_NK.shape, weight.ctypes.data)
 
 
 @pytest.mark.parametrize("format", sorted(DTYPES))
@@ -314,15 +314,15 @@ def test_workspace_that_is_too_small_and_pointer_off_alignment(host: bindings.Co
 
 def test_stamp_of_another_shape_gpu_or_version_is_refused(host: bindings.Context) -> None:
     problem = gemm()
-    stamp = host.stamp(problem)
-    host.check_stamp(problem, stamp)
+    stamp = c_api.get_stamp(host, problem)
+    c_api.check_stamp(host, problem, stamp)
     for field, value, algorithm in (
         ("out_features", 32, r"prepared for skinny, int8, \[32, 256\]; the call needs skinny, int8, \[16, 256\]"),
         ("sm", 89, "prepared for SM 89 and version 1, here are SM 0 and version 1; prepare it again"),
         ("version", 7, "version 7"),
     ):
-        wrong = structures.Stamp.from_buffer_copy(stamp)
+        wrong = c_api.Stamp.from_buffer_copy(stamp)
         setattr(wrong, field, value)
         with pytest.raises(bindings.LibraryError, match=algorithm) as caught:
-            host.check_stamp(problem, wrong)
+            c_api.check_stamp(host, problem, wrong)
         assert caught.value.status == "wrong build"

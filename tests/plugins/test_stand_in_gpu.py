@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from plugins.libtwofour import bindings, structures
-from tests.support import native
+from tests.support import c_api, native
 from tests.support.stand_in_gpu import open_gpu, set_environment
 
 DTYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
@@ -273,14 +273,14 @@ def test_fp8_before_ada(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compressed_weight_of_another_gpu_or_version(gpu: bindings.Context) -> None:
     problem = structures.gemm("cusparselt", "bf16", "bf16", 64, 64)
-    stamp = gpu.stamp(problem)
+    stamp = c_api.get_stamp(gpu, problem)
     assert (stamp.sm, stamp.version) == (90, 801)
-    gpu.check_stamp(problem, stamp)
+    c_api.check_stamp(gpu, problem, stamp)
     for field, value in (("sm", 89), ("version", 800)):
-        wrong = structures.Stamp.from_buffer_copy(stamp)
+        wrong = c_api.Stamp.from_buffer_copy(stamp)
         setattr(wrong, field, value)
         with pytest.raises(bindings.LibraryError, match="prepare it again from the dense weight"):
-            gpu.check_stamp(problem, wrong)
+            c_api.check_stamp(gpu, problem, wrong)
 
 
 def test_memory_that_runs_out_while_compressing_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
