@@ -1,6 +1,7 @@
 """Checkpoints on disk, in both formats: read lazily and verified from the files alone, without torch."""
 
 from builder.artifacts.filesystem import checkpoint_digest as digest
+from builder.checkpoint.description import Description, describe
 from builder.checkpoint.reading import Checkpoint, LayerFacts, read
 from builder.checkpoint.safetensors_file import Tensor
 from builder.checkpoint.violations import Code, VerificationError, Violation
@@ -9,10 +10,12 @@ from builder.checkpoint.zeros import normalize_zeros
 __all__ = [
     "Checkpoint",
     "Code",
+    "Description",
     "LayerFacts",
     "Tensor",
     "VerificationError",
     "Violation",
+    "describe",
     "digest",
     "normalize_zeros",
     "read",

@@ -56,6 +56,11 @@ class Mapping:
     def ranks(self) -> int:
         return self.tp * self.pp
 
+    def blocks(self, rank: int, count: int) -> range:
+        """The decoder blocks that a rank holds, of `count`: a pipeline stage has as many as any other."""
+        each, stage = count // self.pp, rank // self.tp
+        return range(stage * each, (stage + 1) * each)
+
 
 def read_hf(config: dict[str, Any], exported: dict[str, Any] | None) -> tuple[Architecture, Quantization]:
     """From `config.json` and `hf_quant_config.json`, if there is one. Raises ConfigError, also where they disagree."""

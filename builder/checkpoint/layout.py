@@ -66,12 +66,10 @@ def hf_tensors(arch: Architecture, quantization: Quantization) -> dict[str, Expe
 
 def trtllm_parts(arch: Architecture, mapping: Mapping, rank: int) -> Iterator[Part]:
     """The linear layers of one rank. Files of each pipeline stage number their blocks from 0."""
-    count = arch.num_blocks // mapping.pp
-    stage = rank // mapping.tp
     hidden, inner = arch.hidden_size, arch.intermediate_size // mapping.tp
     queries = arch.num_heads // mapping.tp * arch.head_dim
     keys = -(-arch.num_kv_heads // mapping.tp) * arch.head_dim  # more ranks than heads: each rank keeps one
-    for local in range(count):
+    for local, block in enumerate(mapping.blocks(rank, arch.num_blocks)):
         for name, N, K, bias in (
             ("attention.qkv", queries + 2 * keys, hidden, arch.bias_qkv),
             ("attention.dense", hidden, queries, arch.bias_o),
@@ -79,9 +77,8 @@ def trtllm_parts(arch: Architecture, mapping: Mapping, rank: int) -> Iterator[Pa
             ("mlp.gate", inner, hidden, arch.bias_mlp),
             ("mlp.proj", hidden, inner, arch.bias_mlp),
         ):
-            block = stage * count + local
             yield Part(f"transformer.layers.{block}.{name}", f"transformer.layers.{local}.{name}", N, K, bias)
-    if stage == mapping.pp - 1:
+    if rank // mapping.tp == mapping.pp - 1:
         yield Part("lm_head", "lm_head", -(-arch.vocab_size // mapping.tp), hidden, False)
 
 

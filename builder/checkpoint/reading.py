@@ -7,25 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
-from builder.checkpoint import config as configs
-from builder.checkpoint import layout
-from builder.checkpoint.declaration import read_declaration
+from builder.checkpoint.description import Description, describe_to, raise_first
 from builder.checkpoint.safetensors_file import Tensor
-from builder.checkpoint.tensor_files import hf_tensors, read_table, trtllm_tensors
-from builder.checkpoint.violations import Code, Report, Unsupported, VerificationError, Violation
-from builder.planning.compatibility import features_of
-from builder.planning.model_config import Architecture
+from builder.checkpoint.tensor_files import hf_tensors, trtllm_tensors
+from builder.checkpoint.violations import Report
 from builder.planning.sharding import is_row_parallel
-from plugins.common.errors import UserError
-from plugins.common.formats import OF_DTYPE, OF_SAFETENSORS
-from plugins.sparsity.declaration import Declaration
+from plugins.common.formats import OF_SAFETENSORS
 from plugins.sparsity.segments import Segments
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -57,28 +48,10 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk. In a TensorRT-LLM one, `tensors` and `expected` name rank r's as `rank{r}/NAME`."""
+class Checkpoint(Description):
+    """A checkpoint on disk. In a TensorRT-LLM one, `tensors` names rank r's as `rank{r}/NAME`."""
 
-    directory: Path
-    kind: Literal["hf", "trtllm"]
-    config: Mapping[str, Any]
-    architecture: Architecture
-    quantization: configs.Quantization
-    mapping: configs.Mapping
     tensors: Mapping[str, Tensor]
-    expected: Mapping[str, layout.Expected]
-    declaration: Declaration
-
-    @property
-    def sparse_layers(self) -> tuple[str, ...]:
-        """Those declared 2:4 as a whole or in part."""
-        return self.declaration.pruned
-
-    @property
-    def whole_sparse_layers(self) -> tuple[str, ...]:
-        """Those declared 2:4 as a whole."""
-        return self.declaration.layers
 
     def segments(self, key: str) -> Segments | None:
         """Of the tensor `key` where it is a weight declared 2:4, as a whole or in part."""
@@ -87,23 +60,6 @@ class Checkpoint:
             return None
         whole = Segments.split("rows", tensor.shape[0], tensor.shape[0])
         return self.declaration.hybrid.get(expected.layer, whole)
-
-    @property
-    def format(self) -> str:
-        """Of the quantized layers, or of all where none is: "int8", "fp8", "bf16", "fp16" or "fp32"."""
-        if self.quantization.format != "none":
-            return self.quantization.format
-        return OF_DTYPE[self.architecture.dtype]
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """What not every backend has (builder/planning/compatibility.py)."""
-        return features_of(self.quantization.per_token, self.quantization.format_of("lm_head") != "none")
-
-    @property
-    def kv_cache(self) -> str:
-        """ "none", "int8" or "fp8"."""
-        return self.quantization.kv_cache
 
     def layers(self) -> list[LayerFacts]:
         """The linear layers, in the order of the forward pass; a layer whose weight is missing is left out."""
@@ -152,60 +108,17 @@ def read(directory: Path) -> Checkpoint:
     Raises UserError where there is none, or one that this release does not know, VerificationError where its files do
     not make sense; the weights' values are not looked at (see verify).
     """
-
-    def refuse(violation: Violation) -> None:
-        if isinstance(violation, Unsupported):
-            raise UserError(f"'{directory / (violation.file or '')}': {violation.problem}")
-        raise VerificationError(violation)
-
-    checkpoint = open_checkpoint(directory, refuse)
+    checkpoint = open_checkpoint(directory, raise_first(directory))
     assert checkpoint is not None
     return checkpoint
 
 
 def open_checkpoint(directory: Path, report: Report) -> Checkpoint | None:
     """Opens a checkpoint and reports errors of its files. None where the errors leave no checkpoint."""
-    config = _read_config(directory, report)
-    if config is None:
+    description = describe_to(directory, report)
+    if description is None:
         return None
-    for path in sorted(directory.iterdir()):
-        if path.suffix.lower() in PICKLES:
-            report(
-                Violation(Code.PICKLE, "pickled data can run code when it is loaded: keep safetensors only", path.name)
-            )
-    kind: Literal["hf", "trtllm"] = "trtllm" if "architecture" in config else "hf"
-    mapping = configs.Mapping()
-    try:
-        if kind == "hf":
-            exported = read_table(directory / "hf_quant_config.json", report)
-            arch, quantization = configs.read_hf(config, exported)
-        else:
-            arch, quantization, mapping = configs.read_trtllm(config)
-    except configs.ConfigError as error:
-        kind_of = Unsupported if isinstance(error, configs.UnsupportedError) else Violation
-        report(kind_of(Code.CONFIG, str(error), "config.json"))
-        return None
-    if kind == "hf":
-        expected = layout.hf_tensors(arch, quantization)
-        tensors = hf_tensors(directory, report)
-    else:
-        expected = {
-            f"rank{rank}/{name}": tensor
-            for rank in range(mapping.ranks)
-            for name, tensor in layout.trtllm_tensors(arch, quantization, mapping, rank, config).items()
-        }
-        tensors = trtllm_tensors(directory, mapping.ranks, report)
-    weights = [tensor for tensor in expected.values() if tensor.role == "weight"]
-    shapes = {str(x.layer): x.shapes[0] for x in weights}
-    declared = read_declaration(directory, shapes, arch.head_widths, report)
-    return Checkpoint(directory, kind, config, arch, quantization, mapping, tensors, expected, declared)
-
-
-def _read_config(directory: Path, report: Report) -> dict[str, Any] | None:
-    if not directory.is_dir():
-        raise UserError(f"no checkpoint at '{directory}': give the directory that contains its config.json")
-    if (directory / "engine.json").exists() or any(directory.glob("*.engine")):
-        raise UserError(f"'{directory}' is an engine: give the checkpoint that it was built from")
-    if not (directory / "config.json").exists():
-        raise UserError(f"'{directory}' contains no config.json: give a checkpoint, or a build's checkpoint directory")
-    return read_table(directory / "config.json", report)
+    ranks = description.mapping.ranks
+    of_hf = description.kind == "hf"
+    tensors = hf_tensors(directory, report) if of_hf else trtllm_tensors(directory, ranks, report)
+    return Checkpoint(**vars(description), tensors=tensors)

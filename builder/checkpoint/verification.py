@@ -64,7 +64,7 @@ def verify_checkpoint(
         kind=checkpoint.kind,
         format=checkpoint.format,
         kv_cache=checkpoint.kv_cache,
-        ranks=checkpoint.mapping.ranks,
+        ranks=checkpoint.ranks,
         tensors=len(tensors),
         layers=len(checkpoint.layers()),
         sparse_layers=len(checkpoint.sparse_layers),

@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from builder.checkpoint import Description
 from builder.config import EngineConfig
 from builder.engines.trtllm import checkpoint as trtllm_checkpoint
-from builder.engines.trtllm.checkpoint import TrtllmCheckpoint
 
 HOOKS = "hooks"
 MODEL_CLASS = "TwofourForCausalLM"
@@ -19,7 +19,7 @@ TIMING_CACHE = "timing.cache"
 
 
 def routes(
-    checkpoint: TrtllmCheckpoint, ratios: Mapping[str, float] | None = None, picked: Collection[str] = ()
+    checkpoint: Description, ratios: Mapping[str, float] | None = None, picked: Collection[str] = ()
 ) -> dict[str, str]:
     """How each 2:4 layer runs: "native" (TensorRT times sparse against dense itself) or "plugin" (our kernels).
 
@@ -28,24 +28,24 @@ def routes(
     by TensorRT's own timing.
     """
     ours = {layer for layer, ratio in (ratios or {}).items() if ratio > 1} - set(picked)
-    return {layer: "plugin" if layer in ours else "native" for layer in checkpoint.sparse_layers}
+    return {layer: "plugin" if layer in ours else "native" for layer in checkpoint.whole_sparse_layers}
 
 
-def pages_context(checkpoint: TrtllmCheckpoint) -> bool:
+def pages_context(checkpoint: Description) -> bool:
     """Whether attention over a prompt can read the paged KV cache, which block reuse and chunked prefill require.
 
     TensorRT-LLM's build turns it off for an INT8 cache, and for an FP8 cache under weights that are not FP8.
     """
-    return checkpoint.kv_cache == "none" or (checkpoint.kv_cache == "fp8" and checkpoint.quantization == "fp8")
+    return checkpoint.kv_cache == "none" or (checkpoint.kv_cache == "fp8" and checkpoint.quantization.format == "fp8")
 
 
-def build_config(checkpoint: TrtllmCheckpoint, config: EngineConfig, chosen: Mapping[str, str]) -> dict[str, Any]:
+def build_config(checkpoint: Description, config: EngineConfig, chosen: Mapping[str, str]) -> dict[str, Any]:
     """TensorRT-LLM's BuildConfig as a dict. Only what differs from its defaults, or must not change with them."""
     sparse = bool(chosen)
     native = "native" in chosen.values()
     mlp_swapped = any(route == "plugin" and ".mlp." in layer for layer, route in chosen.items())
     # A GEMM plugin hides the weights from TensorRT, and with them the pattern. 8-bit layers go without one anyhow.
-    gemm_plugin = None if sparse or checkpoint.quantization != "none" else "auto"
+    gemm_plugin = None if sparse or checkpoint.quantization.format != "none" else "auto"
     return {
         "max_input_len": config.max_seq_len,
         "max_seq_len": config.max_seq_len,
@@ -59,7 +59,7 @@ def build_config(checkpoint: TrtllmCheckpoint, config: EngineConfig, chosen: Map
         "plugin_config": {
             "gemm_plugin": gemm_plugin,
             "use_paged_context_fmha": pages_context(checkpoint),
-            "use_fused_mlp": not mlp_swapped and checkpoint.quantization in ("none", "fp8"),
+            "use_fused_mlp": not mlp_swapped and checkpoint.quantization.format in ("none", "fp8"),
             "multiple_profiles": sparse,  # tactics are chosen per range of tokens: sparse may win in one only
         },
     }

@@ -5,10 +5,10 @@ A TensorRT-LLM checkpoint is `config.json` and one `rank{N}.safetensors` a rank,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.checkpoint import Description, describe
 from builder.planning import compatibility
 from plugins.common.errors import UserError
 from plugins.common.formats import KERNEL_OUTPUTS, OF_ALGORITHM, OF_KV_ALGORITHM
@@ -32,60 +32,8 @@ QUANTIZATION_KEYS = frozenset(
 REQUIRED = ("architecture", "dtype", "hidden_size", "num_hidden_layers", "num_attention_heads", "mapping")
 
 
-@dataclass(frozen=True)
-class TrtllmCheckpoint:
-    """The facts that building an engine needs."""
-
-    directory: Path
-    config: dict[str, Any]
-    sparse_layers: tuple[str, ...]
-
-    @property
-    def architecture(self) -> str:
-        return str(self.config["architecture"])
-
-    @property
-    def dtype(self) -> str:
-        return str(self.config["dtype"])
-
-    @property
-    def quantization(self) -> str:
-        """ "none", "int8" or "fp8"."""
-        return OF_ALGORITHM[(self.config.get("quantization") or {}).get("quant_algo")]
-
-    @property
-    def format(self) -> str:
-        """The number format of the linear layers: "bf16", "fp16", "int8" or "fp8"."""
-        return DTYPES[self.dtype] if self.quantization == "none" else self.quantization
-
-    @property
-    def kv_cache(self) -> str:
-        return OF_KV_ALGORITHM[(self.config.get("quantization") or {}).get("kv_cache_quant_algo")]
-
-    @property
-    def tensor_parallel(self) -> int:
-        return int(self.config["mapping"]["tp_size"])
-
-    @property
-    def pipeline_parallel(self) -> int:
-        return int(self.config["mapping"]["pp_size"])
-
-    @property
-    def ranks(self) -> int:
-        return self.tensor_parallel * self.pipeline_parallel
-
-    @property
-    def blocks(self) -> int:
-        return int(self.config["num_hidden_layers"])
-
-    def blocks_of(self, rank: int) -> range:
-        """The decoder blocks that a rank holds: its pipeline stage's, and a stage has as many as any other."""
-        count, stage = self.blocks // self.pipeline_parallel, rank // self.tensor_parallel
-        return range(stage * count, (stage + 1) * count)
-
-
-def read(directory: Path) -> TrtllmCheckpoint:
-    """Reads and checks `directory`. Raises UserError for what no TensorRT-LLM release from 1.0 to 1.2 would build."""
+def read(directory: Path) -> Description:
+    """Describes `directory`. Raises UserError for what no TensorRT-LLM release from 1.0 to 1.2 would build."""
     config = _read_json(directory / "config.json", directory)
     where = directory / "config.json"
     for key in REQUIRED:
@@ -101,10 +49,7 @@ def read(directory: Path) -> TrtllmCheckpoint:
             f"'{where}' has no rotary_base, and TensorRT-LLM would silently use 10000: add the model's rope_theta "
             "under that name, or export it again with twofour"
         )
-    sparse = (
-        _read_json(directory / "sparsity.json", directory)["layers"] if (directory / "sparsity.json").is_file() else ()
-    )
-    checkpoint = TrtllmCheckpoint(directory, config, tuple(sparse))
+    checkpoint = describe(directory)
     for rank in range(checkpoint.ranks):
         if not (directory / f"rank{rank}.safetensors").is_file():
             raise UserError(f"'{directory}' lacks rank{rank}.safetensors of {checkpoint.ranks} ranks: export it again")

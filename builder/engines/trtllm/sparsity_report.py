@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.checkpoint import Description
 from builder.engines.measured_tactics import Sized
-from builder.engines.trtllm.checkpoint import TrtllmCheckpoint
 from builder.hardware import machine
 from plugins.autotune import tactics
 from plugins.common.json_files import read_json, write_json
@@ -65,11 +65,11 @@ def read_rank(engine: Path, rank: int, held: range, blocks: int) -> Rank:
 
 
 def write(
-    engine: Path, checkpoint: TrtllmCheckpoint, layers: Sequence[Sized], routes: Mapping[str, str]
+    engine: Path, checkpoint: Description, layers: Sequence[Sized], routes: Mapping[str, str]
 ) -> dict[str, Status]:
     """Writes both files from what the ranks left there, cuts their logs, and returns what became of each 2:4 layer."""
-    ranks, blocks = range(checkpoint.ranks), checkpoint.blocks
-    reports = [read_rank(engine, rank, checkpoint.blocks_of(rank), blocks) for rank in ranks]
+    ranks, blocks = range(checkpoint.ranks), checkpoint.architecture.num_blocks
+    reports = [read_rank(engine, rank, checkpoint.mapping.blocks(rank, blocks), blocks) for rank in ranks]
     status = {layer: judge(layer, route, reports) for layer, route in routes.items()}
     write_json(
         engine / FILE,

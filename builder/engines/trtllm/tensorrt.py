@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
-from builder.checkpoint import read
+from builder.checkpoint import Description, read
 from builder.config import EngineConfig
 from builder.engines import measured_tactics
 from builder.engines.trtllm import (
@@ -33,11 +33,11 @@ from builder.engines.trtllm import (
     checkpoint as trtllm_checkpoint,
 )
 from builder.engines.trtllm.build_config import HOOKS, MODEL_CLASS, build_command, build_config, pages_context, routes
-from builder.engines.trtllm.checkpoint import TrtllmCheckpoint
 from builder.planning import compatibility
 from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
+from plugins.common.formats import OF_DTYPE
 from plugins.common.json_files import write_json
 from plugins.common.nvidia_smi import gpus
 from plugins.common.progress import Progress
@@ -92,7 +92,7 @@ def build(
     given = ratios is not None
     plugin = plugin or _installed_plugin()
     if ratios is None:
-        out_dtype = trtllm_checkpoint.DTYPES[opened.dtype]
+        out_dtype = OF_DTYPE[opened.architecture.dtype]
         ratios = measured_tactics.measure(read(checkpoint).layers(), config, out_dtype) if plugin else {}
     chosen = routes(opened, ratios if given or opened.format == "int8" else None)
     status = _build_ranks(opened, out, config, chosen, tokenizer, plugin, progress)
@@ -106,9 +106,9 @@ def build(
     artifact.write_facts(out, "tensorrt", opened.format, opened.kv_cache, checkpoint, config, remarks, reuse)
 
 
-def _remarks(opened: TrtllmCheckpoint, config: EngineConfig, timed: bool) -> list[str]:
+def _remarks(opened: Description, config: EngineConfig, timed: bool) -> list[str]:
     remarks = []
-    if opened.sparse_layers and not timed:
+    if opened.whole_sparse_layers and not timed:
         remarks.append(
             "our plugin's kernels were not timed against TensorRT's here: every 2:4 layer was left to TensorRT"
         )
@@ -118,12 +118,12 @@ def _remarks(opened: TrtllmCheckpoint, config: EngineConfig, timed: bool) -> lis
 
 
 def _prepare(
-    opened: TrtllmCheckpoint, out: Path, config: EngineConfig, chosen: Mapping[str, str], tokenizer: Path | None
+    opened: Description, out: Path, config: EngineConfig, chosen: Mapping[str, str], tokenizer: Path | None
 ) -> list[str]:
     settings = build_config(opened, config, chosen)
     (out / HOOKS).mkdir(parents=True, exist_ok=True)
     if chosen:
-        base = FAMILIES[opened.architecture].trtllm.tensorrt_class
+        base = FAMILIES[opened.architecture.name].trtllm.tensorrt_class
         # trtllm-build loads this file under the name `models`, and its workers import it again by that name
         page = render(launch.TEMPLATE_DIRECTORY, "models.py", base=base, name=MODEL_CLASS)
         (out / HOOKS / "models.py").write_text(page, encoding="utf8")
@@ -145,7 +145,7 @@ def _prepare(
 
 
 def _build_ranks(
-    opened: TrtllmCheckpoint,
+    opened: Description,
     out: Path,
     config: EngineConfig,
     chosen: Mapping[str, str],
@@ -172,11 +172,11 @@ def _tokenizer(checkpoint: Path) -> Path:
     return next((path for path in beside if path.is_dir()), checkpoint)
 
 
-def _check(opened: TrtllmCheckpoint, config: EngineConfig) -> None:
+def _check(opened: Description, config: EngineConfig) -> None:
     device = gpus()[0] if gpus() else None
     compatibility.check(
         opened.format,
-        bool(opened.sparse_layers),
+        bool(opened.whole_sparse_layers),
         "tensorrt",
         device.sm if device else None,
         kv_cache=opened.kv_cache,
@@ -189,8 +189,8 @@ def _check(opened: TrtllmCheckpoint, config: EngineConfig) -> None:
             "weights, which TensorRT-LLM does not page for prompts: set it to false, or quantization.kv_cache=none"
         )
     for key, have, want in (
-        ("tensor_parallel", opened.tensor_parallel, config.tensor_parallel),
-        ("pipeline_parallel", opened.pipeline_parallel, config.pipeline_parallel),
+        ("tensor_parallel", opened.mapping.tp, config.tensor_parallel),
+        ("pipeline_parallel", opened.mapping.pp, config.pipeline_parallel),
     ):
         if have != want:
             raise UserError(
@@ -199,7 +199,7 @@ def _check(opened: TrtllmCheckpoint, config: EngineConfig) -> None:
             )
 
 
-def _require_machine(opened: TrtllmCheckpoint, config: EngineConfig) -> None:
+def _require_machine(opened: Description, config: EngineConfig) -> None:
     if version_lock.installed("tensorrt_llm") is None:
         raise UserError(
             "engine.backend=tensorrt needs the package tensorrt_llm, which is not installed: run 'twofour engine' "
