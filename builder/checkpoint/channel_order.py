@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from builder.checkpoint.reading import Checkpoint, read
-from builder.checkpoint.safetensors_file import Tensor
 from builder.checkpoint.violations import Code, Violation
 from builder.planning.model_config import Architecture
 from builder.planning.sharding import is_row_parallel
 from plugins.common.errors import UserError
+from plugins.common.safetensors_file import Tensor
 
 LEAST_COSINE = 0.3  # 2:4 leaves 0.8 and more, SmoothQuant's column scales 0.5 and more
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from builder.checkpoint.layout import Expected
 from builder.checkpoint.reading import Checkpoint
-from builder.checkpoint.safetensors_file import HeaderError, Tensor
 from builder.checkpoint.violations import Code, Violation
 from builder.planning.sharding import is_row_parallel
 from plugins.common.errors import UserError
+from plugins.common.safetensors_file import HeaderError, Tensor
 from plugins.sparsity import pattern
 from plugins.sparsity.segments import Segment, Segments
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from builder.checkpoint.description import Description, describe_to, raise_first
-from builder.checkpoint.safetensors_file import Tensor
 from builder.checkpoint.tensor_files import hf_tensors, trtllm_tensors
 from builder.checkpoint.violations import Report
 from builder.planning.sharding import is_row_parallel
 from plugins.common.formats import OF_SAFETENSORS
+from plugins.common.safetensors_file import Tensor
 from plugins.sparsity.segments import Segments
 
 

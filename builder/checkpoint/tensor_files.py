@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from builder.checkpoint.safetensors_file import HeaderError, Tensor, read_header
 from builder.checkpoint.violations import Code, Report, Violation
 from plugins.common.json_files import read_json
+from plugins.common.safetensors_file import HeaderError, Tensor, read_header
 
 INDEX = "model.safetensors.index.json"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from builder.checkpoint.reading import read
-from builder.checkpoint.safetensors_file import CHUNK_BYTES, DTYPES, Tensor
+from plugins.common.safetensors_file import CHUNK_BYTES, Tensor
 
 
 def normalize_zeros(directory: Path) -> int:
@@ -22,7 +22,7 @@ def normalize_zeros(directory: Path) -> int:
 
 
 def _normalize(weight: Tensor) -> int:
-    width = DTYPES[weight.dtype].itemsize
+    width = weight.itemsize
     values = np.memmap(weight.file, f"u{width}", "r+", weight.offset, (weight.nbytes // width,))
     sign = values.dtype.type(1 << (8 * width - 1))
     changed = 0

@@ -9,12 +9,12 @@ from typing import Any
 
 from builder.checkpoint import layout
 from builder.checkpoint.config import Quantization
-from builder.checkpoint.safetensors_file import HeaderError, Tensor, read_header
 from builder.planning.model_config import Architecture
 from builder.source_check.settings import check_dtype
-from calibration.model.weight_files import DTYPES, weight_files
+from calibration.model.weight_files import DTYPES, read_header, weight_files
 from plugins.common.errors import UserError
 from plugins.common.formats import FLOATS
+from plugins.common.safetensors_file import Tensor
 
 WRAPPERS = {
     "_orig_mod.": "torch.compile's: save the model's _orig_mod",
@@ -55,10 +55,7 @@ def read_tensors(model: Path) -> dict[str, Tensor]:
     """The headers of all weight files. Raises UserError for a damaged file and for a tensor that two files hold."""
     tensors: dict[str, Tensor] = {}
     for path in weight_files(model):
-        try:
-            header = read_header(path)
-        except (HeaderError, OSError) as error:
-            raise UserError(f"'{path}' is not a complete safetensors file ({error}): fetch it again") from None
+        header = read_header(path)
         if twice := sorted(tensors.keys() & header.keys()):
             files = f"'{tensors[twice[0]].file.name}' and '{path.name}'"
             raise UserError(f"'{model}' holds '{twice[0]}' in {files}: remove the file that is not the model's")

@@ -5,17 +5,17 @@ Imports no torch.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from plugins.common import safetensors_file
 from plugins.common.errors import UserError
 from plugins.common.json_files import read_json, read_json_object
+from plugins.common.safetensors_file import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_HEADER = 100_000_000  # bytes
 DTYPES = {
     "F64": "float32",
     "F32": "float32",
@@ -75,28 +75,18 @@ def stored_dtype(directory: Path) -> str:
     """The dtype that most bytes of the weights are stored in."""
     sizes: Counter[str] = Counter()
     for file in weight_files(directory):
-        for tensor in read_header(file)[0].values():
-            if tensor["dtype"] in DTYPES:
-                first, last = tensor["data_offsets"]
-                sizes[DTYPES[tensor["dtype"]]] += last - first
+        for tensor in read_header(file).values():
+            if tensor.dtype in DTYPES:
+                sizes[DTYPES[tensor.dtype]] += tensor.nbytes
     return max(sizes, key=lambda name: sizes[name]) if sizes else "bfloat16"
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header's table of tensors, and where their data begins in the file. Raises UserError for a damaged file."""
+def read_header(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by name, in the order of their data. Raises UserError for a damaged file."""
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if length > MAX_HEADER:
-                raise ValueError(f"its header claims {length} bytes")
-            header: dict[str, Any] = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        for tensor in header.values():
-            tensor["data_offsets"][1] - tensor["data_offsets"][0] + len(tensor["dtype"])
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"'{file}' is not a complete safetensors file ({reason}): fetch it again") from None
-    return header, 8 + length
+        return safetensors_file.read_header(file)
+    except (safetensors_file.HeaderError, OSError) as error:
+        raise UserError(f"'{file}' is not a complete safetensors file ({error}): fetch it again") from None
 
 
 def _is_file_name(name: Any) -> bool:

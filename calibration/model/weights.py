@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from calibration.model.channel_order import ChannelOrder
@@ -31,11 +31,7 @@ class Weights:
         self.files = weight_files(directory)
         self.file_of: dict[str, Path] = {}
         for file in self.files:
-            try:
-                with safe_open(str(file), "pt") as opened:
-                    self.file_of.update(dict.fromkeys(opened.keys(), file))
-            except SafetensorError as error:
-                raise UserError(f"'{file}' is not a complete safetensors file ({error}): fetch it again") from None
+            self.file_of |= dict.fromkeys(sorted(read_header(file)), file)
 
     def read(self, name: str) -> Tensor:
         """The tensor, copied to memory. Raises UserError where the directory lacks it."""
@@ -89,13 +85,12 @@ def copy_with(source: Path, out: Path, names: Iterable[str], replacement: Callab
 
 
 def _replace(file: Path, names: set[str], replacement: Callable[[str], Tensor]) -> None:
-    header, start = read_header(file)
+    header = read_header(file)
     with file.open("r+b") as opened:
-        for name, facts in header.items():
+        for name, stored in header.items():
             if name not in names:
                 continue
-            begin, end = facts["data_offsets"]
             data = replacement(name).cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            assert len(data) == end - begin, f"'{name}' changed its shape or dtype"
-            opened.seek(start + begin)
+            assert len(data) == stored.nbytes, f"'{name}' changed its shape or dtype"
+            opened.seek(stored.offset)
             opened.write(data)

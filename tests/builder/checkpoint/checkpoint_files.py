@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from builder.checkpoint.safetensors_file import read_header
+from plugins.common.safetensors_file import read_header
 
 MODEL = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj"

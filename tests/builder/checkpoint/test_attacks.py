@@ -27,8 +27,8 @@ from checkpoint_files import (
 
 from builder.checkpoint import Code, VerificationError, Violation
 from builder.checkpoint.checks import check_values
-from builder.checkpoint.safetensors_file import read_header
 from builder.verify import verify
+from plugins.common.safetensors_file import read_header
 from plugins.sparsity.segments import Segments
 
 

@@ -16,8 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from builder.checkpoint import Checkpoint, VerificationError, read
-from builder.checkpoint.safetensors_file import CHUNK_BYTES, HeaderError, Tensor, read_header
 from plugins.common.errors import UserError
+from plugins.common.safetensors_file import CHUNK_BYTES, HeaderError, Tensor, read_header
 from tests.support.examples import examples
 
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
@@ -121,7 +121,7 @@ def test_a_large_tensor_is_read_in_little_memory(path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from builder.checkpoint.checks import check_values
-from builder.checkpoint.safetensors_file import Tensor
+from plugins.common.safetensors_file import Tensor
 from plugins.sparsity.segments import Segments
 tensor = Tensor("w", "BF16", (16384, 16384), Path(sys.argv[1]), 8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

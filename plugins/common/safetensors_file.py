@@ -14,29 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 MAX_HEADER = 100_000_000  # bytes, as in the reference implementation
 CHUNK_BYTES = 8 << 20
 
-DTYPES = {
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "I16": np.dtype(np.int16),
-    "U16": np.dtype(np.uint16),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I32": np.dtype(np.int32),
-    "U32": np.dtype(np.uint32),
-    "F32": np.dtype(np.float32),
-    "I64": np.dtype(np.int64),
-    "U64": np.dtype(np.uint64),
-    "F64": np.dtype(np.float64),
+DTYPES = {  # the format's name -> numpy's or ml_dtypes', bytes of a value
+    "BOOL": ("bool_", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "I16": ("int16", 2),
+    "U16": ("uint16", 2),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I32": ("int32", 4),
+    "U32": ("uint32", 4),
+    "F32": ("float32", 4),
+    "I64": ("int64", 8),
+    "U64": ("uint64", 8),
+    "F64": ("float64", 8),
 }
 
 
@@ -55,14 +54,25 @@ class Tensor:
     offset: int
 
     @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype][1]
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        import ml_dtypes  # which machines that only run engines may lack
+
+        name = DTYPES[self.dtype][0]
+        return np.dtype(getattr(ml_dtypes, name, None) or getattr(np, name))
 
     def load(self) -> np.ndarray[Any, Any]:
         """All of it, as a read-only view of the file; bfloat16 and float8 with the dtypes of `ml_dtypes`."""
         if 0 in self.shape:
-            return np.zeros(self.shape, DTYPES[self.dtype])
-        return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape or (1,)).reshape(self.shape)
+            return np.zeros(self.shape, self.numpy_dtype)
+        return np.memmap(self.file, self.numpy_dtype, "r", self.offset, self.shape or (1,)).reshape(self.shape)
 
     def chunks(self) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
         """(first row, rows [R, K]) in turn, about CHUNK_BYTES each; a vector counts as rows of one value.
@@ -71,7 +81,7 @@ class Tensor:
         """
         rows = self.shape[0] if self.shape else 1
         width = math.prod(self.shape[1:])
-        row_bytes = width * DTYPES[self.dtype].itemsize
+        row_bytes = width * self.itemsize
         step = max(1, CHUNK_BYTES // max(1, row_bytes))
         with self.file.open("rb") as file:
             file.seek(self.offset)
@@ -80,7 +90,7 @@ class Tensor:
                 data = file.read(count * row_bytes)
                 if len(data) < count * row_bytes:
                     raise HeaderError(f"the file shrank while {self.name!r} was read")
-                yield start, np.frombuffer(data, DTYPES[self.dtype]).reshape(count, width)
+                yield start, np.frombuffer(data, self.numpy_dtype).reshape(count, width)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
