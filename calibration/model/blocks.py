@@ -53,7 +53,7 @@ class Blocks:
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation=attention())
         self.skeleton: Any = model.eval().requires_grad_(False).model
         self.count: int = self.config.num_hidden_layers
-        self.has_untied_lm_head: bool = not self.config.tie_word_embeddings and f"{HEAD}.weight" in self.weights.file_of
+        self.has_untied_lm_head: bool = not self.config.tie_word_embeddings and f"{HEAD}.weight" in self.weights
 
     def embed(self, tokens_BT: Tensor) -> Iterator[Tensor]:
         """The hidden states [B, T, D] that enter the first block, a few samples at a time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,10 +33,26 @@ class Weights:
         for file in self.files:
             self.file_of |= dict.fromkeys(sorted(read_header(file)), file)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor as the file holds it, whose bytes are read on access. Raises KeyError where there is none."""
+        with safe_open(str(self.file_of[name]), "pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    def of(self, module: str) -> dict[str, Tensor]:
+        """The tensors right under a module's name, by their own names."""
+        names = [name for name in sorted(self) if name.rpartition(".")[0] == module]
+        return {name.rpartition(".")[2]: self[name] for name in names}
+
     def read(self, name: str) -> Tensor:
         """The tensor, copied to memory. Raises UserError where the directory lacks it."""
-        with safe_open(str(self._file(name)), "pt") as opened:
-            tensor: Tensor = opened.get_tensor(name).clone()
+        tensor = self[self._present(name)].clone()
         return self.order.apply(name, tensor) if self.order else tensor
 
     def moves(self, name: str) -> bool:
@@ -45,24 +61,22 @@ class Weights:
 
     def read_rows(self, name: str, rows: Iterable[int]) -> Tensor:
         """These rows of a matrix, without reading the others."""
-        with safe_open(str(self._file(name)), "pt") as opened:
+        with safe_open(str(self.file_of[self._present(name)]), "pt") as opened:
             matrix = opened.get_slice(name)
             return torch.cat([matrix[row : row + 1] for row in rows])
 
     def dtype(self, name: str) -> torch.dtype:
         """In which the tensor is stored."""
-        with safe_open(str(self._file(name)), "pt") as opened:
-            row: Tensor = opened.get_slice(name)[0:1]
-        return row.dtype
+        return self[self._present(name)].dtype
 
     def sha256(self) -> str:
         """Of all the files' bytes."""
         return hashlib.sha256("".join(sha256_once(file) for file in self.files).encode()).hexdigest()
 
-    def _file(self, name: str) -> Path:
-        if name not in self.file_of:
+    def _present(self, name: str) -> str:
+        if name not in self:
             raise UserError(f"'{self.directory}' lacks the tensor '{name}': its weights do not match its config.json")
-        return self.file_of[name]
+        return name
 
 
 def copy_with(source: Path, out: Path, names: Iterable[str], replacement: Callable[[str], Tensor]) -> None:

@@ -81,7 +81,7 @@ def _walk(
         finished.add(number, weights, [asdict(layer) for layer in reports])
     progress("sparsify", blocks.count, blocks.count)
     all_reports: list[LayerReport] = []
-    moved = [name for name in blocks.weights.file_of if blocks.weights.moves(name)]
+    moved = [name for name in blocks.weights if blocks.weights.moves(name)]
     changed: Changed = {name: partial(blocks.weights.read, name) for name in moved}
     for number in range(blocks.count):
         layer_reports = [LayerReport(**layer) for layer in finished.reports(number)]

@@ -217,7 +217,7 @@ class _Trained:
 
     def __init__(self, pruned: Path, checkpoint: Path, sparse: set[str]):
         self.pruned, self.trained, self.sparse = Weights(pruned), Weights(checkpoint), sparse
-        self.names = [name for name in self.pruned.file_of if name in self.trained.file_of]
+        self.names = [name for name in self.pruned if name in self.trained]
 
     def stored(self, name: str, mix: float = 1.0) -> Tensor:
         """Mixed with the pruned weight, in the file's dtype, and +0 wherever the weight of a sparse layer was 0."""

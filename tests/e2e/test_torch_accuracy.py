@@ -148,7 +148,7 @@ def test_engine_directory_matches_its_description(case: str, build: Callable[[st
     elements = sum(
         x.out_features * x.in_features for x in architecture(read_config(docs_llama)).linears() if x.block is not None
     )
-    tensors = weights.Tensors(directory)
+    tensors = weights.open_tensors(directory)
     parts = ("_proj.weight", "_proj.weight_values", "_proj.weight_indices")
     stored = sum(tensors[name].nbytes for name in tensors if name.endswith(parts))
     assert stored == elements * (0.625 if sparse else 1)

@@ -10,7 +10,7 @@ The dense baseline is the same engine, loaded from a 16-bit Hugging Face directo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
     model_config = _read_json(checkpoint / "config.json", "a unified Hugging Face checkpoint")
     _check_architecture(checkpoint, model_config)
     declaration = Declaration.read(checkpoint)
-    tensors = weights.Tensors(checkpoint)
+    tensors = weights.open_tensors(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     weights.write(weights.packed(tensors, declaration), out)
     write_json(out / "config.json", {k: v for k, v in model_config.items() if k != "quantization_config"})
@@ -128,7 +128,7 @@ def _open(
     with torch.inference_mode():
         model = Decoder(
             config,
-            weights.Tensors(directory),
+            weights.open_tensors(directory),
             dtype=dtype,
             device=device,
             positions=limits.max_seq_len,
@@ -160,7 +160,7 @@ def _max_seq_len(requested: int, config: Mapping[str, Any]) -> int:
     return min(requested, int(config.get("max_position_embeddings") or requested))
 
 
-def _kv_cache(config: Mapping[str, Any], tensors: weights.Tensors) -> str:
+def _kv_cache(config: Mapping[str, Any], tensors: Iterable[str]) -> str:
     """What the checkpoint's scales were calibrated for."""
     scheme = (config.get("quantization_config") or {}).get("kv_cache_scheme")
     if not scheme or not any(name.endswith(".k_scale") for name in tensors):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from calibration.model.weight_files import INDEX, weight_files
+from calibration.model.weights import Weights
 from plugins.common.errors import UserError
 from plugins.common.formats import Format
 from plugins.common.json_files import write_json
+from plugins.common.safetensors_file import HeaderError, read_header
 from plugins.linear.hybrid_tensors import split
 from plugins.sparsity.declaration import Declaration
 from plugins.sparsity.segments import Segments
@@ -23,52 +23,23 @@ SHARD_BYTES = 4 << 30
 NARROWEST_FIRST = (Format.INT8, Format.FP8, Format.BF16, Format.FP16)
 
 
-class Tensors:
-    """The tensors of a directory's safetensors files, read one at a time. Pickled weights are refused."""
-
-    def __init__(self, directory: Path) -> None:
-        self._handles: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
-        for path in _weight_files(directory):
-            try:
-                handle: Any = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"'{path}' cannot be read ({error}): copy or export it again") from None
-            self._handles[path.name] = handle
-            self._file_of |= dict.fromkeys(handle.keys(), path.name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._file_of))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._handles[self._file_of[name]].get_tensor(name)
-        return tensor
-
-    def dtype(self, name: str) -> str:
-        """A tensor's dtype as the file calls it ("BF16", "I8", "F8_E4M3"), without reading the tensor."""
-        dtype: str = self._handles[self._file_of[name]].get_slice(name).get_dtype()
-        return dtype
-
-    def of(self, module: str) -> dict[str, torch.Tensor]:
-        """The tensors right under a module's name, by their own names."""
-        prefix = f"{module}."
-        return {n[len(prefix) :]: self[n] for n in self if n.startswith(prefix) and "." not in n[len(prefix) :]}
-
-
-def _weight_files(directory: Path) -> list[Path]:
+def open_tensors(directory: Path) -> Weights:
+    """The tensors of a directory's safetensors files. Raises UserError for damaged and for pickled weights."""
     pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
     if pickled and not any(directory.glob("*.safetensors")):
         raise UserError(
             f"'{directory}' holds only '{pickled[0].name}', and pickled weights are never loaded: "
             "convert or export the model to safetensors"
         )
-    return weight_files(directory)
+    for path in weight_files(directory):
+        try:
+            read_header(path)
+        except (HeaderError, OSError) as error:
+            raise UserError(f"'{path}' cannot be read ({error}): copy or export it again") from None
+    return Weights(directory)
 
 
-def packed(tensors: Tensors, declaration: Declaration) -> Iterator[tuple[str, torch.Tensor]]:
+def packed(tensors: Weights, declaration: Declaration) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors by name, the weights of 2:4 layers packed, as a whole or in part.
 
     Raises UserError for a declared layer that is not 2:4 where it should be, or is not there.
@@ -80,7 +51,7 @@ def packed(tensors: Tensors, declaration: Declaration) -> Iterator[tuple[str, to
                 f"sparsity.json declares '{name.removesuffix('.weight')}', which the checkpoint does not hold",
                 "export the checkpoint again",
             )
-    for name in tensors:
+    for name in sorted(tensors):
         if name in sparse:
             try:
                 yield from _packed(name, tensors[name], sparse[name])
@@ -135,7 +106,7 @@ def _shard_name(number: int) -> str:
     return f"model-{number:05}.safetensors"
 
 
-def number_format(tensors: Tensors) -> str:
+def number_format(tensors: Weights) -> str:
     """ "int8" or "fp8" where a layer's weight is 8 bit, else the dtype of the weights."""
     dtypes = {tensors.dtype(name) for name in tensors if name.endswith("_proj.weight")}
-    return next((format.value for format in NARROWEST_FIRST if format.safetensors in dtypes), "fp32")
+    return next((format.value for format in NARROWEST_FIRST if getattr(torch, format.dtype) in dtypes), "fp32")

@@ -45,7 +45,7 @@ def test_built_engine_is_the_checkpoint(tiny: Path, tmp_path: Path, monkeypatch:
     ids = torch.tensor([prompt(40)])
     assert torch.equal(engine.logits(ids), dense.logits(ids))
     assert json.loads((tmp_path / "engine" / "tactics.json").read_text()) == {"layers": {}}
-    names = set(weights.Tensors(tmp_path / "engine"))
+    names = set(weights.open_tensors(tmp_path / "engine"))
     assert "model.layers.0.mlp.up_proj.weight_values" in names
     assert "model.layers.0.mlp.up_proj.weight" not in names
 
