@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from builder.checkpoint.violations import Code, Report, Violation
+from calibration.model.weight_files import INDEX, is_file_name
 from plugins.common.json_files import read_json
 from plugins.common.safetensors_file import HeaderError, Tensor, read_header
-
-INDEX = "model.safetensors.index.json"
 
 
 def read_table(path: Path, report: Report) -> dict[str, Any] | None:
@@ -37,7 +36,7 @@ def hf_tensors(directory: Path, report: Report) -> dict[str, Tensor]:
             report(Violation(Code.INDEX, f"'{here[0]}' and it lie side by side, with no {INDEX}", name))
         return {name: tensor for file in here[:1] for name, tensor in _header(directory / file, report).items()}
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(is_file_name(name) for name in weight_map.values()):
         report(Violation(Code.INDEX, "its weight_map is not a table of tensor and file names", INDEX))
         return {}
     shards = sorted(set(weight_map.values()))
@@ -58,10 +57,6 @@ def hf_tensors(directory: Path, report: Report) -> dict[str, Tensor]:
         if name not in tensors and shard in here:
             report(Violation(Code.INDEX, f"{INDEX} names it, and the shard does not hold it", shard, name))
     return tensors
-
-
-def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name and "\0" not in name
 
 
 def trtllm_tensors(directory: Path, ranks: int, report: Report) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ def read_index(index: Path) -> dict[str, str]:
         raise UserError(
             f"'{index}' is not an index of shards ({type(error).__name__}: {str(error)[:80]}): fetch it again"
         ) from None
-    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(is_file_name, weight_map.values())):
         raise UserError(f"'{index}': its weight_map is not a table of tensor and file names: fetch it again")
     return weight_map
 
@@ -89,7 +89,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
         raise UserError(f"'{file}' is not a complete safetensors file ({error}): fetch it again") from None
 
 
-def _is_file_name(name: Any) -> bool:
+def is_file_name(name: Any) -> bool:
+    """Whether an index may name it: a safetensors file of the same directory."""
     return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name and "\0" not in name
 
 
