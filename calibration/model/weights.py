@@ -16,7 +16,6 @@ from calibration.model.weight_files import INDEX, SINGLE, read_header, weight_fi
 from plugins.common.errors import UserError
 from plugins.common.files import replacing, sha256_once
 
-CHUNK = 1 << 20
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
