@@ -42,7 +42,7 @@ class CpuBench:
 
     def __post_init__(self) -> None:
         rows, columns, dtype = self.shape.out_features, self.shape.in_features, DTYPES[self.shape.format]
-        self.dense = timing.random_2to4(rows, columns, dtype, torch.device("cpu"))
+        self.dense = timing.random_sparse(rows, columns, dtype, torch.device("cpu"))
         self.x = torch.randn(self.most_tokens, columns).to(torch.bfloat16)
         count = rows if self.shape.per_channel else 1
         self.scales = None if dtype == torch.bfloat16 else Scales(torch.full((count,), 0.01), torch.tensor([0.05]))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
 
 from plugins.common.nvidia_smi import query
+from plugins.common.patterns import TENSOR_CORE, keep_and_group
 
 ROUNDS = 11
 CALLS = 16  # at least, in one graph
@@ -66,12 +68,15 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
     return 1000 * float(begin.elapsed_time(end))
 
 
-def random_2to4(rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """A weight [rows, columns] with exactly 2 nonzeros in each group of 4."""
+def random_sparse(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int = 0, pattern: str = TENSOR_CORE
+) -> torch.Tensor:
+    """A weight [rows, columns] with exactly n nonzeros in each group of m inputs."""
     generator = torch.Generator(device).manual_seed(seed)
-    pairs = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]])
-    chosen = torch.randint(6, (rows, columns // 4), generator=generator, device=device)
-    mask = pairs.to(device, torch.bool)[chosen].view(rows, columns)
+    keep, group = keep_and_group(pattern)
+    masks = torch.tensor([[i in kept for i in range(group)] for kept in combinations(range(group), keep)])
+    chosen = torch.randint(len(masks), (rows, columns // group), generator=generator, device=device)
+    mask = masks.to(device)[chosen].view(rows, columns)
     return _random(rows, columns, dtype, generator).masked_fill_(~mask, 0).to(dtype)
 
 

@@ -43,7 +43,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         s, dtype = self.shape, torch_ops.DTYPES[self.shape.format]
-        self.dense = timing.random_2to4(s.out_features, s.in_features, dtype, self.device)
+        self.dense = timing.random_sparse(s.out_features, s.in_features, dtype, self.device)
         self.x = timing.random_operand(self.most_tokens, s.in_features, dtype, self.device)
         self.out_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch_ops.DTYPES[s.out]
         self.scale = 1.0 if self.out_dtype == dtype else 2.0**-10

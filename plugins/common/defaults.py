@@ -1,10 +1,12 @@
-"""Numbers that more than one part needs. Imports nothing, so that `twofour --help` stays fast."""
+"""Numbers that more than one part needs. Imports nothing heavy, so that `twofour --help` stays fast."""
+
+from plugins.common.patterns import PATTERNS, cpu_kernel
 
 GPU = "H100-SXM"  # that times are predicted for
 BATCH = 8  # sequences decoded together, in a prediction
 CONTEXT = 1024  # tokens of context, in a prediction
 ROUNDS = 8  # interleaved rounds of a benchmark
 
-SPARSE_KERNELS = frozenset({"cusparselt", "skinny", "cpu-2of4"})
+SPARSE_KERNELS = frozenset({"cusparselt", "skinny", *map(cpu_kernel, PATTERNS)})
 MAX_SKINNY_TOKENS = 64  # of the skinny GEMM kernel
 LEAST_GAIN = 1.02  # dense time over sparse time: a sparse kernel below it is not worth a second weight layout

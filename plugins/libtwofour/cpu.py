@@ -12,10 +12,11 @@ from functools import cache
 from pathlib import Path
 
 from plugins.common.errors import UserError
+from plugins.common.patterns import PATTERNS, short_name
 from plugins.libtwofour import cpu_compiler
 
 ISAS = ("portable", "avx2", "avx512")
-FORMS = ("int8", "int8-2of4", "bf16", "bf16-2of4")
+FORMS = tuple(f"{dtype}{kept}" for dtype in ("int8", "bf16") for kept in ("", *(f"-{short_name(p)}" for p in PATTERNS)))
 TYPES = ("float32", "bfloat16")
 AXES = ("rows", "inputs")
 ROUNDINGS = ("as is", "int8", "int8 each token", "fp8")
@@ -151,9 +152,9 @@ def weight_bytes(form: str, out_features: int, in_features: int) -> int:
     return int(load().twofour_cpu_weight_bytes(FORMS.index(form), out_features, in_features))
 
 
-def pack(form: str, shape: tuple[int, int], values: int, indices: int, packed: int) -> None:
-    """Packs a weight of `shape` (out_features, in_features); `indices` is 0 for a dense form."""
-    check(load().twofour_cpu_pack(FORMS.index(form), *shape, values, indices or None, packed))
+def pack(form: str, shape: tuple[int, int], values: int, positions: int, packed: int) -> None:
+    """Packs a weight of `shape` (out_features, in_features); `positions` is 0 for a dense form."""
+    check(load().twofour_cpu_pack(FORMS.index(form), *shape, values, positions or None, packed))
 
 
 def unpack(form: str, shape: tuple[int, int], packed: int, weight: int) -> None:

@@ -1,7 +1,7 @@
-"""The linear layer on libtwofour_cpu: weights held packed, dense or 2:4, in the form that the kernel reads.
+"""The linear layer on libtwofour_cpu: weights held packed, dense or sparse, in the form that the kernel reads.
 
-    cpu-2of4    the packed 2:4 weight      0.625 of 8-bit bytes, 0.5625 of 16-bit
-    cpu-dense   the dense weight
+    cpu-2of4, cpu-6of8, ...   the packed weight, of the bytes that plugins/common/patterns.py gives
+    cpu-dense                 the dense weight
 
 int8 weights are multiplied as int8. fp8 weights and inputs are held as bfloat16, which holds every e4m3 number, and
 their products summed in float32, as a GPU does.
@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 from plugins.common import numerics
-from plugins.common.errors import UserError
+from plugins.common.patterns import cpu_kernel, short_name
 from plugins.libtwofour import cpu
 from plugins.linear.torch_linear import Linear, Scales
-from plugins.sparsity.torch_packing import pack
+from plugins.sparsity.torch_packing import VALUES, Packed, unpack
 
-SPARSE, DENSE = "cpu-2of4", "cpu-dense"
+DENSE = "cpu-dense"
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 Choices = Sequence[tuple[int, str]]
@@ -44,13 +44,12 @@ def can_take(dtype: torch.dtype, compute: torch.dtype) -> bool:
 class CpuLinear(Linear):
     """x [..., K] float32 or bfloat16 -> y [..., N] of the same dtype, from a 16-bit, int8 or fp8 weight.
 
-    `kept` is the dense weight [N, K], or (values, indices) of a 2:4 one (plugins/sparsity/pattern.py).
+    `kept` is the dense weight [N, K], or a packed one.
     """
 
     def __init__(
         self,
-        kept: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-        shape: tuple[int, int],
+        kept: torch.Tensor | Packed,
         scales: Scales | None,
         bias_N: torch.Tensor | None,
         dtype: torch.dtype,
@@ -58,19 +57,24 @@ class CpuLinear(Linear):
     ) -> None:
         super().__init__()
         self.dtype = dtype
-        self.out_features, self.in_features = shape
+        self.out_features, self.in_features = kept.shape
         self._tokens, self._kernels = [tokens for tokens, _ in choices], [kernel for _, kernel in choices]
         self.kernel = " or ".join(dict.fromkeys(self._kernels))
         self._scales = nn.Buffer(scales.product) if scales is not None and scales.product.numel() > 1 else None
         self._bias = None if bias_N is None else nn.Buffer(bias_N.float())
-        stored = kept[0].dtype if isinstance(kept, tuple) else kept.dtype
+        stored = kept.values.dtype if isinstance(kept, Packed) else kept.dtype
         multiplier, rounding = _rounding(stored, scales)
         self._multiplier = None if multiplier is None else nn.Buffer(multiplier)
         self._problems: dict[str, cpu.Linear] = {}
         self.weights: dict[str, torch.Tensor] = {}  # by kernel, packed
         for kernel in dict.fromkeys(self._kernels):
-            form = ("int8" if stored == torch.int8 else "bf16") + ("-2of4" if kernel == SPARSE else "")
-            weight = _packed(form, kept, shape)
+            form = "int8" if stored == torch.int8 else "bf16"
+            if kernel == DENSE:
+                weight = _packed(form, unpack(*kept) if isinstance(kept, Packed) else kept)
+            else:
+                assert isinstance(kept, Packed), "only a packed weight has a sparse kernel"
+                form += f"-{short_name(kept.pattern)}"
+                weight = _packed(form, kept)
             self.weights[kernel] = weight
             self.register_buffer(f"{kernel.replace('-', '_')}_weight", weight, persistent=False)
             self._problems[kernel] = cpu.Linear(
@@ -125,34 +129,26 @@ class PackedEmbedding(nn.Module):
         return y
 
 
-def choices_of(tactics: Mapping[str, Any] | None, sparse: bool) -> Choices:
-    """The choices of one layer's entry in tactics.json; without an entry, its own form at any number of tokens."""
-    if not sparse:
+def choices_of(tactics: Mapping[str, Any] | None, pattern: str | None) -> Choices:
+    """The choices of one layer's entry in tactics.json; without an entry, its own form at any number of tokens.
+
+    `pattern` is that of the stored weight, None if it is dense.
+    """
+    if pattern is None:
         return ((1, DENSE),)
     buckets = [] if tactics is None else tactics["buckets"]
-    names = {SPARSE: SPARSE, "dense-cpu": DENSE}
+    sparse = cpu_kernel(pattern)
+    names = {sparse: sparse, "dense-cpu": DENSE}
     known = sorted((int(b["tokens"]), names[b["kernel"]]) for b in buckets if b["kernel"] in names)
-    return known or ((1, SPARSE),)
+    return known or ((1, sparse),)
 
 
 def build(
     tensors: Mapping[str, torch.Tensor], scales: Scales | None, dtype: torch.dtype, choices: Choices
 ) -> CpuLinear:
     """The layer that stored `tensors` describe (factory.py)."""
-    if "weight_values" in tensors:
-        values = tensors["weight_values"]
-        kept: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = (values, tensors["weight_indices"])
-        rows, columns = values.shape[0], 2 * values.shape[1]
-        if tensors["weight_indices"].shape != (rows, -(-columns // 8)):
-            indices = list(tensors["weight_indices"].shape)
-            raise UserError(
-                f"values {list(values.shape)} and indices {indices} do not match",
-                "build the engine again",
-            )
-    else:
-        kept = tensors["weight"]
-        rows, columns = kept.shape
-    return CpuLinear(kept, (rows, columns), scales, tensors.get("bias"), dtype, choices)
+    kept = Packed.of(tensors) if VALUES in tensors else tensors["weight"]
+    return CpuLinear(kept, scales, tensors.get("bias"), dtype, choices)
 
 
 def _rounding(stored: torch.dtype, scales: Scales | None) -> tuple[torch.Tensor | None, str]:
@@ -168,26 +164,15 @@ def _rounding(stored: torch.dtype, scales: Scales | None) -> tuple[torch.Tensor 
     return multiplier.contiguous(), "fp8"
 
 
-def _packed(form: str, kept: torch.Tensor | tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+def _packed(form: str, kept: torch.Tensor | Packed) -> torch.Tensor:
     """A weight in one of the library's forms: uint8."""
-    if form.endswith("2of4"):
-        values, indices = kept if isinstance(kept, tuple) else pack(kept)
-    else:
-        values, indices = (unpack_values(kept) if isinstance(kept, tuple) else kept), None
+    values, positions = (kept.values, kept.positions.contiguous()) if isinstance(kept, Packed) else (kept, None)
     if values.dtype == torch.float8_e4m3fn:  # every e4m3 number is a bfloat16
         values = numerics.fp8_values(values).to(torch.bfloat16)
-    values = values.contiguous()
-    indices = None if indices is None else indices.contiguous()
+    values, shape = values.contiguous(), (kept.shape[0], kept.shape[1])
     packed = torch.empty(cpu.weight_bytes(form, *shape), dtype=torch.uint8)
-    cpu.pack(form, shape, values.data_ptr(), _address(indices) or 0, packed.data_ptr())
+    cpu.pack(form, shape, values.data_ptr(), _address(positions) or 0, packed.data_ptr())
     return packed
-
-
-def unpack_values(kept: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The dense weight of a packed one, where a dense kernel is faster."""
-    from plugins.sparsity.torch_packing import unpack
-
-    return unpack(*kept)
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

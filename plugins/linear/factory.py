@@ -1,6 +1,6 @@
 """Makes the linear layers that the torch engine runs, from the tensors stored under a layer's name:
 
-    weight [N, K] | weight_values [N, K/2] and weight_indices uint8 [N, ceil(K/8)] (plugins/sparsity/pattern.py)
+    weight [N, K] | a packed weight (plugins/sparsity/torch_packing.py)
     weight_scale  [] or [N], input_scale [], pre_quant_scale [K]    8-bit layers only; int8 without input_scale: each
                                                                     token has its own
     bias          [N]
@@ -21,6 +21,7 @@ import torch
 from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.common.formats import Format
+from plugins.common.patterns import PATTERNS, cpu_kernel
 from plugins.linear.torch_linear import (
     DenseLinear,
     Fp8Linear,
@@ -31,10 +32,10 @@ from plugins.linear.torch_linear import (
     QuantizedLinear,
     Scales,
 )
-from plugins.sparsity.torch_packing import unpack
+from plugins.sparsity.torch_packing import VALUES, Packed, unpack
 
 FORMATS = {getattr(torch, format.dtype): format.value for format in Format} | {torch.float64: "fp64"}
-CPU_KERNELS = ("cpu-2of4", "cpu-dense")
+CPU_KERNELS = (*map(cpu_kernel, PATTERNS), "cpu-dense")
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 UNFIT = ("misaligned", "unsupported")  # statuses of libtwofour after which torch's own product takes the layer
 
@@ -52,8 +53,8 @@ def build_linear(
     dtype is not one of ours.
     """
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    sparse = "weight_values" in tensors
-    stored = tensors["weight_values" if sparse else "weight"]
+    packed = Packed.of(tensors) if VALUES in tensors else None
+    stored, pattern = (tensors["weight"], None) if packed is None else (packed.values, packed.pattern)
     if stored.dtype not in FORMATS:
         raise UserError(f"a weight has dtype {stored.dtype}, not one of {', '.join(FORMATS.values())}: export it again")
     scales = _scales(tensors, stored.dtype) if stored.dtype in EIGHT_BIT else None
@@ -61,16 +62,16 @@ def build_linear(
         from plugins.linear import cpu_linear
 
         on_cpu = cpu_linear.build(tensors, scales, dtype, choices)
-        on_cpu.format, on_cpu.sparse = FORMATS[stored.dtype], sparse
+        on_cpu.format, on_cpu.pattern = FORMATS[stored.dtype], pattern
         return on_cpu
-    w_NK = unpack(stored, tensors["weight_indices"]) if sparse else stored
+    w_NK = stored if packed is None else unpack(*packed)
     bias_N = tensors.get("bias")
     layer, refused = None, None
     if choices is not None:
         layer, refused = _on_kernels(w_NK, scales, bias_N, dtype, choices)
     if layer is None:
         layer = _on_torch(w_NK, scales, bias_N, dtype)
-    layer.format, layer.sparse, layer.refused = FORMATS[stored.dtype], sparse, refused
+    layer.format, layer.pattern, layer.refused = FORMATS[stored.dtype], pattern, refused
     layer.out_features, layer.in_features = w_NK.shape
     return layer
 
@@ -139,7 +140,8 @@ def remarks(layers: Iterable[Linear]) -> list[str]:
     kernels = {layer: re.split(" or | and ", layer.kernel) for layer in layers if layer.sparse}
     unpacked = [layer for layer, names in kernels.items() if SPARSE_KERNELS.isdisjoint(names)]
     if any(next(layer.buffers()).device.type == "cpu" for layer in unpacked):
-        sentences.append("2:4 weights are unpacked when they are loaded, and gain nothing")
+        patterns = " and ".join(sorted({str(layer.pattern) for layer in unpacked}))
+        sentences.append(f"{patterns} weights are unpacked when they are loaded, and gain nothing")
     if any(isinstance(layer, Fp8ValuesLinear) for layer in layers):
         sentences.append("fp8 numbers are multiplied as floats: torch's own float8 product is far slower on a CPU")
     for reason in sorted({layer.refused for layer in layers if layer.refused}):

@@ -1,4 +1,4 @@
-"""The linear layer that is 2:4 in part: two layers, each on the kernel of its kind, of slices of x or of y.
+"""The linear layer that is sparse in part: two layers, each on the kernel of its kind, of slices of x or of y.
 
 Legend: M tokens, N out_features, K in_features.
 """
@@ -11,7 +11,7 @@ import torch
 
 from plugins.libtwofour import cpu
 from plugins.linear.cpu_linear import CpuLinear, apply, join_parts
-from plugins.linear.hybrid_tensors import Tensors, common, join, parts_of
+from plugins.linear.hybrid_tensors import Tensors, common, decode, join, parts_of
 from plugins.linear.torch_linear import InputQuantizer, Linear
 from plugins.sparsity.segments import Segments
 
@@ -27,7 +27,8 @@ def build_hybrid(tensors: Tensors, build: Build, dense: bool = False) -> Linear:
     cut = None if dense else parts_of(tensors)
     if cut is None:
         layer = build({"weight": join(tensors), **common(tensors)})
-        layer.sparse, layer.sparse_rows = not dense, joined
+        layer.pattern = None if dense else decode(tensors["weight_segments"]).pattern
+        layer.sparse_rows = joined
         return layer
     segments, parts = cut
     if segments.axis == "inputs":
@@ -47,7 +48,7 @@ class HybridLinear(Linear):
         super().__init__()
         self.sparse_part, self.dense_part = parts
         self.segments = segments
-        self.format, self.sparse, self.dtype = self.sparse_part.format, True, self.sparse_part.dtype
+        self.format, self.pattern, self.dtype = self.sparse_part.format, segments.pattern, self.sparse_part.dtype
         self.kernel = " and ".join(dict.fromkeys(part.kernel for part in parts))
         self.refused = self.sparse_part.refused
         by_row = segments.axis == "rows"

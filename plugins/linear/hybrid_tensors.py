@@ -1,25 +1,27 @@
-"""The stored form of a layer that is 2:4 in part, beside the tensors of any layer (factory.py), in place of `weight`:
+"""The stored form of a layer that is sparse in part, beside the tensors of any layer (factory.py), in place of `weight`:
 
-    weight_values, weight_indices   the 2:4 rows or inputs side by side, packed
-    weight_dense                    the others
-    weight_segments                 int32: the axis, then kind and size of each segment in order
-    weight_joined                   int32: the 2:4 rows of each layer that this one joins (joined.py); never in a file
+    weight_values, and its positions   the sparse rows or inputs side by side, packed (torch_packing.py)
+    weight_dense                       the others
+    weight_segments                    int32: the axis, then kind and size of each segment in order
+    weight_joined                      int32: the sparse rows of each layer that this one joins (joined.py); never in a
+                                       file
 
 Legend: N out_features, K in_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from plugins.common.errors import UserError
-from plugins.sparsity.segments import Axis, Kind, Segments
-from plugins.sparsity.torch_packing import pack, unpack
+from plugins.common.patterns import PATTERNS
+from plugins.sparsity.segments import Axis, Kind, Segment, Segments
+from plugins.sparsity.torch_packing import PACKED, Packed, pack, unpack
 
 AXES: tuple[Axis, ...] = ("rows", "inputs")
-KINDS: tuple[Kind, ...] = ("dense", "2:4")
+KINDS: tuple[Kind, ...] = ("dense", *PATTERNS)  # 0 and 1 are in engines built before the others
 ALONG = {"rows": ("weight_scale", "bias"), "inputs": ("pre_quant_scale",)}  # what is cut with the weight
 
 Tensors = Mapping[str, torch.Tensor]
@@ -34,45 +36,36 @@ def encode(segments: Segments) -> torch.Tensor:
 def decode(stored: torch.Tensor) -> Segments:
     """The segments that `encode` took. Raises UserError where the tensor is damaged."""
     axis, *parts = stored.tolist()
-    if axis not in (0, 1) or len(parts) % 2 or set(parts[::2]) - {0, 1}:
+    if axis not in (0, 1) or len(parts) % 2 or set(parts[::2]) - set(range(len(KINDS))):
         raise UserError(f"weight_segments {stored.tolist()} are damaged: build the engine again")
     return Segments.of(AXES[axis], [(KINDS[kind], size) for kind, size in zip(parts[::2], parts[1::2], strict=True)])
 
 
 def split(weight_NK: torch.Tensor, segments: Segments) -> dict[str, torch.Tensor]:
-    """The stored form of a weight [N, K]. Raises UserError where a 2:4 segment is not 2:4."""
-    axis = AXES.index(segments.axis)
-    sparse, dense = (_select(weight_NK, axis, segments, kind) for kind in ("2:4", "dense"))
-    values, indices = pack(sparse)
-    return {
-        "weight_values": values,
-        "weight_indices": indices,
-        "weight_dense": dense,
-        "weight_segments": encode(segments),
-    }
+    """The stored form of a weight [N, K]. Raises UserError where a sparse segment does not hold its pattern."""
+    sparse, dense = (_select(weight_NK, segments, parts) for parts in (segments.sparse, segments.dense))
+    packed = pack(sparse, segments.pattern)
+    return {**packed.stored(), "weight_dense": dense, "weight_segments": encode(segments)}
 
 
 def join(tensors: Tensors) -> torch.Tensor:
     """The weight [N, K] that `split` took."""
     segments, dense = decode(tensors["weight_segments"]), tensors["weight_dense"]
-    axis, sparse = AXES.index(segments.axis), unpack(tensors["weight_values"], tensors["weight_indices"])
+    axis, sparse = AXES.index(segments.axis), unpack(*Packed.of(tensors))
     side_by_side = torch.cat([_bits(sparse), _bits(dense)], axis)
-    places = torch.cat([_indices(segments, kind) for kind in ("2:4", "dense")]).to(dense.device)
+    places = torch.cat([_indices(segments, parts) for parts in (segments.sparse, segments.dense)]).to(dense.device)
     return side_by_side.index_select(axis, places.argsort()).view(dense.dtype)
 
 
 def parts_of(tensors: Tensors) -> tuple[Segments, list[dict[str, torch.Tensor]]] | None:
-    """Segments, and the tensors of the 2:4 and of the dense part, each as of a layer of its own.
+    """Segments, and the tensors of the sparse and of the dense part, each as of a layer of its own.
 
     None where ranks hold their shares of both kinds: these parts are not slices.
     """
     segments = decode(tensors["weight_segments"])
-    if [part.kind for part in segments.parts] != ["2:4", "dense"]:
+    if not segments.in_two:
         return None
-    parts = [
-        {"weight_values": tensors["weight_values"], "weight_indices": tensors["weight_indices"]},
-        {"weight": tensors["weight_dense"]},
-    ]
+    parts = [{name: tensors[name] for name in PACKED if name in tensors}, {"weight": tensors["weight_dense"]}]
     for stored, part in zip(parts, segments.parts, strict=True):
         for name, tensor in common(tensors).items():
             cut = name in ALONG[segments.axis] and tensor.numel() == segments.size
@@ -85,13 +78,13 @@ def common(tensors: Tensors) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("weight_") or "scale" in name}
 
 
-def _select(weight_NK: torch.Tensor, axis: int, segments: Segments, kind: Kind) -> torch.Tensor:
-    places = _indices(segments, kind).to(weight_NK.device)
-    return _bits(weight_NK).index_select(axis, places).view(weight_NK.dtype)
+def _select(weight_NK: torch.Tensor, segments: Segments, parts: Sequence[Segment]) -> torch.Tensor:
+    places = _indices(segments, parts).to(weight_NK.device)
+    return _bits(weight_NK).index_select(AXES.index(segments.axis), places).view(weight_NK.dtype)
 
 
-def _indices(segments: Segments, kind: Kind) -> torch.Tensor:
-    return torch.from_numpy(segments.indices(kind))
+def _indices(segments: Segments, parts: Sequence[Segment]) -> torch.Tensor:
+    return torch.from_numpy(segments.indices(parts))
 
 
 def _bits(weight: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,9 @@ from torch import nn
 from plugins.linear.hybrid_tensors import Tensors, encode, parts_of
 from plugins.linear.torch_linear import Linear
 from plugins.sparsity.segments import Segments
+from plugins.sparsity.torch_packing import PACKED, VALUES, Packed
 
-ROWS = ("weight", "weight_values", "weight_indices", "bias")  # tensors of N rows, laid one after the other
+ROWS = ("weight", *PACKED, "bias")  # tensors of N rows, laid one after the other
 SHARED = ("input_scale", "pre_quant_scale")  # of the input: one product has one
 KNOWN = {*ROWS, *SHARED, "weight_scale"}
 
@@ -22,9 +23,9 @@ KNOWN = {*ROWS, *SHARED, "weight_scale"}
 def join(parts: Sequence[Tensors], unit: int = 1) -> dict[str, torch.Tensor] | None:
     """The stored tensors of one layer that puts out what `parts` do, side by side, number for number.
 
-    Where some are 2:4 in part, so is the layer: first the 2:4 rows of all, a multiple of `unit` of each, then the dense
-    rows of all. Weight scales that differ become one a row. None where no one product of a kind gives the same numbers:
-    another format, only some 2:4, or inputs scaled differently.
+    Where some are sparse in part, so is the layer: first the sparse rows of all, a multiple of `unit` of each, then the
+    dense rows of all. Weight scales that differ become one a row. None where no one product of a kind gives the same
+    numbers: another format or pattern, only some sparse, or inputs scaled differently.
     """
     if any("weight_segments" in part for part in parts):
         return _join_hybrid(parts, unit)
@@ -44,16 +45,16 @@ def join(parts: Sequence[Tensors], unit: int = 1) -> dict[str, torch.Tensor] | N
 
 def _join_hybrid(parts: Sequence[Tensors], unit: int) -> dict[str, torch.Tensor] | None:
     cuts = [_cut(part) for part in parts]
-    sparse_rows = [0 if sparse is None else len(sparse["weight_values"]) for sparse, _ in cuts]
+    sparse_rows = [0 if sparse is None else len(sparse[VALUES]) for sparse, _ in cuts]
     if any(cut == (None, None) for cut in cuts) or any(rows % unit for rows in sparse_rows):
         return None
     sparse, dense = (join([half for half in halves if half is not None]) for halves in zip(*cuts, strict=True))
     if sparse is None or dense is None or not _alike(sparse, dense):
         return None
-    rows = len(sparse["weight_values"]), len(dense["weight"])
-    joined = {name: sparse[name] for name in ("weight_values", "weight_indices", *SHARED) if name in sparse}
+    rows, pattern = (len(sparse[VALUES]), len(dense["weight"])), Packed.of(sparse).pattern
+    joined = {name: sparse[name] for name in (*PACKED, *SHARED) if name in sparse}
     joined |= {"weight_dense": dense["weight"], "weight_joined": torch.tensor(sparse_rows, dtype=torch.int32)}
-    joined["weight_segments"] = encode(Segments.of("rows", [("2:4", rows[0]), ("dense", rows[1])]))
+    joined["weight_segments"] = encode(Segments.of("rows", [(pattern, rows[0]), ("dense", rows[1])]))
     if "bias" in sparse:
         joined["bias"] = torch.cat([sparse["bias"], dense["bias"]])
     if "weight_scale" in sparse:
@@ -62,9 +63,9 @@ def _join_hybrid(parts: Sequence[Tensors], unit: int) -> dict[str, torch.Tensor]
 
 
 def _cut(part: Tensors) -> tuple[Tensors | None, Tensors | None]:
-    """The tensors of a layer's 2:4 rows and of its dense ones; neither where it cannot be cut so."""
+    """The tensors of a layer's sparse rows and of its dense ones; neither where it cannot be cut so."""
     if "weight_segments" not in part:
-        return (part, None) if "weight_values" in part else (None, part)
+        return (part, None) if VALUES in part else (None, part)
     cut = parts_of(part)
     if cut is None or cut[0].axis != "rows":
         return None, None
@@ -74,9 +75,9 @@ def _cut(part: Tensors) -> tuple[Tensors | None, Tensors | None]:
 
 def _alike(sparse: Tensors, dense: Tensors) -> bool:
     """Whether both have numbers of one format, scales of one kind and the same inputs."""
-    if sparse["weight_values"].dtype != dense["weight"].dtype:
+    if sparse[VALUES].dtype != dense["weight"].dtype:
         return False
-    if set(sparse) - {"weight_values", "weight_indices"} != set(dense) - {"weight"}:
+    if set(sparse) - set(PACKED) != set(dense) - {"weight"}:
         return False
     return all(torch.equal(sparse[name], dense[name]) for name in SHARED if name in sparse)
 
@@ -93,7 +94,7 @@ def _join_scales(parts: Sequence[Tensors]) -> torch.Tensor:
     scales = [part["weight_scale"].reshape(-1) for part in parts]
     if all(scale.numel() == 1 and torch.equal(scale, scales[0]) for scale in scales):
         return scales[0]
-    weights = [part["weight_values" if "weight_values" in part else "weight"] for part in parts]
+    weights = [part[VALUES if VALUES in part else "weight"] for part in parts]
     return torch.cat([scale.expand(weight.shape[0]) for scale, weight in zip(scales, weights, strict=True)])
 
 
@@ -103,7 +104,8 @@ class SideBySide(Linear):
     def __init__(self, layers: Sequence[Linear]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.format, self.sparse = "+".join(dict.fromkeys(x.format for x in layers)), any(x.sparse for x in layers)
+        self.format = "+".join(dict.fromkeys(x.format for x in layers))
+        self.pattern = next((x.pattern for x in layers if x.sparse), None)
         self.dtype = layers[0].dtype
         self.kernel = " and ".join(dict.fromkeys(layer.kernel for layer in layers))
         self.out_features, self.in_features = sum(layer.out_features for layer in layers), layers[0].in_features

@@ -19,7 +19,7 @@ class Linear(nn.Module):
     """What all layers have in common: x [..., K] -> y [..., N] in the compute dtype."""
 
     format: str  # of the stored weight, one of FORMATS
-    sparse: bool  # whether the stored weight is packed 2:4
+    pattern: str | None = None  # of the stored weight where it is packed, as "2:4"
     kernel: str  # what multiplies, as reports name it
     dtype: torch.dtype  # of y
     out_features: int
@@ -28,6 +28,11 @@ class Linear(nn.Module):
     quantizer: InputQuantizer | None = None
     refused: str | None = None  # why our kernels did not take the layer, where they were asked to
     operand: torch.dtype | None = None  # 8-bit dtype of what `multiply` takes; None: the layer rounds its input itself
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the stored weight is packed."""
+        return self.pattern is not None
 
     def multiply(self, q_MK: torch.Tensor) -> torch.Tensor:
         """y [M, N] of an input that was multiplied by `quantizer.multiplier` and rounded to `operand` already."""
@@ -42,7 +47,7 @@ class Linear(nn.Module):
             y_MN.copy_(product_MN)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.format}{', 2:4' if self.sparse else ''}, {self.kernel}"
+        return f"{self.in_features}, {self.out_features}, {self.format}{f', {self.pattern}' if self.sparse else ''}, {self.kernel}"
 
 
 class DenseLinear(Linear):

@@ -1,12 +1,13 @@
-"""sparsity.json beside a checkpoint: which layers are 2:4, whole or in part, and the order of their channels. No torch.
+"""sparsity.json beside a checkpoint: which layers are sparse, whole or in part, and their channels' order. No torch.
 
     {"pattern": "2:4", "method": "reconstruct",
-     "layers": ["model.layers.0.self_attn.q_proj", ...],                            2:4 as a whole
+     "layers": ["model.layers.0.self_attn.q_proj", ...],                            sparse as a whole
      "hybrid": {"model.layers.3.mlp.up_proj": {"axis": "rows", "segments": [["2:4", 768], ["dense", 768]]}, ...},
      "order": {"model.layers.3.mlp": "7 0 12 ...", ...}}                            place -> channel of the dense model
 
 The checkpoint's weights are ordinary dense tensors in the new order: a reader that knows nothing of this file computes
-the same numbers. `hybrid` and `order` are left out where there are none.
+the same numbers. `pattern` is that of all sparse layers and segments; `hybrid` and `order` are left out where there are
+none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from plugins.common.errors import UserError
 from plugins.common.json_files import read_json, write_json
+from plugins.common.patterns import PATTERNS, TENSOR_CORE, Pattern
 from plugins.sparsity.segments import Segments
 
 FILE = "sparsity.json"
@@ -33,37 +35,39 @@ class Declaration:
         default_factory=dict
     )  # of a block's `mlp`: channels; `self_attn`: KV heads
     method: str = ""
-    pattern: str = "2:4"
+    pattern: Pattern = TENSOR_CORE
 
     @property
     def pruned(self) -> tuple[str, ...]:
-        """The layers with any 2:4 part."""
+        """The layers with any sparse part."""
         return (*self.layers, *self.hybrid)
 
     def require_whole_layers(self) -> None:
-        """Raises UserError where a layer is 2:4 in part: a TensorRT engine would run it dense, unnoticed."""
+        """Raises UserError where a layer is sparse in part: a TensorRT engine would run it dense, unnoticed."""
         if self.hybrid:
             raise UserError(
-                f"'{next(iter(self.hybrid))}' is 2:4 in part ({len(self.hybrid)} layers are), and TensorRT engines "
-                "run layers that are wholly 2:4",
+                f"'{next(iter(self.hybrid))}' is {self.pattern} in part ({len(self.hybrid)} layers are), and TensorRT "
+                f"engines run layers that are wholly {self.pattern}",
                 "use engine.backend=torch, or remove sparsity.fraction and sparsity.budget",
             )
 
     @classmethod
     def parse(cls, content: Any) -> Declaration:
         """Raises UserError, one line that names the first fault."""
-        if not isinstance(content, dict) or content.get("pattern") != "2:4":
+        if not isinstance(content, dict) or "pattern" not in content:
             raise UserError(EXAMPLE)
+        if (pattern := content["pattern"]) not in PATTERNS:
+            raise UserError(f"its pattern {pattern!r} is not one of {', '.join(PATTERNS)}")
         layers, hybrid, order = content.get("layers"), content.get("hybrid", {}), content.get("order", {})
         if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
             raise UserError(EXAMPLE)
         if not isinstance(hybrid, dict) or not isinstance(order, dict):
             raise UserError("its 'hybrid' and 'order' are not tables")
         if both := sorted(set(layers) & hybrid.keys()):
-            raise UserError(f"it declares {both[0]!r} wholly and partly 2:4")
-        segments = {layer: Segments.parse(layer, value) for layer, value in hybrid.items()}
+            raise UserError(f"it declares {both[0]!r} wholly and partly {pattern}")
+        segments = {layer: Segments.parse(layer, value, pattern) for layer, value in hybrid.items()}
         orders = {module: _parse_order(module, value) for module, value in order.items()}
-        return cls(tuple(layers), segments, orders, str(content.get("method", "")))
+        return cls(tuple(layers), segments, orders, str(content.get("method", "")), pattern)
 
     @classmethod
     def read(cls, directory: Path) -> Declaration:

@@ -1,9 +1,9 @@
-"""A weight [out_features N, in_features K] as segments along its rows or its inputs, each 2:4 or dense. No torch.
+"""A weight [out_features N, in_features K] as segments along its rows or its inputs, each sparse or dense. No torch.
 
-A hybrid layer has both kinds: the channels that pruning harms least are 2:4, the others dense. Channels are ordered so
+A hybrid layer has both kinds: the channels that pruning harms least hold a pattern, the others are dense. Channels are ordered so
 that each kind is contiguous, so that a kernel reads slices and gathers nothing (Lee et al., SpenseGPT, 2026,
 arXiv:2606.10445, splits a weight so; here the channels of coupled layers share one order). With tensor parallelism each
-rank holds its share of both kinds: the 2:4 segment of rank 0, its dense one, the 2:4 segment of rank 1, and so on.
+rank holds its share of both kinds: the sparse segment of rank 0, its dense one, the sparse one of rank 1, and so on.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any, Literal
 import numpy as np
 
 from plugins.common.errors import UserError
+from plugins.common.patterns import TENSOR_CORE, Pattern
 
 Axis = Literal["rows", "inputs"]
-Kind = Literal["2:4", "dense"]
+Dense = Literal["dense"]
+Kind = Pattern | Dense
 
 ALIGNMENT = (
-    32  # of every boundary: cuSPARSELt's for 8-bit rows and inputs; holds whole groups of 4 and bytes of indices
+    32  # of every boundary: cuSPARSELt's for 8-bit rows and inputs; holds whole groups and bytes of indices
 )
 
 
@@ -43,7 +45,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Segments:
-    """All segments of one weight, in order and without a gap. Neighbours differ in kind."""
+    """All segments of one weight, in order and without a gap. Neighbours differ in kind; sparse ones have one pattern."""
 
     axis: Axis
     parts: tuple[Segment, ...]
@@ -62,16 +64,21 @@ class Segments:
         return cls(axis, tuple(parts))
 
     @classmethod
-    def split(cls, axis: Axis, size: int, sparse: int, ranks: int = 1) -> Segments:
-        """Of `size` channels the first `sparse` 2:4, or so on each of `ranks` tensor-parallel ranks."""
+    def split(
+        cls, axis: Axis, size: int, sparse: int, ranks: int = 1, pattern: Pattern = TENSOR_CORE
+    ) -> Segments:
+        """Of `size` channels the first `sparse` in the pattern, or so on each of `ranks` tensor-parallel ranks."""
         assert size % ranks == 0
         assert sparse % ranks == 0
-        shares: list[tuple[Kind, int]] = [("2:4", sparse // ranks), ("dense", (size - sparse) // ranks)]
+        shares: list[tuple[Kind, int]] = [(pattern, sparse // ranks), ("dense", (size - sparse) // ranks)]
         return cls.of(axis, shares * ranks)
 
     @classmethod
-    def parse(cls, layer: str, content: Any) -> Segments:
-        """From sparsity.json: {"axis": "rows", "segments": [["2:4", 96], ["dense", 32]]}. Raises UserError."""
+    def parse(cls, layer: str, content: Any, pattern: Pattern = TENSOR_CORE) -> Segments:
+        """From sparsity.json: {"axis": "rows", "segments": [["2:4", 96], ["dense", 32]]}.
+
+        Raises UserError, also for a sparse segment of another pattern.
+        """
         try:
             axis, sizes = content["axis"], [(kind, size) for kind, size in content["segments"]]
         except (TypeError, KeyError, ValueError):
@@ -79,8 +86,8 @@ class Segments:
         if axis not in ("rows", "inputs"):
             raise UserError(f"{layer!r} is split along {axis!r}: an axis is 'rows' or 'inputs'")
         for kind, size in sizes:
-            if kind not in ("2:4", "dense"):
-                raise UserError(f"{layer!r} has a segment of kind {kind!r}: a kind is '2:4' or 'dense'")
+            if kind not in (pattern, "dense"):
+                raise UserError(f"{layer!r} has a segment of kind {kind!r}: a kind is '{pattern}' or 'dense'")
             if type(size) is not int or size <= 0 or size % ALIGNMENT:
                 raise UserError(f"{layer!r} has a segment of {size!r} {axis}: it must be a multiple of {ALIGNMENT}")
         return cls.of(axis, sizes)
@@ -96,20 +103,31 @@ class Segments:
 
     @property
     def fraction(self) -> float:
-        """The share of the weight that is 2:4."""
+        """The share of the weight that is sparse."""
         return sum(part.size for part in self.sparse) / self.size
 
     @property
+    def pattern(self) -> Pattern:
+        """Of the sparse segments; 2:4 where there are none."""
+        return next((part.kind for part in self.parts if part.kind != "dense"), TENSOR_CORE)
+
+    @property
+    def in_two(self) -> bool:
+        """Whether there are two segments, the sparse one first: a kernel takes each as a slice."""
+        return [part.kind == "dense" for part in self.parts] == [False, True]
+
+    @property
     def sparse(self) -> tuple[Segment, ...]:
-        return tuple(part for part in self.parts if part.kind == "2:4")
+        return tuple(part for part in self.parts if part.kind != "dense")
 
     @property
     def dense(self) -> tuple[Segment, ...]:
         return tuple(part for part in self.parts if part.kind == "dense")
 
-    def indices(self, kind: Kind) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The rows or inputs of one kind, ascending."""
-        ranges = [np.arange(part.start, part.end) for part in self.parts if part.kind == kind]
+    @staticmethod
+    def indices(parts: Sequence[Segment]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The rows or inputs of `parts`, such as those of `sparse`."""
+        ranges = [np.arange(part.start, part.end) for part in parts]
         return np.concatenate(ranges) if ranges else np.arange(0)
 
     def rank(self, rank: int, ranks: int) -> Segments:
@@ -126,5 +144,5 @@ class Segments:
         ]
         if len(set(cut)) > 1:
             shares = ", ".join(f"{each.fraction:.0%}" for each in cut)
-            raise UserError(f"of its {self.axis} {shares} are 2:4 on {ranks} ranks: prune for engine.tensor_parallel")
+            raise UserError(f"of its {self.axis} {shares} are {self.pattern} on {ranks} ranks: prune for engine.tensor_parallel")
         return cut[rank]

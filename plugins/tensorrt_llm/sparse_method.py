@@ -105,7 +105,7 @@ def compress(module: Any, choices: Choices) -> None:
     if weight.is_cuda:
         tensors = {"weight": weight}
     else:
-        tensors = dict(zip(("weight_values", "weight_indices"), pack(weight), strict=True))
+        tensors = pack(weight).stored()
     if weight.dtype == torch.float8_e4m3fn:
         if module.input_scale is None:
             raise UserError("an FP8 layer has no static input scale: export the checkpoint with one")

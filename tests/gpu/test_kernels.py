@@ -58,7 +58,7 @@ def refused(call: Callable[[], object]) -> str:
 def check(kernel: str, dtype: torch.dtype, n: int, k: int, tokens: int, scaled: bool, biased: bool) -> None:
     """One product against float64; integers against exact arithmetic."""
     what = (kernel, dtype, n, k, tokens, scaled, biased)
-    w, x = timing.random_2to4(n, k, dtype, DEVICE), timing.random_operand(tokens, k, dtype, DEVICE)
+    w, x = timing.random_sparse(n, k, dtype, DEVICE), timing.random_operand(tokens, k, dtype, DEVICE)
     out, eight_bit = out_of(dtype), dtype in (torch.int8, torch.float8_e4m3fn)
     scale = 2.0**-9 if eight_bit else 1.0
     scales = torch.rand(n, device=DEVICE) * scale if scaled and eight_bit else None
@@ -84,7 +84,7 @@ def check(kernel: str, dtype: torch.dtype, n: int, k: int, tokens: int, scaled: 
 def test_slices_of_wider_matrices(kernel: str, dtype: torch.dtype) -> None:
     """Beside others in x and y, and added to what y holds, as the parts of a hybrid layer are."""
     out = out_of(dtype)
-    w = timing.random_2to4(512, 1024, dtype, DEVICE)
+    w = timing.random_sparse(512, 1024, dtype, DEVICE)
     for tokens in (1, 3, 16, 64):
         wide_x, y = timing.random_operand(tokens, 1536, dtype, DEVICE), torch.ones(tokens, 768, device=DEVICE).to(out)
         weight, scale = torch_ops.prepare(w, kernel), 2.0**-9 if dtype.itemsize == 1 else 1.0
@@ -129,7 +129,7 @@ def test_shapes_of_real_models(kernel: str, n: int, k: int, tokens: int, dtype: 
 
 
 def test_every_split_gives_the_same_integers() -> None:
-    context, w = bindings.context(0), timing.random_2to4(200, 4096, torch.int8, DEVICE)
+    context, w = bindings.context(0), timing.random_sparse(200, 4096, torch.int8, DEVICE)
     x, packed = timing.random_operand(12, 4096, torch.int8, DEVICE), torch_ops.prepare(w, "skinny")
     problem = torch_ops.describe("skinny", x, 200, torch.bfloat16, 1e-3)
     results = []
@@ -141,7 +141,7 @@ def test_every_split_gives_the_same_integers() -> None:
 
 @each_dtype
 def test_packing_on_the_device_is_numpys(dtype: torch.dtype) -> None:
-    w = timing.random_2to4(70, 528, dtype, DEVICE)
+    w = timing.random_sparse(70, 528, dtype, DEVICE)
     packed = torch_ops.prepare(w, "skinny")
     expected = skinny_layout.pack(to_numpy(w), torch_ops.FORMATS[dtype])
     assert torch.equal(packed.cpu(), torch.from_numpy(expected))
@@ -154,7 +154,7 @@ def test_packing_on_the_device_is_numpys(dtype: torch.dtype) -> None:
 
 @each_sparse_kernel
 def test_negative_zeros_change_nothing(kernel: str) -> None:
-    w = timing.random_2to4(256, 512, torch.float16, DEVICE)
+    w = timing.random_sparse(256, 512, torch.float16, DEVICE)
     negative = torch.where(w == 0, -torch.zeros_like(w), w)
     x = timing.random_operand(48, 512, torch.float16, DEVICE)
     y = [OPERATORS[kernel](x, torch_ops.prepare(v, kernel), 1.0, None, None, 256, torch.float16) for v in (w, negative)]
@@ -163,13 +163,13 @@ def test_negative_zeros_change_nothing(kernel: str) -> None:
 
 @each_sparse_kernel
 def test_weight_that_is_not_2to4_is_named(kernel: str) -> None:
-    w = timing.random_2to4(64, 128, torch.bfloat16, DEVICE)
+    w = timing.random_sparse(64, 128, torch.bfloat16, DEVICE)
     w[9, 20:24] = 1
     assert "row 9, group 5 (inputs 20 to 23) has more than 2 nonzeros" in refused(lambda: torch_ops.prepare(w, kernel))
 
 
 def test_shapes_that_cusparselt_cannot_take_say_what_works() -> None:
-    w = timing.random_2to4(100, 200, torch.bfloat16, DEVICE)
+    w = timing.random_sparse(100, 200, torch.bfloat16, DEVICE)
     assert "[100, 200] would fit as [112, 208]" in refused(lambda: torch_ops.prepare(w, "cusparselt"))
 
 
@@ -195,7 +195,7 @@ def test_quantize_is_the_reference(x_dtype: torch.dtype, dtype: torch.dtype) -> 
 @each_dtype
 @each_kernel
 def test_captured_products_replay_bit_for_bit(kernel: str, dtype: torch.dtype) -> None:
-    w = timing.random_2to4(512, 2048, dtype, DEVICE)
+    w = timing.random_sparse(512, 2048, dtype, DEVICE)
     prepared, x = torch_ops.prepare(w, kernel), timing.random_operand(12, 2048, dtype, DEVICE)
     arguments = (prepared, 1.0, None, None, 512, out_of(dtype))
     eager = OPERATORS[kernel](x, *arguments)
@@ -212,7 +212,7 @@ def test_captured_products_replay_bit_for_bit(kernel: str, dtype: torch.dtype) -
 
 def test_capturing_without_a_plan_is_refused_with_words() -> None:
     context = bindings.Context(0)  # a fresh one: no plans
-    w, x = (timing.random_2to4(256, 256, torch.bfloat16, DEVICE) for _ in range(2))
+    w, x = (timing.random_sparse(256, 256, torch.bfloat16, DEVICE) for _ in range(2))
     compressed, y = torch_ops.prepare(w, "cusparselt"), torch.empty(256, 256, dtype=torch.bfloat16, device=DEVICE)
     problem = torch_ops.describe("cusparselt", x, 256, torch.bfloat16)
     context.weight_bytes(problem)  # opens cuSPARSELt, which no capture survives
@@ -231,7 +231,7 @@ def test_capturing_without_a_plan_is_refused_with_words() -> None:
 
 
 def test_search_keeps_an_algorithm_and_counts_what_memory_left_out() -> None:
-    context, w = bindings.context(0), timing.random_2to4(1024, 1024, torch.bfloat16, DEVICE)
+    context, w = bindings.context(0), timing.random_sparse(1024, 1024, torch.bfloat16, DEVICE)
     x, compressed = timing.random_operand(128, 1024, torch.bfloat16, DEVICE), torch_ops.prepare(w, "cusparselt")
     y = torch.empty(128, 1024, dtype=torch.bfloat16, device=DEVICE)
     problem = torch_ops.describe("cusparselt", x, 1024, torch.bfloat16)
@@ -257,7 +257,7 @@ def test_tuner_measures_and_its_tactics_are_taken_back() -> None:
 def test_layer_compiles_into_one_graph() -> None:
     from plugins.linear.kernel_linear import SKINNY_THEN_CUSPARSELT, KernelLinear
 
-    w = timing.random_2to4(512, 512, torch.bfloat16, DEVICE)
+    w = timing.random_sparse(512, 512, torch.bfloat16, DEVICE)
     layer = KernelLinear(w, None, None, torch.bfloat16, SKINNY_THEN_CUSPARSELT)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for tokens in (4, 128):
@@ -268,7 +268,7 @@ def test_layer_compiles_into_one_graph() -> None:
 @each_kernel
 def test_operators_pass_torchs_own_checks(kernel: str) -> None:
     checks = ("test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
-    w, x = (timing.random_2to4(64, 64, torch.bfloat16, DEVICE) for _ in range(2))
+    w, x = (timing.random_sparse(64, 64, torch.bfloat16, DEVICE) for _ in range(2))
     arguments = (x, torch_ops.prepare(w, kernel), 1.0, None, None, 64, torch.bfloat16)
     torch.library.opcheck(OPERATORS[kernel], arguments, test_utils=checks)
 
@@ -276,7 +276,7 @@ def test_operators_pass_torchs_own_checks(kernel: str) -> None:
 @each_dtype
 @each_sparse_kernel
 def test_error_is_no_larger_than_the_dense_kernels(kernel: str, dtype: torch.dtype) -> None:
-    w, x = timing.random_2to4(2048, 4096, dtype, DEVICE), timing.random_operand(64, 4096, dtype, DEVICE)
+    w, x = timing.random_sparse(2048, 4096, dtype, DEVICE), timing.random_operand(64, 4096, dtype, DEVICE)
     scale = 1e-3 if dtype in (torch.int8, torch.float8_e4m3fn) else 1.0
     exact = x.double() @ w.double().T * scale
     error = {}
@@ -292,7 +292,7 @@ def test_error_is_no_larger_than_the_dense_kernels(kernel: str, dtype: torch.dty
 def test_a_search_writes_nothing_but_y_and_its_workspace(kernel: str, dtype: torch.dtype, tokens: int) -> None:
     """Every algorithm of a real layer's product, between guards; the weights stay as they are."""
     n, k, guard = 8192, 8192, 1 << 16
-    w, x = timing.random_2to4(n, k, dtype, DEVICE), timing.random_operand(tokens, k, dtype, DEVICE)
+    w, x = timing.random_sparse(n, k, dtype, DEVICE), timing.random_operand(tokens, k, dtype, DEVICE)
     prepared, out = torch_ops.prepare(w, kernel), out_of(dtype)
     before = [t.view(torch.uint8).clone() for t in (w, x, prepared)]
     size = (64 << 20) + 4 * tokens * n

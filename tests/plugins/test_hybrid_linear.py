@@ -190,7 +190,7 @@ def test_parts_that_round_by_themselves_go_on_doing_so() -> None:
 
 def test_parts_that_do_not_fit_are_refused_by_the_library() -> None:
     parts = [
-        CpuLinear(torch.ones(32, k).bfloat16(), (32, k), None, None, torch.bfloat16, ((1, "cpu-dense"),))
+        CpuLinear(torch.ones(32, k).bfloat16(), None, None, torch.bfloat16, ((1, "cpu-dense"),))
         for k in (64, 32)
     ]
     joined = cpu_linear.join_parts(parts[0].problem(1), parts[1].problem(1), "rows")

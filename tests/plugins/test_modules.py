@@ -43,7 +43,7 @@ def stored(kind: str, *, sparse: bool = False, bias: bool = True, smooth: bool =
 
 
 def packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    values, indices = pack(tensors["weight"])
+    values, indices, _ = pack(tensors["weight"])
     rest = {name: tensor for name, tensor in tensors.items() if name != "weight"}
     return rest | {"weight_values": values, "weight_indices": indices}
 
@@ -201,7 +201,7 @@ def test_an_unknown_weight_dtype_is_refused() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 15])
 def test_packing_keeps_dtype_and_bits(dtype: torch.dtype, groups: int) -> None:
     w = stored("bf16", sparse=True)["weight"][:, : 4 * groups].float().to(dtype)
-    values, indices = pack(w)
+    values, indices, _ = pack(w)
     assert torch.equal(unpack(values, indices), w)
     assert values.dtype == dtype
     assert indices.dtype == torch.uint8

@@ -30,7 +30,7 @@ def test_each_rank_holds_its_share_of_both_kinds() -> None:
     segments = Segments.split("inputs", 256, 128, ranks=2)
     assert [(part.kind, part.size) for part in segments.parts] == [("2:4", 64), ("dense", 64)] * 2
     assert segments.rank(0, 2) == segments.rank(1, 2) == Segments.split("inputs", 128, 64)
-    assert segments.indices("2:4").tolist() == [*range(64), *range(128, 192)]
+    assert segments.indices(segments.sparse).tolist() == [*range(64), *range(128, 192)]
 
 
 @pytest.mark.parametrize(("ranks", "fragment"), [(2, "100%, 0% are 2:4 on 2 ranks"), (3, "not a multiple of 32")])
@@ -55,7 +55,8 @@ VALID: dict[str, Any] = {"axis": "rows", "segments": [["2:4", 64], ["dense", 64]
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
-        ({"pattern": "4:8"}, "it is not of the form"),
+        ({"pattern": "3:4"}, "its pattern '3:4' is not one of 2:4, 4:8, 5:8, 6:8"),
+        ({"pattern": "6:8"}, "a segment of kind '2:4': a kind is '6:8' or 'dense'"),
         ({"layers": "all"}, "it is not of the form"),
         ({"hybrid": []}, "are not tables"),
         ({"layers": [UP]}, "wholly and partly 2:4"),

@@ -27,7 +27,7 @@ def test_operators_hand_over_what_libtwofour_needs(
     torch_on_stand_in: bindings.Context, kernel: str, dtype: torch.dtype
 ) -> None:
     w, x = (
-        timing.random_2to4(64, 96, dtype, torch.device("cpu")),
+        timing.random_sparse(64, 96, dtype, torch.device("cpu")),
         timing.random_operand(13, 96, dtype, torch.device("cpu")),
     )
     out = dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
@@ -42,7 +42,7 @@ def test_operators_hand_over_what_libtwofour_needs(
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 @pytest.mark.parametrize("kernel", structures.KERNELS)
 def test_operators_hand_over_slices(torch_on_stand_in: bindings.Context, kernel: str, tokens: int) -> None:
-    w = timing.random_2to4(64, 96, torch.int8, CPU)
+    w = timing.random_sparse(64, 96, torch.int8, CPU)
     wide_x, y = timing.random_operand(tokens, 192, torch.int8, CPU), torch.ones(tokens, 128).bfloat16()
     for accumulate in (False, True) if kernel == "cublaslt" else (False,):
         places = (y[:, 64:], wide_x[:, 96:], torch_ops.prepare(w, kernel), kernel, 2e-3, None, None, accumulate)
@@ -57,7 +57,7 @@ def test_operators_hand_over_slices(torch_on_stand_in: bindings.Context, kernel:
 def test_memory_that_runs_out_for_a_calls_workspace_is_reported(
     torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    w, x = timing.random_2to4(64, 96, torch.bfloat16, CPU), timing.random_operand(13, 96, torch.bfloat16, CPU)
+    w, x = timing.random_sparse(64, 96, torch.bfloat16, CPU), timing.random_operand(13, 96, torch.bfloat16, CPU)
     compressed, empty = torch_ops.prepare(w, "cusparselt"), torch.empty
 
     def full(*shape: object, dtype: torch.dtype, **where: object) -> torch.Tensor:

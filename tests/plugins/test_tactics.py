@@ -187,7 +187,7 @@ def test_workspace_shrinks_with_memory_and_notes_it(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 def test_random_weights_have_exactly_two_nonzeros_a_group(dtype: torch.dtype) -> None:
-    weight = timing.random_2to4(32, 256, dtype, torch.device("cpu"))
+    weight = timing.random_sparse(32, 256, dtype, torch.device("cpu"))
     nonzeros = (weight.float().view(32, 64, 4) != 0).sum(-1)
     assert weight.dtype == dtype
     assert bool((nonzeros == 2).all())

@@ -2,7 +2,7 @@
 
     engine.json        backend, format, kv_cache, checkpoint_sha256, versions and limits; written last
     config.json        the model's, without the quantization section
-    model.safetensors  the weights; those of 2:4 layers packed as plugins/sparsity/pattern.py describes
+    model.safetensors  the weights; those of sparse layers packed as plugins/sparsity/pattern.py describes
     tactics.json       which kernel at which tokens, where it was given; and the tokenizer's files
 
 The dense baseline is the same engine, loaded from a 16-bit Hugging Face directory: one code path for both.
@@ -27,6 +27,7 @@ from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
 from plugins.common.json_files import read_json_object, write_json
+from plugins.common.patterns import ON_CPU_ONLY
 from plugins.sparsity.declaration import Declaration
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
         "format": weights.number_format(tensors),
         "kv_cache": _kv_cache(model_config, tensors),
         "sparse_layers": len(declaration.pruned),
+        "pattern": declaration.pattern if declaration.pruned else None,
         "checkpoint_sha256": checkpoint_digest(checkpoint),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "max_batch_size": config.max_batch_size,
@@ -77,7 +79,8 @@ def load(engine_dir: Path, *, device: str | None = None, dtype: torch.dtype | No
     """Opens an engine directory on `device` (the GPU where there is one), computing in `dtype`.
 
     `dtype` None is the model's own on a GPU, and on a CPU with AVX512-BF16 that of a bfloat16 model; else float32.
-    Raises UserError where the directory is missing, another backend's, or of another layout.
+    Raises UserError where the directory is missing, another backend's, or of another layout, and where no kernel of the
+    device multiplies its pattern.
     """
     engine = _read_json(engine_dir / "engine.json", "an engine directory")
     if engine.get("backend") != "torch":
@@ -90,6 +93,11 @@ def load(engine_dir: Path, *, device: str | None = None, dtype: torch.dtype | No
     missing = [name for name in (*limits, "kv_cache") if name not in engine]
     if missing:
         raise UserError(f"'{engine_dir / 'engine.json'}' lacks '{missing[0]}': build the engine again")
+    if (pattern := engine.get("pattern")) in ON_CPU_ONLY and _device(device).type != "cpu":
+        raise UserError(
+            f"'{engine_dir}' has {pattern} weights, which only CPU kernels multiply, and this machine has a GPU",
+            "hide it (CUDA_VISIBLE_DEVICES=-1), or build with sparsity.pattern=2:4",
+        )
     return _open(engine_dir, Limits(**{name: engine[name] for name in limits}), engine["kv_cache"], device, dtype)
 
 
@@ -121,7 +129,7 @@ def _open(
 ) -> TorchEngine:
     config = _read_json(directory / "config.json", "an engine directory")
     _check_architecture(directory, config)
-    device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device_name)
     tactics = directory / "tactics.json"
     if dtype is None:
         dtype = _compute_dtype(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), device)
@@ -135,6 +143,10 @@ def _open(
             tactics=_read_tactics(tactics) if tactics.is_file() else None,
         )
     return TorchEngine(model, limits, _eos(directory, config), kv_cache)
+
+
+def _device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def precise_dtype() -> torch.dtype | None:

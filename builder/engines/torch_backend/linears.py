@@ -15,6 +15,7 @@ from plugins.linear.factory import build_linear, share_input
 from plugins.linear.hybrid_linear import build_hybrid
 from plugins.linear.joined import SideBySide, join
 from plugins.linear.torch_linear import Linear
+from plugins.sparsity.torch_packing import VALUES, Packed
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ class Kernels:
 
     def choices(self, name: str, stored: Mapping[str, torch.Tensor]) -> Choices | None:
         """For a layer and its tensors; None: torch's own product."""
-        sparse = "weight_values" in stored
+        packed = Packed.of(stored) if VALUES in stored else None
+        sparse = packed is not None
         if sparse and self._problem:  # once, and only for a model that it slows down
             log.warning("%s", self._problem)
             self.remarks.append(self._problem)
@@ -60,9 +62,9 @@ class Kernels:
         if self._on_cpu:
             from plugins.linear import cpu_linear
 
-            if not cpu_linear.can_take(stored["weight_values" if sparse else "weight"].dtype, self._dtype):
+            if not cpu_linear.can_take(stored[VALUES if sparse else "weight"].dtype, self._dtype):
                 return None
-            return cpu_linear.choices_of(self._layers.get(name), sparse)
+            return cpu_linear.choices_of(self._layers.get(name), packed and packed.pattern)
         if not (sparse or "weight_scale" in stored):
             return None
         from plugins.linear.kernel_linear import choices_of
@@ -70,7 +72,7 @@ class Kernels:
         return choices_of(self._layers.get(name), sparse)
 
     def runs_dense(self, name: str) -> bool:
-        """Whether the two products of a layer that is 2:4 in part were timed on a GPU, and did not pay."""
+        """Whether the two products of a layer that is sparse in part were timed on a GPU, and did not pay."""
         entry = self._layers.get(name, {})
         return not self._on_cpu and _is_timed_in_part(entry) and not entry.get("products")
 
@@ -104,7 +106,7 @@ def _open_cpu() -> tuple[bool, str]:
         cpu.set_threads(torch.get_num_threads())
         return True, SLOWER.get(cpu.isa(), "")
     except UserError as error:
-        return False, f"2:4 layers run dense on torch's products: {error}"
+        return False, f"sparse layers run dense on torch's products: {error}"
 
 
 def _open(tactics: Mapping[str, Any], dtype: torch.dtype, device: int) -> tuple[bool, str]:
@@ -180,7 +182,7 @@ class _Loader:
         stored = {key: tensor for key, tensor in self._tensors.of(name).items() if key not in KV_SCALES}
         if name == "lm_head" and is_tied(self._model, self._tensors):
             stored = {"weight": self._tensors["model.embed_tokens.weight"]}
-        if "weight" not in stored and "weight_values" not in stored:
+        if "weight" not in stored and VALUES not in stored:
             raise UserError(f"no tensor '{name}.weight': the checkpoint does not match its config.json")
         return stored
 

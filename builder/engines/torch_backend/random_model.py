@@ -28,8 +28,8 @@ class RandomWeights:
     def of(self, module: str) -> dict[str, torch.Tensor]:
         shape = self._shape(module.rpartition(".")[2])
         if module.endswith("lm_head") or self.format == "bf16":
-            return {"weight": timing.random_2to4(*shape, torch.bfloat16, self.device).mul_(0.02)}
-        weight = timing.random_2to4(*shape, torch.float8_e4m3fn, self.device)
+            return {"weight": timing.random_sparse(*shape, torch.bfloat16, self.device).mul_(0.02)}
+        weight = timing.random_sparse(*shape, torch.float8_e4m3fn, self.device)
         weight_scale, input_scale = (torch.tensor(scale, device=self.device) for scale in SCALES)
         return {"weight": weight, "weight_scale": weight_scale, "input_scale": input_scale}
 
@@ -84,7 +84,7 @@ def replace(decoder: Decoder, make: Callable[[Linear], KernelLinear], sparse: bo
             layers = [(name, layer) for name, layer in parent.named_children() if isinstance(layer, Linear)]
             for name, layer in layers:
                 new = make(layer)
-                new.format, new.sparse = layer.format, sparse
+                new.format, new.pattern = layer.format, "2:4" if sparse else None
                 setattr(parent, name, new)
                 decoder.linears[f"{len(decoder.linears)}.{name}"] = new
         if hasattr(block.self_attn, "q_proj"):

@@ -1,4 +1,4 @@
-"""Safetensors in and out: named tensors of a directory, and its engine form with 2:4 weights packed."""
+"""Safetensors in and out: named tensors of a directory, and its engine form with sparse weights packed."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def open_tensors(directory: Path) -> Weights:
 
 
 def packed(tensors: Weights, declaration: Declaration) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors by name, the weights of 2:4 layers packed, as a whole or in part.
+    """All tensors by name, the weights of sparse layers packed, as a whole or in part.
 
-    Raises UserError for a declared layer that is not 2:4 where it should be, or is not there.
+    Raises UserError for a declared layer that does not hold the pattern where it should, or is not there.
     """
     sparse = {f"{layer}.weight": declaration.hybrid.get(layer) for layer in declaration.pruned}
     for name in sparse:
@@ -54,22 +54,22 @@ def packed(tensors: Weights, declaration: Declaration) -> Iterator[tuple[str, to
     for name in sorted(tensors):
         if name in sparse:
             try:
-                yield from _packed(name, tensors[name], sparse[name])
+                yield from _packed(name, tensors[name], declaration.pattern, sparse[name])
             except UserError as error:
-                raise UserError(f"'{name}' is declared 2:4, but {error}") from None
+                raise UserError(f"'{name}' is declared {declaration.pattern}, but {error}") from None
         else:
             yield name, tensors[name]
 
 
-def _packed(name: str, weight_NK: torch.Tensor, segments: Segments | None) -> Iterator[tuple[str, torch.Tensor]]:
+def _packed(
+    name: str, weight_NK: torch.Tensor, pattern: str, segments: Segments | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    module = name.removesuffix("weight")
     if segments is None:
-        values, indices = pack(weight_NK)
-        yield f"{name}_values", values
-        yield f"{name}_indices", indices
+        yield from ((f"{module}{key}", tensor) for key, tensor in pack(weight_NK, pattern).stored().items())
     elif segments.size != weight_NK.shape[segments.axis == "inputs"]:
         raise UserError(f"its segments cover {segments.size} {segments.axis} of a weight {list(weight_NK.shape)}")
     else:
-        module = name.removesuffix("weight")
         yield from ((f"{module}{key}", tensor) for key, tensor in split(weight_NK, segments).items())
 
 

@@ -31,11 +31,33 @@ void copy_row(const twofour_cpu_linear& linear, int64_t row, uint16_t* y) {
 }
 
 int check_sizes(int form, int64_t rows, int64_t inputs) {
-  if (form < TWOFOUR_CPU_INT8 || form > TWOFOUR_CPU_BF16_2OF4)
-    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "form %d is none of 0 to 3", form);
-  if (rows < 1 || inputs < 1 || (is_2of4(form) && inputs % 4))
-    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "no weight [%lld, %lld]%s", static_cast<long long>(rows),
-                static_cast<long long>(inputs), is_2of4(form) ? ": a 2:4 weight has groups of 4 inputs" : "");
+  if (form < TWOFOUR_CPU_INT8 || form > TWOFOUR_CPU_BF16_6OF8)
+    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "form %d is none of 0 to 9", form);
+  if (rows >= 1 && inputs >= 1 && inputs % group_inputs(form) == 0) return TWOFOUR_CPU_OK;
+  if (is_dense(form))
+    return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "no weight [%lld, %lld]", static_cast<long long>(rows),
+                static_cast<long long>(inputs));
+  return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "no weight [%lld, %lld]: a %d:%d weight has groups of %d inputs",
+              static_cast<long long>(rows), static_cast<long long>(inputs), kept_of_group(form), group_inputs(form),
+              group_inputs(form));
+}
+
+// Whether the positions of each group of a sparse weight are those of as many elements as it keeps.
+int check_positions(int form, int64_t rows, int64_t inputs, const uint8_t* positions) {
+  const int64_t bytes_of_row = ceil_div(inputs, 8), groups = inputs / group_inputs(form);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t group = 0; group < groups; ++group) {
+      const uint8_t* at = positions + row * bytes_of_row;
+      if (is_2of4(form)) {
+        const int code = at[group / 2] >> (group % 2 * 4) & 15;
+        if ((code & 3) < code >> 2) continue;
+        return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "row %lld, group %lld: indices do not ascend",
+                    static_cast<long long>(row), static_cast<long long>(group));
+      }
+      if (const int kept = __builtin_popcount(at[group]); kept != kept_of_group(form))
+        return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "row %lld, group %lld: the mask keeps %d of 8, not %d",
+                    static_cast<long long>(row), static_cast<long long>(group), kept, kept_of_group(form));
+    }
   return TWOFOUR_CPU_OK;
 }
 
@@ -101,20 +123,12 @@ size_t twofour_cpu_weight_bytes(int form, int64_t out_features, int64_t in_featu
   return check_sizes(form, out_features, in_features) ? 0 : packed_bytes(form, out_features, in_features);
 }
 
-int twofour_cpu_pack(int form, int64_t out_features, int64_t in_features, const void* values, const uint8_t* indices,
+int twofour_cpu_pack(int form, int64_t out_features, int64_t in_features, const void* values, const uint8_t* positions,
                      void* packed) {
   if (const int status = check_sizes(form, out_features, in_features)) return status;
-  if (is_2of4(form)) {
-    const int64_t bytes_of_row = ceil_div(in_features, 8);
-    for (int64_t row = 0; row < out_features; ++row)
-      for (int64_t group = 0; group < in_features / 4; ++group) {
-        const int code = indices[row * bytes_of_row + group / 2] >> (group % 2 * 4) & 15;
-        if ((code & 3) >= code >> 2)
-          return fail(TWOFOUR_CPU_INVALID_ARGUMENT, "row %lld, group %lld: indices do not ascend",
-                      static_cast<long long>(row), static_cast<long long>(group));
-      }
-  }
-  pack(form, out_features, in_features, values, indices, static_cast<uint8_t*>(packed));
+  if (!is_dense(form))
+    if (const int status = check_positions(form, out_features, in_features, positions)) return status;
+  pack(form, out_features, in_features, values, positions, static_cast<uint8_t*>(packed));
   return TWOFOUR_CPU_OK;
 }
 

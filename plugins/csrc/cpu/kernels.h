@@ -29,11 +29,12 @@ struct Product {
 // Computes rows 32 * first to 32 * (first + tiles) - 1 of the product for all tokens.
 using Kernel = void (*)(const Product& product, int64_t first, int64_t tiles);
 
-struct Kernels {
-  Kernel of_form[4];
+struct Kernels {  // of dense, 2:4 and n:8 weights
+  Kernel int8[3], bf16[3];
+
+  Kernel of(int form) const { return (is_int8(form) ? int8 : bf16)[is_dense(form) ? 0 : is_2of4(form) ? 1 : 2]; }
 };
 
-extern const Kernels kPortable, kAvx2, kAvx512;
-extern const Kernel kAvx512Bf16[2];  // for bf16 and bf16 2:4, with AVX512-BF16; elsewhere AVX2's serve
+extern const Kernels kPortable, kAvx2, kAvx512;  // of kAvx512, bf16 needs AVX512-BF16; elsewhere AVX2's serve
 
 }  // namespace twofour_cpu

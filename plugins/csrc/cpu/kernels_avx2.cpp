@@ -1,14 +1,16 @@
 // AVX2 and FMA. A row's packed 2:4 values stay where they are: a byte shuffle brings each the input that it multiplies.
+// An n:8 tile is expanded into the cache and multiplied as a dense one.
 //
 // vpmaddubsw multiplies unsigned by signed bytes and adds pairs, saturating at 16 bits: |x| times w with x's sign stays
 // within them for weights of -127 to 127. A weight that holds -128 is multiplied by the portable kernel.
 #include <string.h>
 
 #include "kernels.h"
+#include "scratch.h"
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,popcnt")
 #include <immintrin.h>
 
 namespace twofour_cpu {
@@ -80,13 +82,13 @@ inline void finish_halves(const Product& p, int64_t tile, int first, int64_t tok
   }
 }
 
-// The functions below compute `Halves` halves of a tile from half `first` on; halves take turns in memory.
+// The functions below compute `Halves` halves of a tile at `w` from half `first` on; halves take turns in memory.
 template <int Halves, int Tokens>
-void int8_product(const Product& p, int64_t tile, int first, int64_t token) {
+void int8_product(const Product& p, const uint8_t* w, int64_t tile, int first, int64_t token) {
   constexpr int kHalf = half_bytes(TWOFOUR_CPU_INT8);
   __m256i low[Halves][Tokens] = {}, high[Halves][Tokens] = {};
   const __m256i ones = _mm256_set1_epi16(1);
-  const uint8_t* w = p.weight + tile * p.tile_bytes + first * kHalf;
+  w += first * kHalf;
   const uint8_t* x = p.x + token * p.x_stride;
   for (int64_t block = 0; block < p.blocks; ++block, w += 2 * kHalf, x += kBlockInputs) {
     prefetch<Halves * kHalf>(w);
@@ -127,11 +129,11 @@ inline __m256i choose_inputs(const uint8_t* mask) {
 
 // 2:4: the weights stay packed, and each row's two values meet the inputs that they belong to.
 template <int Halves, int Tokens>
-void int8_2of4_product(const Product& p, int64_t tile, int first, int64_t token) {
+void int8_2of4_product(const Product& p, const uint8_t* w, int64_t tile, int first, int64_t token) {
   constexpr int kHalf = half_bytes(TWOFOUR_CPU_INT8_2OF4), kMasks = 256;
   __m256i low[Halves][Tokens] = {}, high[Halves][Tokens] = {};  // rows 0 to 3 and 8 to 11 of a half, and the others
   const __m256i ones = _mm256_set1_epi16(1);
-  const uint8_t* w = p.weight + tile * p.tile_bytes + first * kHalf;
+  w += first * kHalf;
   const uint8_t* x = p.x + token * p.x_stride;
   for (int64_t block = 0; block < p.blocks; ++block, w += 2 * kHalf, x += kBlockInputs) {
     prefetch<Halves * kHalf>(w);
@@ -164,11 +166,11 @@ void int8_2of4_product(const Product& p, int64_t tile, int first, int64_t token)
 }
 
 template <int Halves, int Tokens>
-void bf16_product(const Product& p, int64_t tile, int first, int64_t token) {
+void bf16_product(const Product& p, const uint8_t* w, int64_t tile, int first, int64_t token) {
   constexpr int kHalf = half_bytes(TWOFOUR_CPU_BF16);
   __m256 low[Halves][Tokens] = {}, high[Halves][Tokens] = {};
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
-  const uint8_t* w = p.weight + tile * p.tile_bytes + first * kHalf;
+  w += first * kHalf;
   const uint8_t* x = p.x + token * p.x_stride;
   for (int64_t block = 0; block < p.blocks; ++block, w += 2 * kHalf, x += 2 * kBlockInputs) {
     prefetch<Halves * kHalf>(w);
@@ -200,39 +202,81 @@ void bf16_product(const Product& p, int64_t tile, int first, int64_t token) {
 
 template <bool Sparse, int Halves, int Tokens>
 struct Int8 {
-  static void run(const Product& p, int64_t tile, int first, int64_t token) {
-    if constexpr (Sparse) int8_2of4_product<Halves, Tokens>(p, tile, first, token);
-    else int8_product<Halves, Tokens>(p, tile, first, token);
+  static void run(const Product& p, const uint8_t* w, int64_t tile, int first, int64_t token) {
+    if constexpr (Sparse) int8_2of4_product<Halves, Tokens>(p, w, tile, first, token);
+    else int8_product<Halves, Tokens>(p, w, tile, first, token);
   }
 };
 
 template <bool, int Halves, int Tokens>
 struct Bf16 {
-  static void run(const Product& p, int64_t tile, int first, int64_t token) {
-    bf16_product<Halves, Tokens>(p, tile, first, token);
+  static void run(const Product& p, const uint8_t* w, int64_t tile, int first, int64_t token) {
+    bf16_product<Halves, Tokens>(p, w, tile, first, token);
   }
 };
 
-// All tokens of a run of tiles, as many at once as registers allow; of few, a whole tile is read in one pass.
+// All tokens of a tile, as many at once as registers allow; of few, a whole tile is read in one pass.
+template <template <bool, int, int> class Step, bool Sparse>
+void all_tokens_of(const Product& p, const uint8_t* w, int64_t tile) {
+  int64_t token = 0;
+  for (; p.tokens - token >= 4; token += 4) {
+    Step<Sparse, 1, 4>::run(p, w, tile, 0, token);
+    Step<Sparse, 1, 4>::run(p, w, tile, 1, token);
+  }
+  for (; p.tokens - token >= 2; token += 2) Step<Sparse, 2, 2>::run(p, w, tile, 0, token);
+  if (token < p.tokens) Step<Sparse, 2, 1>::run(p, w, tile, 0, token);
+}
+
 template <template <bool, int, int> class Step, bool Sparse>
 void all_tokens(const Product& p, int64_t first, int64_t tiles) {
-  if (p.holds_lowest) return kPortable.of_form[p.form](p, first, tiles);
-  for (int64_t tile = first; tile < first + tiles; ++tile) {
-    int64_t token = 0;
-    for (; p.tokens - token >= 4; token += 4) {
-      Step<Sparse, 1, 4>::run(p, tile, 0, token);
-      Step<Sparse, 1, 4>::run(p, tile, 1, token);
-    }
-    for (; p.tokens - token >= 2; token += 2) Step<Sparse, 2, 2>::run(p, tile, 0, token);
-    if (token < p.tokens) Step<Sparse, 2, 1>::run(p, tile, 0, token);
+  if (p.holds_lowest) return kPortable.of(p.form)(p, first, tiles);
+  for (int64_t tile = first; tile < first + tiles; ++tile)
+    all_tokens_of<Step, Sparse>(p, p.weight + tile * p.tile_bytes, tile);
+}
+
+// For each mask of 8 elements the byte shuffle that brings the values to their places, and zeros to the others.
+struct Shuffles {
+  uint8_t of_mask[256][8];
+
+  constexpr Shuffles() : of_mask() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int i = 0, next = 0; i < 8; ++i) of_mask[mask][i] = static_cast<uint8_t>(mask >> i & 1 ? next++ : 0x80);
   }
+};
+constexpr Shuffles kShuffles;
+
+const uint8_t* expand_tile(const Product& p, const uint8_t* w, Scratch& scratch) {
+  const int64_t halves = 2 * p.blocks;
+  const int half = half_bytes(p.form), masks_in_half = masks_at(p.form), octet_values = kHalfRows * kept_of_8(p.form);
+  uint8_t* const dense = scratch.bytes(halves * kHalfElements + kAhead);
+  uint8_t* target = dense;
+  for (int64_t i = 0; i < halves; ++i, w += half) {
+    const uint8_t* mask = w + masks_in_half;
+    for (const uint8_t* octet = w; octet < w + masks_in_half; octet += octet_values) {
+      const uint8_t* values = octet;
+      for (int step = 0; step < kOctetMaskBytes; ++step, ++mask, target += 8) {
+        const __m128i next = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
+        const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.of_mask[*mask]));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(target), _mm_shuffle_epi8(next, places));
+        values += __builtin_popcount(*mask);
+      }
+    }
+  }
+  return dense;
+}
+
+void int8_nof8(const Product& p, int64_t first, int64_t tiles) {
+  if (p.holds_lowest) return kPortable.of(p.form)(p, first, tiles);
+  static thread_local Scratch scratch;
+  for (int64_t tile = first; tile < first + tiles; ++tile)
+    all_tokens_of<Int8, false>(p, expand_tile(p, p.weight + tile * p.tile_bytes, scratch), tile);
 }
 
 }  // namespace
 
-// bf16 2:4 has no kernel of its own here: dense bf16 reads more and is faster.
-const Kernels kAvx2 = {{all_tokens<Int8, false>, all_tokens<Int8, true>, all_tokens<Bf16, false>,
-                        kPortable.of_form[TWOFOUR_CPU_BF16_2OF4]}};
+// Sparse bf16 has no kernel of its own here: dense bf16 reads more and is faster.
+const Kernels kAvx2 = {{all_tokens<Int8, false>, all_tokens<Int8, true>, int8_nof8},
+                       {all_tokens<Bf16, false>, kPortable.bf16[1], kPortable.bf16[2]}};
 
 }  // namespace twofour_cpu
 #pragma GCC pop_options

@@ -23,11 +23,10 @@ void finish(const Product& p, int64_t tile, int64_t token, const Sum* sums) {
 // The elements of one half of a block, zeros put back.
 template <class Element>
 const Element* expand(int form, const uint8_t* half, Element* buffer) {
-  constexpr int kElements = kHalfRows * kBlockInputs;
-  if (!is_2of4(form)) return reinterpret_cast<const Element*>(half);
+  if (is_dense(form)) return reinterpret_cast<const Element*>(half);
   const Element* next = reinterpret_cast<const Element*>(half);
-  const uint8_t* masks = half + kElements / 2 * sizeof(Element);
-  for (int i = 0; i < kElements; ++i) {
+  const uint8_t* masks = half + masks_at(form);
+  for (int i = 0; i < kHalfElements; ++i) {
     const int keep = masks[i / 8] >> (i % 8) & 1;
     buffer[i] = keep ? *next : Element{0};
     next += keep;
@@ -37,7 +36,7 @@ const Element* expand(int form, const uint8_t* half, Element* buffer) {
 
 // These add one half of a block to the sums of its rows.
 void add_int8(int form, const uint8_t* half, const uint8_t* x, int32_t* sums) {
-  int8_t buffer[kHalfRows * kBlockInputs];
+  int8_t buffer[kHalfElements];
   const int8_t* w = expand(form, half, buffer);
   for (int unit = 0; unit < kBlockInputs / 4; ++unit)
     for (int row = 0; row < kHalfRows; ++row)
@@ -45,10 +44,10 @@ void add_int8(int form, const uint8_t* half, const uint8_t* x, int32_t* sums) {
 }
 
 void add_bf16(int form, const uint8_t* half, const uint8_t* x_bytes, float* sums) {
-  uint16_t buffer[kHalfRows * kBlockInputs];
+  uint16_t buffer[kHalfElements];
   const uint16_t *w = expand(form, half, buffer), *x = reinterpret_cast<const uint16_t*>(x_bytes);
   const int inputs = form == TWOFOUR_CPU_BF16 ? 2 : 4, rows = form == TWOFOUR_CPU_BF16 ? kHalfRows : 8;
-  for (int i = 0; i < kHalfRows * kBlockInputs; ++i) {
+  for (int i = 0; i < kHalfElements; ++i) {
     const int unit = i / (inputs * rows), within = i % (inputs * rows), parts = kHalfRows / rows;
     const int row = unit % parts * rows + within / inputs, input = unit / parts * inputs + within % inputs;
     sums[row] += widen(w[i]) * widen(x[input]);
@@ -75,6 +74,6 @@ constexpr Kernel kInt8 = all_tokens<int32_t, 1, add_int8>, kBf16 = all_tokens<fl
 
 }  // namespace
 
-const Kernels kPortable = {{kInt8, kInt8, kBf16, kBf16}};
+const Kernels kPortable = {{kInt8, kInt8, kInt8}, {kBf16, kBf16, kBf16}};
 
 }  // namespace twofour_cpu

@@ -43,11 +43,10 @@ bool processor_has_bf16() {
 
 Kernel kernel_for(int form) {
 #if defined(__x86_64__)
-  if (isa == TWOFOUR_CPU_AVX512 && is_int8(form)) return kAvx512.of_form[form];
-  if (isa == TWOFOUR_CPU_AVX512 && has_bf16()) return kAvx512Bf16[form - TWOFOUR_CPU_BF16];
-  if (isa >= TWOFOUR_CPU_AVX2) return kAvx2.of_form[form];
+  if (isa == TWOFOUR_CPU_AVX512 && (is_int8(form) || has_bf16())) return kAvx512.of(form);
+  if (isa >= TWOFOUR_CPU_AVX2) return kAvx2.of(form);
 #endif
-  return kPortable.of_form[form];
+  return kPortable.of(form);
 }
 
 namespace {

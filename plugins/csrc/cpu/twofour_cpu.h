@@ -1,4 +1,4 @@
-/* libtwofour_cpu: products with dense and 2:4 weights on a CPU, and the decode step of a decoder built on them.
+/* libtwofour_cpu: products with dense, 2:4 and n:8 weights on a CPU, and the decode step of a decoder built on them.
  *
  * y[tokens, out_features] = x[tokens, in_features] w^T, scaled and with a bias, for a weight packed by
  * twofour_cpu_pack. int8 sums are exact. All matrices are row-major; pointers are host pointers; weights must be
@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 #define TWOFOUR_CPU_API __attribute__((visibility("default")))
-#define TWOFOUR_CPU_VERSION 1
+#define TWOFOUR_CPU_VERSION 2
 
 typedef enum twofour_cpu_status {
   TWOFOUR_CPU_OK = 0,
@@ -32,8 +32,14 @@ typedef enum twofour_cpu_isa { TWOFOUR_CPU_PORTABLE = 0, TWOFOUR_CPU_AVX2 = 1, T
 typedef enum twofour_cpu_form {
   TWOFOUR_CPU_INT8 = 0,
   TWOFOUR_CPU_INT8_2OF4 = 1,
-  TWOFOUR_CPU_BF16 = 2,
-  TWOFOUR_CPU_BF16_2OF4 = 3
+  TWOFOUR_CPU_INT8_4OF8 = 2,
+  TWOFOUR_CPU_INT8_5OF8 = 3,
+  TWOFOUR_CPU_INT8_6OF8 = 4,
+  TWOFOUR_CPU_BF16 = 5,
+  TWOFOUR_CPU_BF16_2OF4 = 6,
+  TWOFOUR_CPU_BF16_4OF8 = 7,
+  TWOFOUR_CPU_BF16_5OF8 = 8,
+  TWOFOUR_CPU_BF16_6OF8 = 9
 } twofour_cpu_form;
 
 typedef enum twofour_cpu_type { TWOFOUR_CPU_FLOAT32 = 0, TWOFOUR_CPU_BFLOAT16 = 1 } twofour_cpu_type;
@@ -49,7 +55,7 @@ typedef enum twofour_cpu_rounding {
 typedef enum twofour_cpu_axis { TWOFOUR_CPU_ROWS = 0, TWOFOUR_CPU_INPUTS = 1 } twofour_cpu_axis;
 
 /* One linear layer: y = (q w^T) * scale (* token scale) + bias, each step rounded to float32 once. A layer in two parts,
- * of which one is 2:4, names the second as its `rest`: y has the rows of both, or x the inputs of both and y the sum of
+ * of which one is sparse, names the second as its `rest`: y has the rows of both, or x the inputs of both and y the sum of
  * their products, each rounded to y's type first. */
 typedef struct twofour_cpu_linear {
   int32_t form; /* twofour_cpu_form */
@@ -78,10 +84,10 @@ TWOFOUR_CPU_API int twofour_cpu_use_isa(int isa);
 TWOFOUR_CPU_API int twofour_cpu_set_threads(int threads);
 
 TWOFOUR_CPU_API size_t twofour_cpu_weight_bytes(int form, int64_t out_features, int64_t in_features);
-/* `values` [out_features, in_features] for a dense form; for a 2:4 form [out_features, in_features / 2] with `indices`
- * [out_features, ceil(in_features / 8)] as plugins/sparsity/pattern.py defines them. */
+/* `values` [out_features, in_features] for a dense form; for one of n of m [out_features, in_features * n / m] with
+ * `positions` [out_features, ceil(in_features / 8)] as plugins/sparsity/pattern.py defines them. */
 TWOFOUR_CPU_API int twofour_cpu_pack(int form, int64_t out_features, int64_t in_features, const void* values,
-                                     const uint8_t* indices, void* packed);
+                                     const uint8_t* positions, void* packed);
 /* The dense weight [out_features, in_features] of a packed one. */
 TWOFOUR_CPU_API int twofour_cpu_unpack(int form, int64_t out_features, int64_t in_features, const void* packed,
                                        void* weight);

@@ -67,7 +67,7 @@ def make_engine(family: str, format: str, kv_cache: str, directory: Path) -> Pat
             cut.unflatten(1, (-1, 4))[..., 1:3] = 0
             tensors |= {f"{layer}.{key}": value for key, value in split(quantized, segments).items()}
         elif "2of4" in format:
-            tensors[f"{layer}.weight_values"], tensors[f"{layer}.weight_indices"] = pack(quantized)
+            tensors |= {f"{layer}.{key}": value for key, value in pack(quantized).stored().items()}
         else:
             tensors[name] = quantized
         tensors[f"{layer}.weight_scale"] = scale
