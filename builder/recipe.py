@@ -15,6 +15,7 @@ from builder.config import EngineConfig
 from calibration.config import Accuracy, CalibrationData, Quantization, Recovery, Routing, Sparsity
 from plugins.common.config import Config
 from plugins.common.errors import UserError
+from plugins.common.patterns import short_name
 
 PRESETS = Path(__file__).parent / "presets"
 ALTERNATIVES = (("fraction", "budget"), ("perplexity_increase", "kl", "top1_agreement"))  # one each in a section
@@ -30,7 +31,7 @@ class Recipe(Config):
     calibration: CalibrationData = CalibrationData()
     """Text for pruning and quantization."""
     sparsity: Sparsity | None = None
-    """Pruning to 2:4."""
+    """Pruning to 2:4, or to n:8 for a CPU."""
     recovery: Recovery | None = None
     """Distillation after pruning."""
     quantization: Quantization = Quantization()
@@ -46,9 +47,9 @@ class Recipe(Config):
 
     @property
     def format(self) -> str:
-        """The name of the build's format: `dense`, `fp8`, `2of4`, `fp8-2of4`, ..."""
+        """The name of the build's format: `dense`, `fp8`, `2of4`, `int8-6of8`, ..."""
         parts = [self.quantization.format] if self.quantization.format != "none" else []
-        return "-".join(parts + (["2of4"] if self.sparsity else [])) or "dense"
+        return "-".join(parts + ([short_name(self.sparsity.pattern)] if self.sparsity else [])) or "dense"
 
 
 def preset_names() -> list[str]:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from plugins.common.config import Config, Percent
 from plugins.common.errors import UserError
+from plugins.common.patterns import TENSOR_CORE, Pattern
 
 Method = Literal["reconstruct", "sparsegpt", "wanda", "magnitude", "modelopt-sparsegpt", "modelopt-magnitude"]
 
@@ -52,8 +53,9 @@ class Budget(Config):
 class Sparsity(Config):
     """Which linear layers to prune, and how. Omit the section for a dense build."""
 
-    pattern: Literal["2:4"] = "2:4"
-    """At most 2 nonzeros in each group of 4 consecutive inputs."""
+    pattern: Pattern = TENSOR_CORE
+    """`n:m`: at most n nonzeros in each group of m consecutive inputs. 4:8, 5:8 and 6:8 lose less accuracy than 2:4,
+    save 0.375, 0.25 and 0.125 of the bytes at 8 bit, and run in the torch engine on a CPU only."""
     method: Method = "reconstruct"
     """The pruning method; docs/pruning.md compares them."""
     layers: tuple[str, ...] = ("*",)
@@ -61,8 +63,8 @@ class Sparsity(Config):
     exclude: tuple[str, ...] = ("lm_head",)
     """Layers to keep dense, by the same globs."""
     fraction: Percent | None = Field(default=None, gt=0, le=1)
-    """Share of the weights of `layers` to make 2:4, as `50%`: the channels with the lowest cost; the others stay dense.
-    null: all."""
+    """Share of the weights of `layers` to make sparse, as `50%`: the channels with the lowest cost; the others stay
+    dense. null: all."""
     budget: Budget | None = None
     """Select the share by an accuracy limit, instead of `fraction`."""
     adapter_rank: int | None = Field(default=None, ge=1)
@@ -80,6 +82,10 @@ class Sparsity(Config):
             raise ValueError("fraction and budget exclude each other: the budget selects the fraction")
         if self.method.startswith("modelopt-") and (self.budget or self.fraction is not None):
             raise ValueError(f"method {self.method} prunes whole layers only: use reconstruct or sparsegpt")
+        if self.method.startswith("modelopt-") and self.pattern != TENSOR_CORE:
+            raise ValueError(
+                f"method {self.method} prunes to 2:4, and the pattern is {self.pattern}: use reconstruct or sparsegpt"
+            )
         return self
 
 

@@ -1,4 +1,4 @@
-"""Speed of libtwofour_cpu's products: their share of this machine's read bandwidth, and 2:4 against dense.
+"""Speed of libtwofour_cpu's products: their share of this machine's read bandwidth, and sparse against dense.
 
     python -m benchmarks.kernels.cpu --threads 1,2 --out benchmarks/results/cpu-kernels.json
 
@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from plugins.autotune.timing import random_2to4
+from plugins.autotune.timing import random_sparse
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
+from plugins.common.patterns import PATTERNS, TENSOR_CORE, Pattern, cpu_kernel
 from plugins.libtwofour import cpu
-from plugins.linear.cpu_linear import DENSE, SPARSE, CpuLinear
+from plugins.linear.cpu_linear import DENSE, CpuLinear
 from plugins.linear.torch_linear import Scales
 from plugins.sparsity.torch_packing import pack
 
@@ -32,11 +33,11 @@ SHAPES = {
     "smollm2-135m": (30, ((960, 576), (576, 576), (3072, 576), (576, 1536))),
     "llama-3.2-1b": (16, ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192))),
 }
-KINDS = {  # what is measured: the weight's dtype and the kernel
-    "int8 2:4": (torch.int8, SPARSE),
-    "int8": (torch.int8, DENSE),
-    "bf16 2:4": (torch.bfloat16, SPARSE),
-    "bf16": (torch.bfloat16, DENSE),
+KINDS: dict[str, tuple[torch.dtype, Pattern | None]] = {  # what is measured: the weight's dtype and pattern
+    **{f"int8 {pattern}": (torch.int8, pattern) for pattern in PATTERNS},
+    "int8": (torch.int8, None),
+    **{f"bf16 {pattern}": (torch.bfloat16, pattern) for pattern in PATTERNS},
+    "bf16": (torch.bfloat16, None),
 }
 HEADINGS = ("kernel", "isa", "threads", "tokens", "ms", "GB/s", "of read", "x int8", "x bf16")
 WIDTH = 9
@@ -62,14 +63,15 @@ def read_bandwidth() -> float:
 def layers_of(model: str, kind: str) -> list[CpuLinear]:
     """The model's linear layers, with random weights."""
     blocks, shapes = SHAPES[model]
-    dtype, kernel = KINDS[kind]
+    dtype, pattern = KINDS[kind]
+    choices = ((1, cpu_kernel(pattern) if pattern else DENSE),)
     layers = []
     for rows, columns in shapes:
-        w_NK = random_2to4(rows, columns, dtype, torch.device("cpu"))
+        w_NK = random_sparse(rows, columns, dtype, torch.device("cpu"), pattern=pattern or TENSOR_CORE)
         scales = Scales(torch.full((rows,), 0.01), torch.tensor([0.05])) if dtype == torch.int8 else None
-        kept = pack(w_NK) if kernel == SPARSE else w_NK
+        kept = pack(w_NK, pattern) if pattern else w_NK
         for _ in range(blocks):
-            layers.append(CpuLinear(kept, (rows, columns), scales, None, torch.bfloat16, ((1, kernel),)))
+            layers.append(CpuLinear(kept, scales, None, torch.bfloat16, choices))
     return layers
 
 
@@ -79,7 +81,9 @@ def measure(layers: Sequence[CpuLinear], tokens: int) -> float:
     return least_seconds(lambda: [layer(inputs[layer.in_features]) for layer in layers])
 
 
-def run(model: str, threads: Sequence[int], tokens: Sequence[int], isas: Sequence[str]) -> dict[str, Any]:
+def run(
+    model: str, threads: Sequence[int], tokens: Sequence[int], isas: Sequence[str], kinds: Sequence[str] = tuple(KINDS)
+) -> dict[str, Any]:
     """The table, printed as it is measured."""
     rows: list[dict[str, Any]] = []
     best = cpu.isa()
@@ -93,11 +97,11 @@ def run(model: str, threads: Sequence[int], tokens: Sequence[int], isas: Sequenc
         bandwidth[count] = read_bandwidth()
         print(f"{count} threads read {bandwidth[count] / 1e9:.1f} GB/s")
     print(" ".join(f"{name:>{WIDTH}}" for name in HEADINGS))
-    for kind in KINDS:
+    for kind in kinds:
         layers = layers_of(model, kind)
         held = sum(weight.nbytes for layer in layers for weight in layer.weights.values())
         for isa in usable:
-            if (isa, kind) == ("avx2", "bf16 2:4"):
+            if isa == "avx2" and kind.startswith("bf16 "):
                 continue  # no separate kernel there
             cpu.use_isa(isa)
             for count in threads:
@@ -147,13 +151,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=sorted(SHAPES), default="smollm2-135m")
     parser.add_argument("--threads", default="1,2", metavar="N,N,...")
+    parser.add_argument("--kinds", default=",".join(KINDS), metavar="KIND,KIND,...")
     parser.add_argument("--tokens", default="1,4,16,128", metavar="M,M,...")
     parser.add_argument("--isas", default="avx512,avx2", metavar="ISA,ISA,...")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
     try:
         numbers = [[int(text) for text in value.split(",")] for value in (chosen.threads, chosen.tokens)]
-        table = run(chosen.model, numbers[0], numbers[1], chosen.isas.split(","))
+        if unknown := set(chosen.kinds.split(",")) - KINDS.keys():
+            raise UserError(f"--kinds '{unknown.pop()}' is not measured", f"use some of {', '.join(KINDS)}")
+        table = run(chosen.model, numbers[0], numbers[1], chosen.isas.split(","), chosen.kinds.split(","))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from plugins.common.patterns import TENSOR_CORE
+
 
 def _whole(bounds: Any) -> Any:
     """An interval that lacks a bound (not finite, as one document alone gives) is none."""
@@ -159,8 +161,13 @@ class Report(_Part):
 
     @property
     def pruned(self) -> bool:
-        """Whether any layer is 2:4 sparse."""
+        """Whether any layer is sparse."""
         return any(layer.sparse for layer in self.layers) or bool(self.recipe.get("sparsity"))
+
+    @property
+    def pattern(self) -> str:
+        """Of the sparse layers."""
+        return str((self.recipe.get("sparsity") or {}).get("pattern", TENSOR_CORE))
 
     @property
     def failed_gates(self) -> list[Gate]:

@@ -72,7 +72,9 @@ def chips(report: Report) -> list[Chip]:
         rows.append(Chip(" + ".join(formats)))
     if report.pruned:
         sparse = sum(layer.sparse for layer in report.layers)
-        rows.append(Chip(f"2:4 in {sparse} of {len(report.layers)} layers" if report.layers else "2:4"))
+        rows.append(
+            Chip(f"{report.pattern} in {sparse} of {len(report.layers)} layers" if report.layers else report.pattern)
+        )
     if report.backend:
         rows.append(Chip(f"{report.backend} backend"))
     if report.device:

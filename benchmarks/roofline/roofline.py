@@ -2,8 +2,9 @@
 
 A GEMM takes a kernel's launch, and then at least the longest of three times: moving its bytes at the memory's peak
 rate, multiplying at the tensor cores' peak rate (Williams et al., Roofline, 2009), and one wave of blocks. Where the
-wave is the longest, 2:4 saves bytes and no time. docs/predictions.md compares these limits with published figures.
-Imports no torch. M tokens, N = out_features, K = in_features.
+wave is the longest, 2:4 saves bytes and no time. The n:8 patterns save bytes and no multiplications.
+docs/predictions.md compares these limits with published figures. Imports no torch.
+M tokens, N = out_features, K = in_features.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import yaml
 from plugins.common.config import Config
 from plugins.common.errors import UserError
 from plugins.common.formats import format_of
+from plugins.common.patterns import TENSOR_CORE, bytes_per_weight
 
 Bound = Literal["memory", "math", "launch"]
 
@@ -57,12 +59,12 @@ class Gpu(Config):
         """FLOP a second, counted as those of the dense product."""
         return self.dense_tflops[format] * 1e12 * (self.sparse_multiplier if sparse else 1)
 
-    def refuses(self, format: str, sparse: float = 0.0) -> str | None:
+    def refuses(self, format: str, sparse: float = 0.0, pattern: str = TENSOR_CORE) -> str | None:
         """Why the card's tensor cores cannot run the format; None where they can."""
         if format not in self.dense_tflops:
             need = {"fp8": "SM89 (Ada) or later", "bf16": "SM80 (Ampere) or later"}.get(format)
             return f"{self.name} has no {format} tensor cores" + (f": {format} needs {need}" if need else "")
-        if sparse and self.sparse_multiplier <= 1:
+        if sparse and pattern == TENSOR_CORE and self.sparse_multiplier <= 1:
             return f"{self.name} has no sparse tensor cores: 2:4 needs SM80 (Ampere) or later"
         return None
 
@@ -74,9 +76,10 @@ class Layer:
     out_features: int
     in_features: int
     format: str = "bf16"
-    sparse: float = 0.0  # the share of the weight that is 2:4
+    sparse: float = 0.0  # the share of the weight that holds the pattern
     count: int = 1
     last_token: bool = False
+    pattern: str = TENSOR_CORE
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,17 @@ class Ceiling:
     fits_l2: bool = False
 
 
-def weight_bytes(out_features: int, in_features: int, format: str, sparse: float = 0.0) -> float:
-    """Bytes of a weight of which the share `sparse` is 2:4.
-
-    2:4 keeps 2 of 4 values and a 2-bit index of each: 0.5625 of 16 bit, 0.625 of 8 bit.
-    """
+def weight_bytes(
+    out_features: int, in_features: int, format: str, sparse: float = 0.0, pattern: str = TENSOR_CORE
+) -> float:
+    """Bytes of a weight of which the share `sparse` holds the pattern: with 2:4 0.5625 of 16 bit, 0.625 of 8 bit."""
     values, dense = out_features * in_features, format_of(format).nbytes
-    return values * ((1 - sparse) * dense + sparse * (dense / 2 + 1 / 8))
+    return values * ((1 - sparse) * dense + sparse * bytes_per_weight(pattern, dense))
+
+
+def layer_bytes(layer: Layer) -> float:
+    """Bytes of the weight of one of its layers."""
+    return weight_bytes(layer.out_features, layer.in_features, layer.format, layer.sparse, layer.pattern)
 
 
 def tensor_core_format(format: str) -> str:
@@ -130,22 +137,25 @@ def gemm_time(
     format: str,
     sparse: float = 0.0,
     kernels: int = 1,
+    pattern: str = TENSOR_CORE,
 ) -> GemmTime:
     """The roofline of Y[M, N] = X[M, K] W[N, K]^T: weight, inputs and 16-bit outputs each moved once.
 
-    `kernels` follow each other: the torch engine has two for a layer that is 2:4 in part.
+    `kernels` follow each other: the torch engine has two for a layer that is sparse in part.
 
-    The share `sparse` of the weight is 2:4 and multiplies at the sparse peak, the rest at the dense one.
+    The share `sparse` of the weight holds the pattern. Of 2:4 it multiplies at the sparse peak; the rest, and all of
+    n:8, at the dense one.
     Raises UserError where the card cannot run the format.
     """
-    if reason := gpu.refuses(format, sparse):
+    if reason := gpu.refuses(format, sparse, pattern):
         raise UserError(f"{reason}; choose another --gpu")
-    moved = weight_bytes(out_features, in_features, format, sparse)
+    moved = weight_bytes(out_features, in_features, format, sparse, pattern)
     moved += tokens * (in_features * format_of(format).nbytes + out_features * OUTPUT_BYTES)
     flops = 2.0 * tokens * out_features * in_features  # of the dense product; 2:4 skips half of them
+    skips = sparse if pattern == TENSOR_CORE else 0.0
     limits: dict[Bound, float] = {
         "memory": moved / gpu.bandwidth,
-        "math": flops * ((1 - sparse) / gpu.peak(format) + (sparse / gpu.peak(format, True) if sparse else 0.0)),
+        "math": flops * ((1 - skips) / gpu.peak(format) + (skips / gpu.peak(format, True) if skips else 0.0)),
         "launch": kernels * gpu.wave_us * 1e-6,
     }
     bound = max(limits, key=lambda name: limits[name])
@@ -169,14 +179,15 @@ def prefill_ceiling(gpu: Gpu, layers: Sequence[Layer], tokens: int, batch: int =
 
 
 def _ceiling(gpu: Gpu, layers: Sequence[Layer], rows: Sequence[int], kv_bytes: float, produced: int) -> Ceiling:
-    weights = sum(x.count * weight_bytes(x.out_features, x.in_features, x.format, x.sparse) for x in layers)
+    weights = sum(x.count * layer_bytes(x) for x in layers)
     flops = sum(2.0 * x.count * m * x.out_features * x.in_features for x, m in zip(layers, rows, strict=True))
-    reason = next((r for x in layers if (r := gpu.refuses(x.format, x.sparse))), None)
+    reason = next((r for x in layers if (r := gpu.refuses(x.format, x.sparse, x.pattern))), None)
     if reason:
         return Ceiling(gpu.name, False, reason, None, None, None, weights, kv_bytes, flops)
     spent: dict[Bound, float] = {"memory": kv_bytes / gpu.bandwidth, "math": 0.0, "launch": 0.0}
     for layer, m in zip(layers, rows, strict=True):
-        gemm = gemm_time(gpu, m, layer.out_features, layer.in_features, layer.format, layer.sparse)
+        shape = (layer.out_features, layer.in_features, layer.format, layer.sparse)
+        gemm = gemm_time(gpu, m, *shape, pattern=layer.pattern)
         spent[gemm.bound] += layer.count * gemm.seconds
     seconds = sum(spent.values())
     bound = max(spent, key=lambda name: spent[name])

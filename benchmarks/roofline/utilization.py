@@ -37,7 +37,7 @@ def add_limits(points: Sequence[dict[str, Any]], costs: Mapping[str, ModelCost],
 def _side(point: Mapping[str, Any], cost: ModelCost, gpu: Gpu | None, seconds: float) -> dict[str, Any]:
     batch, workload = point["concurrency"], point["workload"]
     context = workload["input_tokens"] + workload["output_tokens"] // 2
-    moved = sum(x.count * roofline.weight_bytes(x.out_features, x.in_features, x.format, x.sparse) for x in cost.layers)
+    moved = sum(x.count * roofline.layer_bytes(x) for x in cost.layers)
     moved += batch * context * cost.kv_bytes_per_token
     flops = sum(2.0 * x.count * batch * x.out_features * x.in_features for x in cost.layers)
     side: dict[str, Any] = {

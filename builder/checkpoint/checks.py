@@ -12,6 +12,7 @@ from builder.checkpoint.reading import Checkpoint
 from builder.checkpoint.violations import Code, Violation
 from builder.planning.sharding import is_row_parallel
 from plugins.common.errors import UserError
+from plugins.common.patterns import keep_and_group
 from plugins.common.safetensors_file import HeaderError, Tensor
 from plugins.sparsity import pattern
 from plugins.sparsity.segments import Segment, Segments
@@ -75,7 +76,7 @@ def check_types(checkpoint: Checkpoint) -> Iterator[Violation]:
 
 
 def check_split(checkpoint: Checkpoint, tensor_parallel: int) -> Iterator[Violation]:
-    """Whether a split into `tensor_parallel` ranks would cut a group of 4, or give ranks unequal shares of 2:4."""
+    """Whether a split into `tensor_parallel` ranks would cut a group, or give ranks unequal shares of segments."""
     if checkpoint.kind == "trtllm":
         return  # it is split already: check_values looks at each rank
     for layer in checkpoint.sparse_layers:
@@ -83,10 +84,10 @@ def check_split(checkpoint: Checkpoint, tensor_parallel: int) -> Iterator[Violat
         if tensor is None or len(tensor.shape) != 2:
             continue
         K, detail = tensor.shape[1], ""
-        if is_row_parallel(layer) and K % (4 * tensor_parallel):
-            detail = (
-                f"in_features {K} over {tensor_parallel} ranks is {K / tensor_parallel:g} each, not a multiple of 4"
-            )
+        _, group = keep_and_group(checkpoint.declaration.pattern)
+        if is_row_parallel(layer) and K % (group * tensor_parallel):
+            each = f"{K / tensor_parallel:g} each"
+            detail = f"in_features {K} over {tensor_parallel} ranks is {each}, not a multiple of {group}"
         elif segments:
             try:
                 segments.rank(0, tensor_parallel)
@@ -97,10 +98,11 @@ def check_split(checkpoint: Checkpoint, tensor_parallel: int) -> Iterator[Violat
 
 
 def check_values(tensor: Tensor, expected: Expected | None, segments: Segments | None) -> list[Violation]:
-    """The first violation of each kind in one tensor: values not finite, scales not positive, groups not 2:4, -0.0."""
+    """The first violation of each kind in one tensor: values not finite, scales not positive, groups too full, -0.0."""
     violations: dict[Code, Violation] = {}
-    if segments and (len(tensor.shape) != 2 or tensor.shape[1] % 4):
-        detail = f"its shape {list(tensor.shape)} has no whole groups of 4, and the layer is declared 2:4"
+    if segments and (len(tensor.shape) != 2 or tensor.shape[1] % keep_and_group(segments.pattern)[1]):
+        group = f"groups of {keep_and_group(segments.pattern)[1]}"
+        detail = f"its shape {list(tensor.shape)} has no whole {group}, and the layer is declared {segments.pattern}"
         violations[Code.TENSOR_PARALLEL] = Violation(Code.TENSOR_PARALLEL, detail, tensor.file.name, tensor.name)
         segments = None
     try:
@@ -127,22 +129,23 @@ def _check_rows(tensor: Tensor, start: int, rows: Array, scale: bool, segments: 
 
 
 def _check_segment(tensor: Tensor, start: int, rows: Array, by_input: bool, segment: Segment) -> Iterator[Violation]:
-    """Of the rows from `start` on, what lies in a 2:4 segment of rows, or of inputs."""
+    """Of the rows from `start` on, what lies in a sparse segment of rows, or of inputs."""
+    keep, size = keep_and_group(segment.kind)
     where = (tensor.file.name, tensor.name)
     top = 0 if by_input else max(0, segment.start - start)
     left = segment.start if by_input else 0
     part = rows[:, segment.slice] if by_input else rows[top : max(top, segment.end - start)]
     if not part.size:
         return
-    if (at := pattern.first_violation(part)) is not None:
+    if (at := pattern.first_violation(part, segment.kind)) is not None:
         row, group = at
-        count = int(np.count_nonzero(part[row, 4 * group : 4 * group + 4]))
-        detail = f"{count} of 4 values are nonzero, 2:4 allows 2"
-        yield Violation(Code.SPARSITY, detail, *where, start + top + row, left // 4 + group)
+        count = int(np.count_nonzero(part[row, size * group : size * (group + 1)]))
+        detail = f"{count} of {size} values are nonzero, {segment.kind} allows {keep}"
+        yield Violation(Code.SPARSITY, detail, *where, start + top + row, left // size + group)
     if (at := pattern.negative_zero(part)) is not None:
         row, column = at
         detail = f"column {left + column} is -0.0, which sparse kernels count as a value: write +0.0"
-        yield Violation(Code.NEGATIVE_ZERO, detail, *where, start + top + row, (left + column) // 4)
+        yield Violation(Code.NEGATIVE_ZERO, detail, *where, start + top + row, (left + column) // size)
 
 
 def _check_scale(tensor: Tensor, start: int, values: Array) -> Iterator[Violation]:

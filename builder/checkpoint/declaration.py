@@ -42,7 +42,7 @@ def read_declaration(
             report(Violation(Code.CONFIG, problem, FILE))
             del hybrid[layer]
     layers = tuple(layer for layer in declared.layers if layer in shapes)
-    return Declaration(layers, hybrid, declared.order, declared.method)
+    return Declaration(layers, hybrid, declared.order, declared.method, declared.pattern)
 
 
 def _cut(segments: Segments, width: int) -> int | None:

@@ -40,12 +40,12 @@ class Description:
 
     @property
     def sparse_layers(self) -> tuple[str, ...]:
-        """Those declared 2:4 as a whole or in part."""
+        """Those declared sparse as a whole or in part."""
         return self.declaration.pruned
 
     @property
     def whole_sparse_layers(self) -> tuple[str, ...]:
-        """Those declared 2:4 as a whole."""
+        """Those declared sparse as a whole."""
         return self.declaration.layers
 
     @property
@@ -58,7 +58,8 @@ class Description:
     @property
     def features(self) -> tuple[str, ...]:
         """What not every backend has (builder/planning/compatibility.py)."""
-        return features_of(self.quantization.per_token, self.quantization.format_of("lm_head") != "none")
+        pattern = self.declaration.pattern if self.sparse_layers else None
+        return features_of(self.quantization.per_token, self.quantization.format_of("lm_head") != "none", pattern)
 
     @property
     def kv_cache(self) -> str:

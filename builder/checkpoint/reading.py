@@ -15,28 +15,30 @@ from builder.checkpoint.tensor_files import hf_tensors, trtllm_tensors
 from builder.checkpoint.violations import Report
 from builder.planning.sharding import is_row_parallel
 from plugins.common.formats import OF_SAFETENSORS
+from plugins.common.patterns import TENSOR_CORE, Pattern, keep_and_group
 from plugins.common.safetensors_file import Tensor
 from plugins.sparsity.segments import Segments
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One linear layer over all ranks. `bytes` counts weight, bias and scales as stored; `packed_bytes` counts a 2:4
-    weight as half its values with 2-bit indices."""
+    """One linear layer over all ranks. `bytes` counts weight, bias and scales as stored; `packed_bytes` counts a
+    sparse weight as its kept values with their positions."""
 
     name: str
     out_features: int
     in_features: int
     format: str
-    sparse: bool  # declared 2:4, as a whole or in part
+    sparse: bool  # declared so, as a whole or in part
     bytes: int
     packed_bytes: int
     weights: tuple[Tensor, ...] = field(repr=False)
-    segments: Segments | None = None  # of a layer that is 2:4 in part
+    segments: Segments | None = None  # of a layer that is sparse in part
+    pattern: Pattern = TENSOR_CORE  # of the checkpoint's sparse layers
 
     @property
     def fraction(self) -> float:
-        """The share of the weight that is declared 2:4."""
+        """The share of the weight that is declared sparse."""
         return self.segments.fraction if self.segments else float(self.sparse)
 
     @cached_property
@@ -54,11 +56,11 @@ class Checkpoint(Description):
     tensors: Mapping[str, Tensor]
 
     def segments(self, key: str) -> Segments | None:
-        """Of the tensor `key` where it is a weight declared 2:4, as a whole or in part."""
+        """Of the tensor `key` where it is a weight declared sparse, as a whole or in part."""
         tensor, expected = self.tensors[key], self.expected.get(key)
         if expected is None or expected.role != "weight" or expected.layer not in self.sparse_layers:
             return None
-        whole = Segments.split("rows", tensor.shape[0], tensor.shape[0])
+        whole = Segments.split("rows", tensor.shape[0], tensor.shape[0], pattern=self.declaration.pattern)
         return self.declaration.hybrid.get(expected.layer, whole)
 
     def layers(self) -> list[LayerFacts]:
@@ -78,8 +80,9 @@ class Checkpoint(Description):
             return None
         total = sum(self.tensors[name].nbytes for name in names)
         segments, sparse = self.declaration.hybrid.get(layer), layer in self.sparse_layers
+        pattern = self.declaration.pattern
         share = segments.fraction if segments else float(sparse)
-        saved = sum(round(share * (weight.nbytes - _packed_bytes(weight))) for weight in weights)
+        saved = sum(round(share * (weight.nbytes - _packed_bytes(weight, pattern))) for weight in weights)
         rows, columns = weights[0].shape
         cut_rows, cut_columns = len(weights), 1
         if is_row_parallel(layer):
@@ -94,12 +97,14 @@ class Checkpoint(Description):
             packed_bytes=total - saved,
             weights=weights,
             segments=segments,
+            pattern=pattern,
         )
 
 
-def _packed_bytes(weight: Tensor) -> int:
+def _packed_bytes(weight: Tensor, pattern: str) -> int:
     rows, columns = weight.shape
-    return weight.nbytes // 2 + rows * -(-columns // 8)
+    keep, group = keep_and_group(pattern)
+    return weight.nbytes * keep // group + rows * -(-columns // 8)
 
 
 def read(directory: Path) -> Checkpoint:

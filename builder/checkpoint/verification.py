@@ -28,6 +28,7 @@ class Verified:
     tensors: int
     layers: int
     sparse_layers: int
+    pattern: str  # of these
     bytes: int
 
 
@@ -68,6 +69,7 @@ def verify_checkpoint(
         tensors=len(tensors),
         layers=len(checkpoint.layers()),
         sparse_layers=len(checkpoint.sparse_layers),
+        pattern=checkpoint.declaration.pattern,
         bytes=sum(tensor.nbytes for tensor in tensors),
     )
 

@@ -26,16 +26,16 @@ class Code(StrEnum):
     SHAPE = "shape"
     SCALE = "scale"  # not finite or not positive
     NOT_FINITE = "not-finite"  # NaN or infinity in a weight
-    SPARSITY = "sparsity"  # a group of 4 with more than 2 nonzeros in a layer declared 2:4
-    NEGATIVE_ZERO = "negative-zero"  # in a layer declared 2:4: sparse kernels count it as a value
-    TENSOR_PARALLEL = "tensor-parallel"  # a rank's share of K would cut a group of 4
+    SPARSITY = "sparsity"  # a group with more nonzeros than the pattern that the layer is declared to hold
+    NEGATIVE_ZERO = "negative-zero"  # in a layer declared sparse: sparse kernels count it as a value
+    TENSOR_PARALLEL = "tensor-parallel"  # a rank's share of K would cut a group
     DIGEST = "digest"  # the sha256 is not the one on record
     LOCK = "version-lock"  # an engine that was built for other versions, or for another GPU, than this machine's
 
 
 @dataclass(frozen=True)
 class Violation:
-    """One piece of damage. `row` counts from 0, `group` is the group of 4 within the row."""
+    """One piece of damage. `row` counts from 0, `group` is the group of inputs within the row."""
 
     code: Code
     problem: str

@@ -1,4 +1,4 @@
-"""Writes +0.0 for -0.0 in the layers declared 2:4.
+"""Writes +0.0 for -0.0 in the layers declared sparse.
 
 Folding a mask by multiplication leaves -0.0 where a negative weight was pruned, and rounding to FP8 where one was tiny.
 It is the same number, but sparse kernels that look at bits count it as a value.

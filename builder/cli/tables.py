@@ -52,7 +52,7 @@ def plan(resolved: Plan) -> None:
         first, count = kind[0], len(kind)
         dense, built = sum(x.dense_bytes for x in kind), sum(x.built_bytes for x in kind)
         shape = f"{first.out_features} x {first.in_features}"
-        rows.append((_kind_name(first.name), count, shape, first.format, _pattern(first.fraction),
+        rows.append((_kind_name(first.name), count, shape, first.format, _pattern(first.pattern, first.fraction),
                      size(dense), size(built)))  # fmt: skip
     head = ("layer", "count", "out x in", "format", "pattern", "bytes before", "after")
     table(
@@ -95,18 +95,18 @@ def plan(resolved: Plan) -> None:
             click.echo(f"{phase:<13} not on {p['gpu']}: {built.reason}")
     if (launch := p["launch_bound"])["products"]:
         click.echo(
-            f"note          on {p['gpu']} 2:4 gains no time in {launch['products']} of {launch['of']} products of a "
-            f"decode step: each takes no longer than a kernel's least time, {launch['kernel_us']:.2f} us"
+            f"note          on {p['gpu']} {resolved.pattern} gains no time in {launch['products']} of {launch['of']} "
+            f"products of a decode step: each takes no longer than a kernel's least time, {launch['kernel_us']:.2f} us"
         )
     for note in (*resolved.notes, *resolved.source_notes):
         click.echo(f"note          {note}")
 
 
-def _pattern(fraction: float, axis: str | None = None) -> str:
-    """The share of a weight that is 2:4."""
+def _pattern(pattern: str, fraction: float, axis: str | None = None) -> str:
+    """The pattern and the share of a weight that holds it."""
     if not 0 < fraction < 1:
-        return "2:4" if fraction else "dense"
-    return f"2:4 in {fraction:.0%}" + (f" of its {axis}" if axis else "")
+        return pattern if fraction else "dense"
+    return f"{pattern} in {fraction:.0%}" + (f" of its {axis}" if axis else "")
 
 
 def _kinds(layers: Sequence[Any]) -> list[list[Any]]:
@@ -136,21 +136,21 @@ def explanation(answer: dict[str, Any]) -> None:
                     row["buckets"],
                     row["sparse"],
                     row.get("fraction"),
-                    row.get("valid_2to4"),
+                    row.get("valid_pattern"),
                 ]
             ),
             [],
         ).append(row)
     for rows in groups.values():
         first = rows[0]
-        pattern = _pattern(first.get("fraction", float(first["sparse"])), first.get("axis"))
+        pattern = _pattern(first["pattern"], first.get("fraction", float(first["sparse"])), first.get("axis"))
         if "zeros" in first:
             zeros = sum(row["zeros"] for row in rows) / len(rows)
-            pattern += f", {zeros:.1%} zeros" + (", valid" if first["sparse"] and first["valid_2to4"] else "")
+            pattern += f", {zeros:.1%} zeros" + (", valid" if first["sparse"] and first["valid_pattern"] else "")
         click.echo(f"\n{_kind(rows)}  {first['out_features']} x {first['in_features']}  {first['format']}  {pattern}")
         click.echo(f"  {first['reason']}")
         for bucket in first["buckets"]:
-            click.echo("  " + _bucket(bucket))
+            click.echo("  " + _bucket(bucket, first["pattern"]))
     dense = [rows for rows in groups.values() if rows[0]["runs_dense"]]
     click.echo(f"\n{sum(map(len, dense))} of {len(answer['layers'])} layers run dense at every number of tokens")
     for rows in dense:
@@ -161,13 +161,13 @@ def _kind(rows: Sequence[dict[str, Any]]) -> str:
     return str(rows[0]["name"]) if len(rows) == 1 else f"{len(rows)} x {_kind_name(rows[0]['name'])}"
 
 
-def _bucket(bucket: dict[str, Any]) -> str:
+def _bucket(bucket: dict[str, Any], pattern: str) -> str:
     from plugins.common.defaults import LEAST_GAIN
 
     how = "measured" if bucket["measured"] else "predicted"
     times = f"dense {bucket['dense_us']:.2f} us" if bucket["dense_us"] is not None else "no dense kernel"
     if bucket["sparse_us"] is not None:
-        times += f", 2:4 {bucket['sparse_us']:.2f} us"
+        times += f", {pattern} {bucket['sparse_us']:.2f} us"
     if ratio := bucket["ratio"]:
         times += f", {ratio:.2f}x" + (f" (below {LEAST_GAIN:.2f}x: no gain)" if ratio < LEAST_GAIN else "")
     line = f"{bucket['tokens']:>5} tokens  {bucket['kernel']:<15} {times}  ({how})"
@@ -237,7 +237,7 @@ def accuracy(block: dict[str, Any]) -> None:
 def verification(outcome: Verification) -> None:
     """Prints a line for each checkpoint, then one for each violation."""
     for part in outcome.checkpoints:
-        sparse = f", {part.sparse_layers} of {part.layers} layers 2:4" if part.sparse_layers else ", dense"
+        sparse = f", {part.sparse_layers} of {part.layers} layers {part.pattern}" if part.sparse_layers else ", dense"
         ranks = f", {part.ranks} ranks" if part.ranks > 1 else ""
         kv_cache = f", {part.kv_cache} KV cache" if part.kv_cache != "none" else ""
         click.echo(

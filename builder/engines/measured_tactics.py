@@ -1,4 +1,4 @@
-"""Which kernel each 2:4 layer runs on, measured on this machine: its GPU, or its CPU for the torch backend.
+"""Which kernel each sparse layer runs on, measured on this machine: its GPU, or its CPU for the torch backend.
 
 The torch and pytorch backends obey these tactics. For the tensorrt backend they answer one question: TensorRT times its
 own sparse tactics against its dense ones by itself, but cannot time our plugin against either.
@@ -19,13 +19,13 @@ from plugins.common.files import sha256
 from plugins.common.formats import KERNEL_OUTPUTS
 from plugins.common.fused_layers import fused_name, fused_parts
 from plugins.common.nvidia_smi import gpus
+from plugins.common.patterns import Pattern
 
 if TYPE_CHECKING:
     from builder.checkpoint.reading import LayerFacts
     from plugins.autotune.choice import Hybrid, Shape
     from plugins.sparsity.segments import Axis
 
-IN_PART = "2:4 in part: not timed"
 DTYPES = {format.dtype: format.value for format in KERNEL_OUTPUTS}  # config.json's name -> ours
 
 
@@ -34,6 +34,8 @@ class Sized(sharding.Shardable, Protocol):
 
     @property
     def format(self) -> str: ...
+    @property
+    def pattern(self) -> Pattern: ...
 
 
 def can_measure_cpu() -> bool:
@@ -95,7 +97,7 @@ def cpu_tactics(layers: Sequence[LayerFacts], config: EngineConfig, dtype: str) 
 
 
 def _sparse_part(layer: LayerFacts, whole: Shape) -> Shape:
-    """What a kernel of 2:4 weights multiplies: all of the layer, or its 2:4 rows or inputs."""
+    """What a kernel of sparse weights multiplies: all of the layer, or its sparse rows or inputs."""
     if layer.segments is None:
         return whole
     size = _sparse_size(layer, layer.segments.axis)
@@ -142,7 +144,7 @@ def hybrids(layers: Sequence[LayerFacts], dtype: str) -> dict[str, Hybrid]:
     timed: dict[str, Hybrid] = {}
     for members in groups.values():
         cuts = [member.segments for member in members if member.segments]
-        if not cuts or any([part.kind for part in cut.parts] != ["2:4", "dense"] for cut in cuts):
+        if not cuts or not all(cut.in_two for cut in cuts):
             continue
         first = shape(members[0], 1, dtype)
         whole = replace(first, out_features=sum(member.out_features for member in members))
@@ -152,7 +154,7 @@ def hybrids(layers: Sequence[LayerFacts], dtype: str) -> dict[str, Hybrid]:
 
 
 def _sparse_size(layer: LayerFacts, axis: Axis) -> int:
-    """How many of a layer's rows or inputs are 2:4."""
+    """How many of a layer's rows or inputs are sparse."""
     if layer.segments is not None:
         return sum(part.size for part in layer.segments.sparse)
     return (layer.out_features if axis == "rows" else layer.in_features) if layer.sparse else 0
@@ -165,14 +167,16 @@ def _with_all_layers(table: dict[str, Any], layers: Sequence[LayerFacts], untime
     entries = {}
     for layer in layers:
         timed = table["layers"].get(layer.name)
-        why = untimed if layer.sparse else "dense: the weight is not 2:4"
+        why = untimed if layer.sparse else f"dense: the weight is not {layer.pattern}"
+        why = f"{layer.pattern} in part: not timed" if layer.segments else why
         entries[layer.name] = {
             "out_features": layer.out_features,
             "in_features": layer.in_features,
             "format": layer.format,
             "sparse": layer.sparse,
             "fraction": layer.fraction,
-            "reason": _reason(layer, timed) if timed else IN_PART if layer.segments else why,
+            "pattern": layer.pattern,
+            "reason": _reason(layer, timed) if timed else why,
             "buckets": timed["buckets"] if timed else [],
             "products": timed.get("products") if timed else None,
         }
@@ -181,11 +185,11 @@ def _with_all_layers(table: dict[str, Any], layers: Sequence[LayerFacts], untime
 
 
 def _reason(layer: LayerFacts, timed: Mapping[str, Any]) -> str:
-    reason: str = timed["reason"]
+    reason = str(timed["reason"])
     if layer.segments is None:
         return reason
-    part = f"2:4 in part ({layer.segments.fraction:.0%})"
-    return f"{part}: {reason}" if "products" in timed else f"{part}, whose kernels: {reason}"
+    kernels = "" if "products" in timed else ", whose kernels"
+    return f"{layer.pattern} in part ({layer.segments.fraction:.0%}){kernels}: {reason}"
 
 
 def seconds_saved(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[str, float] | None:
@@ -274,7 +278,7 @@ def shape(layer: Sized, ranks: int, dtype: str, fused: Mapping[str, Sized] | Non
         rows //= ranks
     out = DTYPES[dtype]
     number_format = layer.format if layer.format in ("int8", "fp8") else out
-    return Shape(rows, columns, number_format, number_format == "int8", out)
+    return Shape(rows, columns, number_format, number_format == "int8", out, layer.pattern)
 
 
 def _tune(shapes: Mapping[str, Shape | Hybrid], buckets: Sequence[int]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.roofline import roofline
 from builder.hardware import machine
 from plugins.common.defaults import LEAST_GAIN, MAX_SKINNY_TOKENS
+from plugins.common.patterns import ON_CPU_ONLY, TENSOR_CORE
 
 BUCKETS = (1, 8, 64, 512, 4096)  # tokens
 
@@ -26,7 +27,8 @@ def predict_tactics(checkpoint: Path, gpu: str) -> dict[str, Any]:
             "format": layer.format,
             "sparse": layer.sparse,
             "fraction": layer.fraction,
-            "reason": reason(card, layer.sparse, buckets),
+            "pattern": layer.pattern,
+            "reason": reason(card, layer.sparse, buckets, layer.pattern),
             "buckets": buckets,
         }
     return {
@@ -39,10 +41,10 @@ def predict_tactics(checkpoint: Path, gpu: str) -> dict[str, Any]:
 
 
 def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any]:
-    """The roofline's times of one layer at one number of tokens, dense and 2:4, in microseconds."""
+    """The roofline's times of one layer at one number of tokens, dense and sparse, in microseconds."""
     number_format = roofline.tensor_core_format(layer.format)
     shape = (card, tokens, layer.out_features, layer.in_features, number_format)
-    if card.refuses(number_format, layer.sparse):
+    if card.refuses(number_format, layer.sparse) or _has_no_kernel(layer.sparse, layer.pattern):
         return {
             "tokens": tokens,
             "kernel": "none",
@@ -67,12 +69,21 @@ def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any
     }
 
 
-def reason(card: roofline.Gpu, sparse: bool, buckets: list[dict[str, Any]]) -> str:
-    """Why the layer runs dense or 2:4."""
+def _has_no_kernel(sparse: bool, pattern: str) -> bool:
+    """Whether no GPU multiplies the weight: those of n:8 have kernels on a CPU alone."""
+    return sparse and pattern in ON_CPU_ONLY
+
+
+def reason(card: roofline.Gpu, sparse: bool, buckets: list[dict[str, Any]], pattern: str = TENSOR_CORE) -> str:
+    """Why the layer runs dense or sparse."""
+    if _has_no_kernel(sparse, pattern):
+        return (
+            f"no kernel on a GPU multiplies {pattern} weights, those of a CPU are timed when the engine is built there"
+        )
     if any(bucket["kernel"] == "none" for bucket in buckets):
         return f"{card.name} cannot run this format"
     if not sparse:
-        return "dense: the weight is not 2:4"
+        return f"dense: the weight is not {pattern}"
     ratios = [bucket["ratio"] for bucket in buckets]
     if max(ratios) >= LEAST_GAIN:
         limits = "(roofline limits, not measured)"

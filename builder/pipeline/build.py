@@ -104,8 +104,9 @@ def resolve(
     notes = [*plan.notes, *settings, *([f"backend {reason}"] if engine.backend == "auto" else [])]
     card = roofline.gpu(gpu)
     if machine.sm() is None:  # it will run elsewhere: such as on the card that times are predicted for
+        kv_cache, features = recipe.quantization.kv_cache, plan.features
         there = check(
-            _engine_format(plan), bool(plan.sparse_layers), backend, card.sm, kv_cache=recipe.quantization.kv_cache
+            _engine_format(plan), bool(plan.sparse_layers), backend, card.sm, kv_cache=kv_cache, features=features
         )
         notes += [] if there.ok else [f"not on {card.name}: {there.reason}; {there.instead}"]
     return dataclasses.replace(plan, backend=backend, notes=tuple(notes))

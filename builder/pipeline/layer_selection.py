@@ -1,4 +1,4 @@
-"""Chooses the channels that go 2:4: those that reach the recipe's fraction, or what fits under its budget.
+"""Chooses the channels that are pruned: those that reach the recipe's fraction, or what fits under its budget.
 
 Every layer is pruned once, alone, and every channel priced by it; the cheapest for what they gain go first. Under a
 budget at most three such choices are pruned, quantized as the recipe sets and evaluated.
@@ -38,7 +38,9 @@ def price(context: BuildContext, tokens: Tokens, work: Path) -> Prices:
     from calibration.quantization.quantize import load_model
 
     progress, blocks = context.console.progress, Blocks(context.model, device())
-    pruned = prune_each_alone(blocks, tokens[:PRUNED_ON], context.plan.sparse_layers, work, progress)
+    pruned = prune_each_alone(
+        blocks, tokens[:PRUNED_ON], context.plan.sparse_layers, context.plan.pattern, work, progress
+    )
     return channel_prices(load_model(context.model), pruned, tokens[-PRICED_ON:], progress)
 
 
@@ -78,7 +80,8 @@ def _allocator(context: BuildContext, prices: Prices, by_weights: bool) -> Alloc
     config, ranks = AutoConfig.from_pretrained(str(context.model)), context.recipe.engine.tensor_parallel
     whole_layers = not has_hybrid_kernels(context.plan.backend)
     second = {} if by_weights or whole_layers else _second_products(context, candidates)
-    return allocator(config, prices, list(weights), weights, gains, ranks, whole_layers, second)
+    pattern = context.plan.pattern
+    return allocator(config, prices, list(weights), weights, gains, ranks, whole_layers, second, pattern)
 
 
 def _load(context: BuildContext) -> tuple[int, str]:
@@ -89,7 +92,7 @@ def _load(context: BuildContext) -> tuple[int, str]:
 
 
 def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> dict[str, float]:
-    """Dense less 2:4 at the workload's decode batch: measured on this machine's GPU, or, without one, the roofline's.
+    """Dense less sparse at the workload's decode batch: measured on this machine's GPU, or, without one, predicted.
 
     All candidates use the same source: measured and predicted times cannot be compared. Where no
     layer is predicted to gain, because a kernel's launch bounds them all, they are weighed by the bytes that they save.
@@ -106,7 +109,7 @@ def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> di
 
 
 def _second_products(context: BuildContext, candidates: Sequence[LayerPlan]) -> dict[str, float]:
-    """Seconds that each layer's second product takes while it is 2:4 in part; layers that the engine joins share one.
+    """Seconds that each layer's second product takes while it is sparse in part; layers that an engine joins share one.
 
     None where bytes weigh the layers: bytes are not seconds of a kernel.
     """
@@ -122,13 +125,14 @@ def _second_products(context: BuildContext, candidates: Sequence[LayerPlan]) -> 
 
 def _predicted_second(card: roofline.Gpu, tokens: int, layer: LayerPlan) -> float:
     shape = (card, tokens, layer.out_features, layer.in_features, roofline.tensor_core_format(layer.format))
-    ends = [roofline.gemm_time(*shape, sparse=sparse).seconds for sparse in (0.0, 1.0)]
-    return max(0.0, roofline.gemm_time(*shape, sparse=0.5, kernels=2).seconds - sum(ends) / 2)
+    ends = [roofline.gemm_time(*shape, sparse=sparse, pattern=layer.pattern).seconds for sparse in (0.0, 1.0)]
+    half = roofline.gemm_time(*shape, sparse=0.5, kernels=2, pattern=layer.pattern).seconds
+    return max(0.0, half - sum(ends) / 2)
 
 
 def _predicted_gain(card: roofline.Gpu, tokens: int, layer: LayerPlan) -> float:
     shape = (card, tokens, layer.out_features, layer.in_features, roofline.tensor_core_format(layer.format))
-    return roofline.gemm_time(*shape, sparse=False).seconds - roofline.gemm_time(*shape, sparse=True).seconds
+    return roofline.gemm_time(*shape).seconds - roofline.gemm_time(*shape, sparse=1.0, pattern=layer.pattern).seconds
 
 
 class _Builds:
@@ -154,7 +158,8 @@ class _Builds:
             write_json(self.record, self.measured)
         accuracy = Accuracy.from_dict(self.measured[key])
         self.context.console.print(
-            f"  {allocation.fraction:.1%} of the weights 2:4: perplexity {accuracy.perplexity_increase:+.2%}, "
+            f"  {allocation.fraction:.1%} of the weights {self.context.plan.pattern}: "
+            f"perplexity {accuracy.perplexity_increase:+.2%}, "
             f"KL {accuracy.kl:.4f}, top-1 agreement {accuracy.top1_agreement:.1%}"
         )
         return accuracy

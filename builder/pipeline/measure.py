@@ -73,7 +73,7 @@ def _costs(model: Path, engine: Path) -> dict[str, ModelCost]:
     if tactics is None:
         return {}
     built = [
-        Layer(x["out_features"], x["in_features"], x["format"], x["fraction"], last_token=name == "lm_head")
+        Layer(x["out_features"], x["in_features"], x["format"], x["fraction"], 1, name == "lm_head", x["pattern"])
         for name, x in tactics["layers"].items()
     ]
     dense = [dataclasses.replace(layer, format="bf16", sparse=0.0) for layer in built]

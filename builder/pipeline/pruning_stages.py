@@ -17,7 +17,7 @@ from plugins.sparsity.declaration import Declaration
 
 
 def _run_prices(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
-    """prices.json: what each channel costs where it alone goes 2:4."""
+    """prices.json: what each channel costs where it alone is pruned."""
     from builder.pipeline.layer_selection import price
 
     write_json(out / "prices.json", price(context, tokens_of(outputs), work))
@@ -28,7 +28,7 @@ PRICES = Stage(
     until="checkpoint",
     enabled=selects_layers,
     inputs=lambda context, outputs: {"model": context.model_digest, "tokens": outputs["calibration"].digest},
-    config=lambda context, outputs: context.plan.sparse_layers,
+    config=lambda context, outputs: [context.plan.pattern, *context.plan.sparse_layers],
     run=_run_prices,
     code=("builder.pipeline.layer_selection",),
     tools=CALIBRATION_TOOLS,
@@ -57,6 +57,7 @@ def _selection_config(context: BuildContext, outputs: Outputs) -> Any:
     assert recipe.sparsity is not None
     config: dict[str, Any] = {
         "fraction": recipe.sparsity.fraction,
+        "pattern": recipe.sparsity.pattern,
         "ranks": recipe.engine.tensor_parallel,
         "hybrid_kernels": has_hybrid_kernels(context.plan.backend),
     }
@@ -72,7 +73,7 @@ def _selection_config(context: BuildContext, outputs: Outputs) -> Any:
 
 
 def _run_selection(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
-    """selection.json: the channels that go 2:4, and, under a budget, the front that they were chosen from."""
+    """selection.json: the channels that are pruned, and, under a budget, the front that they were chosen from."""
     from builder.pipeline.layer_selection import select
 
     prices = read_json(outputs["prices"].path / "prices.json")
@@ -82,7 +83,9 @@ def _run_selection(context: BuildContext, outputs: Outputs, out: Path, work: Pat
 def _report_selection(context: BuildContext, output: CachedOutput) -> None:
     chosen = read_json(output.path / "selection.json")
     if chosen["fraction"]:
-        context.console.print(f"  {chosen['fraction']:.1%} of the candidates' weights become 2:4")
+        context.console.print(
+            f"  {chosen['fraction']:.1%} of the candidates' weights become {chosen['declaration']['pattern']}"
+        )
     else:
         context.console.warn("sparsity.fraction is less than one step of any layer: all layers stay dense")
 
@@ -101,9 +104,9 @@ SELECTION = Stage(
 
 
 def pruning_target(context: BuildContext, outputs: Outputs) -> Declaration:
-    """What becomes 2:4: as the selection chose; without one all the plan's candidates, whole."""
+    """What becomes sparse: as the selection chose; without one all the plan's candidates, whole."""
     if "selection" not in outputs:
-        return Declaration(tuple(context.plan.sparse_layers))
+        return Declaration(tuple(context.plan.sparse_layers), pattern=context.plan.pattern)
     return Declaration.parse(read_json(outputs["selection"].path / "selection.json")["declaration"])
 
 

@@ -19,18 +19,20 @@ from builder.planning.compatibility_rules import (
 )
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
+from plugins.common.patterns import ON_CPU_ONLY
 from plugins.tensorrt_llm import releases
 
 MODELOPT = "0.47"  # the version whose checkpoints are supported
 
 
-def features_of(per_token: bool, quantized_head: bool) -> tuple[str, ...]:
-    """What not every backend has, as `check` takes it."""
-    return tuple(name for name, used in ((PER_TOKEN, per_token), (QUANTIZED_HEAD, quantized_head)) if used)
+def features_of(per_token: bool, quantized_head: bool, pattern: str | None = None) -> tuple[str, ...]:
+    """What not every backend has, as `check` takes it. `pattern` is that of sparse layers, None without one."""
+    used = ((PER_TOKEN, per_token), (QUANTIZED_HEAD, quantized_head), (str(pattern), pattern in ON_CPU_ONLY))
+    return tuple(name for name, has in used if has)
 
 
 def has_hybrid_kernels(backend: str) -> bool:
-    """Whether the backend runs layers that are partly 2:4, partly dense; TensorRT-LLM's kernels take whole layers."""
+    """Whether the backend runs layers that are sparse in part; TensorRT-LLM's kernels take whole layers."""
     return backend == "torch"
 
 

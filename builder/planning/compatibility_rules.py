@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from plugins.common.errors import UserError
 from plugins.common.formats import Format
+from plugins.common.patterns import ON_CPU_ONLY
 
 BACKENDS = ("tensorrt", "pytorch", "torch")
 FORMATS = tuple(format.value for format in Format)
@@ -73,7 +74,7 @@ class Combination:
     sm: int | None = None
     kv_cache: str = "none"
     parallel: bool = False
-    features: tuple[str, ...] = ()  # some of PER_TOKEN and QUANTIZED_HEAD
+    features: tuple[str, ...] = ()  # some of PER_TOKEN, QUANTIZED_HEAD and the patterns that only CPUs have
 
 
 PER_TOKEN = "int8 activations with a scale for each token"
@@ -81,8 +82,24 @@ QUANTIZED_HEAD = "an 8-bit lm_head"
 TRTLLM = ("tensorrt", "pytorch")
 ANY_LATER = 999
 
+
+def _on_cpu_only(pattern: str) -> tuple[Rule, Rule]:
+    """A pattern whose only kernels are the torch engine's on a CPU."""
+    instead = "use sparsity.pattern=2:4, or engine.backend=torch on a machine without a GPU"
+    return (
+        Rule(
+            Verdict.no(f"TensorRT-LLM has no kernel for {pattern} weights", instead), backends=TRTLLM, feature=pattern
+        ),
+        Rule(
+            Verdict.no(f"no kernel on a GPU multiplies {pattern} weights", instead), sm=(0, ANY_LATER), feature=pattern
+        ),
+    )
+
+
 # The first row that matches decides, so refusals come before permissions.
 TABLE: tuple[Rule, ...] = (
+    # -- patterns without sparse tensor cores
+    *(rule for pattern in ON_CPU_ONLY for rule in _on_cpu_only(pattern)),
     # -- the GPU itself
     Rule(
         Verdict.no(

@@ -6,19 +6,25 @@ from pathlib import Path
 
 from builder.planning.kv_cache import eviction_notes
 from builder.recipe import Recipe
+from plugins.common.patterns import TENSOR_CORE
 
 
 def notes(recipe: Recipe, prunes: bool, dense_bytes: int, built_bytes: int) -> tuple[str, ...]:
-    """A sentence each. `prunes`: whether any layer is a candidate for 2:4; bytes are those of all weights."""
+    """A sentence each. `prunes`: whether any layer is a candidate for pruning; bytes are those of all weights."""
     lines = eviction_notes(recipe.engine, recipe.accuracy.sequence_length)
     if recipe.sparsity and not prunes:
         lines.append("no layer is pruned: sparsity.layers and sparsity.exclude leave none")
     if recipe.sparsity and recipe.sparsity.budget:
-        lines.append("bytes and times are those of all candidates 2:4: the build prunes only what fits the budget")
-    if recipe.sparsity:
+        lines.append("bytes and times are those of all candidates pruned: the build prunes only what fits the budget")
+    if recipe.sparsity and recipe.sparsity.pattern == TENSOR_CORE:
         lines.append(
             "2:4 gains its full time on GPUs with sparse tensor cores (SM80 and later); a CPU saves bytes, and time "
             "only where reading weights is the limit"
+        )
+    elif recipe.sparsity:
+        lines.append(
+            f"{recipe.sparsity.pattern} saves bytes and no multiplications: it gains time only where reading weights "
+            "is the limit, and only CPU kernels multiply it"
         )
     if recipe.routing:
         first = recipe.routing.variants[0]

@@ -21,6 +21,7 @@ from calibration.config import check_adapter_rank
 from plugins.common import defaults
 from plugins.common.errors import UserError
 from plugins.common.formats import OF_DTYPE, format_of
+from plugins.common.patterns import TENSOR_CORE, Pattern, keep_and_group
 
 PRODUCTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
@@ -36,8 +37,9 @@ class LayerPlan:
     out_features: int
     in_features: int
     format: str
-    sparse: bool  # a candidate for 2:4
-    fraction: float  # of the weight that is expected to become 2:4
+    sparse: bool  # a candidate for pruning
+    fraction: float  # of the weight that is expected to become sparse
+    pattern: Pattern
     dense_bytes: int
     built_bytes: int
     decision: Decision
@@ -45,9 +47,9 @@ class LayerPlan:
 
     @property
     def bytes_saved_by_pruning(self) -> int:
-        """Bytes that 2:4 in all of the layer saves in its number format; 0 for a dense layer."""
+        """Bytes that pruning all of the layer saves in its number format; 0 for a dense layer."""
         shape = (self.out_features, self.in_features, self.format)
-        return round(roofline.weight_bytes(*shape) - roofline.weight_bytes(*shape, self.sparse))
+        return round(roofline.weight_bytes(*shape) - roofline.weight_bytes(*shape, self.sparse, self.pattern))
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Plan:
     architecture: str
     format: str
     backend: str
+    pattern: Pattern  # of the layers to prune
     layers: tuple[LayerPlan, ...]
     dense_bytes: int
     built_bytes: int
@@ -82,7 +85,8 @@ class Plan:
     @property
     def features(self) -> tuple[str, ...]:
         """What not every backend has (builder/planning/compatibility.py)."""
-        return features_of(self.activations == "per_token", "lm_head" in self.quantized_layers)
+        pattern = self.pattern if self.sparse_layers else None
+        return features_of(self.activations == "per_token", "lm_head" in self.quantized_layers, pattern)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,6 +111,7 @@ def make_plan(
         architecture=shapes.name,
         format=recipe.format,
         backend=recipe.engine.backend,
+        pattern=_pattern(recipe),
         layers=layers,
         dense_bytes=dense_bytes,
         built_bytes=built_bytes,
@@ -145,7 +150,7 @@ def _layer(linear: Linear, shapes: Architecture, recipe: Recipe) -> LayerPlan:
     decision, reason = _decision(linear, shapes, recipe, number_format)
     sparse = decision in ("prune", "candidate")
     fraction = (recipe.sparsity.fraction or 1.0) if recipe.sparsity and sparse else 0.0
-    built = roofline.weight_bytes(*shape, number_format, fraction)
+    built = roofline.weight_bytes(*shape, number_format, fraction, _pattern(recipe))
     return LayerPlan(
         name=linear.name,
         out_features=linear.out_features,
@@ -153,11 +158,16 @@ def _layer(linear: Linear, shapes: Architecture, recipe: Recipe) -> LayerPlan:
         format=number_format,
         sparse=sparse,
         fraction=fraction,
+        pattern=_pattern(recipe),
         dense_bytes=round(roofline.weight_bytes(*shape, dense_format)),
         built_bytes=round(built) + (_scale_bytes(linear, recipe) if quantized else 0),
         decision=decision,
         reason=reason,
     )
+
+
+def _pattern(recipe: Recipe) -> Pattern:
+    return recipe.sparsity.pattern if recipe.sparsity else TENSOR_CORE
 
 
 def _dense_format(shapes: Architecture) -> str:
@@ -183,9 +193,11 @@ def _decision(linear: Linear, shapes: Architecture, recipe: Recipe, number_forma
         raise UserError(
             "'lm_head' shares its weight with the embedding and cannot be pruned: add it to sparsity.exclude"
         )
-    alignment = 32 // format_of(number_format).nbytes
-    if linear.in_features % 4 or linear.in_features % alignment:
-        what = "2:4 needs a multiple of 4" if linear.in_features % 4 else f"the kernels need a multiple of {alignment}"
+    pattern, (_, group) = recipe.sparsity.pattern, keep_and_group(recipe.sparsity.pattern)
+    alignment = 32 // format_of(number_format).nbytes if pattern == TENSOR_CORE else group
+    if linear.in_features % group or linear.in_features % alignment:
+        cut = linear.in_features % group
+        what = f"{pattern} needs a multiple of {group}" if cut else f"the kernels need a multiple of {alignment}"
         last = linear.name.rsplit(".", 1)[-1]
         raise UserError(
             f"'{linear.name}' has in_features {linear.in_features}, and {what}: "
@@ -196,8 +208,8 @@ def _decision(linear: Linear, shapes: Architecture, recipe: Recipe, number_forma
     if recipe.sparsity.budget:
         return "candidate", "a candidate: selected under the budget during the build"
     if recipe.sparsity.fraction:
-        return "candidate", f"a candidate: {recipe.sparsity.fraction:.0%} of all candidates' weights become 2:4"
-    return "prune", "pruned to 2:4"
+        return "candidate", f"a candidate: {recipe.sparsity.fraction:.0%} of all candidates' weights become {pattern}"
+    return "prune", f"pruned to {pattern}"
 
 
 def _check_globs(recipe: Recipe, names: list[str]) -> None:
@@ -275,13 +287,14 @@ def _products(layers: Sequence[LayerPlan], dense_format: str | None = None) -> l
             roofline.tensor_core_format(number_format),
             sparse,
             last_token=layer.name == "lm_head",  # prefill needs the logits of each prompt's last token only
+            pattern=layer.pattern,
         )
     return list(products.values())
 
 
 def _launch_bound(card: roofline.Gpu, tokens: int, products: Sequence[roofline.Layer]) -> dict[str, Any]:
-    """How many 2:4 products of one decode step 2:4 cannot shorten, because their dense product takes one launch."""
-    sparse = [x for x in products if x.sparse and not card.refuses(x.format, True)]
+    """How many sparse products of one decode step pruning cannot shorten: their dense product takes one launch."""
+    sparse = [x for x in products if x.sparse and not card.refuses(x.format, x.sparse, x.pattern)]
     times = [roofline.gemm_time(card, tokens, x.out_features, x.in_features, x.format) for x in sparse]
     bound = sum(time.bound == "launch" for time in times)
     return {"products": bound, "of": len(sparse), "kernel_us": round(card.least_kernel_seconds * 1e6, 3)}

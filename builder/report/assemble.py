@@ -12,11 +12,13 @@ from builder.engines.predicted_tactics import read_tactics
 from builder.hardware import machine
 from calibration.quantization.trtllm_config import trtllm_name
 from plugins.common.json_files import read_json
+from plugins.common.patterns import TENSOR_CORE
 
 ON_CPU = (
-    "A CPU has no sparse matrix instructions: 2:4 saves bytes here, and time only where reading weights is the limit. "
-    "The gain on a GPU is predicted above, never measured here."
+    "A CPU has no sparse matrix instructions: {pattern} saves bytes here, and time only where reading weights is the "
+    "limit. {gpu}"
 )
+ON_GPU = {True: "The gain on a GPU is predicted above, never measured here.", False: "It has no kernel on a GPU."}
 CPU_FIGURES = "The speeds are of this CPU alone and do not transfer to a GPU."
 ADAPTER = (
     "The adapter of rank {rank} recovers {share:.0%} of the squared output error of pruning in the median layer. The "
@@ -119,7 +121,7 @@ def _pareto(context: BuildContext, outputs: Outputs, report: dict[str, Any]) -> 
     saved = sum(layer.bytes_saved_by_pruning for layer in context.plan.layers)
     return [
         {
-            "label": f"{point['fraction']:.0%} 2:4",
+            "label": f"{point['fraction']:.0%} {context.plan.pattern}",
             "bytes": round(context.plan.built_bytes + saved * (1 - point["fraction"])),
             "perplexity": dense * (1 + point["increase"]),
             "chosen": point["chosen"],
@@ -156,19 +158,20 @@ def _layers(context: BuildContext, outputs: Outputs) -> list[dict[str, Any]]:
 
 
 def _notes(context: BuildContext, outputs: Outputs) -> list[str]:
-    notes = []
+    notes, pattern = [], context.plan.pattern
     if context.plan.backend != "torch" and "engine" in outputs:
         notes.append(ELSEWHERE.format(backend=context.plan.backend))
     notes += [f"The model: {note}." for note in context.plan.source_notes]
     notes += [f"The engine: {remark}." for remark in _remarks(context, outputs)]
     if machine.device()["type"] == "cpu":
-        notes += [ON_CPU] if context.recipe.sparsity else []
+        if context.recipe.sparsity:
+            notes.append(ON_CPU.format(pattern=pattern, gpu=ON_GPU[pattern == TENSOR_CORE]))
         notes += [CPU_FIGURES]
     if "sparsify" in outputs:
         reports = _read(outputs["sparsify"].path / "layers.json")
         notes += [_outcome_note(layer) for layer in reports if not layer["pruned"]]
         kept = sum(layer["outcome"] == "already sparse" for layer in reports)
-        notes += [f"{kept} layers were 2:4 already: their masks were kept"] if kept else []
+        notes += [f"{kept} layers were {pattern} already: their masks were kept"] if kept else []
     if "adapter" in outputs:
         adapter = outputs["adapter"]
         share = median(layer["taken_back"] for layer in _read(adapter.path / "layers.json"))

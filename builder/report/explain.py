@@ -1,4 +1,4 @@
-"""Explains, layer by layer, whether 2:4 runs, whether it pays, and why."""
+"""Explains, layer by layer, whether its sparse kernel runs, whether it pays, and why."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from plugins.common import defaults
 from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.common.json_files import read_json
+from plugins.common.patterns import TENSOR_CORE, keep_and_group
 from plugins.sparsity.segments import Segments
 
 
@@ -79,29 +80,31 @@ def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None, why_dense:
         "in_features": tactic["in_features"],
         "format": tactic["format"],
         "sparse": tactic["sparse"],
+        "pattern": tactic.get("pattern", TENSOR_CORE),
         "runs_dense": not (cannot or _runs_sparse(tactic)),
         "reason": reason if tactic["sparse"] or why_dense is None else f"dense: {why_dense}",
         "buckets": tactic["buckets"],
     }
     if facts is not None:
-        row |= {"zeros": facts.zeros, "valid_2to4": _valid(facts), "fraction": facts.fraction}
+        row |= {"zeros": facts.zeros, "valid_pattern": _valid(facts), "fraction": facts.fraction}
         row |= {"axis": facts.segments.axis} if facts.segments else {}
     return row
 
 
 def _runs_sparse(tactic: dict[str, Any]) -> bool:
-    """Whether a 2:4 kernel takes the layer at any number of tokens."""
+    """Whether a sparse kernel takes the layer at any number of tokens."""
     by_buckets = any(bucket["kernel"] in SPARSE_KERNELS for bucket in tactic["buckets"])
     return by_buckets if tactic.get("runs_sparse") is None else bool(tactic["runs_sparse"])
 
 
 def _valid(facts: LayerFacts) -> bool:
-    """Whether the stored weight has at most 2 nonzeros in every group of 4 of its 2:4 segments.
+    """Whether the stored weight holds the checkpoint's pattern in all of its sparse segments.
 
     A layer without segments is looked at as a whole, whatever the checkpoint declares.
     """
-    if facts.in_features % 4:
+    if facts.in_features % keep_and_group(facts.pattern)[1]:
         return False
-    segments = facts.segments or Segments.split("rows", facts.out_features, facts.out_features)
+    rows = facts.out_features
+    segments = facts.segments or Segments.split("rows", rows, rows, pattern=facts.pattern)
     violations = (violation for weight in facts.weights for violation in check_values(weight, None, segments))
     return not any(violation.code == Code.SPARSITY for violation in violations)

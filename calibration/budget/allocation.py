@@ -1,6 +1,6 @@
-"""Which channels of which layers go 2:4: the cheapest for what they gain, by the prices of channels.
+"""Which channels of which layers go sparse: the cheapest for what they gain, by the prices of channels.
 
-A unit is what goes 2:4 together: the layers of a block's MLP, which share their channels, or one layer of its
+A unit is what goes sparse together: the layers of a block's MLP, which share their channels, or one layer of its
 attention, of which the channels are KV heads. Of a unit the cheapest channels go first, an eighth at a time; prices
 add up, to second order, so that steps are taken in the order of their price for what they gain.
 """
@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 
 from calibration.model.channel_order import INPUTS, Channels
+from plugins.common.patterns import TENSOR_CORE, Pattern
 from plugins.sparsity.declaration import Declaration
 from plugins.sparsity.segments import ALIGNMENT, Axis, Segments
 
-LEVELS = 8  # steps from a dense unit to one that is 2:4 as a whole
+LEVELS = 8  # steps from a dense unit to one that is sparse as a whole
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers of one half of a block that go 2:4 together. `prices` are in the half's order of channels."""
+    """Layers of one half of a block that go sparse together. `prices` are in the half's order of channels."""
 
     half: str  # "model.layers.3.mlp"
     layers: tuple[str, ...]  # "gate_proj", ...
@@ -32,10 +33,10 @@ class Unit:
     weights: int  # of the whole unit
     alignment: int  # channels that a boundary's place divides by
     widths: Mapping[str, int] = field(compare=False, hash=False)  # rows or inputs a channel, by layer
-    second_products: float = 0.0  # seconds that the unit's second products take while it is 2:4 in part
+    second_products: float = 0.0  # seconds that the unit's second products take while it is sparse in part
 
     def counts(self) -> list[int]:
-        """How many channels may go 2:4."""
+        """How many channels may go sparse."""
         size = len(self.prices)
         inner = {round(level * size / LEVELS / self.alignment) * self.alignment for level in range(1, LEVELS)}
         return sorted({0, size} | {count for count in inner if 0 < count < size})
@@ -58,7 +59,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How many channels of each unit go 2:4, and the predicted cost and gain."""
+    """How many channels of each unit go sparse, and the predicted cost and gain."""
 
     counts: tuple[int, ...]
     cost: float
@@ -69,8 +70,14 @@ class Allocation:
 class Allocator:
     """All the units of one model, and the steps in the order in which they are taken."""
 
-    def __init__(self, units: Sequence[Unit], orders: Mapping[str, tuple[int, ...]], ranks: int = 1):
-        self.units, self.orders, self.ranks = list(units), orders, ranks
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        orders: Mapping[str, tuple[int, ...]],
+        ranks: int = 1,
+        pattern: Pattern = TENSOR_CORE,
+    ):
+        self.units, self.orders, self.ranks, self.pattern = list(units), orders, ranks, pattern
         self.steps = sorted(self._steps(), key=lambda step: step.cost / step.gain)
 
     def _steps(self) -> list[Step]:
@@ -93,7 +100,7 @@ class Allocator:
         return steps
 
     def of_fraction(self, fraction: float) -> Allocation:
-        """With `fraction` of the units' weights 2:4, as near as a step allows."""
+        """With `fraction` of the units' weights sparse, as near as a step allows."""
         wanted = fraction * sum(unit.weights for unit in self.units)
         return self._take(lambda taken, step: taken + step / 2 <= wanted, which=2)
 
@@ -124,10 +131,12 @@ class Allocator:
                     layers.append(name)
                 else:
                     axis: Axis = "inputs" if layer in INPUTS.values() else "rows"
-                    hybrid[name] = Segments.split(axis, len(unit.prices) * width, count * width, self.ranks)
+                    hybrid[name] = Segments.split(
+                        axis, len(unit.prices) * width, count * width, self.ranks, self.pattern
+                    )
         halves = {name.rpartition(".")[0] for name in hybrid}
         order = {half: self.orders[half] for half in self.orders if half in halves}
-        return Declaration(tuple(layers), hybrid, order, method)
+        return Declaration(tuple(layers), hybrid, order, method, self.pattern)
 
 
 def allocator(
@@ -139,11 +148,12 @@ def allocator(
     ranks: int = 1,
     whole_layers: bool = False,
     second_products: Mapping[str, float] | None = None,
+    pattern: Pattern = TENSOR_CORE,
 ) -> Allocator:
     """Of the candidates `layers`, with each layer's weights and gain, in a transformers `config`'s model.
 
     Channels are ordered by the price of their half, dealt out to the tensor-parallel `ranks` in turn. `whole_layers`
-    is for a backend without kernels for hybrid layers: each layer is a unit, dense or 2:4 as a whole.
+    is for a backend without kernels for hybrid layers: each layer is a unit, dense or sparse as a whole.
     `second_products`: what each layer loses of its gain while it is hybrid, by its second product.
     """
     halves = dict.fromkeys(name.rpartition(".")[0] for name in layers)
@@ -166,4 +176,4 @@ def allocator(
             step = alignment if aligned and not whole_layers else channels.count
             second = sum((second_products or {}).get(name, 0.0) for name in names)
             units.append(Unit(half, tuple(together), tuple(own.tolist()), gain, size, step, widths, second))
-    return Allocator(units, orders, ranks)
+    return Allocator(units, orders, ranks, pattern)

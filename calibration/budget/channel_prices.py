@@ -1,4 +1,4 @@
-"""What each channel costs where it alone goes 2:4, as KL from the dense model: all of them in a few passes.
+"""What each channel costs where it alone is pruned, as KL from the dense model: all of them in a few passes.
 
 To second order KL(dense || pruned) is half the mean square of how the output's change, along the gradient, moves the
 log likelihood of tokens that the model itself draws (Fisher information; Martens, 2020, arXiv:1412.1193; for pruning:
@@ -42,11 +42,11 @@ Prices = dict[str, list[float]]
 
 @torch.no_grad()
 def prune_each_alone(
-    blocks: Blocks, tokens: Tokens, layers: Sequence[str], work: Path, progress: Progress
+    blocks: Blocks, tokens: Tokens, layers: Sequence[str], pattern: str, work: Path, progress: Progress
 ) -> dict[str, Tensor]:
-    """Each layer's weight [N, K] pruned to 2:4 by SparseGPT on the dense model's inputs, on `tokens` [windows, T]."""
+    """Each weight [N, K] pruned to `pattern` by SparseGPT on the dense model's inputs; `tokens` [windows, T]."""
     walk = BlockWalk(blocks, torch.from_numpy(tokens), BlockStore(work, "alone"))
-    solver, pattern = SOLVERS["sparsegpt"](), Pattern.parse("2:4")
+    solver, parsed = SOLVERS["sparsegpt"](), Pattern.parse(pattern)
     pruned: dict[str, Tensor] = {}
     for number, names in enumerate(by_block(layers, blocks)):
         progress("pruning each layer alone", number, blocks.count)
@@ -61,7 +61,7 @@ def prune_each_alone(
                 for name in group:
                     weight_NK, full = block.get_submodule(name).weight, f"model.layers.{number}.{name}"
                     whole = Segments.split("rows", len(weight_NK), len(weight_NK))
-                    kept_NK = solver.prune(full, weight_NK, statistics, pattern, whole)
+                    kept_NK = solver.prune(full, weight_NK, statistics, parsed, whole)
                     pruned[full] = kept_NK.to(blocks.weights.dtype(f"{full}.weight"))
             walk.send(states, partial(forward_half, block, half, arguments=arguments), left)
         for states in (entering, middle):

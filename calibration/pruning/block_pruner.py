@@ -47,13 +47,13 @@ class LayerReport:
     name: str
     out_features: int
     in_features: int
-    pruned: bool  # the layer is sparse in the pattern now, in its 2:4 segments
+    pruned: bool  # the layer is sparse in the pattern now, in its sparse segments
     zeros: float  # share of the weight
     error: float | None
     seconds: float
     outcome: Outcome
     note: str = ""  # details of the outcome, for people
-    fraction: float = 0.0  # of the weight that is in 2:4 segments
+    fraction: float = 0.0  # of the weight that is in sparse segments
 
 
 def report(

@@ -60,7 +60,7 @@ def sparsify(
     pruned = {layer.name for layer in reports if layer.pruned}
     whole = [layer for layer in target.layers if layer in pruned]
     hybrid = {layer: segments for layer, segments in target.hybrid.items() if layer in pruned}
-    Declaration(tuple(whole), hybrid, target.order, config.method).write(out)
+    Declaration(tuple(whole), hybrid, target.order, config.method, target.pattern).write(out)
     return reports
 
 
@@ -68,12 +68,12 @@ def _walk(
     source: Path, tokens_BT: Tensor, config: Sparsity, target: Declaration, work: Path, progress: Progress
 ) -> tuple[list[LayerReport], Changed]:
     blocks = Blocks(source, device(), target.order)
-    facts = [config.pattern, config.method, target.to_json(), blocks.config.to_dict()]
+    facts = [config.method, target.to_json(), blocks.config.to_dict()]
     key = hashlib.sha256(json.dumps(facts, default=str).encode())
     key.update(blocks.weights.sha256().encode() + tokens_BT.numpy().tobytes())
     finished = BlockStore(work, key.hexdigest())
     walk = SequentialPruner(
-        blocks, tokens_BT, SOLVERS[config.method](), Pattern.parse(config.pattern), _segments(target, blocks), finished
+        blocks, tokens_BT, SOLVERS[config.method](), Pattern.parse(target.pattern), _segments(target, blocks), finished
     )
     for number in range(finished.count(), blocks.count):
         progress("sparsify", number, blocks.count)
@@ -104,7 +104,7 @@ def _segments(target: Declaration, blocks: Blocks) -> dict[str, Segments]:
             N, K = layer.out_features, layer.in_features
         except AttributeError:
             raise UserError(f"'{name}' is not a linear layer of a decoder block: only those can be pruned") from None
-        own = segments[name] = target.hybrid.get(name) or Segments.split("rows", N, N)
+        own = segments[name] = target.hybrid.get(name) or Segments.split("rows", N, N, pattern=target.pattern)
         if own.size != (size := N if own.axis == "rows" else K):
             raise UserError(
                 f"the segments of '{name}' cover {own.size} of its {size} {own.axis}", "make them cover all"
@@ -122,7 +122,7 @@ def _modelopt(
     reports: list[LayerReport] = []
     changed: Changed = {}
     for name, weight_NK in pruned.items():
-        holds = Pattern.parse(config.pattern).holds(weight_NK)
+        holds = Pattern.parse(target.pattern).holds(weight_NK)
         outcome, note = (Outcome.PRUNED, "") if holds else (Outcome.SKIPPED, "ModelOpt skips a layer of this size")
         reports.append(report(name, weight_NK, holds, outcome, note=note))
         if holds:

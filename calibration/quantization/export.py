@@ -169,7 +169,7 @@ def export_trtllm(
         )
     path = out / "config.json"
     write_json(path, complete_config(config, read_json(path)), 4)
-    Declaration(tuple(trtllm_layers(declared.layers)), method=declared.method).write(out)
+    Declaration(tuple(trtllm_layers(declared.layers)), method=declared.method, pattern=declared.pattern).write(out)
 
 
 def trtllm_layers(layers: Sequence[str]) -> list[str]:

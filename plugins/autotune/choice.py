@@ -11,6 +11,7 @@ from typing import Any
 
 from plugins.common.defaults import LEAST_GAIN, SPARSE_KERNELS
 from plugins.common.errors import UserError
+from plugins.common.patterns import TENSOR_CORE, Pattern
 from plugins.sparsity.segments import Axis
 
 HELD_ONCE = 0.15  # of time: what a second, dense copy of a weight must save on a CPU
@@ -28,6 +29,7 @@ class Shape:
     format: str  # fp16, bf16, int8, fp8
     per_channel: bool = False  # one weight scale a row
     out: str = "bf16"
+    pattern: Pattern = TENSOR_CORE  # of its sparse kernels
 
     def __str__(self) -> str:
         return f"{self.format} [{self.out_features}, {self.in_features}]"
@@ -131,12 +133,12 @@ def entry(shape: Shape | Hybrid, buckets: Sequence[dict[str, Any]], gpu: str) ->
         "in_features": shape.in_features,
         "format": shape.format,
         "sparse": True,
-        "reason": reason(buckets, gpu),
+        "reason": reason(buckets, gpu, shape.pattern),
         "buckets": list(buckets),
     }
 
 
-def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
+def reason(buckets: Sequence[dict[str, Any]], gpu: str, pattern: str = TENSOR_CORE) -> str:
     """Why the layer runs as it does, in one sentence."""
     ratios = {b["tokens"]: b["ratio"] for b in buckets if b["ratio"] is not None}
     won = [b for b in buckets if b["kernel"] in SPARSE_KERNELS and (b["ratio"] is None or b["ratio"] >= 1)]
@@ -153,16 +155,17 @@ def reason(buckets: Sequence[dict[str, Any]], gpu: str) -> str:
     lost = [str(b["tokens"]) for b in buckets if b not in won and b not in held]
     dense = f"; dense at {', '.join(lost)}" if lost else ""
     slower = [f"{b['ratio']:.2f}x at {b['tokens']}" for b in held]
-    kept = f"; 2:4 regardless, so that the weight is held once: {', '.join(slower)}" if held else ""
-    return f"2:4 is faster on {gpu}: {', '.join(gains)} tokens{dense}{kept}"
+    kept = f"; {pattern} regardless, so that the weight is held once: {', '.join(slower)}" if held else ""
+    return f"{pattern} is faster on {gpu}: {', '.join(gains)} tokens{dense}{kept}"
 
 
 def hold_once(buckets: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keeps the 2:4 kernel where dense is barely faster, if the layer has it anyway: its weight is then held once."""
-    if not any(bucket["kernel"] in SPARSE_KERNELS for bucket in buckets):
+    """Keeps the sparse kernel where dense is barely faster, if the layer has it anyway: it then holds one weight."""
+    sparse = next((bucket["kernel"] for bucket in buckets if bucket["kernel"] in SPARSE_KERNELS), None)
+    if sparse is None:
         return buckets
     for bucket in buckets:
         if bucket["kernel"] == "dense-cpu" and bucket["ratio"] is not None and bucket["ratio"] > 1 - HELD_ONCE:
-            note = f"dense takes {bucket['ratio']:.2f} of the 2:4 time: not enough to hold the weight twice"
-            bucket |= {"kernel": "cpu-2of4", "notes": [*bucket["notes"], note]}
+            note = f"dense takes {bucket['ratio']:.2f} of the sparse time: not enough to hold the weight twice"
+            bucket |= {"kernel": sparse, "notes": [*bucket["notes"], note]}
     return buckets

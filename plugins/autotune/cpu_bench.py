@@ -1,4 +1,4 @@
-"""The operands and the clock of tuner.py on a CPU: libtwofour_cpu's dense and 2:4 kernels, and torch's own product.
+"""The operands and the clock of tuner.py on a CPU: libtwofour_cpu's dense and sparse kernels, and torch's own product.
 
 Weights are cold, as a decoder meets them: each call of a round reads another copy, enough of them to fill the last
 level of cache twice. Inputs are activations, so an 8-bit layer's time holds their rounding.
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plugins.autotune import timing
+from plugins.common.patterns import cpu_kernel
 from plugins.common.processor import last_level_cache_bytes, processor
 from plugins.libtwofour import cpu
-from plugins.linear.cpu_linear import DENSE, SPARSE, TYPES, CpuLinear
+from plugins.linear.cpu_linear import DENSE, TYPES, CpuLinear
 from plugins.linear.torch_linear import DenseLinear, Int8Linear, Scales
 from plugins.sparsity.torch_packing import pack
 
@@ -42,13 +43,14 @@ class CpuBench:
 
     def __post_init__(self) -> None:
         rows, columns, dtype = self.shape.out_features, self.shape.in_features, DTYPES[self.shape.format]
-        self.dense = timing.random_sparse(rows, columns, dtype, torch.device("cpu"))
+        self.dense = timing.random_sparse(rows, columns, dtype, torch.device("cpu"), pattern=self.shape.pattern)
         self.x = torch.randn(self.most_tokens, columns).to(torch.bfloat16)
         count = rows if self.shape.per_channel else 1
         self.scales = None if dtype == torch.bfloat16 else Scales(torch.full((count,), 0.01), torch.tensor([0.05]))
 
     def kernels(self) -> Sequence[str]:
-        return (DENSE, SPARSE) if self.shape.format == "fp8" else (DENSE, "torch", SPARSE)
+        sparse = cpu_kernel(self.shape.pattern)
+        return (DENSE, sparse) if self.shape.format == "fp8" else (DENSE, "torch", sparse)
 
     def microseconds(self, kernel: str, tokens: int) -> float:
         """The least time of one call over rounds: what else runs on this machine only adds."""
@@ -71,7 +73,6 @@ class CpuBench:
     def _prepared(self, kernel: str) -> tuple[Any, list[torch.Tensor]]:
         """The layer, and copies of its weight that fill the cache twice."""
         if kernel not in self.layers:
-            shape = (self.shape.out_features, self.shape.in_features)
             if kernel == "torch":
                 layer: Any = (
                     DenseLinear(self.dense, None, torch.bfloat16)
@@ -79,8 +80,8 @@ class CpuBench:
                     else Int8Linear(self.dense, self.scales, None, torch.bfloat16)
                 )
             else:
-                kept = pack(self.dense) if kernel == SPARSE else self.dense
-                layer = CpuLinear(kept, shape, self.scales, None, torch.bfloat16, ((1, kernel),))
+                kept = self.dense if kernel == DENSE else pack(self.dense, self.shape.pattern)
+                layer = CpuLinear(kept, self.scales, None, torch.bfloat16, ((1, kernel),))
             weight = layer.weight if kernel == "torch" else layer.weights[kernel]
             count = timing.copies_to_fill(weight.nbytes, last_level_cache_bytes())
             self.layers[kernel] = layer

@@ -14,8 +14,12 @@ from pydantic import Field, ValidationError
 from plugins.common.config import Config
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
+from plugins.common.patterns import TENSOR_CORE, Pattern
 
-Kernel = Literal["dense-cublaslt", "cusparselt", "skinny", "dense-cpu", "cpu-2of4", "reference", "none"]
+Kernel = Literal[
+    "dense-cublaslt", "cusparselt", "skinny", "dense-cpu", "cpu-2of4", "cpu-4of8", "cpu-5of8", "cpu-6of8", "reference",
+    "none",
+]  # fmt: skip
 
 
 class Bucket(Config):
@@ -39,7 +43,8 @@ class Layer(Config):
     in_features: int = Field(ge=1)
     format: str
     sparse: bool
-    fraction: float = 0.0  # of the weight that is 2:4
+    fraction: float = 0.0  # of the weight that is sparse
+    pattern: Pattern = TENSOR_CORE
     reason: str
     buckets: tuple[Bucket, ...]
     products: tuple[tuple[int, int], tuple[int, int]] | None = None  # [N, K], 2:4 and dense, of a layer 2:4 in part

@@ -2,8 +2,8 @@
 
 For each unique shape and bucket of tokens, weights cold: on a GPU (autotune/timing.py) cuBLASLt on the dense weight
 (the best of our search and of torch's own call), cuSPARSELt, and the skinny kernel up to 64 tokens; on a CPU
-(cpu_bench.py) our dense kernel, torch's own product and our 2:4 kernel. A sparse kernel is kept where it is faster than
-dense by at least LEAST_GAIN. A layer on which none wins stays dense, with the reason in its entry.
+(cpu_bench.py) our dense kernel, torch's own product and our sparse kernel. A sparse kernel is kept where it is faster
+than dense by at least LEAST_GAIN. A layer on which none wins stays dense, with the reason in its entry.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def tune_cpu(
     buckets: Sequence[int] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """tactics.json of 2:4 `layers` measured on this machine's CPU, with the threads that torch uses.
+    """tactics.json of sparse `layers` measured on this machine's CPU, with the threads that torch uses.
 
     Raises UserError where libtwofour_cpu can be neither loaded nor built.
     """

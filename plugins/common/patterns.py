@@ -1,4 +1,4 @@
-"""The patterns of pruned weights: n:m leaves at most n nonzeros in each group of m consecutive inputs of a row. No torch.
+"""The patterns of pruned weights: n:m leaves at most n nonzeros in each group of m consecutive inputs. No torch.
 
 2:4 has sparse tensor cores and CPU kernels. The n:8 patterns have CPU kernels alone, which expand the weight in
 registers and multiply it as a dense one: they save bytes and no multiplications.

@@ -1,4 +1,4 @@
-"""The stored form of a layer that is sparse in part, beside the tensors of any layer (factory.py), in place of `weight`:
+"""The stored form of a layer that is sparse in part, beside the tensors of any layer (factory.py), for `weight`:
 
     weight_values, and its positions   the sparse rows or inputs side by side, packed (torch_packing.py)
     weight_dense                       the others

@@ -47,7 +47,8 @@ class Linear(nn.Module):
             y_MN.copy_(product_MN)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.format}{f', {self.pattern}' if self.sparse else ''}, {self.kernel}"
+        kind = f"{self.format}, {self.pattern}" if self.sparse else self.format
+        return f"{self.in_features}, {self.out_features}, {kind}, {self.kernel}"
 
 
 class DenseLinear(Linear):

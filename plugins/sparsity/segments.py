@@ -1,7 +1,7 @@
 """A weight [out_features N, in_features K] as segments along its rows or its inputs, each sparse or dense. No torch.
 
-A hybrid layer has both kinds: the channels that pruning harms least hold a pattern, the others are dense. Channels are ordered so
-that each kind is contiguous, so that a kernel reads slices and gathers nothing (Lee et al., SpenseGPT, 2026,
+A hybrid layer has both kinds: the channels that pruning harms least hold a pattern, the others are dense. Channels are
+ordered so that each kind is contiguous, so that a kernel reads slices and gathers nothing (Lee et al., SpenseGPT, 2026,
 arXiv:2606.10445, splits a weight so; here the channels of coupled layers share one order). With tensor parallelism each
 rank holds its share of both kinds: the sparse segment of rank 0, its dense one, the sparse one of rank 1, and so on.
 """
@@ -21,9 +21,7 @@ Axis = Literal["rows", "inputs"]
 Dense = Literal["dense"]
 Kind = Pattern | Dense
 
-ALIGNMENT = (
-    32  # of every boundary: cuSPARSELt's for 8-bit rows and inputs; holds whole groups and bytes of indices
-)
+ALIGNMENT = 32  # of every boundary: cuSPARSELt's for 8-bit rows and inputs; holds whole groups and bytes of indices
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Segments:
-    """All segments of one weight, in order and without a gap. Neighbours differ in kind; sparse ones have one pattern."""
+    """All segments of one weight, in order and without a gap. Neighbours differ in kind; all sparse ones are alike."""
 
     axis: Axis
     parts: tuple[Segment, ...]
@@ -64,9 +62,7 @@ class Segments:
         return cls(axis, tuple(parts))
 
     @classmethod
-    def split(
-        cls, axis: Axis, size: int, sparse: int, ranks: int = 1, pattern: Pattern = TENSOR_CORE
-    ) -> Segments:
+    def split(cls, axis: Axis, size: int, sparse: int, ranks: int = 1, pattern: Pattern = TENSOR_CORE) -> Segments:
         """Of `size` channels the first `sparse` in the pattern, or so on each of `ranks` tensor-parallel ranks."""
         assert size % ranks == 0
         assert sparse % ranks == 0
@@ -144,5 +140,7 @@ class Segments:
         ]
         if len(set(cut)) > 1:
             shares = ", ".join(f"{each.fraction:.0%}" for each in cut)
-            raise UserError(f"of its {self.axis} {shares} are {self.pattern} on {ranks} ranks: prune for engine.tensor_parallel")
+            raise UserError(
+                f"of its {self.axis} {shares} are {self.pattern} on {ranks} ranks: prune for engine.tensor_parallel"
+            )
         return cut[rank]

@@ -1,20 +1,20 @@
 """plugins/sparsity/pattern.py for torch tensors, and the names under which an engine stores a packed weight:
 
-    weight_values   [N, K n/m]
-    weight_indices  uint8 [N, ceil(K/8)]: of 2:4
-    weight_mask     uint8 [N, K/8]: of n:8, where n = 8 times the width of the values over that of the mask
+weight_values   [N, K n/m]
+weight_indices  uint8 [N, ceil(K/8)]: of 2:4
+weight_mask     uint8 [N, K/8]: of n:8, where n = 8 times the width of the values over that of the mask
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
 from plugins.common.errors import UserError
-from plugins.common.patterns import PATTERNS, TENSOR_CORE, keep_and_group
+from plugins.common.patterns import PATTERNS, TENSOR_CORE, Pattern, keep_and_group
 from plugins.sparsity import pattern as packing
 
 VALUES, INDICES, MASK = PACKED = ("weight_values", "weight_indices", "weight_mask")
@@ -27,7 +27,7 @@ class Packed(NamedTuple):
 
     values: torch.Tensor
     positions: torch.Tensor
-    pattern: str = TENSOR_CORE
+    pattern: Pattern = TENSOR_CORE
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Packed:
@@ -36,7 +36,8 @@ class Packed(NamedTuple):
         if MASK not in tensors:
             return cls(values, tensors[INDICES]).checked()
         mask = tensors[MASK]
-        return cls(values, mask, f"{values.shape[1] // max(1, mask.shape[1])}:8").checked()
+        pattern = cast(Pattern, f"{values.shape[1] // max(1, mask.shape[1])}:8")
+        return cls(values, mask, pattern).checked()
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The tensors by the names under which an engine stores them."""
@@ -64,16 +65,16 @@ class Packed(NamedTuple):
             return False
         rows, columns = self.shape
         whole_groups = self.values.shape[1] % keep_and_group(self.pattern)[0] == 0
-        return whole_groups and self.positions.shape == (rows, -(-columns // 8))
+        return whole_groups and tuple(self.positions.shape) == (rows, -(-columns // 8))
 
 
-def pack(w_NK: torch.Tensor, pattern: str = TENSOR_CORE) -> Packed:
+def pack(w_NK: torch.Tensor, pattern: Pattern = TENSOR_CORE) -> Packed:
     """A weight [N, K] without the zeros of the pattern. Raises UserError where it does not hold the pattern."""
     values, positions = packing.pack(to_numpy(w_NK), pattern)
     return Packed(from_numpy(values, w_NK.dtype), torch.from_numpy(positions), pattern)
 
 
-def unpack(values: torch.Tensor, positions: torch.Tensor, pattern: str = TENSOR_CORE) -> torch.Tensor:
+def unpack(values: torch.Tensor, positions: torch.Tensor, pattern: Pattern = TENSOR_CORE) -> torch.Tensor:
     """The weight [N, K] that `pack` took, made on the device of `values`, where it may be a GPU.
 
     Raises UserError for shapes that do not match, and positions that no packing gives.

@@ -102,10 +102,7 @@ def compress(module: Any, choices: Choices) -> None:
     if hasattr(module, "twofour"):
         return
     weight = module.weight.data
-    if weight.is_cuda:
-        tensors = {"weight": weight}
-    else:
-        tensors = pack(weight).stored()
+    tensors = {"weight": weight} if weight.is_cuda else pack(weight).stored()
     if weight.dtype == torch.float8_e4m3fn:
         if module.input_scale is None:
             raise UserError("an FP8 layer has no static input scale: export the checkpoint with one")

@@ -162,7 +162,7 @@ def test_explain_shows_for_each_layer_what_runs_and_why(built: Path) -> None:
     assert len(actual["layers"]) == 6
     for layer in actual["layers"]:
         assert layer["sparse"]
-        assert layer["valid_2to4"]
+        assert layer["valid_pattern"]
         assert layer["zeros"] >= 0.5
         assert layer["reason"]
         assert {bucket["measured"] for bucket in layer["buckets"]} == {actual["source"] == "measured"}

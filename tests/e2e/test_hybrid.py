@@ -44,7 +44,7 @@ def test_half_of_the_weights_are_2of4_and_every_proof_holds(built: Path) -> None
     weights = [row["out_features"] * row["in_features"] for row in blocks]
     share = sum(row["fraction"] * size for row, size in zip(blocks, weights, strict=True)) / sum(weights)
     assert share == pytest.approx(0.5, abs=0.02)
-    assert all(row["valid_2to4"] for row in blocks if row["sparse"])
+    assert all(row["valid_pattern"] for row in blocks if row["sparse"])
     assert verify(built / "checkpoint").ok
     assert "2:4 in " in done("explain", built).stdout
 

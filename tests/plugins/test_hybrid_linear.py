@@ -189,10 +189,7 @@ def test_parts_that_round_by_themselves_go_on_doing_so() -> None:
 
 
 def test_parts_that_do_not_fit_are_refused_by_the_library() -> None:
-    parts = [
-        CpuLinear(torch.ones(32, k).bfloat16(), None, None, torch.bfloat16, ((1, "cpu-dense"),))
-        for k in (64, 32)
-    ]
+    parts = [CpuLinear(torch.ones(32, k).bfloat16(), None, None, torch.bfloat16, ((1, "cpu-dense"),)) for k in (64, 32)]
     joined = cpu_linear.join_parts(parts[0].problem(1), parts[1].problem(1), "rows")
     with pytest.raises(UserError, match="do not fit along axis 0"):
         cpu_linear.apply(joined, torch.ones(1, 64).bfloat16(), 64)

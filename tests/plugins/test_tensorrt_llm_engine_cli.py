@@ -131,7 +131,7 @@ def test_a_tensorrt_build_goes_to_its_end_and_reports_what_was_proven(
         "checkpoint-trtllm: engine/engine.json was built from other files than these" in twofour("verify", out).stdout
     )
     (layer,) = done("explain", out, "--layers", "*.0.attention.qkv", "--json").json["layers"]
-    assert layer["valid_2to4"]
+    assert layer["valid_pattern"]
     assert "picked" in layer["reason"]
 
 

@@ -32,9 +32,10 @@ def main(method: str, source: str, tokens: str, layers: str, out: str, metered: 
     kind, _, share = method.partition(" ")
     ids = np.load(tokens)
     if kind not in ("blocks", "channels"):
-        config = Sparsity.model_construct(method="sparsegpt", pattern=kind)  # past the recipe's schema, which has 2:4
-        target = Declaration(tuple(json.loads(layers)))
-        sparsify(Path(source), ids, config, target, Path(out), Path(f"{out}.work"), lambda *_: None)
+        target = Declaration(tuple(json.loads(layers)), pattern=kind)  # type: ignore[arg-type]  # also no recipe's
+        sparsify(
+            Path(source), ids, Sparsity(method="sparsegpt"), target, Path(out), Path(f"{out}.work"), lambda *_: None
+        )
         left_out = None
     else:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()

@@ -13,6 +13,7 @@ from calibration.model.weights import Weights
 from plugins.common.errors import UserError
 from plugins.common.formats import Format
 from plugins.common.json_files import write_json
+from plugins.common.patterns import Pattern
 from plugins.common.safetensors_file import HeaderError, read_header
 from plugins.linear.hybrid_tensors import split
 from plugins.sparsity.declaration import Declaration
@@ -62,7 +63,7 @@ def packed(tensors: Weights, declaration: Declaration) -> Iterator[tuple[str, to
 
 
 def _packed(
-    name: str, weight_NK: torch.Tensor, pattern: str, segments: Segments | None
+    name: str, weight_NK: torch.Tensor, pattern: Pattern, segments: Segments | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     module = name.removesuffix("weight")
     if segments is None:

@@ -80,7 +80,7 @@ def dense_part(weight_NK: Tensor, segments: Segments) -> Tensor:
 def sparse_part(weight_NK: Tensor, segments: Segments) -> Tensor:
     """The rows or inputs that are in the pattern, side by side."""
     axis = int(segments.axis == "inputs")
-    return weight_NK.index_select(axis, torch.from_numpy(segments.indices("2:4")).to(weight_NK.device))
+    return weight_NK.index_select(axis, torch.from_numpy(segments.indices(segments.sparse)).to(weight_NK.device))
 
 
 def apply(weight_NK: Tensor, mask_NK: Tensor) -> Tensor:

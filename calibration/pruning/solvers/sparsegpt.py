@@ -42,8 +42,10 @@ class SparseGPT(Solver):
 def sweep_segments(
     name: str, weight_NK: Tensor, statistics: Statistics, pattern: Pattern, segments: Segments, prune_group: Prune
 ) -> tuple[Tensor, Tensor]:
-    """The swept weight and its mask, both [N, K]: 2:4 segments pruned, dense rows untouched, dense inputs last."""
-    sparse, dense = (torch.from_numpy(segments.indices(kind)).to(weight_NK.device) for kind in ("2:4", "dense"))
+    """The swept weight and its mask, both [N, K]: sparse segments pruned, dense rows untouched, dense inputs last."""
+    sparse, dense = (
+        torch.from_numpy(segments.indices(parts)).to(weight_NK.device) for parts in (segments.sparse, segments.dense)
+    )
     mask_NK = torch.ones_like(weight_NK, dtype=torch.bool)
     swept_NK = weight_NK.clone()
     if segments.axis == "rows":
