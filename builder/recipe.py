@@ -95,8 +95,8 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader; rejects a duplicate key instead of dropping the first value."""
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader; rejects a duplicate key instead of dropping the first value, and reads 6:8 as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -104,10 +104,17 @@ class _UniqueKeys(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"'{twice[0]}' appears twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_integer(self, node: yaml.ScalarNode) -> int | str:
+        """YAML 1.1 has numbers of base 60: 6:8 is 368."""
+        return str(node.value) if ":" in node.value else self.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+
 
 def _parse_yaml(text: str) -> Any:
     """The value of a YAML text. Raises YAMLError, and what PyYAML lets through: ValueError, RecursionError."""
-    return yaml.load(text, _UniqueKeys)
+    return yaml.load(text, _Loader)
 
 
 def _override(text: str) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_an_engine_without_tactics_is_refused_in_a_line(built: Path, tmp_path: P
 def test_a_small_layer_is_not_predicted_to_gain() -> None:
     """A weight of 256 x 256 in 2:4: no kernel takes less than a launch and one wave of blocks."""
     card = roofline.gpu("H100")
-    layer = SimpleNamespace(out_features=256, in_features=256, format="fp8", sparse=True, fraction=1.0)
+    layer = SimpleNamespace(out_features=256, in_features=256, format="fp8", sparse=True, fraction=1.0, pattern="2:4")
     buckets = [predict_bucket(card, tokens, layer) for tokens in BUCKETS]
     assert {bucket["kernel"] for bucket in buckets} == {"dense-cublaslt"}
     assert max(bucket["ratio"] for bucket in buckets) < 1.02

@@ -150,8 +150,8 @@ ATTACKS: dict[str, tuple[str, Attack, Code, str, str | None, int | None, int | N
         Code.CONFIG, "sparsity.json", None, None, None, "declares 'model.layers.9.mlp.up_proj', and the",
     ),
     "sparsity of another pattern": (
-        "fp8", change_json("sparsity.json", lambda content: content.update(pattern="4:8")),
-        Code.CONFIG, "sparsity.json", None, None, None, "it is not of the form",
+        "fp8", change_json("sparsity.json", lambda content: content.update(pattern="3:4")),
+        Code.CONFIG, "sparsity.json", None, None, None, "its pattern '3:4' is not one of 2:4, 4:8, 5:8, 6:8",
     ),
     "config that is not JSON": (
         "fp8", lambda directory: (directory / "config.json").write_text("{"),
