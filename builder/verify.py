@@ -58,9 +58,9 @@ def verify(
 ) -> Verification:
     """Checks the checkpoint at `directory`, or all of a build's and its manifest. Raises UserError where there is none.
 
-    With `tensor_parallel` N, also that a later split over N ranks keeps every group of 4 whole and gives each rank its
-    share of 2:4 segments. With the `dense` model's directory, also that channels lie in the declared order. `progress`
-    is called with (directory, tensors done, tensors in all).
+    With `tensor_parallel` N, also that a later split over N ranks keeps every group whole and gives each rank its
+    share of sparse segments. With the `dense` model's directory, also that channels lie in the declared order.
+    `progress` is called with (directory, tensors done, tensors in all).
     """
     started = time.perf_counter()
     build = directory if is_build(directory) else directory.parent if is_build(directory.parent) else None

@@ -113,12 +113,12 @@ def plan(
 )
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
-    "--tensor-parallel", default=1, show_default=True, help="Also check 2:4 after a split over this many ranks."
+    "--tensor-parallel", default=1, show_default=True, help="Also check the pattern after a split over this many ranks."
 )
 @click.option("--dense", type=click.Path(path_type=Path), help="Also check the channel order against this dense model.")
 @json_option
 def verify(directory: Path, tensor_parallel: int, dense: Path | None, as_json: bool) -> None:
-    """Check a build, its engine or a checkpoint from the files alone: dtypes, shapes, scales, 2:4, stray masks, hashes.
+    """Check a build, its engine or a checkpoint from its files alone: dtypes, shapes, scales, zeros, masks, hashes.
 
     A TensorRT-LLM engine must also match this machine's versions and GPU.
     """
@@ -133,7 +133,7 @@ def verify(directory: Path, tensor_parallel: int, dense: Path | None, as_json: b
 
 
 @cli.command(
-    short_help="Show for each layer whether 2:4 runs, the gain, and the reason.",
+    short_help="Show for each layer whether sparsity pays, the gain, and the reason.",
     epilog=example("twofour explain build/docs-llama --layers '*.mlp.*'"),
 )
 @click.argument("artifact", type=click.Path(path_type=Path))
@@ -141,7 +141,7 @@ def verify(directory: Path, tensor_parallel: int, dense: Path | None, as_json: b
 @click.option("--layers", default="*", show_default=True, metavar="GLOB", help="Show only layers that match.")
 @json_option
 def explain(artifact: Path, gpu: str | None, layers: str, as_json: bool) -> None:
-    """Show for each layer whether it is 2:4, which kernel runs at which number of tokens, the gain, and the reason."""
+    """Show for each layer its pattern, which kernel runs at which number of tokens, the gain, and the reason."""
     from builder.cli import tables
     from builder.report.explain import explain as ask
 

@@ -259,7 +259,7 @@ def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
 def adapter(adapter_directory: Path, checkpoint: Path, out: Path, as_json: bool) -> None:
     """Reorder a LoRA ADAPTER (PEFT) of the dense model to match the channel order of CHECKPOINT.
 
-    A build with layers that are 2:4 in part has another channel order, so the dense model's adapters do not fit it.
+    A build with layers that are sparse in part has another channel order, so the dense model's adapters do not fit it.
     """
     from builder.cli import tables
     from calibration.lora.reorder import reorder_adapter

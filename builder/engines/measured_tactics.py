@@ -19,7 +19,6 @@ from plugins.common.files import sha256
 from plugins.common.formats import KERNEL_OUTPUTS
 from plugins.common.fused_layers import fused_name, fused_parts
 from plugins.common.nvidia_smi import gpus
-from plugins.common.patterns import Pattern
 
 if TYPE_CHECKING:
     from builder.checkpoint.reading import LayerFacts
@@ -34,8 +33,6 @@ class Sized(sharding.Shardable, Protocol):
 
     @property
     def format(self) -> str: ...
-    @property
-    def pattern(self) -> Pattern: ...
 
 
 def can_measure_cpu() -> bool:

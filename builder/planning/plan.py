@@ -39,11 +39,11 @@ class LayerPlan:
     format: str
     sparse: bool  # a candidate for pruning
     fraction: float  # of the weight that is expected to become sparse
-    pattern: Pattern
     dense_bytes: int
     built_bytes: int
     decision: Decision
     reason: str
+    pattern: Pattern = TENSOR_CORE  # of layers to prune
 
     @property
     def bytes_saved_by_pruning(self) -> int:
@@ -158,11 +158,11 @@ def _layer(linear: Linear, shapes: Architecture, recipe: Recipe) -> LayerPlan:
         format=number_format,
         sparse=sparse,
         fraction=fraction,
-        pattern=_pattern(recipe),
         dense_bytes=round(roofline.weight_bytes(*shape, dense_format)),
         built_bytes=round(built) + (_scale_bytes(linear, recipe) if quantized else 0),
         decision=decision,
         reason=reason,
+        pattern=_pattern(recipe),
     )
 
 

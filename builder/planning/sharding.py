@@ -1,4 +1,4 @@
-"""Whether a model divides over ranks: tensor parallelism must not cut a 2:4 group, nor pipeline parallelism a block."""
+"""Whether a model divides over ranks: tensor parallelism must cut no sparse group, pipeline parallelism no block."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from builder.planning.compatibility_rules import Verdict
+from plugins.common.patterns import Pattern, keep_and_group
 
 
 class Shardable(Protocol):
-    """The facts of a layer for `check_shards`: weight [out_features, in_features] and whether it is 2:4."""
+    """The facts of a layer for `check_shards`: weight [out_features, in_features] and whether it holds the pattern."""
 
     @property
     def name(self) -> str: ...
@@ -19,6 +20,8 @@ class Shardable(Protocol):
     def in_features(self) -> int: ...
     @property
     def sparse(self) -> bool: ...
+    @property
+    def pattern(self) -> Pattern: ...
 
 
 ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj", "attention.dense", "mlp.proj")
@@ -31,9 +34,9 @@ def is_row_parallel(name: str) -> bool:
 
 
 def check_shards(layers: Sequence[Shardable], tensor_parallel: int) -> Verdict:
-    """Whether every layer of the unsplit model divides over the ranks, with no split inside a group of 4.
+    """Whether every layer of the unsplit model divides over the ranks, with no split inside a group.
 
-    The answer is about the first layer that does not. A row-parallel layer loses whole columns, and with them the 2:4
+    The answer is about the first layer that does not. A row-parallel layer loses whole columns, and with them the
     groups that straddle the cut; a column-parallel layer loses rows, which never breaks a group.
     """
     for layer in layers:
@@ -74,9 +77,10 @@ def _cut(layer: Shardable, ranks: int) -> str:
     axis, size = ("in_features", layer.in_features) if row else ("out_features", layer.out_features)
     if size % ranks:
         return f"'{layer.name}' has {axis} {size}, which tensor_parallel {ranks} does not divide"
-    if row and layer.sparse and (size // ranks) % 4:
+    _, group = keep_and_group(layer.pattern)
+    if row and layer.sparse and (size // ranks) % group:
         return (
             f"'{layer.name}' has in_features {size}: tensor_parallel {ranks} gives each rank {size // ranks}, "
-            "which cuts a 2:4 group of 4"
+            f"which cuts a {layer.pattern} group of {group}"
         )
     return ""

@@ -115,8 +115,8 @@ def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) 
         least = min(points, key=lambda point: point.loss)
         raise GateError(
             f"nothing fits under sparsity.budget ({goal.describe(goal.limit)}): the smallest loss reached is "
-            f"{goal.describe(least.loss)} with {least.allocation.fraction:.0%} of the weights 2:4; raise the budget, "
-            "or remove sparsity"
+            f"{goal.describe(least.loss)} with {least.allocation.fraction:.0%} of the weights {allocator.pattern}; "
+            "raise the budget, or remove sparsity"
         )
     best = max(within, key=lambda point: point.allocation.gain)
     front = [*points, *_predicted(allocator, goal, share)]
@@ -124,7 +124,7 @@ def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) 
 
 
 def _unused(allocator: Allocator, goal: Goal, point: Point) -> float:
-    """The share of the budget that is left; none where everything is 2:4 already."""
+    """The share of the budget that is left; none where everything is sparse already."""
     whole = goal.nats(goal.limit)
     if point.allocation.fraction > 0.999 or whole <= 0:
         return 0.0

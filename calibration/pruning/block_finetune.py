@@ -1,4 +1,4 @@
-"""Tunes the kept weights of a block's 2:4 parts together, so that the block gives out what the dense model's does.
+"""Tunes the kept weights of a block's sparse parts together, so that the block gives out what the dense model's does.
 
 Guo et al., EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs, 2024, arXiv:2402.12419. Each layer has been
 fitted by itself before; here the layers make up for each other. Masks stay, and dense segments do too: free, they fit
@@ -34,9 +34,9 @@ def finetune_block(
 ) -> None:
     """Lowers the squared distance of the block's output from `target` by Adam, in place.
 
-    Only the nonzero weights in 2:4 segments change; `segments` are those of the linear layers, by name. Samples come in
-    an order that a fixed seed draws, so that the same call gives the same bytes. Products are in bfloat16 where that is
-    faster; the weights stay float32.
+    Only the nonzero weights in sparse segments change; `segments` are those of the linear layers, by name. Samples come
+    in an order that a fixed seed draws, so that the same call gives the same bytes. Products are in bfloat16 where that
+    is faster; the weights stay float32.
     """
     weights = [pruned.block.get_submodule(name).weight.requires_grad_(True) for name in segments]
     sparse = [~dense_part(weight, segments[name]) for name, weight in zip(segments, weights, strict=True)]

@@ -1,4 +1,4 @@
-"""Writes both checkpoint formats through ModelOpt, with the tokenizer and the list of 2:4 layers."""
+"""Writes both checkpoint formats through ModelOpt, with the tokenizer and sparsity.json."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def export_trtllm(
 ) -> None:
     """A TensorRT-LLM checkpoint, one rank{N}.safetensors a rank. Run it before `export_hf`, which packs the model.
 
-    Raises UserError where a layer is 2:4 in part, or where ModelOpt fails.
+    Raises UserError where a layer is sparse in part, or where ModelOpt fails.
     """
     declared.require_whole_layers()
     from modelopt.torch.export import export_tensorrt_llm_checkpoint
@@ -173,7 +173,7 @@ def export_trtllm(
 
 
 def trtllm_layers(layers: Sequence[str]) -> list[str]:
-    """TensorRT-LLM's names of 2:4 layers. q, k and v become one layer, which is 2:4 only where all three are."""
+    """TensorRT-LLM's names of sparse layers. q, k and v become one layer, which is sparse only where all three are."""
     parts: dict[str, int] = {}
     for layer in layers:
         name = trtllm_name(layer)

@@ -1,1 +1,1 @@
-"""The sparsity of a weight: which parts of it are 2:4, and how they are declared beside a checkpoint."""
+"""The sparsity of a weight: its pattern, which parts hold it, and how they are declared beside a checkpoint."""

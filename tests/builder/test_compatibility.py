@@ -12,6 +12,7 @@ from builder.planning.compatibility import check, choose_backend
 from builder.planning.compatibility_rules import BACKENDS, FORMATS, PER_TOKEN, QUANTIZED_HEAD, Verdict
 from builder.planning.sharding import check_shards
 from plugins.common.errors import UserError
+from plugins.common.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Layer:
     out_features: int
     in_features: int
     sparse: bool = True
+    pattern: Pattern = "2:4"
 
 
 def test_every_combination_has_one_verdict_and_each_rejection_names_an_alternative():
@@ -118,6 +120,22 @@ def test_row_parallel_cut_inside_a_group_is_refused_and_a_smaller_split_named():
     assert "cuts a 2:4 group of 4" in verdict.reason
     assert verdict.instead == "use engine.tensor_parallel=3"  # 24 / 3 = 8; up_proj's 24 rows divide as well
     assert check_shards([Layer("model.layers.0.mlp.down_proj", 64, 24, sparse=False)], 4).ok
+    verdict = check_shards([Layer("model.layers.0.mlp.down_proj", 64, 24, pattern="6:8")], 2)
+    assert "cuts a 6:8 group of 8" in verdict.reason
+
+
+@pytest.mark.parametrize("pattern", ["4:8", "5:8", "6:8"])
+def test_n_of_8_runs_in_the_torch_engine_on_a_cpu_alone(pattern):
+    features = compatibility.features_of(False, False, pattern)
+    assert check("int8", True, "torch", features=features).ok
+    for backend, sm in (("tensorrt", None), ("pytorch", None), ("torch", 90)):
+        verdict = check("int8", True, backend, sm, features=features)
+        assert not verdict.ok
+        assert f"{pattern} weights" in verdict.reason
+        assert verdict.instead.startswith("use sparsity.pattern=2:4")
+    assert choose_backend("int8", True, None, "1.2.1", features=features)[0] == "torch"
+    with pytest.raises(UserError, match=f"no kernel on a GPU multiplies {pattern} weights"):
+        choose_backend("int8", True, 90, "1.2.1", features=features)
 
 
 def test_column_parallel_split_never_cuts_a_group():

@@ -90,7 +90,7 @@ def test_a_pattern_that_is_none_is_quoted(text: str) -> None:
 
 
 @pytest.mark.parametrize("method", SOLVERS)
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "5:8", "6:8", "50%"])
 def test_the_result_is_sparse_finite_without_negative_zero_and_the_same_again(method: str, pattern: str) -> None:
     weight, hessian = layer()
     weight[:, ::5] = -0.0

@@ -19,18 +19,21 @@ from builder.engines.torch_backend.artifact import Limits, TorchEngine
 from builder.planning.model_config import architecture, read_config
 from calibration.config import Quantization
 from calibration.quantization import export, quantize
+from plugins.common.patterns import Pattern, bytes_per_weight, keep_and_group
 from plugins.sparsity.declaration import Declaration
+from plugins.sparsity.torch_packing import PACKED
 
 LENGTH = 128
 WINDOWS = 16  # 2048 evaluation tokens
-CASES = {  # format, 2:4, KV cache; "int8-2of4-token" scales each token by itself
-    "int8": ("int8", False, "none"),
-    "fp8": ("fp8", False, "none"),
-    "int8-2of4": ("int8", True, "none"),
-    "int8-2of4-token": ("int8", True, "none"),
-    "fp8-2of4": ("fp8", True, "none"),
-    "fp8-2of4-kv": ("fp8", True, "fp8"),
-    "int8-kv": ("int8", False, "int8"),
+CASES: dict[str, tuple[Any, Pattern | None, Any]] = {  # format, pattern, KV cache; "-token": a scale for each token
+    "int8": ("int8", None, "none"),
+    "fp8": ("fp8", None, "none"),
+    "int8-2of4": ("int8", "2:4", "none"),
+    "int8-2of4-token": ("int8", "2:4", "none"),
+    "int8-6of8": ("int8", "6:8", "none"),
+    "fp8-2of4": ("fp8", "2:4", "none"),
+    "fp8-2of4-kv": ("fp8", "2:4", "fp8"),
+    "int8-kv": ("int8", None, "int8"),
 }
 # What the logits are held to. Both sides compute from the same 8-bit weights: fp8 in the same float32 operations, int8
 # in exact sums where ModelOpt adds floats. A last bit that differs takes an activation next to a tie to the other side,
@@ -64,9 +67,10 @@ def windows(model: Path, file: str, count: int) -> torch.Tensor:
     return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
 
 
-def prune(layer: nn.Linear) -> None:
-    groups = layer.weight.data.view(-1, 4)
-    groups.scatter_(-1, groups.abs().topk(2, largest=False).indices, 0)
+def prune(layer: nn.Linear, pattern: Pattern) -> None:
+    keep, group = keep_and_group(pattern)
+    groups = layer.weight.data.view(-1, group)
+    groups.scatter_(-1, groups.abs().topk(group - keep, largest=False).indices, 0)
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +85,11 @@ def build(docs_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def make(case: str) -> Built:
         if case in known:
             return known[case]
-        number_format, sparse, kv_cache = CASES[case]
+        number_format, pattern, kv_cache = CASES[case]
         out = tmp_path_factory.mktemp(case)
         model = quantize.load_model(docs_llama)
-        if sparse:
-            for name in layers:
-                prune(model.get_submodule(name))
+        for name in layers if pattern else ():
+            prune(model.get_submodule(name), pattern)
         per_token = case.endswith("-token")
         activations: Any = "per_token" if per_token else "per_tensor"
         config = Quantization(format=number_format, activations=activations, kv_cache=kv_cache)
@@ -94,7 +97,7 @@ def build(docs_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         with torch.inference_mode():
             logits = copy.deepcopy(model).float()(evaluation).logits
             itself = agreement(copy.deepcopy(model).double()(evaluation).logits, logits)
-        declared = Declaration(tuple(layers) if sparse else ())
+        declared = Declaration(tuple(layers), pattern=pattern) if pattern else Declaration()
         export.export_hf(model, docs_llama, out / "checkpoint", declared, per_token)
         artifact.build(out / "checkpoint", out / "engine", Limits(max_batch_size=4))
         known[case] = Built(logits, itself, out / "engine")
@@ -138,7 +141,7 @@ def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_engine_directory_matches_its_description(case: str, build: Callable[[str], Built], docs_llama: Path) -> None:
-    number_format, sparse, kv_cache = CASES[case]
+    number_format, pattern, kv_cache = CASES[case]
     directory = build(case).directory
     engine = json.loads((directory / "engine.json").read_text())
     assert (engine["backend"], engine["format"], engine["kv_cache"]) == ("torch", number_format, kv_cache)
@@ -149,12 +152,13 @@ def test_engine_directory_matches_its_description(case: str, build: Callable[[st
         x.out_features * x.in_features for x in architecture(read_config(docs_llama)).linears() if x.block is not None
     )
     tensors = weights.open_tensors(directory)
-    parts = ("_proj.weight", "_proj.weight_values", "_proj.weight_indices")
+    parts = tuple(f"_proj.{name}" for name in ("weight", *PACKED))
     stored = sum(tensors[name].nbytes for name in tensors if name.endswith(parts))
-    assert stored == elements * (0.625 if sparse else 1)
+    assert stored == elements * (bytes_per_weight(pattern, 1) if pattern else 1)
+    assert engine["pattern"] == pattern
 
 
-@pytest.mark.parametrize("case", ["int8-2of4", "fp8-2of4-kv", "int8-kv"])
+@pytest.mark.parametrize("case", ["int8-2of4", "int8-6of8", "fp8-2of4-kv", "int8-kv"])
 def test_cached_decoding_is_the_uncached_model(
     case: str, build: Callable[[str], Built], evaluation: torch.Tensor
 ) -> None:
@@ -170,10 +174,11 @@ def test_cached_decoding_is_the_uncached_model(
         assert engine.logits(whole)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == tokens[request.id]
 
 
-def test_kernels_and_bytes_are_described(build: Callable[[str], Built]) -> None:
-    engine: TorchEngine = artifact.load(build("int8-2of4").directory)
+@pytest.mark.parametrize("kept", ["2of4", "6of8"])
+def test_kernels_and_bytes_are_described(build: Callable[[str], Built], kept: str) -> None:
+    engine: TorchEngine = artifact.load(build(f"int8-{kept}").directory)
     facts = engine.describe()
-    assert facts["kernels"]["cpu-2of4"] == 42
+    assert facts["kernels"][f"cpu-{kept}"] == 42
     assert not any("unpacked" in remark for remark in facts["remarks"])
     assert any("layers that are not 8 bit compute in" in remark for remark in facts["remarks"])
 

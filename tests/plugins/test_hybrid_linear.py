@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from plugins.common.errors import UserError
+from plugins.common.patterns import Pattern, bytes_per_weight, cpu_kernel, keep_and_group
 from plugins.libtwofour import cpu
 from plugins.linear import cpu_linear
 from plugins.linear.cpu_linear import CpuLinear
@@ -28,18 +29,22 @@ SPLITS = {
     "rows on 2 ranks": Segments.split("rows", N, 64, ranks=2),
     "inputs on 2 ranks": Segments.split("inputs", K, 64, ranks=2),
     "dense first": Segments.of("inputs", [("dense", 32), ("2:4", 96)]),
+    "rows of 6:8": Segments.split("rows", N, 96, pattern="6:8"),
+    "inputs of 5:8": Segments.split("inputs", K, 64, pattern="5:8"),
 }
 SKINNY = ((64, "skinny"), (65, "cublaslt"))
 FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 
 
 def weight_of(segments: Segments, dtype: torch.dtype) -> torch.Tensor:
-    """A weight [N, K] with 2:4 zeros where the segments have them."""
+    """A weight [N, K] with the pattern's zeros where the segments have them."""
     values = torch.randint(1, 100, (N, K), generator=torch.Generator().manual_seed(0)).float() - 50.5
     weight = values.round().to(torch.int8) if dtype == torch.int8 else (values / 50).to(dtype)
     for part in segments.sparse:
         block = weight[part.slice] if segments.axis == "rows" else weight[:, part.slice]
-        block.view(torch.uint8 if dtype.itemsize == 1 else dtype).unflatten(1, (-1, 4))[..., 1:3] = 0
+        keep, group = keep_and_group(segments.pattern)
+        bits = block.view(torch.uint8 if dtype.itemsize == 1 else dtype)
+        bits.unflatten(1, (-1, group))[..., 1 : 1 + group - keep] = 0
     return weight
 
 
@@ -61,7 +66,7 @@ def test_what_is_split_joins_to_the_same_weight(name: str, dtype: torch.dtype) -
     assert decode(stored["weight_segments"]) == SPLITS[name]
     assert torch.equal(join(stored).view(torch.uint8), weight.view(torch.uint8))
     packed = sum(tensor.nbytes for key, tensor in stored.items() if key != "weight_segments")
-    share = {4: 9 / 16 - 1 / 32, 2: 9 / 16, 1: 5 / 8}[dtype.itemsize]
+    share = bytes_per_weight(SPLITS[name].pattern, dtype.itemsize) / dtype.itemsize
     assert packed == round(weight.nbytes * (1 - SPLITS[name].fraction * (1 - share)))
 
 
@@ -74,8 +79,9 @@ def test_the_hybrid_layer_computes_what_the_dense_one_does(name: str, dtype: tor
     layer = build_hybrid(split(weight, SPLITS[name]) | common, build)
     dense = build({"weight": weight, **common})
     x = torch.randn(3, 5, K, generator=torch.Generator().manual_seed(1))
-    assert (layer.out_features, layer.in_features, layer.sparse, layer.format) == (N, K, True, dense.format)
-    assert isinstance(layer, HybridLinear) == (name in ("rows", "inputs"))
+    assert (layer.out_features, layer.in_features, layer.format) == (N, K, dense.format)
+    assert layer.pattern == SPLITS[name].pattern
+    assert isinstance(layer, HybridLinear) == SPLITS[name].in_two
     torch.testing.assert_close(layer(x), dense(x), atol=1e-4, rtol=1e-5)
 
 
@@ -83,24 +89,25 @@ def test_the_hybrid_layer_computes_what_the_dense_one_does(name: str, dtype: tor
 @pytest.mark.parametrize("scales", ["static", "each token"])
 @pytest.mark.parametrize("tokens", [1, 5, 70])
 @pytest.mark.parametrize(("axis", "sparse"), [("rows", 32), ("rows", 96), ("inputs", 64), ("inputs", 96)])
+@pytest.mark.parametrize("pattern", ["2:4", "5:8"])
 @pytest.mark.parametrize(
     ("weights", "dtype"), [("int8", torch.float32), ("int8", torch.bfloat16), ("bf16", torch.bfloat16)]
 )
 def test_one_call_computes_both_parts_number_for_number(
-    weights: str, dtype: torch.dtype, axis: Axis, sparse: int, tokens: int, scales: str, isa: str
+    weights: str, dtype: torch.dtype, pattern: Pattern, axis: Axis, sparse: int, tokens: int, scales: str, isa: str
 ) -> None:
     best = cpu.isa()
     if cpu.ISAS.index(isa) > cpu.ISAS.index(best):
         pytest.skip(f"this processor has no {isa}")
     cpu.use_isa(isa)
-    segments = Segments.split(axis, N, sparse)
+    segments = Segments.split(axis, N, sparse, pattern=pattern)
     weight = weight_of(segments, torch.int8 if weights == "int8" else torch.bfloat16)
     common = layer_tensors(weight)
     if scales == "each token":
         common.pop("input_scale", None)
 
     def build(tensors: Mapping[str, torch.Tensor]) -> Linear:
-        kernel = "cpu-2of4" if "weight_values" in tensors else "cpu-dense"
+        kernel = cpu_kernel(pattern) if "weight_values" in tensors else "cpu-dense"
         return build_linear(tensors, dtype, CPU, ((1, kernel),))
 
     try:

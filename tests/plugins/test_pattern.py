@@ -1,4 +1,4 @@
-"""2:4 packing: every weight comes back bit for bit, and what is not 2:4 is named."""
+"""Packing: every weight comes back bit for bit, and what does not hold its pattern is named."""
 
 from __future__ import annotations
 
@@ -150,3 +150,78 @@ def test_a_large_layer_packs_fast() -> None:
     values, indices = pattern.pack(w.reshape(4096, 14336))
     assert time.perf_counter() - start < 5
     assert values.nbytes + indices.nbytes == 4096 * 14336 * 0.625
+
+
+N_OF_8 = ("4:8", "5:8", "6:8")
+
+
+@st.composite
+def weights_of_8(draw: st.DrawFn) -> tuple[np.ndarray, str]:
+    """A weight of random shape and type in an n:8 pattern, from groups that hold 0 to n values, with edge values."""
+    name, dtype = draw(st.sampled_from(N_OF_8)), np.dtype(draw(st.sampled_from(DTYPES)))
+    rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    value = st.one_of(st.sampled_from(EDGES[dtype.itemsize]), st.integers(0, 2 ** (8 * dtype.itemsize) - 1))
+    bits = np.zeros((rows, groups, 8), np.dtype(f"u{dtype.itemsize}"))
+    for row, group in np.ndindex(rows, groups):
+        for place in draw(st.lists(st.integers(0, 7), max_size=int(name[0]), unique=True)):
+            bits[row, group, place] = draw(value)
+    return bits.reshape(rows, -1).view(dtype), name
+
+
+def unpack_of_8(values: np.ndarray, mask: np.ndarray, name: str) -> np.ndarray:
+    kept = torch.from_numpy(values.view(f"i{values.dtype.itemsize}"))
+    return torch_packing.unpack(kept, torch.from_numpy(mask), name).numpy().view(values.dtype)
+
+
+@given(weights_of_8())
+@settings(max_examples=200, deadline=None)
+def test_n_of_8_round_trip_is_bit_exact_and_each_mask_keeps_n(case: tuple[np.ndarray, str]) -> None:
+    w, name = case
+    keep = int(name[0])
+    values, mask = pattern.pack(w, name)
+    assert (values.dtype, values.shape) == (w.dtype, (w.shape[0], w.shape[1] * keep // 8))
+    assert (mask.dtype, mask.shape) == (np.uint8, (w.shape[0], w.shape[1] // 8))
+    assert set(np.unpackbits(mask[..., None], axis=-1).sum(-1).ravel()) == {keep}
+    np.testing.assert_array_equal(bits_of(unpack_of_8(values, mask, name)), without_negative_zero(w))
+
+
+@given(weights_of_8(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_one_nonzero_more_than_n_of_8_is_named_by_row_and_group(
+    case: tuple[np.ndarray, str], data: st.DataObject
+) -> None:
+    w, name = case
+    row = data.draw(st.integers(0, w.shape[0] - 1))
+    group = data.draw(st.integers(0, w.shape[1] // 8 - 1))
+    broken = w.copy()
+    bits_of(broken)[row, 8 * group : 8 * group + int(name[0]) + 1] = 1
+    assert pattern.first_violation(w, name) is None
+    assert pattern.first_violation(broken, name) == (row, group)
+    with pytest.raises(UserError, match=f"row {row}, group {group} .* more than {name[0]} nonzeros: .* to {name}"):
+        pattern.pack(broken, name)
+
+
+def test_a_group_of_8_with_few_nonzeros_keeps_zeros_at_its_lowest_free_places() -> None:
+    w = np.array([[0, 0, 0, 0, 0, 0, 7, 0]], np.int8)
+    values, mask = pattern.pack(w, "4:8")
+    assert values.tolist() == [[0, 0, 0, 7]]
+    assert mask.tolist() == [[0b01000111]]
+
+
+def test_a_shape_without_groups_of_8_is_refused() -> None:
+    with pytest.raises(UserError, match="multiple of 8"):
+        pattern.pack(np.zeros((3, 12), np.int8), "6:8")
+
+
+def test_a_damaged_mask_is_refused() -> None:
+    packed = torch_packing.pack(torch.eye(16, dtype=torch.int8), "6:8")
+    stored = packed.stored()
+    assert set(stored) == {"weight_values", "weight_mask"}
+    assert torch_packing.Packed.of(stored) == packed
+    damaged = packed.positions.clone()
+    damaged[3, 1] = 0xFF
+    with pytest.raises(UserError, match="row 3, group 1: the mask keeps 8 of 8, not 6"):
+        torch_packing.unpack(packed.values, damaged, "6:8")
+    for wrong in (packed.values[:, :11], packed.values[:, :0], packed.values[:8]):
+        with pytest.raises(UserError, match="do not match"):
+            torch_packing.Packed.of({"weight_values": wrong, "weight_mask": packed.positions})

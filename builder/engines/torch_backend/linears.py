@@ -51,8 +51,7 @@ class Kernels:
 
     def choices(self, name: str, stored: Mapping[str, torch.Tensor]) -> Choices | None:
         """For a layer and its tensors; None: torch's own product."""
-        packed = Packed.of(stored) if VALUES in stored else None
-        sparse = packed is not None
+        sparse = VALUES in stored
         if sparse and self._problem:  # once, and only for a model that it slows down
             log.warning("%s", self._problem)
             self.remarks.append(self._problem)
@@ -64,7 +63,7 @@ class Kernels:
 
             if not cpu_linear.can_take(stored[VALUES if sparse else "weight"].dtype, self._dtype):
                 return None
-            return cpu_linear.choices_of(self._layers.get(name), packed and packed.pattern)
+            return cpu_linear.choices_of(self._layers.get(name), Packed.of(stored).pattern if sparse else None)
         if not (sparse or "weight_scale" in stored):
             return None
         from plugins.linear.kernel_linear import choices_of

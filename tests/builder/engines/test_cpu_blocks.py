@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from builder.engines.request import Request
 from builder.engines.torch_backend import artifact
 from builder.engines.torch_backend.engine import TorchEngine
+from plugins.common.patterns import Pattern, keep_and_group
 from plugins.libtwofour import cpu
 from plugins.linear.hybrid_tensors import split
 from plugins.sparsity.segments import Segments
@@ -55,19 +56,22 @@ def make_engine(family: str, format: str, kv_cache: str, directory: Path) -> Pat
     tensors = load_file(directory / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight") and format != "bf16"]:
         layer, weight = name.removesuffix(".weight"), tensors.pop(name).float()
-        if "2of4" in format:
-            groups = weight.view(-1, 4)
+        pattern: Pattern = "6:8" if "6of8" in format else "2:4"
+        if "of" in format:
+            groups = weight.view(-1, keep_and_group(pattern)[1])
             groups.scatter_(-1, groups.abs().topk(2, largest=False).indices, 0)
         scale = weight.abs().amax(1) / 127
         quantized = (weight / scale[:, None]).round().to(torch.int8)
         if format.endswith("hybrid"):
             by_input = layer.endswith(("o_proj", "down_proj"))
-            segments = Segments.split("inputs" if by_input else "rows", weight.shape[int(by_input)], 32)
+            axis, size = ("inputs", weight.shape[1]) if by_input else ("rows", weight.shape[0])
+            segments = Segments.split(axis, size, 32, pattern=pattern)
             cut = quantized[:, :32] if by_input else quantized[:32]
-            cut.unflatten(1, (-1, 4))[..., 1:3] = 0
+            if "of" not in format:
+                cut.unflatten(1, (-1, 4))[..., 1:3] = 0
             tensors |= {f"{layer}.{key}": value for key, value in split(quantized, segments).items()}
-        elif "2of4" in format:
-            tensors |= {f"{layer}.{key}": value for key, value in pack(quantized).stored().items()}
+        elif "of" in format:
+            tensors |= {f"{layer}.{key}": value for key, value in pack(quantized, pattern).stored().items()}
         else:
             tensors[name] = quantized
         tensors[f"{layer}.weight_scale"] = scale
@@ -94,7 +98,9 @@ def tokens_of(engine: TorchEngine) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("kv_cache", [pytest.param("none", marks=pytest.mark.slow), "int8"])
-@pytest.mark.parametrize("format", ["bf16", "int8-2of4", "int8-2of4-token", "int8-hybrid"])
+@pytest.mark.parametrize(
+    "format", ["bf16", "int8-2of4", "int8-2of4-token", "int8-hybrid", "int8-6of8", "int8-6of8-hybrid"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_compute_what_the_layers_compute(family: str, format: str, kv_cache: str, tmp_path: Path) -> None:
     directory = make_engine(family, format, kv_cache, tmp_path)

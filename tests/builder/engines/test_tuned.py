@@ -206,7 +206,14 @@ def test_memory_that_runs_out_while_timing_is_a_line(
 def test_a_model_without_2to4_layers_needs_no_kernels(gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bindings, "context", None)
     layer = SimpleNamespace(
-        name="lm_head", out_features=8, in_features=8, format="fp8", sparse=False, fraction=0.0, segments=None
+        name="lm_head",
+        out_features=8,
+        in_features=8,
+        format="fp8",
+        sparse=False,
+        fraction=0.0,
+        segments=None,
+        pattern="2:4",
     )
     actual = measured_tactics.tactics([layer], CONFIG, "bfloat16")
     assert (actual["source"], actual["device"]["name"], actual["layers"]["lm_head"]["buckets"]) == (
@@ -215,7 +222,7 @@ def test_a_model_without_2to4_layers_needs_no_kernels(gpu: bindings.Context, mon
         [],
     )
     wide = SimpleNamespace(
-        name=UP, out_features=8, in_features=8, format="fp32", sparse=True, fraction=1.0, segments=None
+        name=UP, out_features=8, in_features=8, format="fp32", sparse=True, fraction=1.0, segments=None, pattern="2:4"
     )
     reason = measured_tactics.tactics([wide], CONFIG, "float32")["layers"][UP]["reason"]
     assert reason == "stays dense: the model computes in float32, and the 2:4 kernels in 16 bit"
@@ -223,6 +230,7 @@ def test_a_model_without_2to4_layers_needs_no_kernels(gpu: bindings.Context, mon
 
 def in_part(name: str, rows: int, columns: int, segments: Segments | None, sparse: bool = True) -> Any:
     facts = {"out_features": rows, "in_features": columns, "format": "fp8", "sparse": sparse, "segments": segments}
+    facts["pattern"] = "2:4"
     return SimpleNamespace(name=name, fraction=segments.fraction if segments else float(sparse), **facts)
 
 
