@@ -57,6 +57,20 @@ def test_bytes_of_2_of_4_against_dense(format: str, share: float) -> None:
     assert roofline.weight_bytes(256, 512, format, sparse=True) == share * dense
 
 
+@pytest.mark.parametrize(("pattern", "share"), [("4:8", 5 / 8), ("5:8", 6 / 8), ("6:8", 7 / 8)])
+def test_n_of_8_saves_bytes_at_8_bit_and_no_multiplications(pattern: str, share: float) -> None:
+    dense = roofline.weight_bytes(256, 512, "int8")
+    assert roofline.weight_bytes(256, 512, "int8", sparse=1.0, pattern=pattern) == share * dense
+    assert roofline.weight_bytes(256, 512, "int8", 0.5, pattern) == (1 + share) / 2 * dense
+    many = (gpu("A100"), 32768, 8192, 8192, "int8")
+    assert roofline.gemm_time(*many, 1.0, pattern=pattern).seconds == roofline.gemm_time(*many).seconds
+    few = (gpu("A100"), 1, 65536, 65536, "int8")
+    saved = roofline.gemm_time(*few, 1.0, pattern=pattern).seconds / roofline.gemm_time(*few).seconds
+    assert saved == pytest.approx(share, rel=1e-2)
+    layer = Layer(65536, 65536, "int8", 1.0, pattern=pattern)
+    assert roofline.decode_ceiling(gpu("A100"), [layer], 1, 0, 0).weight_bytes == share * 65536**2
+
+
 def test_gemm_is_bound_by_memory_at_one_token_and_by_math_at_many() -> None:
     card = gpu("H100")
     one, many = (roofline.gemm_time(card, tokens, 8192, 8192, "fp8") for tokens in (1, 16384))

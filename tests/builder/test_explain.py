@@ -101,6 +101,16 @@ def test_an_engine_without_tactics_is_refused_in_a_line(built: Path, tmp_path: P
     assert "tactics.json' is not a tactics file: device: Field required" in ended.stderr
 
 
+def test_no_time_is_predicted_for_n_of_8_on_a_gpu() -> None:
+    card = roofline.gpu("H100")
+    layer = SimpleNamespace(
+        out_features=4096, in_features=4096, format="int8", sparse=True, fraction=1.0, pattern="6:8"
+    )
+    buckets = [predict_bucket(card, tokens, layer) for tokens in BUCKETS]
+    assert {(bucket["kernel"], bucket["sparse_us"]) for bucket in buckets} == {("none", None)}
+    assert "no kernel on a GPU multiplies 6:8 weights" in predicted_tactics.reason(card, True, buckets, "6:8")
+
+
 def test_a_small_layer_is_not_predicted_to_gain() -> None:
     """A weight of 256 x 256 in 2:4: no kernel takes less than a launch and one wave of blocks."""
     card = roofline.gpu("H100")

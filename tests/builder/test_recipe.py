@@ -97,6 +97,18 @@ def test_a_recipe_cannot_change_once_read() -> None:
         actual.model = "other/model"
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "5:8", "6:8"])
+def test_a_pattern_without_quotes_is_text_and_no_number_of_base_60(tmp_path: Path, pattern: str) -> None:
+    for written in (pattern, f'"{pattern}"'):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"model: acme/model\nsparsity: {{pattern: {written}}}\ncalibration: {{samples: 1_000}}\n")
+        loaded = (recipe.load(str(path)), recipe.load("acme/model", overrides=[f"sparsity.pattern={written}"]))
+        assert [each.sparsity and each.sparsity.pattern for each in loaded] == [pattern, pattern]
+        assert loaded[0].calibration.samples == 1000
+    named = recipe.load("acme/model", "int8-2of4", [f"sparsity.pattern={pattern}"])
+    assert named.format == f"int8-{pattern[0]}of{pattern[2]}"
+
+
 @pytest.mark.parametrize(
     ("override", "fraction", "budget"),
     [

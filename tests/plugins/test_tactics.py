@@ -14,6 +14,7 @@ import torch
 from plugins.autotune import choice, reuse, tactics, timing, tuner
 from plugins.autotune.choice import Shape, Timing
 from plugins.common.errors import UserError
+from plugins.common.patterns import PATTERNS, Pattern, cpu_kernel
 from plugins.libtwofour import bindings, structures
 
 SHAPE = Shape(4096, 14336, "fp8")
@@ -88,6 +89,19 @@ def test_reasons_as_text() -> None:
         "stays dense: no sparse kernel is faster by 2% on L4; the best is 0.99x at 512 tokens"
     )
     assert choice.reason([bucket(8, cublaslt=10.0)], "L4") == "stays dense: no sparse kernel runs this shape on L4"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_cpu_times_the_kernel_of_the_pattern_and_holds_its_weight_once(pattern: Pattern) -> None:
+    shapes = {"layer": Shape(64, 128, "int8", True, pattern=pattern)}
+    timed = tuner.tune_cpu(shapes, buckets=(1, 4))["layers"]["layer"]
+    assert {bucket["kernel"] for bucket in timed["buckets"]} <= {cpu_kernel(pattern), "dense-cpu"}
+    assert all(bucket["sparse_us"] > 0 and bucket["dense_us"] > 0 for bucket in timed["buckets"])
+    kernel = cpu_kernel(pattern)
+    buckets = [bucket(1, **{"cpu-dense": 10.0, kernel: 5.0}), bucket(64, **{"cpu-dense": 10.0, kernel: 11.0})]
+    assert [each["kernel"] for each in choice.hold_once(buckets)] == [kernel, kernel]
+    entry = choice.entry(shapes["layer"], buckets, "a CPU")
+    assert entry["reason"].startswith(f"{pattern} is faster on a CPU: 2.00x at 1 tokens; {pattern} regardless")
 
 
 def measured() -> dict:
