@@ -3,7 +3,7 @@
 A block is the text between `<!-- block: NAME -->` and `<!-- end -->`; everything else is written by hand.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from benchmarks.roofline.published import EndToEnd, compare_model, comparisons, 
 from builder.planning import compatibility, compatibility_rules
 from plugins.common.families import FAMILIES
 from plugins.common.json_files import read_json
+from plugins.common.patterns import ON_CPU_ONLY
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -115,6 +116,8 @@ def support() -> str:
         f"| {label} | " + " | ".join(_range(number_format, name) for name in compatibility_rules.BACKENDS) + " |\n"
         for number_format, label in (("bf16", "bf16, fp16"), ("fp8", "FP8 (e4m3)"), ("int8", "INT8 (SmoothQuant W8A8)"))
     ]
+    on_cpu = " | ".join(_range("int8", name, ON_CPU_ONLY) for name in compatibility_rules.BACKENDS)
+    rows.append(f"| any of these, {', '.join(ON_CPU_ONLY)} | {on_cpu} |\n")
     return f"Model families: {families}.\n\n{head}|---|{'---|' * len(compatibility_rules.BACKENDS)}\n{''.join(rows)}"
 
 
@@ -273,11 +276,11 @@ def _predicted() -> str:
     return PREDICTED.format(fp8=ratio("fp8"), bf16=ratio("bf16"), error=median_error(whole, signed=True))
 
 
-def _range(number_format: str, backend: str) -> str:
-    """The GPUs that the compatibility table allows for 2:4, and whether a CPU works."""
-    works = [sm for sm in SMS if compatibility.check(number_format, True, backend, sm).ok]
+def _range(number_format: str, backend: str, features: Sequence[str] = ()) -> str:
+    """The GPUs that the compatibility table allows for sparse weights, and whether a CPU works."""
+    works = [sm for sm in SMS if compatibility.check(number_format, True, backend, sm, features=features).ok]
     if not works:
-        return "no"
+        return "any CPU" if compatibility.check(number_format, True, backend, features=features).ok else "no"
     last = "and later" if works[-1] == max(SMS) else f"to SM{works[-1]} ({SMS[works[-1]]})"
     cpu = "; any CPU" if backend == "torch" else ""
     return f"SM{works[0]} ({SMS[works[0]]}) {last}{cpu}"

@@ -1,11 +1,11 @@
 """python -m benchmarks.pruning.rivals: the cost of 2:4 in part and of other ways to the same time, on one model.
 
 Decoding is bound by the bytes of the weights, so rows of equal predicted time save equal shares of the blocks' bytes:
-2:4 in the share F of the weights saves 0.375 F of them at 8 bit. Our rows are builds with `sparsity.fraction`; whole
-layers are selected by the same prices, as for TensorRT-LLM's backends. All are pruned without quantization, by
-SparseGPT in one pass if a solver is needed, on the same tokens, and evaluated on held-out text. 6:8 and unstructured
-sparsity have no kernel here: their rows give accuracy only. With --peers, llm-compressor runs in a separate
-environment.
+2:4 or 4:8 in the share F of the weights saves 0.375 F of them at 8 bit. Rows of a share are builds with
+`sparsity.fraction`; whole layers are selected by the same prices, as for TensorRT-LLM's backends. All are pruned
+without quantization, by SparseGPT in one pass if a solver is needed, on the same tokens, and evaluated on held-out
+text. The n:8 patterns save bytes on a CPU only. Unstructured sparsity has no kernel here: its row gives accuracy only.
+With --peers, llm-compressor runs in a separate environment.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from benchmarks.pruning.accuracy import (
 from benchmarks.pruning.fractions import COMMAND
 from plugins.common.errors import UserError
 from plugins.common.json_files import read_json
+from plugins.common.patterns import ON_CPU_ONLY, bytes_per_weight
 
-SAVED = 0.375  # of a weight's bytes at 8 bit, by 2:4
 FRACTIONS = (0.25, 0.5)
-PATTERNS = ("6:8", "25%")
+OTHERS = (*ON_CPU_ONLY, "25%")
+UNITS = {"torch": "coupled channels", "pytorch": "whole layers"}  # that a backend's fraction selects
 
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -58,21 +59,26 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         return out, read_json(metered)
 
     for fraction in FRACTIONS:
-        for name, backend in (("coupled channels", "torch"), ("whole layers", "pytorch")):
-            out = build(arguments, work, fraction, backend, work / f"{next(numbers)}")
-            add(f"2:4 in {fraction:.0%}, {name}", out, SAVED * fraction)
+        for pattern, backend in (("2:4", "torch"), ("4:8", "torch"), ("2:4", "pytorch")):
+            out = build(arguments, work, fraction, pattern, backend, work / f"{next(numbers)}")
+            add(f"{pattern} in {fraction:.0%}, {UNITS[backend]}", out, saved_by(pattern) * fraction)
         for kind in ("blocks", "channels"):
-            out, facts = prune(f"{kind} at {fraction:.0%}", "prune_rival", f"{kind} {SAVED * fraction}")
+            out, facts = prune(f"{kind} at {fraction:.0%}", "prune_rival", f"{kind} {saved_by('2:4') * fraction}")
             add(f"{facts['left_out']:.1%} of the blocks' weights: {kind} dropped", out, facts["left_out"])
-    for pattern in PATTERNS:
+    for pattern in OTHERS:
         out, _ = prune(pattern, "prune_rival", pattern)
-        add(f"{pattern} in all layers" if ":" in pattern else f"{pattern} unstructured", out, None)
+        known = ":" in pattern
+        add(
+            f"{pattern} in all layers" if known else f"{pattern} unstructured",
+            out,
+            saved_by(pattern) if known else None,
+        )
     out, _ = prune("2:4", "prune_twofour", "sparsegpt")
-    add("2:4 in all layers", out, SAVED)
+    add("2:4 in all layers", out, saved_by("2:4"))
     if arguments.peers:
         python = environment_python(arguments.environment, LLMCOMPRESSOR)
         out, _ = prune("llm-compressor", "prune_llmcompressor", "sparsegpt", python)
-        add("2:4 in all layers, llm-compressor", out, SAVED)
+        add("2:4 in all layers, llm-compressor", out, saved_by("2:4"))
     for name, judged in judge(arguments, layers, directories).items():
         rows[name] |= judged
     names = ("model", "calibration", "evaluation", "every", "samples")
@@ -80,10 +86,16 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {"environment": describe(), "settings": settings, "rows": rows}
 
 
-def build(arguments: argparse.Namespace, work: Path, fraction: float, backend: str, out: Path) -> Path:
-    """The checkpoint of a build with 2:4 in `fraction` of the weights. Raises UserError where it fails."""
+def saved_by(pattern: str) -> float:
+    """The share of a weight's bytes at 8 bit."""
+    return 1 - bytes_per_weight(pattern, 1)
+
+
+def build(arguments: argparse.Namespace, work: Path, fraction: float, pattern: str, backend: str, out: Path) -> Path:
+    """The checkpoint of a build with the pattern in `fraction` of the weights. Raises UserError where it fails."""
     settings = {
         "engine.backend": backend,
+        "sparsity.pattern": pattern,
         "sparsity.method": "sparsegpt",
         "sparsity.fraction": fraction,
         "calibration.data": arguments.calibration,
@@ -93,7 +105,7 @@ def build(arguments: argparse.Namespace, work: Path, fraction: float, backend: s
     }
     command = [*COMMAND, "build", str(arguments.model), "--preset", "2of4-all", "--until", "checkpoint"]
     command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    print(f"{fraction:.0%} on {backend} ...", file=sys.stderr, flush=True)
+    print(f"{pattern} in {fraction:.0%} on {backend} ...", file=sys.stderr, flush=True)
     done = subprocess.run(
         [*command, "--out", str(out), "--store", str(work / "store")], capture_output=True, text=True, check=False
     )

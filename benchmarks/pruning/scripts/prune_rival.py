@@ -2,7 +2,7 @@
 
 Prunes as other work does, in METHOD:
 
-    6:8, 25%          sequential SparseGPT with another pattern (n:m, or a share anywhere) in all layers
+    6:8, 25%          sequential SparseGPT with this pattern (n:m, or a share anywhere) in all layers
     blocks SHARE      drops the blocks that change their input least, this share of the blocks' weights (Men et al.,
                       ShortGPT, 2024, arXiv 2403.03853)
     channels SHARE    drops the MLP channels of least norm after the activation, this share of the blocks' weights, and
