@@ -36,6 +36,6 @@ def _rivals() -> str:
 
 
 def _row(name: str, row: dict[str, Any]) -> str:
-    saved = "no kernel" if row["bytes_saved"] is None else f"{row['bytes_saved']:.1%}"
+    saved = "no GPU kernel" if row["bytes_saved"] is None else f"{row['bytes_saved']:.1%}"
     low, high = row["perplexity_increase_interval"]
     return f"| {name} | {saved} | {row['perplexity_increase']:+.1%} | {low:+.1%} to {high:+.1%} |\n"
