@@ -174,7 +174,7 @@ def unpack_of_8(values: np.ndarray, mask: np.ndarray, name: str) -> np.ndarray:
 
 
 @given(weights_of_8())
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_n_of_8_round_trip_is_bit_exact_and_each_mask_keeps_n(case: tuple[np.ndarray, str]) -> None:
     w, name = case
     keep = int(name[0])
@@ -186,7 +186,7 @@ def test_n_of_8_round_trip_is_bit_exact_and_each_mask_keeps_n(case: tuple[np.nda
 
 
 @given(weights_of_8(), st.data())
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_one_nonzero_more_than_n_of_8_is_named_by_row_and_group(
     case: tuple[np.ndarray, str], data: st.DataObject
 ) -> None:
