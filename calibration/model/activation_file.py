@@ -25,10 +25,16 @@ def samples_at_once(length: int) -> int:
 
 
 class ActivationFile:
-    """Hidden states [B, T, D] float32 in `path`, of which a few samples at a time are in memory."""
+    """Hidden states [B, T, D] of `dtype` in `path`, of which a few samples at a time are in memory."""
 
-    def __init__(self, path: Path, shape_BTD: Sequence[int], device: torch.device | str = "cpu"):
-        self.path, self.shape, self.device = path, tuple(shape_BTD), device
+    def __init__(
+        self,
+        path: Path,
+        shape_BTD: Sequence[int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.path, self.shape, self.device, self.dtype = path, tuple(shape_BTD), device, dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -43,13 +49,13 @@ class ActivationFile:
     def writer(self) -> Iterator[Callable[[Tensor], object]]:
         """For batches that come up in the course of other work: what adds one to the file."""
         with replacing(self.path) as partial, partial.open("wb") as opened:
-            yield lambda batch_BTD: opened.write(batch_BTD.float().cpu().contiguous().numpy().data)
+            yield lambda batch_BTD: opened.write(_bytes(batch_BTD.to(self.dtype).cpu().contiguous()))
 
     def read(self, samples: Iterable[int]) -> Tensor:
         """These samples [B, T, D], on the device."""
-        wanted, size = list(samples), 4 * math.prod(self.shape[1:])
-        states_BTD = torch.empty(len(wanted), *self.shape[1:])
-        rows = memoryview(states_BTD.numpy()).cast("B")
+        wanted, size = list(samples), self.dtype.itemsize * math.prod(self.shape[1:])
+        states_BTD = torch.empty(len(wanted), *self.shape[1:], dtype=self.dtype)
+        rows = _bytes(states_BTD)
         with self.path.open("rb") as opened:
             for at, sample in enumerate(wanted):
                 count = os.preadv(opened.fileno(), [rows[at * size : (at + 1) * size]], sample * size)
@@ -61,3 +67,8 @@ class ActivationFile:
         size = samples_at_once(self.shape[1])
         for at in range(0, len(self), size):
             yield self.read(range(at, min(at + size, len(self))))
+
+
+def _bytes(states_BTD: Tensor) -> memoryview:
+    """The memory of a contiguous tensor: numpy has no bfloat16."""
+    return memoryview(states_BTD.view(torch.uint8).numpy()).cast("B")

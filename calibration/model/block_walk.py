@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibration.model.activation_file import ActivationFile
 from calibration.model.block_store import BlockStore
@@ -28,10 +28,15 @@ class BlockWalk:
         self.dtype = products_dtype(blocks.weights.dtype("model.embed_tokens.weight"))
         self.products = products(self.dtype)
 
-    def states(self, number: int, name: str, features: int | None = None) -> ActivationFile:
-        """The named states [B, T, features] of block `number`; features: None means the hidden size."""
-        shape_BTD = (*self.tokens_BT.shape, features or self.blocks.config.hidden_size)
+    def states(self, number: int, name: str) -> ActivationFile:
+        """The named states [B, T, hidden size] of block `number`, float32."""
+        shape_BTD = (*self.tokens_BT.shape, self.blocks.config.hidden_size)
         return ActivationFile(self.finished.states(number, name), shape_BTD, self.blocks.device)
+
+    def inputs(self, number: int, layer: nn.Linear) -> ActivationFile:
+        """The file of a layer's inputs [B, T, in_features] in block `number`, in the dtype that it computes in."""
+        shape_BTK, path = (*self.tokens_BT.shape, layer.in_features), self.finished.states(number, "inputs")
+        return ActivationFile(path, shape_BTK, self.blocks.device, self.dtype)
 
     def entering(self, number: int, name: str) -> ActivationFile:
         """The states that enter a block: what the one before left, or the embedded tokens."""

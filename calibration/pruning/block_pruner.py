@@ -153,7 +153,7 @@ class SequentialPruner(BlockWalk):
         names = [name for name in self.layers_of[number] if name.startswith(half)]
         streams = {name: Stream(forms[name], states) for name, states in entering.items()}
         groups = shared_inputs(streams["pruned"], half, names, arguments) if streams and names else [names]
-        inputs = self.states(number, "inputs", block.get_submodule(last).in_features)
+        inputs = self.inputs(number, block.get_submodule(last))
         reports = {}
         for group in groups:
             return_freed_memory()
