@@ -93,3 +93,12 @@ def test_a_hessian_of_a_width_that_does_not_divide_into_parts_is_whole(block: tu
     x = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
     torch.testing.assert_close(actual, x.T @ x / len(x))
     torch.testing.assert_close(actual, actual.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_come_back_in_the_dtype_of_their_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    states_BTD = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    kept = ActivationFile(tmp_path / "states", states_BTD.shape, dtype=dtype)
+    kept.write(states_BTD.split(2))
+    assert kept.path.stat().st_size == states_BTD.numel() * dtype.itemsize
+    assert torch.equal(kept.read([2, 0]), states_BTD[[2, 0]].to(dtype))
