@@ -47,7 +47,7 @@ def cut(docs_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_prices_of_a_half_are_its_measured_kl(cut: Path, docs_llama: Path, tmp_path: Path) -> None:
     tokens = windows(str(docs_llama / "evaluation.jsonl"), docs_llama, 96, 24).tokens
     blocks = Blocks(cut)
-    pruned = prune_each_alone(blocks, tokens, LAYERS, tmp_path, quietly)
+    pruned = prune_each_alone(blocks, tokens, LAYERS, "2:4", tmp_path, quietly)
     dense, model = (AutoModelForCausalLM.from_pretrained(cut).eval() for _ in range(2))
     prices = channel_prices(model, pruned, tokens, quietly)
     assert {len(prices[f"model.layers.0.{half}"]) for half in ("mlp", "self_attn")} == {768, 2}
@@ -63,7 +63,7 @@ def test_the_prices_of_a_half_are_its_measured_kl(cut: Path, docs_llama: Path, t
 
 def test_cheap_channels_cost_less_than_dear_ones(cut: Path, docs_llama: Path, tmp_path: Path) -> None:
     tokens = windows(str(docs_llama / "evaluation.jsonl"), docs_llama, 96, 24).tokens
-    pruned = prune_each_alone(Blocks(cut), tokens, LAYERS, tmp_path, quietly)
+    pruned = prune_each_alone(Blocks(cut), tokens, LAYERS, "2:4", tmp_path, quietly)
     dense, model = (AutoModelForCausalLM.from_pretrained(cut).eval() for _ in range(2))
     half = "model.layers.1.mlp"
     order = np.argsort(channel_prices(model, pruned, tokens, quietly)[half])
