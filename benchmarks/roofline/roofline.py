@@ -120,7 +120,7 @@ def weight_bytes(
 
 
 def layer_bytes(layer: Layer) -> float:
-    """Bytes of the weight of one of its layers."""
+    """Bytes of the weight of one layer, of which a model has `count`."""
     return weight_bytes(layer.out_features, layer.in_features, layer.format, layer.sparse, layer.pattern)
 
 

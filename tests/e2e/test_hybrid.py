@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from builder.engines.request import Request
 from builder.engines.torch_backend import artifact
 from builder.verify import verify
 from plugins.sparsity.declaration import Declaration
 from tests.support.command import done, refused, twofour
+from tests.support.greedy import check_greedy_tokens
 from tests.support.models import random_model
 
 FEW = ("calibration.samples=8", "calibration.sequence_length=64", "sparsity.method=sparsegpt", "sparsity.fraction=50%")
@@ -58,12 +58,7 @@ def test_transformers_and_the_engine_give_the_same_logits(built: Path) -> None:
 
 
 def test_transformers_and_the_engine_give_the_same_greedy_tokens(built: Path) -> None:
-    prompt = tuple(range(20, 52))
-    model = AutoModelForCausalLM.from_pretrained(built / "checkpoint", dtype=torch.float32).eval()
-    engine = artifact.load(built / "engine", dtype=torch.float32)
-    answer = model.generate(torch.tensor([prompt]), max_new_tokens=32, min_new_tokens=32, do_sample=False)
-    ours = [token.token for token in engine.generate([Request("0", prompt, 32, ignore_eos=True)])]
-    assert ours == answer[0, len(prompt) :].tolist()
+    check_greedy_tokens(built)
 
 
 def test_the_engine_stores_each_part_packed(built: Path) -> None:

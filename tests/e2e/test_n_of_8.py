@@ -8,17 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from builder.engines.request import Request
 from builder.engines.torch_backend import artifact
 from builder.verify import verify
 from calibration.pruning.solvers import Pattern
 from plugins.common.errors import UserError
 from plugins.sparsity.declaration import Declaration
 from tests.support.command import done, refused
+from tests.support.greedy import check_greedy_tokens
 from tests.support.models import change_config
 
 FEW = ("calibration.samples=8", "calibration.sequence_length=64", "sparsity.method=sparsegpt")
@@ -56,12 +54,7 @@ def six_of_eight(build: Build) -> Path:
 @pytest.mark.parametrize("values", [("sparsity.pattern=6:8",), ("sparsity.pattern=4:8", "sparsity.fraction=50%")])
 def test_transformers_and_the_engine_give_the_same_greedy_tokens(build: Build, values: tuple[str, ...]) -> None:
     """Whole layers, and layers with a sparse and a dense segment."""
-    out, prompt = build("2of4-all", *values), tuple(range(20, 52))
-    model = AutoModelForCausalLM.from_pretrained(out / "checkpoint", dtype=torch.float32).eval()
-    engine = artifact.load(out / "engine", dtype=torch.float32)
-    answer = model.generate(torch.tensor([prompt]), max_new_tokens=32, min_new_tokens=32, do_sample=False)
-    ours = [token.token for token in engine.generate([Request("0", prompt, 32, ignore_eos=True)])]
-    assert ours == answer[0, len(prompt) :].tolist()
+    check_greedy_tokens(build("2of4-all", *values))
 
 
 def test_an_int8_engine_runs_the_packed_weights_on_the_kernel_of_their_pattern(build: Build) -> None:
