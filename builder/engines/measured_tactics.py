@@ -19,6 +19,7 @@ from plugins.common.files import sha256
 from plugins.common.formats import KERNEL_OUTPUTS
 from plugins.common.fused_layers import fused_name, fused_parts
 from plugins.common.nvidia_smi import gpus
+from plugins.common.progress import Progress, silent
 
 if TYPE_CHECKING:
     from builder.checkpoint.reading import LayerFacts
@@ -81,7 +82,9 @@ def _cpu_fingerprint() -> dict[str, Any]:
     return {"kernels": {**cpu_bench.device_facts(), **cpu_bench.versions()}}
 
 
-def cpu_tactics(layers: Sequence[LayerFacts], config: EngineConfig, dtype: str) -> dict[str, Any]:
+def cpu_tactics(
+    layers: Sequence[LayerFacts], config: EngineConfig, dtype: str, progress: Progress = silent
+) -> dict[str, Any]:
     """tactics.json of a checkpoint's layers for the torch engine on this machine's CPU."""
     from plugins.autotune import cpu_bench, tuner
 
@@ -89,7 +92,8 @@ def cpu_tactics(layers: Sequence[LayerFacts], config: EngineConfig, dtype: str) 
     sparse = [layer for layer in layers if layer.sparse and _cpu_format(layer, dtype) in formats]
     most = max(config.max_num_tokens, config.max_batch_size)
     buckets = [tokens for tokens in cpu_bench.BUCKETS if tokens <= most]
-    timed = tuner.tune_cpu({layer.name: _sparse_part(layer, shape(layer, 1, dtype)) for layer in sparse}, buckets)
+    shapes = {layer.name: _sparse_part(layer, shape(layer, 1, dtype)) for layer in sparse}
+    timed = tuner.tune_cpu(shapes, buckets, progress)
     return _with_all_layers(timed, layers, f"stays dense: no CPU kernel takes it in a model of {dtype}")
 
 
@@ -106,7 +110,12 @@ def _cpu_format(layer: Sized, dtype: str) -> str:
 
 
 def tactics(
-    layers: Sequence[LayerFacts], config: EngineConfig, dtype: str, fused: bool = False, in_part: bool = False
+    layers: Sequence[LayerFacts],
+    config: EngineConfig,
+    dtype: str,
+    fused: bool = False,
+    in_part: bool = False,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """tactics.json of a checkpoint's layers, timed at every number of tokens that the engine may be given.
 
@@ -126,7 +135,7 @@ def tactics(
     if in_part and dtype in DTYPES:
         shapes |= hybrids(layers, dtype)
     most = max(config.max_num_tokens, config.max_batch_size)
-    table = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most))
+    table = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most), progress)
     untimed = f"stays dense: the model computes in {dtype}, and the 2:4 kernels in 16 bit"
     return _with_all_layers(table, layers, untimed)
 
@@ -278,7 +287,7 @@ def shape(layer: Sized, ranks: int, dtype: str, fused: Mapping[str, Sized] | Non
     return Shape(rows, columns, number_format, number_format == "int8", out, layer.pattern)
 
 
-def _tune(shapes: Mapping[str, Shape | Hybrid], buckets: Sequence[int]) -> dict[str, Any]:
+def _tune(shapes: Mapping[str, Shape | Hybrid], buckets: Sequence[int], progress: Progress = silent) -> dict[str, Any]:
     """The tuner's tactics; without a layer, this GPU's facts alone. Raises UserError that names the GPU."""
     from plugins.autotune import tuner
     from plugins.libtwofour import bindings
@@ -289,7 +298,7 @@ def _tune(shapes: Mapping[str, Shape | Hybrid], buckets: Sequence[int]) -> dict[
         return {"device": device, "source": "measured", "gpu": gpu.name, "versions": {}, "layers": {}}
     try:
         bindings.version("cusparselt")  # raises where it is missing or too old: without it, dense would win by default
-        return tuner.tune(shapes, buckets=buckets)
+        return tuner.tune(shapes, buckets, progress=progress)
     except UserError as error:
         raise UserError(f"the 2:4 kernels of this machine's {gpu.name} cannot be timed: {error}") from None
 

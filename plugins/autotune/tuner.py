@@ -21,7 +21,7 @@ from plugins.autotune.reuse import versions
 from plugins.common import numerics
 from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
-from plugins.common.progress import Progress
+from plugins.common.progress import Progress, silent
 from plugins.libtwofour import bindings, torch_ops
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def tune(
     layers: Mapping[str, Shape | Hybrid],
     buckets: Sequence[int] = BUCKETS,
     device: int = 0,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """tactics.json of 2:4 `layers` (module names and shapes) measured on a CUDA device.
 
@@ -77,14 +77,20 @@ def tune(
     info = bindings.context(device).info()
     unique = list(dict.fromkeys(layers.values()))
     measured: dict[Shape | Hybrid, list[dict[str, Any]]] = {}
+    dense: dict[Shape, list[Timing]] = {}  # hybrid layers share them: a whole layer of one size, at any share of 2:4
     facts = timing.device_facts(device)
     for done, shape in enumerate(unique):
-        progress(str(shape), done, len(unique))
+        progress("time kernels", done, len(unique))
         given = (sorted(buckets), device, info.l2_bytes)
-        measured[shape] = _measure_hybrid(shape, *given) if isinstance(shape, Hybrid) else _measure(shape, *given)
+        if isinstance(shape, Hybrid):
+            for part in {shape.rest, shape.whole} - dense.keys():
+                dense[part] = _measure_dense(part, *given)
+            measured[shape] = choose_hybrid(_measure(shape.sparse, *given), dense[shape.rest], dense[shape.whole])
+        else:
+            measured[shape] = _measure(shape, *given)
         clocks = timing.device_facts(device)["clocks"]  # while the GPU is still warm
         facts["clocks"] = {name: max(clock, facts["clocks"].get(name, 0.0)) for name, clock in clocks.items()}
-    progress("done", len(unique), len(unique))
+    progress("time kernels", len(unique), len(unique))
     return {
         "device": facts,
         "source": "measured",
@@ -115,14 +121,9 @@ def _timed(
         torch.cuda.empty_cache()
 
 
-def _measure_hybrid(shape: Hybrid, buckets: Sequence[int], device: int, l2_bytes: int) -> list[dict[str, Any]]:
-    """The buckets of a layer that is 2:4 in part: each product timed by itself, as the engine launches them in turn."""
-    sparse = _measure(shape.sparse, buckets, device, l2_bytes)
-    rest, whole = (
-        _timed(part, lambda bench: [_dense_time(bench, tokens) for tokens in buckets], buckets, device, l2_bytes)
-        for part in (shape.rest, shape.whole)
-    )
-    return choose_hybrid(sparse, rest, whole)
+def _measure_dense(shape: Shape, buckets: Sequence[int], device: int, l2_bytes: int) -> list[Timing]:
+    """The dense part of a hybrid layer, timed by itself, as the engine launches its parts in turn."""
+    return _timed(shape, lambda bench: [_dense_time(bench, n) for n in buckets], buckets, device, l2_bytes)
 
 
 def _dense_time(bench: Bench, tokens: int) -> Timing:
@@ -146,7 +147,7 @@ def search_dense(shapes: Iterable[Shape], buckets: Sequence[int], device: int = 
 def tune_cpu(
     layers: Mapping[str, Shape],
     buckets: Sequence[int] | None = None,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """tactics.json of sparse `layers` measured on this machine's CPU, with the threads that torch uses.
 
@@ -159,11 +160,11 @@ def tune_cpu(
     unique = list(dict.fromkeys(layers.values()))
     measured: dict[Shape, list[dict[str, Any]]] = {}
     for done, shape in enumerate(unique):
-        progress(str(shape), done, len(unique))
+        progress("time kernels", done, len(unique))
         bench = cpu_bench.CpuBench(shape, buckets[-1])
         kernels = bench.kernels()
         measured[shape] = hold_once([bucket_of(bench, tokens, _time_on_cpu, kernels) for tokens in buckets])
-    progress("done", len(unique), len(unique))
+    progress("time kernels", len(unique), len(unique))
     name = facts["name"]
     return {
         "device": facts,

@@ -21,6 +21,7 @@ from builder.planning.plan import LayerPlan
 from plugins.autotune import choice, tactics, tuner
 from plugins.common.errors import UserError
 from plugins.common.processor import processor
+from plugins.common.progress import Progress
 from plugins.libtwofour import bindings, structures
 from plugins.sparsity.segments import Segments
 from tests.support.models import random_model
@@ -338,7 +339,7 @@ def test_selection_weighs_measured_times_where_there_are_any(docs_llama: Path, m
 
     asked = []
 
-    def tune(shapes: dict[str, choice.Shape], buckets: tuple[int, ...]) -> dict[str, Any]:
+    def tune(shapes: dict[str, choice.Shape], buckets: tuple[int, ...], progress: Progress) -> dict[str, Any]:
         asked.append((list(shapes), buckets))
         times = {UP: {"cublaslt": 20.0, "skinny": 13.0}, DOWN: {"cublaslt": 10.0, "skinny": 11.0}}
         made = {name: choice.choose(16, [choice.Timing(k, us) for k, us in times[name].items()]) for name in shapes}
