@@ -1,4 +1,4 @@
-"""Accuracy and speed of SmolLM2-135M-Instruct on this machine: INT8 dense, and with 2:4 or 4:8 in shares of its weights.
+"""Accuracy and speed of SmolLM2-135M-Instruct on this machine: INT8 dense, and with 2:4 or 4:8 in shares of weights.
 
     python examples/smollm2/make_model.py build/smollm2
     python -m benchmarks.pruning.smollm2 [--store build/store]
