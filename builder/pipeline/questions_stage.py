@@ -42,6 +42,17 @@ def questions_of(context: BuildContext) -> list[Question]:
     return read_questions(budget.questions, context.model, length, budget.largest_loss)
 
 
+def check_questions(context: BuildContext) -> None:
+    """Before any stage: raises UserError for questions that do not suit, and warns of too few to show the limit."""
+    budget, count = _budget(context), len(questions_of(context))
+    if budget and count < (needed := questions_needed(budget.largest_loss)):
+        context.console.warn(
+            f"'{budget.questions}' has {count} questions, so that the loss may be {loss_interval(0, 0, count)[1]:.1%} "
+            f"(95% interval) even if no answer changes: give {needed} to show exact_match_loss="
+            f"{budget.largest_loss:.2%}"
+        )
+
+
 def _run_questions(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
     """answers.json: the dense model's answers to the budget's questions."""
     from calibration.evaluation.exact_match import ask
@@ -66,15 +77,8 @@ def answers_of(outputs: Outputs) -> Answers | None:
 
 
 def _report_questions(context: BuildContext, output: CachedOutput) -> None:
-    answers, budget = Answers(**read_json(output.path / "answers.json")), _budget(context)
-    assert budget is not None
-    count, limit = len(answers.right), budget.largest_loss
-    context.console.print(f"  the dense model answers {sum(answers.right)} of {count} questions")
-    if count < (needed := questions_needed(limit)):
-        context.console.warn(
-            f"'{budget.questions}' has {count} questions, so that the loss may be {loss_interval(0, 0, count)[1]:.1%} "
-            f"(95% interval) even if no answer changes: give {needed} to show exact_match_loss={limit:.2%}"
-        )
+    right = read_json(output.path / "answers.json")["right"]
+    context.console.print(f"  the dense model answers {sum(right)} of {len(right)} questions")
 
 
 QUESTIONS = Stage(
