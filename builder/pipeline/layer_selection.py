@@ -184,7 +184,8 @@ class _Builds:
         accuracy = evaluate(hf_logits(dense), hf_logits(model), held_out.tokens, held_out.documents, progress)
         if self.answers is None:
             return accuracy.to_dict()
-        answers = ask(model, questions_of(self.context), self.context.model, progress)
+        compute = self.context.recipe.accuracy.compute
+        answers = ask(model, questions_of(self.context), self.context.model, compute, progress)
         return {**accuracy.to_dict(), **compare_answers(self.answers.right, answers.right)}
 
     def _prune(self, target: Declaration) -> Path:

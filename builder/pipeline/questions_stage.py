@@ -37,7 +37,8 @@ def questions_of(context: BuildContext) -> list[Question]:
     if not (budget := _budget(context)):
         return []
     positions = architecture(read_config(context.model)).max_position_embeddings
-    length = min(positions, context.recipe.engine.max_seq_len)
+    engine = context.recipe.engine
+    length = min(positions, engine.max_seq_len, positions if engine.chunked_prefill else engine.max_num_tokens)
     assert budget.questions is not None
     return read_questions(budget.questions, context.model, length, budget.largest_loss)
 
@@ -53,48 +54,47 @@ def check_questions(context: BuildContext) -> None:
         )
 
 
+def answers_of(outputs: Outputs) -> Answers | None:
+    """The dense model's answers to the budget's questions; None where it has none."""
+    return _read(outputs["questions"]) if "questions" in outputs else None
+
+
+def _read(output: CachedOutput) -> Answers:
+    return Answers(**read_json(output.path / "answers.json"))
+
+
 def _run_questions(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
-    """answers.json: the dense model's answers to the budget's questions."""
+    """answers.json: the dense model's answers."""
     from calibration.evaluation.exact_match import ask
     from calibration.quantization.quantize import load_model
 
-    questions, budget = questions_of(context), _budget(context)
+    model, compute = load_model(context.model), context.recipe.accuracy.compute
+    answers = ask(model, questions_of(context), context.model, compute, context.console.progress)
+    write_json(out / "answers.json", vars(answers))
+
+
+def _check_answers(context: BuildContext, output: CachedOutput) -> None:
+    """Raises UserError where the dense model's answers leave nothing to lose."""
+    answers, budget = _read(output), _budget(context)
     assert budget is not None
-    answers = ask(load_model(context.model), questions, context.model, context.console.progress)
-    count, right = len(questions), sum(answers.right)
+    count, right = len(answers.right), sum(answers.right)
     if right / count <= budget.largest_loss:
         raise UserError(
             f"the dense model answers {right or 'none'} of the {count} questions with the expected words, so that no "
             f"build can lose more than exact_match_loss={budget.largest_loss:.2%}",
             "write the answers as the model gives them, or set another limit in sparsity.budget",
         )
-    write_json(out / "answers.json", vars(answers))
-
-
-def answers_of(outputs: Outputs) -> Answers | None:
-    """The dense model's answers to the budget's questions; None where it has none."""
-    return Answers(**read_json(outputs["questions"].path / "answers.json")) if "questions" in outputs else None
-
-
-def _report_questions(context: BuildContext, output: CachedOutput) -> None:
-    right = read_json(output.path / "answers.json")["right"]
-    context.console.print(f"  the dense model answers {sum(right)} of {len(right)} questions")
+    context.console.print(f"  the dense model answers {right} of {count} questions")
 
 
 QUESTIONS = Stage(
     name="questions",
     until="checkpoint",
     enabled=lambda context: _budget(context) is not None,
-    inputs=lambda context, outputs: {
-        "model": context.model_digest,
-        "questions": questions_digest(context),
-    },
-    config=lambda context, outputs: [
-        context.recipe.engine.max_seq_len,
-        context.recipe.sparsity and context.recipe.sparsity.budget and context.recipe.sparsity.budget.exact_match_loss,
-    ],
+    inputs=lambda context, outputs: {"model": context.model_digest, "questions": questions_digest(context)},
+    config=lambda context, outputs: context.recipe.accuracy.compute,
     run=_run_questions,
     code=("calibration.evaluation.exact_match",),
     tools=CALIBRATION_TOOLS,
-    after=_report_questions,
+    after=_check_answers,
 )

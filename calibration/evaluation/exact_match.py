@@ -74,8 +74,13 @@ def read_questions(data: str, model: Path, length: int, limit: float) -> list[Qu
 
 
 @torch.inference_mode()
-def ask(model: Any, questions: Sequence[Question], directory: Path, progress: Progress) -> Answers:
-    """A transformers model's answers. `directory` holds its tokenizer."""
+def ask(model: Any, questions: Sequence[Question], directory: Path, compute: str, progress: Progress) -> Answers:
+    """A transformers model's answers. `directory` holds its tokenizer.
+
+    `compute`: as `accuracy.compute`. float32 casts a CPU's model in place: of close logits 16 bit makes equal ones.
+    """
+    if compute == "float32" and model.device.type == "cpu":
+        model.float()
     right, margins, tokenizer = list[bool](), list[list[float]](), load_tokenizer(directory)
     for number, question in enumerate(questions, start=1):
         tokens, each = _greedy(model, question)
@@ -93,12 +98,13 @@ def _greedy(model: Any, question: Question) -> tuple[list[int], list[float]]:
     ids_1T = torch.tensor([question.prompt], device=model.device)
     while len(tokens) < question.max_new_tokens:
         output = model(ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        (first, second), (token, _) = (each.tolist() for each in output.logits[0, -1].float().topk(2))
-        tokens.append(token)
+        logits_V = output.logits[0, -1].float()
+        first, second = logits_V.topk(2).values.tolist()
+        tokens.append(int(logits_V.argmax()))  # of equal logits the first, as the engines do
         margins.append(first - second)
-        if token in (ends if isinstance(ends, list) else [ends]):
+        if tokens[-1] in (ends if isinstance(ends, list) else [ends]):
             break
-        ids_1T, cache = torch.tensor([[token]], device=model.device), output.past_key_values
+        ids_1T, cache = torch.tensor([tokens[-1:]], device=model.device), output.past_key_values
     return tokens, margins
 
 
