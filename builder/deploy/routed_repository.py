@@ -6,7 +6,6 @@ Torch engines only.
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -91,5 +90,5 @@ def _reference_facts(reference: Path, built: dict[str, Any]) -> dict[str, Any]:
 def _build_dense(dense: Path, out: Path, facts: dict[str, Any]) -> None:
     from builder.engines.torch_backend import artifact
 
-    limits = {field.name: facts[field.name] for field in fields(artifact.Limits) if field.name in facts}
+    limits = {name: facts[name] for name in artifact.LIMITS if name in facts}
     artifact.build(dense, out, artifact.Limits(**limits))

@@ -11,7 +11,7 @@ The dense baseline is the same engine, loaded from a 16-bit Hugging Face directo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["LAYOUT", "Limits", "TorchEngine", "build", "load", "load_hf"]
 
 LAYOUT = 2  # of the engine directory; an engine of another layout is refused
+LIMITS = tuple(field.name for field in fields(Limits))
 
 
 def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: Mapping[str, Any] | None = None) -> None:
@@ -63,14 +64,8 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
         "pattern": declaration.pattern if declaration.pruned else None,
         "checkpoint_sha256": checkpoint_digest(checkpoint),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "max_batch_size": config.max_batch_size,
+        **{name: getattr(config, name) for name in LIMITS},
         "max_seq_len": _max_seq_len(config.max_seq_len, model_config),
-        "max_num_tokens": config.max_num_tokens,
-        "chunked_prefill": config.chunked_prefill,
-        "cuda_graphs": config.cuda_graphs,
-        "kv_cache_block_reuse": config.kv_cache_block_reuse,
-        "kv_cache_memory": config.kv_cache_memory,
-        "kv_cache_budget": config.kv_cache_budget,
     }
     write_json(out / "engine.json", engine)
 
@@ -89,8 +84,7 @@ def load(engine_dir: Path, *, device: str | None = None, dtype: torch.dtype | No
         raise UserError(
             f"'{engine_dir}' has layout {engine.get('layout')}, and this twofour reads {LAYOUT}: build the engine again"
         )
-    limits = [field.name for field in fields(Limits)]
-    missing = [name for name in (*limits, "kv_cache") if name not in engine]
+    missing = [name for name in (*LIMITS, "kv_cache") if name not in engine]
     if missing:
         raise UserError(f"'{engine_dir / 'engine.json'}' lacks '{missing[0]}': build the engine again")
     if (pattern := engine.get("pattern")) in ON_CPU_ONLY and _device(device).type != "cpu":
@@ -98,30 +92,17 @@ def load(engine_dir: Path, *, device: str | None = None, dtype: torch.dtype | No
             f"'{engine_dir}' has {pattern} weights, which only CPU kernels multiply, and this machine has a GPU",
             "hide it (CUDA_VISIBLE_DEVICES=-1), or build with sparsity.pattern=2:4",
         )
-    return _open(engine_dir, Limits(**{name: engine[name] for name in limits}), engine["kv_cache"], device, dtype)
+    return _open(engine_dir, Limits(**{name: engine[name] for name in LIMITS}), engine["kv_cache"], device, dtype)
 
 
 def load_hf(
-    model_dir: Path,
-    *,
-    max_batch_size: int = Limits.max_batch_size,
-    max_seq_len: int = Limits.max_seq_len,
-    max_num_tokens: int = Limits.max_num_tokens,
-    chunked_prefill: bool = Limits.chunked_prefill,
-    cuda_graphs: bool = Limits.cuda_graphs,
-    kv_cache_block_reuse: bool = Limits.kv_cache_block_reuse,
-    kv_cache_memory: int | float | None = None,
-    kv_cache_budget: int | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
+    model_dir: Path, *, device: str | None = None, dtype: torch.dtype | None = None, **limits: Any
 ) -> TorchEngine:
-    """The dense baseline: a 16-bit Hugging Face directory as an engine; the rest as `load` has it."""
-    length = _max_seq_len(max_seq_len, _read_json(model_dir / "config.json", "a Hugging Face model directory"))
-    limits = Limits(
-        max_batch_size, length, max_num_tokens, chunked_prefill, cuda_graphs, kv_cache_block_reuse, kv_cache_memory,
-        kv_cache_budget,
-    )  # fmt: skip
-    return _open(model_dir, limits, "none", device, dtype)
+    """The dense baseline: a 16-bit Hugging Face directory as an engine of these `Limits`; the rest as `load` has it."""
+    config = _read_json(model_dir / "config.json", "a Hugging Face model directory")
+    asked = Limits(**limits)
+    cut = replace(asked, max_seq_len=_max_seq_len(asked.max_seq_len, config))
+    return _open(model_dir, cut, "none", device, dtype)
 
 
 def _open(
