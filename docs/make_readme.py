@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from result_files import device_name, newest
+from result_files import RESULTS, ROOT, File, device_name, newest
 
 from benchmarks.kernels import targets
 from benchmarks.roofline.published import EndToEnd, compare_model, comparisons, median_error
@@ -16,9 +16,7 @@ from plugins.common.families import FAMILIES
 from plugins.common.json_files import read_json
 from plugins.common.patterns import ON_CPU_ONLY
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
 SHORT_ANSWER = 16  # tokens
 SMS = {75: "Turing", 80: "A100", 86: "RTX 30", 89: "L40S, RTX 40", 90: "H100, H200", 100: "B200", 120: "RTX 50"}
 ACCURACY = """
@@ -98,12 +96,12 @@ def fill(path: Path, blocks: dict[str, Callable[[], str]]) -> str:
 
 def results() -> str:
     parts = [
-        *map(_smollm2, newest(RESULTS, "smollm2", lambda result: result["model"]).values()),
-        *map(_llama_cpp, newest(RESULTS, "llama_cpp", lambda result: "one request").values()),
-        *map(_accuracy, newest(RESULTS, "accuracy_peers", lambda result: result["settings"]["model"]).values()),
-        *map(_build, newest(RESULTS, "quickstart", lambda report: report["model"]).values()),
-        *map(_kernels, newest(RESULTS, "gpu", device_name).values()),
-        *map(_decode, newest(RESULTS, "gpu_part", device_name).values()),
+        *map(_smollm2, newest("smollm2", lambda result: result["model"]).values()),
+        *map(_llama_cpp, newest("llama_cpp", lambda result: "one request").values()),
+        *map(_accuracy, newest("accuracy_peers", lambda result: result["settings"]["model"]).values()),
+        *map(_build, newest("quickstart", lambda report: report["model"]).values()),
+        *map(_kernels, newest("gpu", device_name).values()),
+        *map(_decode, newest("gpu_part", device_name).values()),
         _predicted(),
     ]
     return "".join(parts).lstrip("\n")
@@ -124,7 +122,7 @@ def support() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {"results": results, "support": support}
 
 
-def _accuracy(file: tuple[dict[str, Any], Path]) -> str:
+def _accuracy(file: File) -> str:
     result, path = file
     settings, methods = result["settings"], result["methods"]
     rows = [f"| dense | {next(iter(methods.values()))['dense']['perplexity']:.2f} | |\n"] + [
@@ -137,12 +135,12 @@ def _accuracy(file: tuple[dict[str, Any], Path]) -> str:
         samples=settings["samples"],
         length=settings["sequence_length"],
         processor=f"{result['environment']['cores']} cores of an {result['environment']['processor']}",
-        path=path.relative_to(ROOT).as_posix(),
+        path=path,
         rows="".join(rows),
     )
 
 
-def _build(file: tuple[dict[str, Any], Path]) -> str:
+def _build(file: File) -> str:
     report, path = file
     accuracy, size, device = report["accuracy"], report["size"], report["device"]
     low, high = accuracy["perplexity_increase_interval"]
@@ -150,7 +148,7 @@ def _build(file: tuple[dict[str, Any], Path]) -> str:
         model=report["model"],
         parameters=size["dense_bytes"] / 2e6,
         device=f"{device['cores']} cores of an {device['name']}" if device["type"] == "cpu" else device["name"],
-        path=path.relative_to(ROOT).as_posix(),
+        path=path,
         format=f"{report['recipe']['quantization']['format'].upper()} + 2:4",
         dense=accuracy["dense"]["perplexity"],
         built=accuracy["built"]["perplexity"],
@@ -164,7 +162,7 @@ def _build(file: tuple[dict[str, Any], Path]) -> str:
     )
 
 
-def _smollm2(file: tuple[dict[str, Any], Path]) -> str:
+def _smollm2(file: File) -> str:
     result, path = file
     device, variants = result["device"], result["variants"]
     first = next(iter(variants.values()))
@@ -183,7 +181,7 @@ def _smollm2(file: tuple[dict[str, Any], Path]) -> str:
         other=first["other_text"]["dense"]["perplexity"],
         dense_mb=first["size"]["dense_bytes"] / 1e6,
         tokens=first["performance"][0]["dense"]["output_token_throughput"]["mean"],
-        path=path.relative_to(ROOT).as_posix(),
+        path=path,
         columns=" | ".join(title for title, *_ in columns),
         lines="|".join(["---"] * len(columns)),
         rows="".join(rows),
@@ -201,7 +199,7 @@ def _columns(variant: dict[str, Any], number: int) -> list[tuple[str, int, str]]
     return [later, ("tokens/s, 1 request", number, "output_token_throughput")]
 
 
-def _llama_cpp(file: tuple[dict[str, Any], Path]) -> str:
+def _llama_cpp(file: File) -> str:
     result, path = file
     rows = [
         f"| {name} | {row['decode_ms']:.1f} ms | {row['prefill_ms']:.0f} ms | {row['perplexity']:.2f} "
@@ -212,7 +210,7 @@ def _llama_cpp(file: tuple[dict[str, Any], Path]) -> str:
     times = {name: f"{row['decode_ms']:.1f}" for name, row in faster.items()}
     return LLAMA_CPP.format(
         **result["settings"],
-        path=path.relative_to(ROOT).as_posix(),
+        path=path,
         other=FASTER_MEMORY.relative_to(ROOT).as_posix(),
         peers=" and ".join(dict.fromkeys(ms for name, ms in times.items() if "llama.cpp" in name)),
         ours=" and ".join(dict.fromkeys(ms for name, ms in times.items() if "llama.cpp" not in name)),
@@ -229,7 +227,7 @@ def _speed(point: dict[str, Any]) -> str:
     return f"| output tokens/s, {load} | {dense['mean']:.0f} | {built['mean']:.0f} | {ratio['ratio']:.2f}x{spread} |\n"
 
 
-def _kernels(file: tuple[dict[str, Any], Path]) -> str:
+def _kernels(file: File) -> str:
     result, path = file
     fp8 = [
         row
@@ -246,15 +244,15 @@ def _kernels(file: tuple[dict[str, Any], Path]) -> str:
     ]
     return KERNELS.format(
         gpu=device_name(result).replace("NVIDIA", "an NVIDIA"),
-        path=path.relative_to(ROOT).as_posix(),
+        path=path,
         tokens=" | ".join("1 token" if count == 1 else f"{count}" for count in tokens),
         lines="|".join(["---"] * len(tokens)),
         rows="".join(lines),
     )
 
 
-def _decode(file: tuple[dict[str, Any], Path]) -> str:
-    engine = file[0]["steps"].get("engine", {}).get("result", {})
+def _decode(file: File) -> str:
+    engine = file.content["steps"].get("engine", {}).get("result", {})
     times = {name: result["decode_us"] for name, result in engine.get("results", {}).items()}
     if not {"bf16", "fp8", "fp8-2of4"} <= times.keys():
         return ""
@@ -263,7 +261,7 @@ def _decode(file: tuple[dict[str, Any], Path]) -> str:
         f"| {times['fp8'][batch] / us:.2f}x | {times['bf16'][batch] / us:.2f}x |\n"
         for batch, us in times["fp8-2of4"].items()
     ]
-    return DECODE.format(context=engine["context"], path=file[1].relative_to(ROOT).as_posix(), rows="".join(rows))
+    return DECODE.format(context=engine["context"], path=file.path, rows="".join(rows))
 
 
 def _predicted() -> str:

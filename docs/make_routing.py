@@ -4,15 +4,14 @@ Those are of the second stage, of a server and of the simulation.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from make_readme import RESULTS, ROOT, fill
-from result_files import newest
+from make_readme import fill
+from result_files import ROOT, newest
 
 from calibration.routing.metrics import METRICS
 
-PAGE = Path(__file__).parent / "routing.md"
+PAGE = ROOT / "docs" / "routing.md"
 LAWS = """
 | losses | law | mean loss before, after | worst {block} requests | share of cheap requests | oracle's share |
 |---|---|---|---|---|---|
@@ -75,7 +74,7 @@ def page() -> str:
 
 
 def simulation() -> str:
-    result, path = next(iter(newest(RESULTS, "routing-simulation", lambda result: "the controller").values()))
+    result, path = next(iter(newest("routing-simulation", lambda result: "the controller").values()))
     rows = [_law(case, name, law) for case, laws in result["laws"].items() for name, law in laws.items()]
     service = [_service(name, run) for name, run in result["controller"].items()]
     scenarios = result["scenarios"]
@@ -83,7 +82,7 @@ def simulation() -> str:
         LAWS.format(block="50,000", rows="".join(rows).rstrip("\n"))
         + SERVICE.format(
             requests=scenarios["losses double"]["requests"],
-            path=f"../{path.relative_to(ROOT).as_posix()}",
+            path=f"../{path}",
             rows="".join(service),
             shift=scenarios["features drift"]["shift"],
             **result["features drift"],
@@ -97,13 +96,13 @@ def simulation() -> str:
 
 
 def server() -> str:
-    result, path = next(iter(newest(RESULTS, "routing-serving", lambda result: "Triton").values()))
+    result, path = next(iter(newest("routing-serving", lambda result: "Triton").values()))
     settings, once, mixed = (result[name] for name in ("settings", "once", "changing mix"))
     checks, course = mixed["checks"], mixed["course"]
     return SERVER.format(
         **{name: settings[name] for name in ("prompts", "model", "max_tokens", "requests", "rate", "shadow")},
         kinds=" and ".join(f"{name} (all on the build: {loss:.3f})" for name, loss in result["mean_loss"].items()),
-        path=f"../{path.relative_to(ROOT).as_posix()}",
+        path=f"../{path}",
         rows="".join(_estimate(name, once["equal_share"][name]) for name in ESTIMATES),
         first=settings["docs_share"],
         second=1 - settings["docs_share"],
@@ -121,7 +120,7 @@ def server() -> str:
 
 
 def second_stage() -> str:
-    results = dict(sorted(newest(RESULTS, "routing-second-stage", _model).items()))
+    results = dict(sorted(newest("routing-second-stage", _model).items()))
     first = next(result for result, _ in results.values())
     rows = {
         name: [_saved(result["rows"][name], name == "prompt") for result, _ in results.values()]
@@ -151,10 +150,10 @@ def _saved(row: dict[str, Any], alone: bool) -> str:
     return f"{row['saved']['value']:.1%}" + ("" if alone else f" ({100 * more['value']:+.1f} points, {low} to {high})")
 
 
-def _second_stage(model: str, result: dict[str, Any], path: Path) -> str:
+def _second_stage(model: str, result: dict[str, Any], path: str) -> str:
     settings, times = result["settings"], result["milliseconds"]
     return (
-        f"[{model}](../{path.relative_to(ROOT).as_posix()}), {settings['learned']} prompts, tested on "
+        f"[{model}](../{path}), {settings['learned']} prompts, tested on "
         f"{settings['served']} of {settings['documents']} other documents, {times['prefill']:.1f} and "
         f"{times['answer']:.0f} ms"
     )
