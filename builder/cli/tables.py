@@ -54,13 +54,9 @@ def plan(resolved: Plan) -> None:
         shape = f"{first.out_features} x {first.in_features}"
         rows.append((_kind_name(first.name), count, shape, first.format, _pattern(first.pattern, first.fraction),
                      size(dense), size(built)))  # fmt: skip
+    title = f"{resolved.model}: {resolved.architecture}, {resolved.format}, backend {resolved.backend}"
     head = ("layer", "count", "out x in", "format", "pattern", "bytes before", "after")
-    table(
-        f"{resolved.model}: {resolved.architecture}, {resolved.format}, backend {resolved.backend}",
-        head,
-        rows,
-        right=(1, 2, 5, 6),
-    )
+    table(title, head, rows, right=(1, 2, 5, 6))
     share = resolved.built_bytes / resolved.dense_bytes
     click.echo("")
     for why in dict.fromkeys(
@@ -128,19 +124,8 @@ def explanation(answer: dict[str, Any]) -> None:
     click.echo(f"Kernel times are {answer['source']} for {answer['gpu'] or 'this machine'}{limits}.")
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in answer["layers"]:
-        groups.setdefault(
-            json.dumps(
-                [
-                    _kind_name(row["name"]),
-                    row["reason"],
-                    row["buckets"],
-                    row["sparse"],
-                    row.get("fraction"),
-                    row.get("valid_pattern"),
-                ]
-            ),
-            [],
-        ).append(row)
+        alike = [row.get(key) for key in ("reason", "buckets", "sparse", "fraction", "valid_pattern")]
+        groups.setdefault(json.dumps([_kind_name(row["name"]), *alike]), []).append(row)
     for rows in groups.values():
         first = rows[0]
         pattern = _pattern(first["pattern"], first.get("fraction", float(first["sparse"])), first.get("axis"))
