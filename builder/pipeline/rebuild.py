@@ -133,8 +133,8 @@ def _backend_of(source: Checkpoint, requested: str, config: EngineConfig) -> str
     parallel = config.tensor_parallel * config.pipeline_parallel
     if requested == "auto" and len(can_read) == 1:
         requested = can_read[0]
-    sparse, features = bool(source.sparse_layers), source.features
-    return pick_backend(requested, source.format, sparse, source.kv_cache, parallel, can_read, features)[0]
+    needs = {"kv_cache": source.kv_cache, "parallel": parallel, "features": source.features}
+    return pick_backend(requested, source.format, bool(source.sparse_layers), can_read, **needs)[0]
 
 
 def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:
