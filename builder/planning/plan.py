@@ -21,10 +21,8 @@ from calibration.config import check_adapter_rank
 from plugins.common import defaults
 from plugins.common.errors import UserError
 from plugins.common.formats import OF_DTYPE, format_of
+from plugins.common.fused_layers import fused_name
 from plugins.common.patterns import TENSOR_CORE, Pattern, keep_and_group
-
-PRODUCTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-
 
 Decision = Literal["prune", "candidate", "excluded", "not listed", "no sparsity"]
 
@@ -277,9 +275,8 @@ def _products(layers: Sequence[LayerPlan], dense_format: str | None = None) -> l
     """
     products: dict[tuple[object, ...], roofline.Layer] = {}
     for layer in layers:
-        block, _, name = layer.name.rpartition(".")
         number_format, sparse = (dense_format, 0.0) if dense_format else (layer.format, layer.fraction)
-        key = (block, PRODUCTS.get(name, name), layer.in_features, number_format, sparse)
+        key = (fused_name(layer.name), layer.in_features, number_format, sparse)
         before = products[key].out_features if key in products else 0
         products[key] = roofline.Layer(
             before + layer.out_features,
