@@ -15,23 +15,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 from builder.checkpoint import Description, read
 from builder.config import EngineConfig
 from builder.engines import measured_tactics
-from builder.engines.trtllm import (
-    artifact,
-    gpu_memory,
-    launch,
-    rank_processes,
-    sparsity_report,
-    version_lock,
-)
-from builder.engines.trtllm import (
-    checkpoint as trtllm_checkpoint,
-)
+from builder.engines.trtllm import artifact, gpu_memory, launch, rank_processes, sparsity_report, version_lock
+from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from builder.engines.trtllm.build_config import HOOKS, MODEL_CLASS, build_command, build_config, pages_context, routes
 from builder.planning import compatibility
 from calibration.data.tokenizer_files import copy_tokenizer
@@ -231,16 +222,8 @@ def _place_plugin(plugin: Path | None, out: Path) -> Path:
 
 
 def _rank_command(checkpoint: Path, out: Path, rank: int) -> list[str]:
-    command: Sequence[object] = (
-        sys.executable,
-        "-m",
-        "plugins.tensorrt_llm.build_rank",
-        checkpoint,
-        out,
-        "--rank",
-        rank,
-    )
-    return [str(word) for word in command]
+    program = [sys.executable, "-m", "plugins.tensorrt_llm.build_rank"]
+    return [*program, str(checkpoint), str(out), "--rank", str(rank)]
 
 
 def _rank_environment(out: Path, rank: int, preload: Path | None) -> dict[str, str]:
