@@ -35,9 +35,7 @@ from plugins.common.progress import Progress
 
 LOGITS_AT_ONCE = 2**26  # B x T x V of one forward pass: 256 MB in float32, of which training holds about six
 CHECKPOINTS = 10  # over the whole training
-LEARNING_RATE = (
-    0.1  # divided by the hidden size, as wider models take smaller steps (Yang et al., 2022, arXiv 2203.03466)
-)
+LEARNING_RATE = 0.1  # over the hidden size, as wider models take smaller steps (Yang et al., 2022, arXiv 2203.03466)
 WARM_UP = 0.05  # of the training
 TIMED = 4
 
