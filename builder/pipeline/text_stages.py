@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder.artifacts.cache import CachedOutput
 from builder.context import BuildContext, Outputs, data_digest
-from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
+from builder.pipeline.stage import Stage
 from plugins.common.errors import UserError
 from plugins.common.json_files import read_json, write_json
 
@@ -58,7 +58,6 @@ def _run_calibration(context: BuildContext, outputs: Outputs, out: Path, work: P
 
 CALIBRATION = Stage(
     name="calibration",
-    until="checkpoint",
     enabled=needs_text,
     inputs=_calibration_inputs,
     config=lambda context, outputs: context.recipe.calibration.model_dump(mode="json"),
@@ -88,7 +87,6 @@ def _warn_of_text(context: BuildContext, output: CachedOutput) -> None:
 
 TEXT_CHECK = Stage(
     name="text_check",
-    until="checkpoint",
     enabled=lambda context: needs_text(context) and context.recipe.accuracy.data is not None,
     inputs=lambda context, outputs: {
         "model": context.model_digest,
@@ -98,7 +96,6 @@ TEXT_CHECK = Stage(
     config=lambda context, outputs: context.recipe.accuracy.sequence_length,
     run=_run_text_check,
     code=("calibration.evaluation.text_check",),
-    tools=CALIBRATION_TOOLS,
     after=_warn_of_text,
 )
 
@@ -139,7 +136,6 @@ def _run_questions(context: BuildContext, outputs: Outputs, out: Path, work: Pat
 
 QUESTIONS = Stage(
     name="questions",
-    until="checkpoint",
     enabled=_has_questions,
     inputs=lambda context, outputs: {
         "model": context.model_digest,
@@ -148,5 +144,4 @@ QUESTIONS = Stage(
     config=lambda context, outputs: context.recipe.sparsity.budget.exact_match_loss,  # type: ignore[union-attr]
     run=_run_questions,
     code=("calibration.evaluation.exact_match",),
-    tools=CALIBRATION_TOOLS,
 )
