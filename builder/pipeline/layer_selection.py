@@ -55,8 +55,7 @@ def select(
     """
     from calibration.budget.search import search
 
-    sparsity = context.recipe.sparsity
-    assert sparsity is not None
+    sparsity = context.sparsity
     allocator = _allocator(context, prices, by_weights=sparsity.budget is None)
     if sparsity.budget is None:
         assert sparsity.fraction is not None
@@ -190,10 +189,8 @@ class _Builds:
         from builder.artifacts.filesystem import remove
         from calibration.pruning.sparsify import sparsify
 
-        sparsity = self.context.recipe.sparsity
-        assert sparsity is not None
-        out = self.work / "try"
+        context, out = self.context, self.work / "try"
         remove(out)
-        work = self.work / "try.work"
-        sparsify(self.context.model, self.tokens, sparsity, target, out, work, self.context.console.progress)
+        work, progress = self.work / "try.work", context.console.progress
+        sparsify(context.model, self.tokens, context.sparsity, target, out, work, progress)
         return out

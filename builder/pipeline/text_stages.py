@@ -104,12 +104,11 @@ def questions_of(context: BuildContext) -> list[Question]:
     """The budget's questions. Raises UserError where they do not suit the model or the limit."""
     from calibration.evaluation.exact_match import read_questions
 
-    sparsity = context.recipe.sparsity
-    assert sparsity is not None
-    assert sparsity.budget is not None
-    assert sparsity.budget.questions is not None
-    assert sparsity.budget.exact_match_loss is not None
-    return read_questions(sparsity.budget.questions, context.model, sparsity.budget.exact_match_loss)
+    budget = context.sparsity.budget
+    assert budget is not None
+    assert budget.questions is not None
+    assert budget.exact_match_loss is not None
+    return read_questions(budget.questions, context.model, budget.exact_match_loss)
 
 
 def _has_questions(context: BuildContext) -> bool:
