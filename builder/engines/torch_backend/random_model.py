@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from builder.engines.torch_backend.decoder import Decoder
+from builder.planning.model_config import architecture
 from plugins.autotune import choice, timing
 from plugins.linear.factory import share_input
 from plugins.linear.kernel_linear import DENSE, Choices, KernelLinear, choices_of
@@ -40,19 +41,8 @@ class RandomWeights:
         return torch.ones(width, device=self.device, dtype=torch.bfloat16)  # norms
 
     def _shape(self, layer: str) -> tuple[int, int]:
-        c = self.config
-        width, hidden = int(c["hidden_size"]), int(c["intermediate_size"])
-        q, kv = (int(c[name]) * int(c["head_dim"]) for name in ("num_attention_heads", "num_key_value_heads"))
-        return {
-            "q_proj": (q, width),
-            "k_proj": (kv, width),
-            "v_proj": (kv, width),
-            "o_proj": (width, q),
-            "gate_proj": (hidden, width),
-            "up_proj": (hidden, width),
-            "down_proj": (width, hidden),
-            "lm_head": (int(c["vocab_size"]), width),
-        }[layer]
+        linear = next(each for each in architecture(self.config).linears() if each.name.endswith(layer))
+        return linear.out_features, linear.in_features
 
 
 def decoder_of(config: dict[str, Any], format: str, device: torch.device, positions: int) -> Decoder:
