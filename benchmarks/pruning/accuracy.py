@@ -43,9 +43,10 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     layers, tokens = linear_layers(arguments.model), make_tokens(arguments, work)
     results: dict[str, Any] = {"dense": {}}
     directories = {"dense": str(arguments.model)}
-    for name in (name for name in METHODS if name in (arguments.only or METHODS)):
+    for name, (script, method) in METHODS.items():
+        if arguments.only and name not in arguments.only:
+            continue
         print(f"{name} ...", file=sys.stderr, flush=True)
-        script, method = METHODS[name]
         python = environment_python(arguments.environment, LLMCOMPRESSOR) if "llm" in script else sys.executable
         out = work / name.replace(" ", "-")
         results[name] = prune(python, script, method, arguments.model, tokens, layers, out)
