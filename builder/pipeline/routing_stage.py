@@ -114,8 +114,8 @@ def _prompts(context: BuildContext) -> Any:
 
 def _losses(dense: Any, built: Any, prompts: Any, max_new_tokens: int, context: BuildContext) -> Any:
     """Both engines on the dense engine's greedy answers."""
-    from builder.engines.request import Request
     from calibration.routing.prompts import measure_losses
+    from plugins.common.request import Request
 
     answers: list[list[int]] = [[] for _ in prompts]
     requests = [Request(str(i), prompt, max_new_tokens) for i, prompt in enumerate(prompts)]

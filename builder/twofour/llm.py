@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builder.engines import registry
-from builder.engines.request import Request
+from plugins.common.request import Request
 
 
 class LLM:

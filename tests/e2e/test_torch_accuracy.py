@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from builder.engines.request import Request
 from builder.engines.torch_backend import artifact, weights
 from builder.engines.torch_backend.artifact import Limits, TorchEngine
 from builder.planning.model_config import architecture, read_config
 from calibration.config import Quantization
 from calibration.quantization import export, quantize
 from plugins.common.patterns import Pattern, bytes_per_weight, keep_and_group
+from plugins.common.request import Request
 from plugins.sparsity.declaration import Declaration
 from plugins.sparsity.torch_packing import PACKED
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from builder.engines.request import Request, Token
 from builder.engines.torch_backend.attention import Batch, Decode, Prefill, Whole, window_of
 from builder.engines.torch_backend.block_pool import BlockPool, free_bytes, pool_size
 from builder.engines.torch_backend.cuda_graphs import DecodeSteps
@@ -31,6 +30,7 @@ from builder.engines.torch_backend.sampling import sample
 from builder.engines.torch_backend.scheduler import Scheduler, Sequence
 from builder.planning.kv_cache import BLOCK, check_eviction
 from plugins.common.errors import UserError
+from plugins.common.request import Request, Token
 
 
 class TorchEngine:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from builder.engines.request import Request
+from plugins.common.request import Request
 
 
 def sample(logits_BV: torch.Tensor, requests: Sequence[Request], indices: Sequence[int]) -> list[int]:

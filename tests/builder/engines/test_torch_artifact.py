@@ -151,7 +151,7 @@ def test_the_engine_needs_no_pydantic(tiny: Path) -> None:
         "import sys; sys.modules['pydantic'] = sys.modules['ml_dtypes'] = sys.modules['modelopt'] = None\n"
         "from pathlib import Path\n"
         "from builder.engines.torch_backend import artifact\n"
-        "from builder.engines.request import Request\n"
+        "from plugins.common.request import Request\n"
         f"engine = artifact.load_hf(Path({str(tiny)!r}))\n"
         "print(len(list(engine.generate([Request('a', (3, 4), 3, ignore_eos=True)]))))"
     )
