@@ -7,7 +7,7 @@ from result_files import File, device_name, newest
 
 from benchmarks.kernels import targets
 from benchmarks.roofline import published, roofline
-from benchmarks.roofline.published import Comparison, EndToEnd, Kernel
+from benchmarks.roofline.published import Comparison, Kernel
 
 INTRODUCTION = """# Predictions against published figures
 
@@ -94,16 +94,11 @@ def _own_kernels(result: dict[str, Any], gpu: str) -> Iterator[Comparison]:
     for row in targets.judged(result):
         times = row["kernels_us"]
         if row["dense"] in times and row["sparse"] in times:
-            yield from published.compare_kernel(
-                Kernel(
-                    source=gpu,
-                    gpu=gpu,
-                    format=row["format"],
-                    tokens=(row["tokens"],),
-                    shape=(row["out_features"], row["in_features"]),
-                    ratio=times[row["dense"]] / times[row["sparse"]],
-                )
+            ratio, shape = times[row["dense"]] / times[row["sparse"]], (row["out_features"], row["in_features"])
+            kernel = Kernel(
+                source=gpu, gpu=gpu, format=row["format"], tokens=(row["tokens"],), shape=shape, ratio=ratio
             )
+            yield from published.compare_kernel(kernel)
 
 
 def _own_engine(steps: dict[str, Any], gpu: str) -> Iterator[Comparison]:
@@ -112,21 +107,8 @@ def _own_engine(steps: dict[str, Any], gpu: str) -> Iterator[Comparison]:
     for batch, built_us in sides.get("fp8-2of4", {}).get("decode_us", {}).items():
         for base in ("fp8", "bf16"):
             if base_us := sides.get(base, {}).get("decode_us", {}).get(batch):
-                yield published.compare_model(
-                    EndToEnd(
-                        source=gpu,
-                        gpu=gpu,
-                        model=result["model"],
-                        phase="decode",
-                        base=base,
-                        built="fp8",
-                        sparse=1,
-                        batch=int(batch),
-                        input=result["context"],
-                        output=0,
-                        ratio=base_us / built_us,
-                    )
-                )
+                load = {"model": result["model"], "batch": int(batch), "input": result["context"]}
+                yield published.compare_decode(gpu, base, base_us / built_us, **load)
 
 
 def _sources() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from result_files import RESULTS, ROOT, File, device_name, newest
 
 from benchmarks.kernels import targets
-from benchmarks.roofline.published import EndToEnd, compare_model, comparisons, median_error
+from benchmarks.roofline.published import compare_decode, comparisons, median_error
 from builder.planning import compatibility, compatibility_rules
 from plugins.common.families import FAMILIES
 from plugins.common.json_files import read_json
@@ -21,7 +21,7 @@ SHORT_ANSWER = 16  # tokens
 SMS = {75: "Turing", 80: "A100", 86: "RTX 30", 89: "L40S, RTX 40", 90: "H100, H200", 100: "B200", 120: "RTX 50"}
 ACCURACY = """
 Perplexity on held-out text after pruning every linear layer to 2:4 ({model}, {samples} calibration sequences of
-{length} tokens, {processor}; [values]({path})):
+{sequence_length} tokens, {cores} cores of an {processor}; [values]({path})):
 
 | method | perplexity | increase |
 |---|---|---|
@@ -32,7 +32,8 @@ BUILD = """
 
 | | dense | {format} | |
 |---|---|---|---|
-| perplexity, held-out text | {dense:.2f} | {built:.2f} | {increase:+.1%}, 95% interval {low:+.1%} to {high:+.1%} |
+| perplexity, held-out text | {dense[perplexity]:.2f} | {built[perplexity]:.2f} | {perplexity_increase:+.1%}, \
+95% interval {low:+.1%} to {high:+.1%} |
 | weights | {dense_mb:.2f} MB | {built_mb:.2f} MB | {ratio:.2f} times smaller |
 {speed}"""
 SMOLLM2 = """
@@ -124,20 +125,14 @@ BLOCKS: dict[str, Callable[[], str]] = {"results": results, "support": support}
 
 def _accuracy(file: File) -> str:
     result, path = file
-    settings, methods = result["settings"], result["methods"]
+    methods, shown = result["methods"], result["settings"] | result["environment"]
     rows = [f"| dense | {next(iter(methods.values()))['dense']['perplexity']:.2f} | |\n"] + [
         f"| {method} | {values['built']['perplexity']:.2f} | {values['perplexity_increase']:+.1%} |\n"
         for method, values in methods.items()
         if method != "dense"
     ]
-    return ACCURACY.format(
-        model=PUBLISHED.get(settings["model"], settings["model"]),
-        samples=settings["samples"],
-        length=settings["sequence_length"],
-        processor=f"{result['environment']['cores']} cores of an {result['environment']['processor']}",
-        path=path,
-        rows="".join(rows),
-    )
+    shown["model"] = PUBLISHED.get(shown["model"], shown["model"])
+    return ACCURACY.format(**shown, path=path, rows="".join(rows))
 
 
 def _build(file: File) -> str:
@@ -150,9 +145,7 @@ def _build(file: File) -> str:
         device=f"{device['cores']} cores of an {device['name']}" if device["type"] == "cpu" else device["name"],
         path=path,
         format=f"{report['recipe']['quantization']['format'].upper()} + 2:4",
-        dense=accuracy["dense"]["perplexity"],
-        built=accuracy["built"]["perplexity"],
-        increase=accuracy["perplexity_increase"],
+        **accuracy,
         low=low,
         high=high,
         dense_mb=size["dense_bytes"] / 1e6,
@@ -265,13 +258,11 @@ def _decode(file: File) -> str:
 
 
 def _predicted() -> str:
-    def ratio(base: str) -> float:
-        row = EndToEnd(source="", gpu="H100", model="llama-3.1-8b", phase="decode", base=base, built="fp8", sparse=1,
-                       batch=8, input=1024, output=0, ratio=1)  # fmt: skip
-        return compare_model(row).predicted
-
+    fp8, bf16 = (
+        compare_decode("H100", base, 1, model="llama-3.1-8b", batch=8, input=1024).predicted for base in ("fp8", "bf16")
+    )
     whole = [row for row in comparisons() if row.kind == "end to end"]
-    return PREDICTED.format(fp8=ratio("fp8"), bf16=ratio("bf16"), error=median_error(whole, signed=True))
+    return PREDICTED.format(fp8=fp8, bf16=bf16, error=median_error(whole, signed=True))
 
 
 def _range(number_format: str, backend: str, features: Sequence[str] = ()) -> str:

@@ -13,7 +13,7 @@ from calibration.routing.metrics import METRICS
 
 PAGE = ROOT / "docs" / "routing.md"
 LAWS = """
-| losses | law | mean loss before, after | worst {block} requests | share of cheap requests | oracle's share |
+| losses | law | mean loss before, after | worst 50,000 requests | share of cheap requests | oracle's share |
 |---|---|---|---|---|---|
 {rows}
 """
@@ -41,7 +41,7 @@ documentation. Shadow runs measure {shadow:.0%}. A dense answer has no loss, the
 |---|---|---|---|
 {spent}
 Of these {requests:,}, {lost} got no answer, {wrong} the answer of another request, and {other} differed by rounding
-(two tokens at most {tie:.3f} nats apart). {measured:.0f} shadow runs were measured. {alarm}
+(two tokens at most {widest_tie:.3f} nats apart). {measured_total:.0f} shadow runs were measured. {alarm}
 The median answer took {median:.0f} ms on the {cores} cores of an {processor}.
 """
 SECOND_STAGE = """
@@ -79,7 +79,7 @@ def simulation() -> str:
     service = [_service(name, run) for name, run in result["controller"].items()]
     scenarios = result["scenarios"]
     return (
-        LAWS.format(block="50,000", rows="".join(rows).rstrip("\n"))
+        LAWS.format(rows="".join(rows).rstrip("\n"))
         + SERVICE.format(
             requests=scenarios["losses double"]["requests"],
             path=f"../{path}",
@@ -88,9 +88,9 @@ def simulation() -> str:
             **result["features drift"],
         )
         + FOOT.format(
+            **result["environment"],
             budget=result["budget"],
             us=max(run["decision_us"] for run in result["controller"].values()),
-            processor=result["environment"]["processor"],
         )
     ).lstrip("\n")
 
@@ -98,24 +98,19 @@ def simulation() -> str:
 def server() -> str:
     result, path = next(iter(newest("routing-serving", lambda result: "Triton").values()))
     settings, once, mixed = (result[name] for name in ("settings", "once", "changing mix"))
-    checks, course = mixed["checks"], mixed["course"]
+    checks = mixed["checks"]
     return SERVER.format(
-        **{name: settings[name] for name in ("prompts", "model", "max_tokens", "requests", "rate", "shadow")},
+        **(mixed["router"] | checks | settings | result["environment"]),
         kinds=" and ".join(f"{name} (all on the build: {loss:.3f})" for name, loss in result["mean_loss"].items()),
         path=f"../{path}",
         rows="".join(_estimate(name, once["equal_share"][name]) for name in ESTIMATES),
         first=settings["docs_share"],
         second=1 - settings["docs_share"],
         spent="".join(_spent(mixed, settings["budget_kl"], *row) for row in SPENT),
-        lost=checks["lost"],
         wrong=checks["wrong_input_tokens"] + checks["crossed"],
         other=checks["other_tokens"],
-        tie=checks["widest_tie"],
-        measured=mixed["router"]["measured_total"],
-        alarm=_alarm(course),
+        alarm=_alarm(mixed["course"]),
         median=mixed["seconds"]["median"] * 1000,
-        cores=result["environment"]["cores"],
-        processor=result["environment"]["processor"],
     ).lstrip("\n")
 
 
@@ -132,9 +127,8 @@ def second_stage() -> str:
         models=" | ".join(results),
         rules="|".join("---" for _ in results),
         rows="".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in named.items()),
-        max_tokens=first["settings"]["max_tokens"],
-        cores=first["environment"]["cores"],
-        processor=first["environment"]["processor"],
+        **first["settings"],
+        **first["environment"],
         values="; ".join(_second_stage(model, *found) for model, found in results.items()),
     ).lstrip("\n")
 
@@ -202,13 +196,9 @@ def _service(name: str, run: dict[str, Any]) -> str:
     return f"| {rest:.0%} | {_pair(run, 'loss_over_budget')} | {_shares(run)} | {peaks} |\n"
 
 
-def _pair(halves: dict[str, Any], key: str) -> str:
-    return f"{halves['before'][key]:.2f}, {halves['after'][key]:.2f}"
+def _pair(halves: dict[str, Any], key: str, form: str = ".2f") -> str:
+    return f"{halves['before'][key]:{form}}, {halves['after'][key]:{form}}"
 
 
 def _shares(halves: dict[str, Any]) -> str:
-    shares = [", ".join(f"{halves[half][key]:.0%}" for half in ("before", "after")) for key in _SHARES]
-    return " | ".join(shares)
-
-
-_SHARES = ("cheap_share", "oracle_share")
+    return " | ".join(_pair(halves, key, ".0%") for key in ("cheap_share", "oracle_share"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
@@ -155,6 +155,12 @@ def compare_model(row: EndToEnd) -> Comparison:
     note = f" ({row.note})" if row.note else ""
     conditions = f"{row.phase} {row.model}, {sides}{pattern}, {load}{note}"
     return Comparison("end to end", row.source, card.name, conditions, base / built, row.ratio)
+
+
+def compare_decode(gpu: str, base: str, ratio: float, **load: Any) -> Comparison:
+    """A decode step of our own in FP8 and 2:4 against one in `base`; `load`: the model, batch and input."""
+    row = {"phase": "decode", "built": "fp8", "sparse": 1, "output": 0, **load}
+    return compare_model(EndToEnd(source=gpu, gpu=gpu, base=base, ratio=ratio, **row))
 
 
 def _model_seconds(card: Gpu, row: EndToEnd, number_format: str, sparse: bool) -> float:
