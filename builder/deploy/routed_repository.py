@@ -11,13 +11,11 @@ from typing import Any
 
 from builder.artifacts.cache import default_store
 from builder.config import DeployConfig
-from builder.deploy import request_schema
-from builder.deploy.rendering import TEMPLATE_DIRECTORY, relative, replace
-from builder.deploy.repository import write_repository
+from builder.deploy.rendering import relative
+from builder.deploy.repository import write_model, write_repository
 from builder.engines.registry import engine_facts
 from calibration.routing.router import Router
 from plugins.common.errors import UserError
-from plugins.common.templates import render
 
 VARIANTS = (("dense", "built"), ("reference", "built"))
 
@@ -55,20 +53,14 @@ def write_routed_repository(
         name: own["max_batch_size"] + config.max_queue_size
         for name, own in zip(models, (reference_facts, facts), strict=True)
     }
-    pages = {
-        "config.pbtxt": render(
-            TEMPLATE_DIRECTORY,
-            "router_config.pbtxt",
-            config=config,
-            engine_path=config.engine_path or relative(engine_dir, model, out.parent),
-            router_path=config.router_path or relative(router_dir, model, out.parent),
-            variants=json.dumps({name: [models[name], capacities[name]] for name in models}),
-            inputs=[(name, field) for field in request_schema.INPUTS for name in field.names],
-            outputs=request_schema.OUTPUTS,
-        ),
-        "1/model.py": render(TEMPLATE_DIRECTORY, "router_model.py"),
-    }
-    replace(model, pages)
+    write_model(
+        model,
+        "router_",
+        config=config,
+        engine_path=config.engine_path or relative(engine_dir, model, out.parent),
+        router_path=config.router_path or relative(router_dir, model, out.parent),
+        variants=json.dumps({name: [models[name], capacities[name]] for name in models}),
+    )
 
 
 def state_file(build_id: str) -> Path:
