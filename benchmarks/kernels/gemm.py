@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +27,7 @@ import torch
 
 from benchmarks import environment
 from benchmarks.kernels.gpu_machine import read_rate
+from benchmarks.kernels.gpu_suite import RESULTS, results_file
 from benchmarks.kernels.model_shapes import MODELS
 from benchmarks.kernels.torch_sparse import PEERS
 from plugins.autotune import choice, reuse, timing, tuner
@@ -37,7 +36,6 @@ from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
 from plugins.libtwofour import bindings, structures, torch_ops
 
-RESULTS = Path(__file__).parents[1] / "results"
 TOKENS = (1, 8, 16, 64, 512, 4096)
 ERROR_TOKENS = 64  # rows that are compared with float64
 ERROR_FEATURES = 1024
@@ -201,9 +199,7 @@ def save(kind: str, content: dict[str, Any], device: int = 0) -> Path:
     Also without the library: a failure is a result.
     """
     facts = timing.device_facts(device)
-    now = datetime.datetime.now(datetime.UTC)
-    gpu = re.sub(r"[^a-z0-9]+", "-", facts["name"].lower().removeprefix("nvidia ")).strip("-")
-    file = RESULTS / f"{kind}-{gpu}-{now:%Y-%m-%d-%H%M}.json"
+    file = results_file(RESULTS, facts["name"], kind)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         versions = reuse.versions(bindings.context(device).info())
