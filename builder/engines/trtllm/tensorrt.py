@@ -150,7 +150,7 @@ def _build_ranks(
     rank_processes.run_ranks(
         [_rank_command(opened.directory, out, rank) for rank in range(opened.ranks)],
         [out / f"build-rank{rank}.log" for rank in range(opened.ranks)],
-        [_rank_environment(out, rank, preload) for rank in range(opened.ranks)],
+        [_rank_environment(rank, preload) for rank in range(opened.ranks)],
         "building the TensorRT engine",
         progress,
     )
@@ -226,7 +226,7 @@ def _rank_command(checkpoint: Path, out: Path, rank: int) -> list[str]:
     return [*program, str(checkpoint), str(out), "--rank", str(rank)]
 
 
-def _rank_environment(out: Path, rank: int, preload: Path | None) -> dict[str, str]:
+def _rank_environment(rank: int, preload: Path | None) -> dict[str, str]:
     """Each rank sees one GPU: its own where there are enough, for an engine can be built on any GPU of its kind."""
     environment = {"CUDA_VISIBLE_DEVICES": str(rank % len(gpus()))}
     return environment | ({"LD_PRELOAD": str(preload)} if preload else {})
