@@ -105,7 +105,7 @@ def plan(
     resolved = resolve(loaded, gpu, batch, context)
     if check:
         resolved, _ = check_files(loaded, resolved)
-    tables.as_json(resolved) if as_json else tables.plan(resolved)
+    tables.as_json(resolved.to_dict()) if as_json else tables.plan(resolved)
 
 
 @cli.command(

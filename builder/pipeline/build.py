@@ -87,7 +87,7 @@ def resolve(
     """The plan with its backend chosen. Raises UserError where no backend can run the recipe."""
     plan = make_plan(recipe, gpu, batch, context)
     engine = recipe.engine
-    check_shards(plan.layers, engine.tensor_parallel).require()
+    check_shards(plan.shapes, engine.tensor_parallel).require()
     backend, reason = pick_backend(
         engine.backend,
         _engine_format(plan),
@@ -233,5 +233,5 @@ def _manifest(
 
 def _engine_format(plan: Plan) -> str:
     """Of the quantized layers, or of all where none is."""
-    formats = {layer.format for layer in plan.layers} & {"int8", "fp8"}
-    return formats.pop() if formats else plan.layers[0].format
+    formats = {shape.format for shape in plan.shapes} & {"int8", "fp8"}
+    return formats.pop() if formats else plan.shapes[0].format

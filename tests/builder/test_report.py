@@ -15,6 +15,7 @@ from benchmarks.report import render, summary, tables
 from benchmarks.report.schema import Report
 from benchmarks.report.svg import Scale, ticks
 from benchmarks.roofline import roofline
+from plugins.common.linear_shape import LinearShape
 from tests.support.report import MINIMAL, full
 
 
@@ -246,14 +247,14 @@ def test_one_odd_layer_gets_a_row_of_its_own() -> None:
 
 def test_a_gpu_that_lacks_the_format_gives_the_reason_instead_of_a_figure(tmp_path: Path) -> None:
     report, card = full(), roofline.gpu("A100")
-    report["predicted"]["decode"]["built"] = roofline.decode_ceiling(card, [roofline.Layer(64, 64, "fp8")], 1, 1, 1)
+    report["predicted"]["decode"]["built"] = roofline.decode_ceiling(card, [LinearShape(64, 64, "fp8")], 1, 1, 1)
     assert "fp8 needs SM89" in Page(html_of(report, tmp_path)).text
 
 
 def test_a_ceiling_of_a_model_that_fits_the_l2_cache_is_called_no_limit(tmp_path: Path) -> None:
     report, card = full(), roofline.gpu("H100")
     for side in ("dense", "built"):
-        report["predicted"]["decode"][side] = roofline.decode_ceiling(card, [roofline.Layer(4096, 4096)], 1, 1, 1)
+        report["predicted"]["decode"][side] = roofline.decode_ceiling(card, [LinearShape(4096, 4096)], 1, 1, 1)
     assert "fit the L2 cache, so this is not a real limit" in Page(html_of(report, tmp_path)).text
 
 

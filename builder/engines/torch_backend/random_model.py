@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from builder.engines.torch_backend.decoder import Decoder
-from plugins.autotune import choice, timing
+from plugins.autotune import timing
+from plugins.common.linear_shape import LinearShape
 from plugins.linear.factory import share_input
 from plugins.linear.kernel_linear import DENSE, Choices, KernelLinear, choices_of
 from plugins.linear.torch_linear import Linear, Scales
@@ -99,11 +100,10 @@ def kernel_layers(decoder: Decoder) -> list[KernelLinear]:
     return [layer for layer in decoder.linears.values() if isinstance(layer, KernelLinear)]
 
 
-def shapes_of(decoder: Decoder) -> dict[str, choice.Shape]:
+def shapes_of(decoder: Decoder) -> dict[str, LinearShape]:
     """Their shapes, each once."""
     return {
-        key(layer): choice.Shape(layer.out_features, layer.in_features, layer.format)
-        for layer in kernel_layers(decoder)
+        key(layer): LinearShape(layer.out_features, layer.in_features, layer.format) for layer in kernel_layers(decoder)
     }
 
 
