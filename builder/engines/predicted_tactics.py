@@ -37,29 +37,19 @@ def predict_tactics(checkpoint: Path, gpu: str) -> dict[str, Any]:
 def predict_bucket(card: roofline.Gpu, tokens: int, layer: LinearShape) -> dict[str, Any]:
     """The roofline's times of one layer at one number of tokens, dense and sparse, in microseconds."""
     product = roofline.on_tensor_cores(layer)
+    bucket: dict[str, Any] = {"tokens": tokens, "kernel": "none", "dense_us": None, "sparse_us": None, "ratio": None}
+    bucket["measured"] = False
     if card.refuses(product) or _has_no_kernel(layer):
-        return {
-            "tokens": tokens,
-            "kernel": "none",
-            "dense_us": None,
-            "sparse_us": None,
-            "ratio": None,
-            "measured": False,
-        }
+        return bucket
     dense = roofline.gemm_time(card, tokens, replace(product, fraction=0.0)).seconds * 1e6
-    kernels, fraction = 2 if 0 < layer.fraction < 1 else 1, layer.fraction or 1.0
-    sparse = roofline.gemm_time(card, tokens, replace(product, fraction=fraction), kernels).seconds * 1e6
-    ratio = dense / sparse
-    pays = layer.sparse and ratio >= LEAST_GAIN
-    kernel = ("skinny" if tokens <= MAX_SKINNY_TOKENS else "cusparselt") if pays else "dense-cublaslt"
-    return {
-        "tokens": tokens,
-        "kernel": kernel,
-        "dense_us": round(dense, 3),
-        "sparse_us": round(sparse, 3) if layer.sparse else None,
-        "ratio": round(ratio, 3) if layer.sparse else None,
-        "measured": False,
-    }
+    bucket |= {"kernel": "dense-cublaslt", "dense_us": round(dense, 3)}
+    if layer.sparse:
+        sparse = roofline.gemm_time(card, tokens, product, kernels=2 if layer.fraction < 1 else 1).seconds * 1e6
+        ratio = dense / sparse
+        bucket |= {"sparse_us": round(sparse, 3), "ratio": round(ratio, 3)}
+        if ratio >= LEAST_GAIN:
+            bucket["kernel"] = "skinny" if tokens <= MAX_SKINNY_TOKENS else "cusparselt"
+    return bucket
 
 
 def _has_no_kernel(layer: LinearShape) -> bool:

@@ -109,6 +109,13 @@ def test_no_time_is_predicted_for_n_of_8_on_a_gpu() -> None:
     assert "no kernel on a GPU multiplies 6:8 weights" in predicted_tactics.reason(card, layer, buckets)
 
 
+def test_a_dense_layer_is_predicted_for_a_gpu_without_sparse_tensor_cores() -> None:
+    dense, pruned = (predict_bucket(roofline.gpu("T4"), 8, LinearShape(4096, 4096, "int8", f)) for f in (0.0, 1.0))
+    assert (dense["kernel"], dense["sparse_us"], dense["ratio"]) == ("dense-cublaslt", None, None)
+    assert dense["dense_us"] > 1
+    assert pruned["kernel"] == "none"
+
+
 def test_a_small_layer_is_not_predicted_to_gain() -> None:
     """A weight of 256 x 256 in 2:4: no kernel takes less than a launch and one wave of blocks."""
     card = roofline.gpu("H100")
