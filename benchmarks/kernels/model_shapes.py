@@ -22,7 +22,7 @@ class Model:
     vocab_size: int
     head_dim: int = 128
 
-    def layers(self, format: str, fraction: float = 0.0) -> list[LinearShape]:
+    def layers(self, format: str = "bf16", fraction: float = 0.0) -> list[LinearShape]:
         """Of one block; qkv and gate_up as one product each. `fraction` is the share of each in 2:4."""
         attention, hidden, inner = self.num_attention_heads * self.head_dim, self.hidden_size, self.intermediate_size
         qkv = attention + 2 * self.num_key_value_heads * self.head_dim

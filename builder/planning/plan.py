@@ -186,7 +186,7 @@ def _decision(linear: LinearShape, shapes: Architecture, recipe: Recipe) -> tupl
             f"leave it dense with --set 'sparsity.exclude=[lm_head, {last}]'"
         )
     if recipe.sparsity.adapter_rank is not None:
-        check_adapter_rank(recipe.sparsity.adapter_rank, linear.name, linear.out_features, linear.in_features)
+        check_adapter_rank(recipe.sparsity.adapter_rank, linear)
     if recipe.sparsity.budget:
         return "candidate", "a candidate: selected under the budget during the build"
     if recipe.sparsity.fraction:
