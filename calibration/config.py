@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from plugins.common.config import Config, Percent
+from plugins.common.config_base import Config, Percent
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import TENSOR_CORE, Pattern

@@ -21,7 +21,7 @@ from pydantic import Field
 from benchmarks.kernels.model_shapes import MODELS
 from benchmarks.roofline import roofline
 from benchmarks.roofline.roofline import Gpu
-from plugins.common.config import Config
+from plugins.common.config_base import Config
 from plugins.common.linear_shape import LinearShape
 
 Kind = Literal["kernel speed-up", "kernel time", "end to end"]

@@ -17,7 +17,7 @@ from typing import Literal
 
 import yaml
 
-from plugins.common.config import Config
+from plugins.common.config_base import Config
 from plugins.common.errors import UserError
 from plugins.common.formats import format_of
 from plugins.common.linear_shape import LinearShape

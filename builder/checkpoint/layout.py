@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from builder.checkpoint.config import Mapping, Quantization
+from builder.checkpoint.checkpoint_config import Mapping, Quantization
 from builder.planning.model_config import Architecture
 from plugins.common.formats import EIGHT_BIT, FLOATS, OF_DTYPE, format_of
 from plugins.common.linear_shape import LinearShape

@@ -15,6 +15,7 @@ from benchmarks.roofline import roofline
 from builder.artifacts.cache import Cache, CachedOutput, default_store
 from builder.artifacts.install import claimed, publish
 from builder.artifacts.manifest import MANIFEST, as_bytes, make_manifest, now
+from builder.console import Console
 from builder.context import BuildContext, Outputs
 from builder.hardware import machine
 from builder.pipeline.reference_build import reference_engine
@@ -26,7 +27,6 @@ from builder.planning.lengths import check_lengths
 from builder.planning.model_config import architecture
 from builder.planning.plan import Plan, make_plan
 from builder.planning.sharding import check_mapping, check_shards
-from builder.progress import Console
 from builder.recipe import Recipe
 from builder.report.assemble import assemble
 from builder.source_check import check_settings, check_source

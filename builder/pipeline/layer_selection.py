@@ -49,7 +49,7 @@ def select(context: BuildContext, tokens: Tokens, prices: Prices, work: Path) ->
 
     Raises GateError, which names the smallest loss reached, where nothing fits under the budget.
     """
-    from calibration.budget.search import search
+    from calibration.budget.budget_search import search
 
     sparsity = context.recipe.sparsity
     assert sparsity is not None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from benchmarks.roofline import roofline
 from builder.planning.compatibility import features_of
 from builder.planning.hub import find_config
-from builder.planning.kv_cache import Capacity, capacity, check_budget, check_eviction
+from builder.planning.kv_capacity import Capacity, capacity, check_budget, check_eviction
 from builder.planning.model_config import Architecture, architecture
 from builder.planning.notes import notes
 from builder.recipe import Recipe

@@ -80,7 +80,7 @@ def gates(
         text = "all checks of the written checkpoint passed"
         rows.append({"name": "verification", "passed": True, "message": text})
     if "accuracy" in report:
-        from calibration.budget.search import Goal
+        from calibration.budget.budget_search import Goal
         from calibration.evaluation import evaluate
 
         rows += evaluate.gates(evaluate.Accuracy.from_dict(report["accuracy"]), context.recipe.accuracy)

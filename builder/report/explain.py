@@ -8,7 +8,7 @@ from typing import Any
 
 from builder import checkpoint
 from builder.checkpoint import LayerFacts
-from builder.checkpoint.checks import check_values
+from builder.checkpoint.tensor_checks import check_values
 from builder.checkpoint.violations import Code
 from builder.engines.predicted_tactics import predict_tactics, read_tactics
 from plugins.common import defaults

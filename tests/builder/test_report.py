@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.report import render, summary, tables
+from benchmarks.report import render, summary, table_rows
 from benchmarks.report.schema import Report
 from benchmarks.report.svg import Scale, ticks
 from benchmarks.roofline import roofline
@@ -228,7 +228,7 @@ def test_the_verdict_claims_no_more_than_the_interval(ratio: float, interval: An
 
 def test_layers_are_grouped_over_blocks_and_bytes_add_up() -> None:
     layers = Report.model_validate(full() | {"predicted": None}).layers
-    groups = tables.group_layers(layers)
+    groups = table_rows.group_layers(layers)
     assert [(group.name, group.count) for group in groups] == [
         ("model.layers.*.mlp.up_proj", 6),
         ("model.layers.*.mlp.down_proj", 6),
@@ -240,7 +240,7 @@ def test_layers_are_grouped_over_blocks_and_bytes_add_up() -> None:
 def test_one_odd_layer_gets_a_row_of_its_own() -> None:
     report = full()
     report["layers"][3]["sparse"] = False
-    groups = tables.group_layers(Report.model_validate(report | {"predicted": None}).layers)
+    groups = table_rows.group_layers(Report.model_validate(report | {"predicted": None}).layers)
     assert [group.count for group in groups] == [5, 1, 6, 1]
     assert groups[1].name == "model.layers.3.mlp.up_proj"
 

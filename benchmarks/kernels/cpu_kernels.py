@@ -1,6 +1,6 @@
 """Speed of libtwofour_cpu's products: their share of this machine's read bandwidth, and sparse against dense.
 
-    python -m benchmarks.kernels.cpu --threads 1,2 --out benchmarks/results/cpu-kernels.json
+    python -m benchmarks.kernels.cpu_kernels --threads 1,2 --out benchmarks/results/cpu-kernels.json
 
 All linear layers of a model's blocks are multiplied one after another, each block with its own weights, so that the
 weights come from memory as in a decode step. The read bandwidth is measured in the same run: the sum of a buffer larger
