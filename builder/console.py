@@ -27,7 +27,7 @@ class Console:
         self._handler = _Warnings(self)
         self._bar: Progress | None = None
         self._last = time.monotonic()
-        self._step, self._began = "", 0.0  # what is counted now, and since when
+        self._step, self._began, self._first = "", 0.0, 0  # what is counted now, and its first report: when, steps done
 
     def __enter__(self) -> Console:
         for package in PACKAGES:
@@ -55,15 +55,16 @@ class Console:
         if self.quiet:
             return
         now = time.monotonic()
-        if what != self._step:  # a first report comes after a first part: time counts from the previous report
-            self._step, self._began = what, self._last
+        if what != self._step:
+            self._step, self._began, self._first = what, now, done
             self.close()
         if self.terminal.is_terminal:
             self._show(what, done, total)
         elif now - self._last > QUIET_SECONDS:
             self._last = now
-            left = (now - self._began) / max(done, 1) * (total - done)
-            print(f"  {what}: {done}/{total}, {_clock(left)} left", file=self.stream, flush=True)
+            steps = done - self._first
+            left = f", {_clock((now - self._began) / steps * (total - done))} left" if steps > 0 else ""
+            print(f"  {what}: {done}/{total}{left}", file=self.stream, flush=True)
 
     def stage_done(self) -> None:
         """Ends the current bar and restarts the clock of the plain lines."""

@@ -1,4 +1,4 @@
-"""Accuracy and speed of SmolLM2-135M-Instruct on this machine: INT8 dense, and with 2:4 in growing shares of weights.
+"""Accuracy and speed of SmolLM2-135M-Instruct on this machine: INT8 dense, and with 2:4 or 4:8 in shares of weights.
 
     python examples/smollm2/make_model.py build/smollm2
     python -m benchmarks.pruning.smollm2 [--store build/store]
@@ -28,6 +28,8 @@ OTHER_WINDOWS = 200
 VARIANTS = {
     "INT8": ["sparsity=null"],
     "INT8, 2:4 in a quarter": ["sparsity.fraction=25%"],
+    "INT8, 4:8 in a quarter": ["sparsity.pattern=4:8", "sparsity.fraction=25%"],
+    "INT8, 4:8 in a half": ["sparsity.pattern=4:8", "sparsity.fraction=50%"],
     "INT8, 2:4 in all": ["sparsity.fraction=null"],
 }
 WORKLOADS = (

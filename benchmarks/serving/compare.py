@@ -16,7 +16,7 @@ from benchmarks.serving.drivers import in_process
 from benchmarks.serving.records import Record, write_jsonl
 from benchmarks.serving.summarize import Run, Side, summarise
 from benchmarks.serving.workload import BenchRequest, make_requests
-from plugins.common.progress import Progress
+from plugins.common.progress import Progress, silent
 
 Drive = Callable[[Any, Sequence[BenchRequest], int], list[Record]]
 
@@ -48,7 +48,7 @@ def compare(
     built: Any,
     config: Benchmark,
     vocabulary: int,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
     drive: Drive = in_process.run,
 ) -> Comparison:
     """Runs every workload at every concurrency on both sides.

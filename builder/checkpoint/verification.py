@@ -40,7 +40,7 @@ def verify_checkpoint(
 ) -> Verified | None:
     """Reports every violation of the checkpoint at `directory`; None where it cannot be opened.
 
-    `tensor_parallel` N also checks a later split of K over N ranks. `progress` is called with (directory, tensors done,
+    `tensor_parallel` N also checks a later split of K over N ranks. `progress` is called with ("verify", tensors done,
     tensors in all). Raises UserError where there is no checkpoint.
     """
     unreadable = []
@@ -90,4 +90,4 @@ def _check_all_values(
             for violation in violations:
                 report(violation)
             if progress is not None:
-                progress(str(checkpoint.directory), number, len(keys))
+                progress("verify", number, len(keys))

@@ -20,6 +20,7 @@ from plugins.common.formats import KERNEL_OUTPUTS
 from plugins.common.fused_layers import fused_name, fused_parts
 from plugins.common.linear_shape import LinearShape
 from plugins.common.nvidia_smi import gpus
+from plugins.common.progress import Progress, silent
 
 if TYPE_CHECKING:
     from builder.checkpoint.reading import LayerFacts
@@ -75,7 +76,9 @@ def _cpu_fingerprint() -> dict[str, Any]:
     return {"kernels": {**cpu_bench.device_facts(), **cpu_bench.versions()}}
 
 
-def cpu_tactics(layers: Sequence[LayerFacts], config: EngineConfig, dtype: str) -> dict[str, Any]:
+def cpu_tactics(
+    layers: Sequence[LayerFacts], config: EngineConfig, dtype: str, progress: Progress = silent
+) -> dict[str, Any]:
     """tactics.json of a checkpoint's layers for the torch engine on this machine's CPU."""
     from plugins.autotune import cpu_bench, tuner
 
@@ -83,7 +86,7 @@ def cpu_tactics(layers: Sequence[LayerFacts], config: EngineConfig, dtype: str) 
     sparse = [layer for layer in layers if layer.shape.sparse and _kernel_format(layer.shape, dtype) in formats]
     most = max(config.max_num_tokens, config.max_batch_size)
     buckets = [tokens for tokens in cpu_bench.BUCKETS if tokens <= most]
-    timed = tuner.tune_cpu({layer.shape.name: _sparse_part(layer, dtype) for layer in sparse}, buckets)
+    timed = tuner.tune_cpu({layer.shape.name: _sparse_part(layer, dtype) for layer in sparse}, buckets, progress)
     return _with_all_layers(timed, layers, f"stays dense: no CPU kernel takes it in a model of {dtype}")
 
 
@@ -102,7 +105,12 @@ def _kernel_format(layer: LinearShape, dtype: str) -> str:
 
 
 def tactics(
-    layers: Sequence[LayerFacts], config: EngineConfig, dtype: str, fused: bool = False, in_part: bool = False
+    layers: Sequence[LayerFacts],
+    config: EngineConfig,
+    dtype: str,
+    fused: bool = False,
+    in_part: bool = False,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """tactics.json of a checkpoint's layers, timed at every number of tokens that the engine may be given.
 
@@ -122,7 +130,7 @@ def tactics(
     if in_part and dtype in DTYPES:
         shapes |= hybrids(layers, dtype)
     most = max(config.max_num_tokens, config.max_batch_size)
-    table = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most), dtype)
+    table = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most), dtype, progress)
     untimed = f"stays dense: the model computes in {dtype}, and the 2:4 kernels in 16 bit"
     return _with_all_layers(table, layers, untimed)
 
@@ -271,7 +279,9 @@ def shape(layer: LinearShape, ranks: int, dtype: str, fused: Mapping[str, Linear
     return LinearShape(rows, columns, _kernel_format(layer, dtype), pattern=layer.pattern)
 
 
-def _tune(shapes: Mapping[str, LinearShape | Hybrid], buckets: Sequence[int], dtype: str) -> dict[str, Any]:
+def _tune(
+    shapes: Mapping[str, LinearShape | Hybrid], buckets: Sequence[int], dtype: str, progress: Progress = silent
+) -> dict[str, Any]:
     """The tuner's tactics; without a layer, this GPU's facts alone. Raises UserError that names the GPU."""
     from plugins.autotune import tuner
     from plugins.libtwofour import bindings
@@ -282,7 +292,7 @@ def _tune(shapes: Mapping[str, LinearShape | Hybrid], buckets: Sequence[int], dt
         return {"device": device, "source": "measured", "gpu": gpu.name, "versions": {}, "layers": {}}
     try:
         bindings.version("cusparselt")  # raises where it is missing or too old: without it, dense would win by default
-        return tuner.tune(shapes, buckets=buckets, out=DTYPES[dtype])
+        return tuner.tune(shapes, buckets, progress=progress, out=DTYPES[dtype])
     except UserError as error:
         raise UserError(f"the 2:4 kernels of this machine's {gpu.name} cannot be timed: {error}") from None
 

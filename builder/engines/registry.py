@@ -13,7 +13,7 @@ from builder.planning.model_config import architecture
 from builder.source_check import check_weights
 from plugins.common.errors import UserError
 from plugins.common.json_files import read_json_object
-from plugins.common.progress import Progress
+from plugins.common.progress import Progress, silent
 
 
 def build(
@@ -22,7 +22,7 @@ def build(
     out: Path,
     config: EngineConfig,
     gpu: str,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
     *,
     speed_matters: bool = True,
 ) -> None:
@@ -37,12 +37,14 @@ def build(
         from builder.engines.torch_backend import artifact
 
         fused = measured_tactics.can_measure()  # on a GPU, as this engine runs them there
-        choices = tactics(checkpoints / "hf", config, gpu, fused=fused, in_part=fused, measured=speed_matters)
+        choices = tactics(
+            checkpoints / "hf", config, gpu, fused=fused, in_part=fused, measured=speed_matters, progress=progress
+        )
         artifact.build(checkpoints / "hf", out, config, choices)
     elif backend == "pytorch":
         from builder.engines.trtllm import pytorch
 
-        choices = tactics(checkpoints / "hf", config, gpu, fused=True)
+        choices = tactics(checkpoints / "hf", config, gpu, fused=True, progress=progress)
         pytorch.build(checkpoints / "hf", out, config, tactics=choices)
     elif backend == "tensorrt":
         from builder.engines.trtllm import tensorrt
@@ -60,6 +62,7 @@ def tactics(
     fused: bool = False,
     in_part: bool = False,
     measured: bool = True,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """tactics.json of a checkpoint: all of it measured here, or all of it predicted for `gpu`.
 
@@ -74,8 +77,8 @@ def tactics(
         return prediction.predict_tactics(checkpoint, gpu)
     opened = checkpoints.read(checkpoint)
     if on_cpu:
-        return measured_tactics.cpu_tactics(opened.layers(), config, opened.architecture.dtype)
-    return measured_tactics.tactics(opened.layers(), config, opened.architecture.dtype, fused, in_part)
+        return measured_tactics.cpu_tactics(opened.layers(), config, opened.architecture.dtype, progress)
+    return measured_tactics.tactics(opened.layers(), config, opened.architecture.dtype, fused, in_part, progress)
 
 
 def load(engine: Path, *, precise: bool = False) -> Engine:

@@ -24,7 +24,7 @@ from plugins.sparsity.segments import Segments
 
 PASSES = 2  # over the calibration samples
 SAMPLES_A_STEP = 4
-LEARNING_RATE = 0.04  # of the root mean square of a layer's weights
+LEARNING_RATE = 0.04  # of the root mean square of a layer's weights, where half of the block's weights are zero
 WARM_UP = 0.1  # share of the steps over which the rate rises; it then falls to 0 along a cosine
 BETAS = (0.8, 0.95)  # shorter than Adam's own, as there are only some dozens of steps
 
@@ -41,7 +41,8 @@ def finetune_block(
     weights = [pruned.block.get_submodule(name).weight.requires_grad_(True) for name in segments]
     sparse = [~dense_part(weight, segments[name]) for name, weight in zip(segments, weights, strict=True)]
     masks = [(weight != 0) & part for weight, part in zip(weights, sparse, strict=True)]
-    groups = [{"params": [weight], "lr": LEARNING_RATE * _rms(weight)} for weight in weights]
+    rate = LEARNING_RATE * math.sqrt(2 * _share_of_zeros(pruned.block))  # large steps harm where little is pruned
+    groups = [{"params": [weight], "lr": rate * _rms(weight)} for weight in weights]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12, fused=True)
     batches = _batches(len(target))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / len(batches)))
@@ -71,6 +72,14 @@ def _rms(weight_NK: Tensor) -> float:
     """Of the nonzero weights."""
     mean_square: float = (weight_NK.detach().square().sum() / weight_NK.count_nonzero().clamp_min(1)).item()
     return math.sqrt(mean_square)
+
+
+def _share_of_zeros(block: nn.Module) -> float:
+    """Of the weights of all linear layers together."""
+    weights = [module.weight for module in block.modules() if isinstance(module, nn.Linear)]
+    zeros: int = sum(int((weight == 0).sum()) for weight in weights)
+    total: int = sum(weight.numel() for weight in weights)
+    return zeros / total
 
 
 def _batches(samples: int) -> list[Tensor]:

@@ -22,7 +22,7 @@ from plugins.common import numerics
 from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
-from plugins.common.progress import Progress
+from plugins.common.progress import Progress, silent
 from plugins.libtwofour import bindings, torch_ops
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def tune(
     layers: Mapping[str, LinearShape | Hybrid],
     buckets: Sequence[int] = BUCKETS,
     device: int = 0,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
     out: str = "bf16",
 ) -> dict[str, Any]:
     """tactics.json of 2:4 `layers` (module names and shapes) measured on a CUDA device.
@@ -82,6 +82,7 @@ def tune(
     info = bindings.context(device).info()
     unique = list(dict.fromkeys(layers.values()))
     measured: dict[LinearShape | Hybrid, list[dict[str, Any]]] = {}
+    dense: dict[LinearShape, list[Timing]] = {}  # hybrid layers share them: a whole layer of one size, at any share
     facts = timing.device_facts(device)
     most_tokens, place = max(*buckets, *PADDED), torch.device("cuda", device)
 
@@ -89,12 +90,17 @@ def tune(
         return Bench(shape, place, most_tokens, info.l2_bytes, out)
 
     for done, shape in enumerate(unique):
-        progress(str(shape), done, len(unique))
+        progress("time kernels", done, len(unique))
         given = (sorted(buckets), bench)
-        measured[shape] = _measure_hybrid(shape, *given) if isinstance(shape, Hybrid) else _measure(shape, *given)
+        if isinstance(shape, Hybrid):
+            for part in {shape.rest, shape.whole} - dense.keys():
+                dense[part] = _measure_dense(part, *given)
+            measured[shape] = choose_hybrid(_measure(shape.sparse, *given), dense[shape.rest], dense[shape.whole])
+        else:
+            measured[shape] = _measure(shape, *given)
         clocks = timing.device_facts(device)["clocks"]  # while the GPU is still warm
         facts["clocks"] = {name: max(clock, facts["clocks"].get(name, 0.0)) for name, clock in clocks.items()}
-    progress("done", len(unique), len(unique))
+    progress("time kernels", len(unique), len(unique))
     return {
         "device": facts,
         "source": "measured",
@@ -121,14 +127,9 @@ def _timed(shape: LinearShape, times: Callable[[Bench], list[Timed]], make: Make
         torch.cuda.empty_cache()
 
 
-def _measure_hybrid(shape: Hybrid, buckets: Sequence[int], make: MakeBench) -> list[dict[str, Any]]:
-    """The buckets of a layer that is 2:4 in part: each product timed by itself, as the engine launches them in turn."""
-    sparse = _measure(shape.sparse, buckets, make)
-    rest, whole = (
-        _timed(part, lambda bench: [_dense_time(bench, tokens) for tokens in buckets], make)
-        for part in (shape.rest, shape.whole)
-    )
-    return choose_hybrid(sparse, rest, whole)
+def _measure_dense(shape: LinearShape, buckets: Sequence[int], make: MakeBench) -> list[Timing]:
+    """The dense part of a hybrid layer, timed by itself, as the engine launches its parts in turn."""
+    return _timed(shape, lambda bench: [_dense_time(bench, tokens) for tokens in buckets], make)
 
 
 def _dense_time(bench: Bench, tokens: int) -> Timing:
@@ -152,7 +153,7 @@ def search_dense(shapes: Iterable[LinearShape], buckets: Sequence[int], device: 
 def tune_cpu(
     layers: Mapping[str, LinearShape],
     buckets: Sequence[int] | None = None,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """tactics.json of sparse `layers` measured on this machine's CPU, with the threads that torch uses.
 
@@ -165,11 +166,11 @@ def tune_cpu(
     unique = list(dict.fromkeys(layers.values()))
     measured: dict[LinearShape, list[dict[str, Any]]] = {}
     for done, shape in enumerate(unique):
-        progress(str(shape), done, len(unique))
+        progress("time kernels", done, len(unique))
         bench = cpu_bench.CpuBench(shape, buckets[-1])
         kernels = bench.kernels()
         measured[shape] = hold_once([bucket_of(bench, tokens, _time_on_cpu, kernels) for tokens in buckets])
-    progress("done", len(unique), len(unique))
+    progress("time kernels", len(unique), len(unique))
     name = facts["name"]
     return {
         "device": facts,

@@ -108,6 +108,7 @@ def load() -> ctypes.CDLL:
         "unpack": (c_int, (*size, c_void_p, c_void_p)),
         "matmul_int8": (c_int, (linear, c_int64, c_void_p, c_void_p, c_int, c_void_p)),
         "apply": (c_int, (linear, c_int64, c_int, c_void_p, c_void_p)),
+        "apply_all": (c_int, (POINTER(linear), c_int, c_int64, c_int, c_void_p, POINTER(c_void_p))),
         "rows": (c_int, (linear, c_int64, c_void_p, c_void_p)),
         "decode": (c_int, (POINTER(Step), POINTER(Block), c_int, c_void_p)),
         "before_attention": (c_int, (POINTER(Step), POINTER(Block), *[c_void_p] * 5)),

@@ -114,13 +114,13 @@ def test_pickled_weights_are_left_behind(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out/pytorch_model.bin").exists()
 
 
-def test_tuning_brings_the_block_nearer_to_the_dense_one_and_keeps_the_mask(tmp_path: Path) -> None:
-    blocks = Blocks(make_model(tmp_path / "model", dtype=torch.float32))
+def tune_block(directory: Path, names: list[str]) -> tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor]:
+    """Block 0 with `names` pruned and tuned, their weights before it, and the output's error before and after."""
+    blocks = Blocks(make_model(directory / "model", dtype=torch.float32))
     arguments, block = blocks.arguments(TOKENS.shape[1])[0], blocks.load(0)
     entering, target = (
-        ActivationFile(tmp_path / name, (*TOKENS.shape, SIZES["hidden_size"])) for name in ("in", "out")
+        ActivationFile(directory / name, (*TOKENS.shape, SIZES["hidden_size"])) for name in ("in", "out")
     )
-    names = [name for name in LINEARS if "v_proj" not in name]
     with torch.no_grad():
         entering.write(blocks.embed(torch.from_numpy(TOKENS)))
         hidden = entering.read(range(len(TOKENS)))
@@ -129,15 +129,29 @@ def test_tuning_brings_the_block_nearer_to_the_dense_one_and_keeps_the_mask(tmp_
         for name in names:
             weight = block.get_submodule(name).weight
             weight.copy_(apply(weight, Pattern.parse("2:4").select(weight.abs())))
-        masks = {name: block.get_submodule(name).weight != 0 for name in names}
-        untouched = block.get_submodule("self_attn.v_proj").weight.clone()
+        pruned = {name: block.get_submodule(name).weight.clone() for name in LINEARS}
+        whole = {name: Segments.split("rows", len(pruned[name]), len(pruned[name])) for name in names}
         before = (block(hidden, **arguments) - wanted).square().mean()
-        whole = {name: Segments.split("rows", len(masks[name]), len(masks[name])) for name in names}
         finetune_block(Stream(block, entering), whole, target, arguments)
         after = (block(hidden, **arguments) - wanted).square().mean()
-    assert after < before
-    assert all((block.get_submodule(name).weight[~mask] == 0).all() for name, mask in masks.items())
-    assert torch.equal(block.get_submodule("self_attn.v_proj").weight, untouched)
+    return block, pruned, torch.stack([before, after])
+
+
+def test_tuning_brings_the_block_nearer_to_the_dense_one_and_keeps_the_mask(tmp_path: Path) -> None:
+    block, pruned, errors = tune_block(tmp_path, [name for name in LINEARS if "v_proj" not in name])
+    assert errors[1] < errors[0]
+    assert all((block.get_submodule(name).weight[weight == 0] == 0).all() for name, weight in pruned.items())
+    assert torch.equal(block.get_submodule("self_attn.v_proj").weight, pruned["self_attn.v_proj"])
+
+
+def test_tuning_takes_smaller_steps_where_fewer_weights_are_zero(tmp_path: Path) -> None:
+    name, moved = "mlp.down_proj", {}
+    for tuned in (LINEARS, [name]):
+        block, pruned, _ = tune_block(tmp_path / f"{len(tuned)}", list(tuned))
+        moved[len(tuned)] = (block.get_submodule(name).weight - pruned[name]).abs().max().item()
+    share = pruned[name].numel() / sum(weight.numel() for weight in pruned.values())
+    assert moved[1] == pytest.approx(moved[len(LINEARS)] * share**0.5, rel=0.5)
+    assert moved[1] < 0.8 * moved[len(LINEARS)]
 
 
 def test_a_layer_that_is_2of4_already_keeps_every_byte_and_is_reported(llama: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from plugins.autotune import choice, tactics, tuner
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
 from plugins.common.processor import processor
+from plugins.common.progress import Progress
 from plugins.libtwofour import bindings, structures
 from plugins.sparsity.segments import Segments
 from tests.support.models import random_model
@@ -323,7 +324,7 @@ def test_selection_weighs_measured_times_where_there_are_any(docs_llama: Path, m
 
     asked = []
 
-    def tune(shapes: dict[str, LinearShape], buckets: tuple[int, ...], out: str) -> dict[str, Any]:
+    def tune(shapes: dict[str, LinearShape], buckets: tuple[int, ...], progress: Progress, out: str) -> dict[str, Any]:
         asked.append((list(shapes), buckets, out))
         times = {UP: {"cublaslt": 20.0, "skinny": 13.0}, DOWN: {"cublaslt": 10.0, "skinny": 11.0}}
         made = {name: choice.choose(16, [choice.Timing(k, us) for k, us in times[name].items()]) for name in shapes}
