@@ -12,7 +12,10 @@ from plugins.common.patterns import TENSOR_CORE, Pattern, bytes_per_weight
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A weight [out_features, in_features] of the share `fraction` in `pattern`; `name` is empty for a mere product."""
+    """A linear layer with a weight [out_features, in_features], whose share `fraction` holds `pattern`.
+
+    `name` is empty where only the size matters, as of a product to time.
+    """
 
     out_features: int
     in_features: int
@@ -33,7 +36,7 @@ class LinearShape:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the layer's entry begins with in plan.json, tactics.json and report.json."""
+        """The part that the layer's entries in plan.json, tactics.json and report.json have in common."""
         sizes = {"out_features": self.out_features, "in_features": self.in_features}
         return {**sizes, "format": self.format, "sparse": self.sparse}
 
