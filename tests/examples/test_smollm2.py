@@ -31,6 +31,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     }
 
 
+@pytest.mark.slow
 def test_no_text_of_the_evaluation_is_in_the_calibration(texts: dict[str, list[dict[str, str]]]) -> None:
     contents = {
         name: {json.dumps(line.get("text") or line.get("messages")) for line in lines} for name, lines in texts.items()

@@ -15,7 +15,7 @@ from plugins.autotune import choice, reuse, tactics, timing, tuner
 from plugins.autotune.choice import Timing
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
-from plugins.common.patterns import PATTERNS, Pattern, cpu_kernel
+from plugins.common.patterns import PATTERNS, TENSOR_CORE, Pattern, cpu_kernel
 from plugins.libtwofour import bindings, structures
 
 SHAPE = LinearShape(4096, 14336, "fp8")
@@ -92,7 +92,9 @@ def test_reasons_as_text() -> None:
     assert choice.reason([bucket(8, cublaslt=10.0)], "L4") == "stays dense: no sparse kernel runs this shape on L4"
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "pattern", [pytest.param(p, marks=[] if p == TENSOR_CORE else [pytest.mark.slow]) for p in PATTERNS]
+)
 def test_a_cpu_times_the_kernel_of_the_pattern_and_holds_its_weight_once(pattern: Pattern) -> None:
     shapes = {"layer": LinearShape(64, 128, "int8", pattern=pattern)}
     timed = tuner.tune_cpu(shapes, buckets=(1, 4))["layers"]["layer"]

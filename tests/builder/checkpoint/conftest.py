@@ -13,6 +13,12 @@ from checkpoint_files import declare
 from builder.checkpoint import normalize_zeros
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "exports" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)  # ModelOpt exports four models
+
+
 @pytest.fixture(scope="session")
 def exports(docs_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks of docs-llama, pruned, quantized and exported by ModelOpt: fp8/ and int8/ (unified HF), their -trt/ at

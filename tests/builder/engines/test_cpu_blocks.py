@@ -102,7 +102,12 @@ def tokens_of(engine: TorchEngine) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("kv_cache", [pytest.param("none", marks=pytest.mark.slow), "int8"])
 @pytest.mark.parametrize(
-    "format", ["bf16", "int8-2of4", "int8-2of4-token", "int8-hybrid", "int8-6of8", "int8-6of8-hybrid"]
+    "format",
+    [
+        "int8-hybrid",
+        "int8-2of4-token",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("bf16", "int8-2of4", "int8-6of8", "int8-6of8-hybrid")),
+    ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_compute_what_the_layers_compute(family: str, format: str, kv_cache: str, tmp_path: Path) -> None:

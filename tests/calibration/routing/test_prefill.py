@@ -51,6 +51,7 @@ def test_the_gate_fails_with_distributions_of_other_prompts_and_without_any(shuf
     assert not proof(shuffled, with_prefill)["passed"]
 
 
+@pytest.mark.slow
 def test_equal_entropies_of_other_tokens_have_other_features() -> None:
     rows = distributions(np.tile([0.0, 1.0], 50), seed=3)
     features_ND = np.stack([fit_prefill(rows, VOCABULARY).extract(row) for row in rows])
