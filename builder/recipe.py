@@ -12,13 +12,13 @@ from pydantic import BaseModel, ValidationError
 
 from benchmarks.config import Benchmark
 from builder.config import EngineConfig
-from calibration.config import Accuracy, CalibrationData, Quantization, Recovery, Routing, Sparsity
+from calibration.config import LIMITS, Accuracy, CalibrationData, Quantization, Recovery, Routing, Sparsity
 from plugins.common.config_base import Config
 from plugins.common.errors import UserError
 from plugins.common.patterns import short_name
 
 PRESETS = Path(__file__).parent / "presets"
-ALTERNATIVES = (("fraction", "budget"), ("perplexity_increase", "kl", "top1_agreement"))  # one each in a section
+ALTERNATIVES = (("fraction", "budget"), LIMITS)  # one each in a section
 
 
 class Recipe(Config):

@@ -32,8 +32,11 @@ class CalibrationData(Config):
     `messages`, if the tokenizer has a template."""
 
 
+LIMITS = ("perplexity_increase", "kl", "top1_agreement", "exact_match_loss")  # of a budget
+
+
 class Budget(Config):
-    """Prune as many channels as an accuracy limit allows. Set one of the three limits."""
+    """Prune as many channels as an accuracy limit allows. Set one of the four limits."""
 
     perplexity_increase: Percent | None = None
     """Maximum perplexity increase on `accuracy.data`, as `3%` or 0.03."""
@@ -41,13 +44,21 @@ class Budget(Config):
     """Maximum mean KL divergence from the dense model on `accuracy.data`, nats per token."""
     top1_agreement: Percent | None = Field(default=None, lt=1)
     """Minimum share of positions of `accuracy.data` where both models rank the same token first."""
+    exact_match_loss: Percent | None = Field(default=None, gt=0, lt=1)
+    """Maximum loss of exact match on `questions`, as a share of them: those that the dense model answers with the
+    expected words, less those that the build does."""
+    questions: str | None = None
+    """Your questions with their answers, in the formats of `calibration.data`: conversations that end with the
+    expected answer, such as `question` and `answer`."""
     minutes: float | None = Field(default=None, gt=0)
     """Do not start a second build that would end later than this after the start of the first. null: no limit."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
-        if len(limits := [self.perplexity_increase, self.kl, self.top1_agreement]) - limits.count(None) != 1:
-            raise ValueError("give one of perplexity_increase, kl and top1_agreement")
+        if sum(getattr(self, name) is not None for name in LIMITS) != 1:
+            raise ValueError(f"give one of {', '.join(LIMITS[:-1])} and {LIMITS[-1]}")
+        if (self.exact_match_loss is None) != (self.questions is None):
+            raise ValueError("give exact_match_loss and questions together")
         return self
 
 

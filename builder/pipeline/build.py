@@ -53,7 +53,8 @@ def build(
     plan = resolve(recipe, gpu, until=until)
     recovery = recipe.recovery.data if recipe.recovery else None
     prompts = recipe.routing.prompts if recipe.routing else None
-    for data in (recipe.calibration.data, recipe.accuracy.data, recovery, prompts):
+    questions = recipe.sparsity.budget.questions if recipe.sparsity and recipe.sparsity.budget else None
+    for data in (recipe.calibration.data, recipe.accuracy.data, recovery, prompts, questions):
         if data is not None:
             find_file(data)  # a wrong path is an error now, not after the stages before it
     plan, model = check_files(recipe, plan)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.roofline import roofline
 from builder.engines import measured_tactics
+from builder.pipeline.text_stages import questions_of
 from builder.planning.compatibility import has_hybrid_kernels
 from builder.planning.model_config import architecture, read_config
 from plugins.common.fused_layers import fused_name, fused_parts
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from calibration.budget.allocation import Allocation, Allocator
     from calibration.budget.channel_prices import Prices
     from calibration.data.windows import Tokens
-    from calibration.evaluation.evaluate import Accuracy
 
 PRUNED_ON, PRICED_ON = 64, 32  # calibration samples: the first, and the last
 
@@ -44,8 +44,12 @@ def price(context: BuildContext, tokens: Tokens, work: Path) -> Prices:
     return channel_prices(load_model(context.model), pruned, tokens[-PRICED_ON:], progress)
 
 
-def select(context: BuildContext, tokens: Tokens, prices: Prices, work: Path) -> dict[str, Any]:
+def select(
+    context: BuildContext, tokens: Tokens, prices: Prices, work: Path, answered: Sequence[bool] | None = None
+) -> dict[str, Any]:
     """selection.json: {declaration, fraction, cost, gain, ...}. `work` keeps what a killed run had measured.
+
+    `answered`: which questions of the budget the dense model answers; None where it has none.
 
     Raises GateError, which names the smallest loss reached, where nothing fits under the budget.
     """
@@ -61,7 +65,7 @@ def select(context: BuildContext, tokens: Tokens, prices: Prices, work: Path) ->
             allocator.declare(allocation, sparsity.method).require_whole_layers()
         search_result: dict[str, Any] = {"pareto": []}
     else:
-        builds = _Builds(context, tokens, allocator, work)
+        builds = _Builds(context, tokens, allocator, work, answered)
         selection = search(allocator, sparsity.budget, sparsity.method, builds.measure)
         allocation = selection.allocation
         search_result = {"measured_loss": selection.measured_loss, "pareto": selection.pareto}
@@ -137,42 +141,49 @@ def _predicted_gain(card: roofline.Gpu, tokens: int, layer: LinearShape) -> floa
 class _Builds:
     """Prunes and measures allocations, and keeps the results in `work`."""
 
-    def __init__(self, context: BuildContext, tokens: Tokens, allocator: Allocator, work: Path) -> None:
+    def __init__(
+        self, context: BuildContext, tokens: Tokens, allocator: Allocator, work: Path, answered: Sequence[bool] | None
+    ) -> None:
         from calibration.data.windows import windows
 
         accuracy = context.recipe.accuracy
         assert accuracy.data is not None
         self.context, self.tokens, self.allocator, self.work = context, tokens, allocator, work
         self.held_out = windows(accuracy.data, context.model, accuracy.sequence_length, accuracy.samples)
+        self.answered = answered
         self.record = work / "measured.json"
         self.measured: dict[str, Any] = read_json(self.record, {})
 
-    def measure(self, allocation: Allocation) -> Accuracy:
+    def measure(self, allocation: Allocation) -> dict[str, Any]:
         """The built model against the dense one, everything quantized as the recipe sets."""
-        from calibration.evaluation.evaluate import Accuracy
-
         key = " ".join(map(str, allocation.counts))
         if key not in self.measured:
-            self.measured[key] = self._measure(allocation).to_dict()
+            self.measured[key] = self._measure(allocation)
             write_json(self.record, self.measured)
-        accuracy = Accuracy.from_dict(self.measured[key])
+        measured: dict[str, Any] = self.measured[key]
+        lost = f", exact match {-measured['exact_match_loss']:+.1%}" if "exact_match_loss" in measured else ""
         self.context.console.print(
             f"  {allocation.fraction:.1%} of the weights {self.context.plan.pattern}: "
-            f"perplexity {accuracy.perplexity_increase:+.2%}, "
-            f"KL {accuracy.kl:.4f}, top-1 agreement {accuracy.top1_agreement:.1%}"
+            f"perplexity {measured['perplexity_increase']:+.2%}, "
+            f"KL {measured['kl']:.4f}, top-1 agreement {measured['top1_agreement']:.1%}{lost}"
         )
-        return accuracy
+        return measured
 
-    def _measure(self, allocation: Allocation) -> Accuracy:
+    def _measure(self, allocation: Allocation) -> dict[str, Any]:
         from calibration.evaluation.evaluate import evaluate, hf_logits
+        from calibration.evaluation.exact_match import are_answered, exact_match_loss
         from calibration.quantization.quantize import load_model, quantize
 
         progress, config = self.context.console.progress, self.context.recipe.quantization
         model = load_model(self._prune(self.allocator.declare(allocation, "")))
         if config.wanted:
             model = quantize(model, config, self.context.plan.quantized_layers, self.tokens)
-        dense = load_model(self.context.model)
-        return evaluate(hf_logits(dense), hf_logits(model), self.held_out.tokens, self.held_out.documents, progress)
+        dense, held_out = load_model(self.context.model), self.held_out
+        accuracy = evaluate(hf_logits(dense), hf_logits(model), held_out.tokens, held_out.documents, progress)
+        if self.answered is None:
+            return accuracy.to_dict()
+        answered = are_answered(model, questions_of(self.context), self.context.model, progress)
+        return {**accuracy.to_dict(), "exact_match_loss": exact_match_loss(self.answered, answered)}
 
     def _prune(self, target: Declaration) -> Path:
         from builder.artifacts.filesystem import remove

@@ -47,6 +47,8 @@ def _selection_inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, s
         if data is None:
             raise UserError("a budget needs text to measure the loss on: set accuracy.data")
         inputs["held_out"] = data_digest(data)
+        if "questions" in outputs:
+            inputs["questions"] = outputs["questions"].digest
     return inputs
 
 
@@ -77,7 +79,8 @@ def _run_selection(context: BuildContext, outputs: Outputs, out: Path, work: Pat
     from builder.pipeline.layer_selection import select
 
     prices = read_json(outputs["prices"].path / "prices.json")
-    write_json(out / "selection.json", select(context, tokens_of(outputs), prices, work))
+    answered = read_json(outputs["questions"].path / "answered.json") if "questions" in outputs else None
+    write_json(out / "selection.json", select(context, tokens_of(outputs), prices, work, answered))
 
 
 def _report_selection(context: BuildContext, output: CachedOutput) -> None:

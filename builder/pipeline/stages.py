@@ -10,7 +10,7 @@ from builder.pipeline.engine_stages import BENCHMARK, CHECKPOINT, ENGINE, EVALUA
 from builder.pipeline.pruning_stages import ADAPTER, PRICES, RECOVER, SELECTION, SPARSIFY
 from builder.pipeline.routing_stage import ROUTING
 from builder.pipeline.stage import run_stage
-from builder.pipeline.text_stages import CALIBRATION, TEXT_CHECK
+from builder.pipeline.text_stages import CALIBRATION, QUESTIONS, TEXT_CHECK
 
 Until = Literal["checkpoint", "engine", "evaluate", "benchmark", "deploy"]
 UNTIL: tuple[Until, ...] = ("checkpoint", "engine", "evaluate", "benchmark", "deploy")
@@ -18,6 +18,7 @@ UNTIL: tuple[Until, ...] = ("checkpoint", "engine", "evaluate", "benchmark", "de
 STAGES = (
     CALIBRATION,
     TEXT_CHECK,
+    QUESTIONS,
     PRICES,
     SELECTION,
     SPARSIFY,

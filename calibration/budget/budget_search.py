@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from calibration.budget.allocation import Allocation, Allocator
-from calibration.config import Budget
-from calibration.evaluation.evaluate import Accuracy
+from calibration.config import LIMITS, Budget
 from plugins.common.errors import GateError, UserError
 
 TAKEN_BACK = {"reconstruct": 0.5, "sparsegpt": 0.8}  # of the predicted KL this share is left, before a build shows it
@@ -25,7 +24,8 @@ MOST_BUILDS = 3  # the third only after two that are over the budget
 TINY = 1e-12  # nats
 PREDICTED = 6  # points of the predicted front
 
-Measure = Callable[[Allocation], Accuracy]
+Measure = Callable[[Allocation], Mapping[str, Any]]
+"""Measures a build: its accuracy by the names of LIMITS."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,17 @@ class Goal:
     """A budget's measure: how it follows from KL, and back."""
 
     def __init__(self, budget: Budget):
-        limits = budget.model_dump(include={"perplexity_increase", "kl", "top1_agreement"}, exclude_none=True)
+        limits = budget.model_dump(include=set(LIMITS), exclude_none=True)
         (self.name, value), *_ = limits.items()
         self.limit = 1 - value if self.name == "top1_agreement" else value  # the largest loss
 
-    def loss(self, accuracy: Accuracy) -> float:
+    def loss(self, measured: Mapping[str, Any]) -> float:
         """Of a measured build."""
-        if self.name == "top1_agreement":
-            return 1 - accuracy.top1_agreement
-        return float(getattr(accuracy, self.name))
+        value = float(measured[self.name])
+        return 1 - value if self.name == "top1_agreement" else value
 
     def nats(self, loss: float) -> float:
-        """The KL of such a loss. The share of tokens that change grows with its root."""
+        """The KL of such a loss. The share of tokens, or of answers, that change grows with its root."""
         if self.name == "perplexity_increase":
             return math.log1p(loss)
         return loss if self.name == "kl" else loss**2
@@ -82,6 +81,7 @@ class Goal:
             "perplexity_increase": f"perplexity {loss:+.2%}",
             "kl": f"KL {loss:.4f} nats",
             "top1_agreement": f"top-1 agreement {1 - loss:.2%}",
+            "exact_match_loss": f"exact match {-loss:+.2%}",
         }[self.name]
 
 
@@ -134,5 +134,5 @@ def _unused(allocator: Allocator, goal: Goal, point: Point) -> float:
 def _predicted(allocator: Allocator, goal: Goal, share: float) -> list[Point]:
     """Allocations of growing fraction with their predicted losses."""
     allocations = [allocator.of_fraction((number + 1) / PREDICTED) for number in range(PREDICTED)]
-    losses = {"perplexity_increase": math.expm1, "kl": float, "top1_agreement": math.sqrt}
-    return [Point(each, losses[goal.name](share * each.cost), measured=False) for each in allocations]
+    loss = {"perplexity_increase": math.expm1, "kl": float}.get(goal.name, math.sqrt)
+    return [Point(each, loss(share * each.cost), measured=False) for each in allocations]

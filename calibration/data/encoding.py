@@ -23,6 +23,14 @@ def encode_documents(documents: Sequence[Document], tokenizer: Any, chat_templat
     return [_encode(document, tokenizer, chat_template) for document in documents]
 
 
+def encode_prompt(messages: Sequence[Message], tokenizer: Any, where: str) -> list[int]:
+    """Token ids of a conversation that the model is to continue with an answer."""
+    if not tokenizer.chat_template:
+        return encode_text(tokenizer, plain_text(messages) + "\n\n")
+    text = _render(messages, tokenizer, where, add_generation_prompt=True)
+    return encode_text(tokenizer, text, add_special_tokens=False)
+
+
 def encode_text(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
     """Token ids with one BOS: a text that begins with the BOS token gets no second one."""
     ids = list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
@@ -43,11 +51,11 @@ def _encode(document: Document, tokenizer: Any, chat_template: bool | None) -> l
     return encode_text(tokenizer, _render(messages, tokenizer, document.where), add_special_tokens=False)
 
 
-def _render(messages: Sequence[Message], tokenizer: Any, where: str) -> str:
+def _render(messages: Sequence[Message], tokenizer: Any, where: str, add_generation_prompt: bool = False) -> str:
     """The conversation in the chat template. Raises UserError for one that it refuses, or whose questions it drops."""
     advice = "fix the row or the template, or set calibration.chat_template=false"
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program: it raises what it likes
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(f"{where}: the chat template rejects the conversation ({reason}): {advice}") from None

@@ -139,8 +139,11 @@ def test_an_override_takes_the_place_of_the_presets_alternative(
             "'benchmark.workloads.0.input_token' (did you mean 'input_tokens'?)",
         ),
         ("zzz=1", "unknown recipe key 'zzz': known keys are accuracy, benchmark, calibration"),
-        ("sparsity.budget={}", "is {}: give one of perplexity_increase, kl and top1_agreement"),
-        ("sparsity.budget={kl: 0.1, top1_agreement: 90%}", "give one of perplexity_increase, kl and top1_agreement"),
+        ("sparsity.budget={}", "is {}: give one of perplexity_increase, kl, top1_agreement and exact_match_loss"),
+        (
+            "sparsity.budget={kl: 0.1, top1_agreement: 90%}",
+            "give one of perplexity_increase, kl, top1_agreement and exact_match_loss",
+        ),
         ("sparsity.fraction=0", "recipe key 'sparsity.fraction' is 0: input should be greater than 0"),
         ("sparsity.fraction=150%", "recipe key 'sparsity.fraction' is '150%': input should be less than or equal to 1"),
         ("sparsity={fraction: 50%, budget: {kl: 0.1}}", "fraction and budget exclude each other"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from calibration.budget.budget_search import search
 from calibration.budget.channel_prices import channel_prices, prune_each_alone
 from calibration.config import Budget
 from calibration.data.windows import windows
-from calibration.evaluation.evaluate import Accuracy, Perplexity, evaluate, hf_logits
+from calibration.evaluation.evaluate import evaluate, hf_logits
 from calibration.model.blocks import Blocks
 from calibration.model.silence import suppress_output
 from plugins.common.errors import GateError, UserError
@@ -174,9 +175,9 @@ def test_layers_that_are_no_candidates_stay_dense() -> None:
 # the search
 
 
-def accuracy(kl: float) -> Accuracy:
-    agreement = 1 - max(kl, 0) ** 0.5
-    return Accuracy(Perplexity(10.0), Perplexity(10.0 * math.exp(kl)), math.expm1(kl), (0, 0), kl, agreement, 1, 1, 1)
+def accuracy(kl: float) -> dict[str, float]:
+    changed = max(kl, 0) ** 0.5
+    return {"perplexity_increase": math.expm1(kl), "kl": kl, "top1_agreement": 1 - changed, "exact_match_loss": changed}
 
 
 class Builds:
@@ -185,18 +186,26 @@ class Builds:
     def __init__(self, share: float):
         self.share, self.made = share, list[Allocation]()
 
-    def __call__(self, allocation: Allocation) -> Accuracy:
+    def __call__(self, allocation: Allocation) -> dict[str, float]:
         self.made.append(allocation)
         return accuracy(self.share * allocation.cost)
 
 
-@pytest.mark.parametrize("limit", [{"perplexity_increase": 0.2}, {"kl": 0.2}, {"top1_agreement": 0.6}])
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"perplexity_increase": 0.2},
+        {"kl": 0.2},
+        {"top1_agreement": 0.6},
+        {"exact_match_loss": 0.4, "questions": "questions.jsonl"},
+    ],
+)
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
-def test_two_builds_end_within_the_budget_and_use_most_of_it(limit: dict[str, float], share: float) -> None:
+def test_two_builds_end_within_the_budget_and_use_most_of_it(limit: dict[str, Any], share: float) -> None:
     builds = Builds(share)
     actual = search(made_up(), Budget(**limit), "reconstruct", builds)
     assert len(builds.made) <= 2
-    loss = {"top1_agreement": 0.4}.get(next(iter(limit)), 0.2)
+    loss = {"top1_agreement": 0.4, "exact_match_loss": 0.4}.get(next(iter(limit)), 0.2)
     assert actual.measured_loss <= loss
     assert actual.measured_loss > 0.6 * loss or actual.allocation.fraction > 0.99
     assert next(point for point in actual.pareto if point["chosen"])["measured"]
