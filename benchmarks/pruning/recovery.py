@@ -34,7 +34,9 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     names, metered, report = json.dumps(layers), str(work / "meter.json"), work / "recovery.json"
     run_script(sys.executable, "prune_twofour", "reconstruct", model, tokens, names, pruned, metered)
     print("recovering ...", file=sys.stderr, flush=True)
-    run_script(sys.executable, "recover", model, pruned, arguments.text, length, minutes, recovered, str(report))
+    run_script(
+        sys.executable, "recover_twofour", model, pruned, arguments.text, length, minutes, recovered, str(report)
+    )
     results: dict[str, Any] = judge(arguments, layers, directories)
     lost, left = (results[name]["perplexity_increase"] for name in ("pruned", "recovered"))
     fields = ("model", "calibration", "evaluation", "every", "minutes")

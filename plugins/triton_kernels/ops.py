@@ -160,7 +160,7 @@ def _(*arguments: Any) -> torch.Tensor:
 
 @decode_attention.register_kernel("cuda")
 def _(*arguments: Any) -> torch.Tensor:
-    from plugins.triton_kernels import attention as kernel
+    from plugins.triton_kernels import decode_attention as kernel
 
     result: torch.Tensor = kernel.decode_attention(*arguments)
     return result
