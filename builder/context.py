@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from builder.artifacts.cache import Cache, CachedOutput, digest_of
+from builder.console import Console
 from builder.planning.plan import Plan
-from builder.progress import Console
 from builder.recipe import Recipe
 from calibration.config import Routing, Sparsity
 from calibration.model.weight_files import weight_files

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from benchmarks.config import Benchmark
 from builder.config import EngineConfig
 from calibration.config import LIMITS, Accuracy, CalibrationData, Quantization, Recovery, Routing, Sparsity
-from plugins.common.config import Config
+from plugins.common.config_base import Config
 from plugins.common.errors import UserError
 from plugins.common.patterns import short_name
 

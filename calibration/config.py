@@ -4,8 +4,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from plugins.common.config import Config, Percent
+from plugins.common.config_base import Config, Percent
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import TENSOR_CORE, Pattern
 
 Method = Literal["reconstruct", "sparsegpt", "wanda", "magnitude", "modelopt-sparsegpt", "modelopt-magnitude"]
@@ -100,10 +101,10 @@ class Sparsity(Config):
         return self
 
 
-def check_adapter_rank(rank: int, name: str, out_features: int, in_features: int) -> None:
-    """Raises UserError where the layer `name` is too small for an adapter of this rank."""
-    if rank > (most := min(out_features, in_features)):
-        raise UserError(f"sparsity.adapter_rank {rank} exceeds the largest rank of '{name}': use {most} or less")
+def check_adapter_rank(rank: int, layer: LinearShape) -> None:
+    """Raises UserError where the layer is too small for an adapter of this rank."""
+    if rank > (most := min(layer.out_features, layer.in_features)):
+        raise UserError(f"sparsity.adapter_rank {rank} exceeds the largest rank of '{layer.name}': use {most} or less")
 
 
 class Quantization(Config):

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     accuracy.prune(sys.executable, "prune_twofour", "reconstruct", arguments.model, tokens, layers, work / "pruned")
     print("recovering ...", file=sys.stderr, flush=True)
     paths, report = (model, pruned, arguments.text), work / "recovery.json"
-    accuracy.run_script(sys.executable, "recover", *paths, length, minutes, recovered, str(report))
+    accuracy.run_script(sys.executable, "recover_twofour", *paths, length, minutes, recovered, str(report))
     results: dict[str, Any] = judge(arguments, layers, directories)
     lost, left = (results[name]["perplexity_increase"] for name in ("pruned", "recovered"))
     fields = ("model", "calibration", "evaluation", "every", "minutes")

@@ -57,9 +57,9 @@ def build(
     """
     from builder import recipe
     from builder.cli import tables
+    from builder.console import Console
     from builder.pipeline.build import build as run
     from builder.pipeline.build import require_gates
-    from builder.progress import Console
 
     loaded = recipe.load(target, preset, overrides)
     with Console(quiet=as_json) as console:
@@ -100,7 +100,7 @@ def plan(
     resolved = resolve(loaded, gpu, batch, context)
     if check:
         resolved, _ = check_files(loaded, resolved)
-    tables.as_json(resolved) if as_json else tables.plan(resolved)
+    tables.as_json(resolved.to_dict()) if as_json else tables.plan(resolved)
 
 
 @cli.command(
@@ -116,7 +116,7 @@ def verify(directory: Path, tensor_parallel: int, dense: Path | None, as_json: b
     A TensorRT-LLM engine must also match this machine's versions and GPU.
     """
     from builder.cli import tables
-    from builder.progress import Console
+    from builder.console import Console
     from builder.verify import verify as check
 
     with Console(quiet=as_json) as console:
@@ -157,8 +157,8 @@ def evaluate(
 ) -> None:
     """Measure an engine's perplexity, KL and top-1 agreement against the dense model."""
     from builder.cli import tables
+    from builder.console import Console
     from builder.pipeline.rebuild import evaluate as measure
-    from builder.progress import Console
 
     with Console(quiet=as_json) as console:
         measured = measure(artifact, model, data, samples, tasks, console)

@@ -32,8 +32,8 @@ from plugins.common.errors import UserError
 def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...], gpu: str, as_json: bool) -> None:
     """Build an engine from a CHECKPOINT without ModelOpt, for instance inside a TensorRT-LLM container."""
     from builder.cli import tables
+    from builder.console import Console
     from builder.pipeline.rebuild import build_engine
-    from builder.progress import Console
 
     with Console(quiet=as_json) as console:
         facts = build_engine(checkpoint, out, backend, overrides, gpu, console)
@@ -66,8 +66,8 @@ def bench(
 ) -> None:
     """Measure a build's throughput and latency against the dense baseline, interleaved, with intervals."""
     from builder.cli import tables
+    from builder.console import Console
     from builder.pipeline import rebuild
-    from builder.progress import Console
 
     config = rebuild.benchmark_config(**load)
     with Console(quiet=as_json) as console:
@@ -165,7 +165,7 @@ def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_po
 @click.option("--state", type=PATH, help="Keep the threshold in this file.  [default: ~/.cache/twofour]")
 def route(**options: Any) -> None:
     """Route OpenAI requests to a dense or a built server, within the router's budget, until Ctrl-C."""
-    from builder.pipeline.route import route as run
+    from builder.pipeline.open_router import route as run
 
     run(**options, say=click.echo)
 

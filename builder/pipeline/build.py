@@ -15,6 +15,7 @@ from benchmarks.roofline import roofline
 from builder.artifacts.cache import Cache, CachedOutput, default_store
 from builder.artifacts.install import claimed, publish
 from builder.artifacts.manifest import MANIFEST, as_bytes, make_manifest, now
+from builder.console import Console
 from builder.context import BuildContext, Outputs
 from builder.hardware import machine
 from builder.pipeline.reference_build import reference_engine
@@ -26,7 +27,6 @@ from builder.planning.lengths import check_lengths
 from builder.planning.model_config import architecture
 from builder.planning.plan import Plan, make_plan
 from builder.planning.sharding import check_mapping, check_shards
-from builder.progress import Console
 from builder.recipe import Recipe
 from builder.report.assemble import assemble
 from builder.source_check import check_settings, check_source
@@ -88,7 +88,7 @@ def resolve(
     """The plan with its backend chosen. Raises UserError where no backend can run the recipe."""
     plan = make_plan(recipe, gpu, batch, context)
     engine = recipe.engine
-    check_shards(plan.layers, engine.tensor_parallel).require()
+    check_shards(plan.shapes, engine.tensor_parallel).require()
     combination = (_engine_format(plan), bool(plan.sparse_layers))
     needs: dict[str, Any] = {"kv_cache": recipe.quantization.kv_cache, "features": plan.features}
     parallel = engine.tensor_parallel * engine.pipeline_parallel
@@ -209,5 +209,5 @@ def _manifest(
 
 def _engine_format(plan: Plan) -> str:
     """Of the quantized layers, or of all where none is."""
-    formats = {layer.format for layer in plan.layers} & {"int8", "fp8"}
-    return formats.pop() if formats else plan.layers[0].format
+    formats = {shape.format for shape in plan.shapes} & {"int8", "fp8"}
+    return formats.pop() if formats else plan.shapes[0].format

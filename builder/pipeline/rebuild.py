@@ -13,14 +13,14 @@ from builder.artifacts.install import claimed, publish
 from builder.artifacts.manifest import MANIFEST, as_bytes, is_build, make_manifest, now, record_folder, source_digest
 from builder.checkpoint import Checkpoint
 from builder.config import DeployConfig, EngineConfig
+from builder.console import Console
 from builder.engines.trtllm import version_lock
 from builder.hardware import machine
 from builder.pipeline import measure
 from builder.pipeline.build import pick_backend
+from builder.pipeline.open_router import shadow_share
 from builder.pipeline.reference_build import reference_engine
-from builder.pipeline.route import shadow_share
 from builder.planning.hub import find_model
-from builder.progress import Console
 from builder.verify import verify
 from calibration.config import Accuracy
 from plugins.common.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from builder.planning.kv_cache import eviction_notes
+from builder.planning.kv_capacity import eviction_notes
 from builder.recipe import Recipe
 from plugins.common.patterns import TENSOR_CORE
 

@@ -80,7 +80,7 @@ def gates(
         text = "all checks of the written checkpoint passed"
         rows.append({"name": "verification", "passed": True, "message": text})
     if "accuracy" in report:
-        from calibration.budget.search import Goal
+        from calibration.budget.budget_search import Goal
         from calibration.evaluation import evaluate
 
         rows += evaluate.gates(evaluate.Accuracy.from_dict(report["accuracy"]), context.recipe.accuracy)
@@ -124,7 +124,7 @@ def _pareto(context: BuildContext, outputs: Outputs, report: dict[str, Any]) -> 
     if "accuracy" not in report or not budget or budget.perplexity_increase is None:
         return []
     dense = report["accuracy"]["dense"]["perplexity"]
-    saved = sum(layer.bytes_saved_by_pruning for layer in context.plan.layers)
+    saved = sum(shape.bytes_saved_by_pruning for shape in context.plan.shapes)
     return [
         {
             "label": f"{point['fraction']:.0%} {context.plan.pattern}",
@@ -143,21 +143,19 @@ def _layers(context: BuildContext, outputs: Outputs) -> list[dict[str, Any]]:
 
     engine = outputs["engine"].path
     tactics = read_tactics(engine) or {"source": None, "layers": {}}
-    dense = {layer.name: layer.dense_bytes for layer in context.plan.layers}
+    dense = {layer.shape.name: layer.dense_bytes for layer in context.plan.layers}
     kernels = _engine_facts(context, outputs).get("kernel_of", {})
     rows = []
     for layer in checkpoint.read(outputs["checkpoint"].path / "hf").layers():
-        tactic = tactics["layers"].get(layer.name) or tactics["layers"].get(trtllm_name(layer.name), {})
+        name = layer.shape.name
+        tactic = tactics["layers"].get(name) or tactics["layers"].get(trtllm_name(name), {})
         rows.append({
-            "name": layer.name,
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "format": layer.format,
-            "sparse": layer.sparse,
+            "name": name,
+            **layer.shape.facts,
             "zeros": layer.zeros,
-            "dense_bytes": dense.get(layer.name),
+            "dense_bytes": dense.get(name),
             "built_bytes": layer.packed_bytes,
-            "kernel": kernels.get(layer.name) or _measured_kernels(tactics["source"], tactic),
+            "kernel": kernels.get(name) or _measured_kernels(tactics["source"], tactic),
             "reason": tactic.get("reason"),
         })  # fmt: skip
     return rows

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.checkpoint import layout
-from builder.checkpoint.config import Quantization
+from builder.checkpoint.checkpoint_config import Quantization
 from builder.planning.model_config import Architecture
 from builder.source_check.settings import check_dtype
 from calibration.model.weight_files import DTYPES, read_header, weight_files

@@ -31,6 +31,7 @@ from calibration.model.weights import Weights
 from calibration.pruning.block_pruner import by_block
 from calibration.pruning.input_statistics import walk_block
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
 from plugins.common.progress import Progress
 from plugins.sparsity.declaration import Declaration
 
@@ -66,7 +67,8 @@ def compensate(
     names = _pruned_layers(pruned)
     layers_of = by_block(names, blocks)
     for name in names:
-        check_adapter_rank(rank, name, *blocks.skeleton.get_submodule(name.removeprefix("model.")).weight.shape)
+        N, K = blocks.skeleton.get_submodule(name.removeprefix("model.")).weight.shape
+        check_adapter_rank(rank, LinearShape(N, K, name=name))
     finished = BlockStore(work, _key(blocks, originals, tokens, rank, names))
     walk = EoraPass(blocks, originals, tokens_BT, rank, finished)
     for number in range(finished.count(), blocks.count):

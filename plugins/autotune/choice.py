@@ -11,7 +11,8 @@ from typing import Any
 
 from plugins.common.defaults import LEAST_GAIN, SPARSE_KERNELS
 from plugins.common.errors import UserError
-from plugins.common.patterns import TENSOR_CORE, Pattern
+from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import TENSOR_CORE
 from plugins.sparsity.segments import Axis
 
 HELD_ONCE = 0.15  # of time: what a second, dense copy of a weight must save on a CPU
@@ -21,30 +22,15 @@ OURS = ("cublaslt", "cpu-dense")  # what a layer can run dense
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A layer as far as its speed depends on it."""
-
-    out_features: int
-    in_features: int
-    format: str  # fp16, bf16, int8, fp8
-    per_channel: bool = False  # one weight scale a row
-    out: str = "bf16"
-    pattern: Pattern = TENSOR_CORE  # of its sparse kernels
-
-    def __str__(self) -> str:
-        return f"{self.format} [{self.out_features}, {self.in_features}]"
-
-
-@dataclass(frozen=True)
 class Hybrid:
     """A layer that is 2:4 in part: its product of 2:4 weights, that of the rest, and the dense layer's."""
 
-    sparse: Shape
-    rest: Shape
-    whole: Shape
+    sparse: LinearShape
+    rest: LinearShape
+    whole: LinearShape
 
     @classmethod
-    def of(cls, whole: Shape, axis: Axis, size: int) -> Hybrid:
+    def of(cls, whole: LinearShape, axis: Axis, size: int) -> Hybrid:
         """With `size` of its rows or inputs 2:4."""
         if axis == "rows":
             sizes = size, whole.out_features - size
@@ -119,7 +105,7 @@ def _listed(algorithm: tuple[int, ...] | None) -> list[int] | None:
     return None if algorithm is None else list(algorithm)
 
 
-def entry(shape: Shape | Hybrid, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str, Any]:
+def entry(shape: LinearShape | Hybrid, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str, Any]:
     """A layer's entry in tactics.json."""
     if isinstance(shape, Hybrid):
         products = [[part.out_features, part.in_features] for part in (shape.sparse, shape.rest)]
@@ -129,9 +115,7 @@ def entry(shape: Shape | Hybrid, buckets: Sequence[dict[str, Any]], gpu: str) ->
         why = why if pays else f"runs dense, as one product: {why}"
         return {**entry(shape.whole, buckets, gpu), "products": products if pays else None, "reason": why}
     return {
-        "out_features": shape.out_features,
-        "in_features": shape.in_features,
-        "format": shape.format,
+        **shape.facts,
         "sparse": True,
         "reason": reason(buckets, gpu, shape.pattern),
         "buckets": list(buckets),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from plugins.common.config import Config
+from plugins.common.config_base import Config
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
 from plugins.common.patterns import TENSOR_CORE, Pattern

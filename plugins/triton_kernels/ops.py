@@ -28,9 +28,9 @@ LAUNCHES = {"rms_norm": 1, "rope_and_cache": 1, "decode_attention": 2, "silu_mul
 
 @cache
 def _kernels() -> dict[str, Callable[..., torch.Tensor]]:
-    from plugins.triton_kernels import attention, rms_norm, rope, silu
+    from plugins.triton_kernels import decode_attention, rms_norm, rope, silu
 
-    functions = (rms_norm.rms_norm, rope.rope_and_cache, attention.decode_attention, silu.silu_mul)
+    functions = (rms_norm.rms_norm, rope.rope_and_cache, decode_attention.decode_attention, silu.silu_mul)
     return {function.__name__: function for function in functions}
 
 

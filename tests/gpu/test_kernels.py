@@ -11,9 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from plugins.autotune import choice, reuse, timing, tuner
+from plugins.autotune import reuse, timing, tuner
 from plugins.common import numerics
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
 from plugins.libtwofour import bindings, structures, torch_ops
 from plugins.sparsity import skinny_layout
 from plugins.sparsity.torch_packing import to_numpy
@@ -245,7 +246,7 @@ def test_search_keeps_an_algorithm_and_counts_what_memory_left_out() -> None:
 
 
 def test_tuner_measures_and_its_tactics_are_taken_back() -> None:
-    actual = tuner.tune({"layer": choice.Shape(512, 1024, "bf16")}, buckets=(1, 64))
+    actual = tuner.tune({"layer": LinearShape(512, 1024, "bf16")}, buckets=(1, 64))
     for bucket in actual["layers"]["layer"]["buckets"]:
         assert bucket["measured"]
         assert bucket["dense_us"] > 0

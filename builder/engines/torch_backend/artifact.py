@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from builder.artifacts.filesystem import checkpoint_digest
-from builder.engines.torch_backend import weights
+from builder.engines.torch_backend import engine_weights
 from builder.engines.torch_backend.decoder import Decoder
 from builder.engines.torch_backend.engine import TorchEngine
 from builder.engines.torch_backend.limits import Limits
@@ -48,9 +48,9 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
     model_config = _read_json(checkpoint / "config.json", "a unified Hugging Face checkpoint")
     _check_architecture(checkpoint, model_config)
     declaration = Declaration.read(checkpoint)
-    tensors = weights.open_tensors(checkpoint)
+    tensors = engine_weights.open_tensors(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    weights.write(weights.packed(tensors, declaration), out)
+    engine_weights.write(engine_weights.packed(tensors, declaration), out)
     write_json(out / "config.json", {k: v for k, v in model_config.items() if k != "quantization_config"})
     copy_tokenizer(checkpoint, out)
     if tactics is not None:
@@ -58,7 +58,7 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
     engine = {
         "backend": "torch",
         "layout": LAYOUT,
-        "format": weights.number_format(tensors),
+        "format": engine_weights.number_format(tensors),
         "kv_cache": _kv_cache(model_config, tensors),
         "sparse_layers": len(declaration.pruned),
         "pattern": declaration.pattern if declaration.pruned else None,
@@ -117,7 +117,7 @@ def _open(
     with torch.inference_mode():
         model = Decoder(
             config,
-            weights.open_tensors(directory),
+            engine_weights.open_tensors(directory),
             dtype=dtype,
             device=device,
             positions=limits.max_seq_len,

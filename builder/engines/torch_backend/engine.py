@@ -28,7 +28,7 @@ from builder.engines.torch_backend.kv_cache import KVCache, blocks_for, table_of
 from builder.engines.torch_backend.limits import Limits
 from builder.engines.torch_backend.sampling import sample
 from builder.engines.torch_backend.scheduler import Scheduler, Sequence
-from builder.planning.kv_cache import BLOCK, check_eviction
+from builder.planning.kv_capacity import BLOCK, check_eviction
 from plugins.common.errors import UserError
 from plugins.common.request import Request, Token
 

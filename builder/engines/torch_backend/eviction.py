@@ -19,7 +19,7 @@ import torch
 
 from builder.engines.torch_backend.attention import Prefill, Slice
 from builder.engines.torch_backend.kv_cache import KVCache, blocks_for
-from builder.planning.kv_cache import BLOCK, SINKS
+from builder.planning.kv_capacity import BLOCK, SINKS
 
 QUERIES = 256  # whose attention is in memory at once
 MASS_BYTES = 4  # of a cached token in one layer and head

@@ -9,7 +9,8 @@ import torch
 
 from builder.engines.torch_backend.decoder import Decoder
 from builder.planning.model_config import architecture
-from plugins.autotune import choice, timing
+from plugins.autotune import timing
+from plugins.common.linear_shape import LinearShape
 from plugins.linear.factory import share_input
 from plugins.linear.kernel_linear import DENSE, Choices, KernelLinear, choices_of
 from plugins.linear.torch_linear import Linear, Scales
@@ -22,12 +23,13 @@ class RandomWeights:
 
     def __init__(self, config: dict[str, Any], format: str, device: torch.device) -> None:
         self.config, self.format, self.device = config, format, device
+        self.shapes = {shape.name: shape for shape in architecture(config).linears()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(())
 
     def of(self, module: str) -> dict[str, torch.Tensor]:
-        shape = self._shape(module.rpartition(".")[2])
+        shape = (self.shapes[module].out_features, self.shapes[module].in_features)
         if module.endswith("lm_head") or self.format == "bf16":
             return {"weight": timing.random_sparse(*shape, torch.bfloat16, self.device).mul_(0.02)}
         weight = timing.random_sparse(*shape, torch.float8_e4m3fn, self.device)
@@ -39,10 +41,6 @@ class RandomWeights:
         if name.endswith("embed_tokens.weight"):
             return torch.randn(int(self.config["vocab_size"]), width, device=self.device, dtype=torch.bfloat16)
         return torch.ones(width, device=self.device, dtype=torch.bfloat16)  # norms
-
-    def _shape(self, layer: str) -> tuple[int, int]:
-        linear = next(each for each in architecture(self.config).linears() if each.name.endswith(layer))
-        return linear.out_features, linear.in_features
 
 
 def decoder_of(config: dict[str, Any], format: str, device: torch.device, positions: int) -> Decoder:
@@ -89,11 +87,10 @@ def kernel_layers(decoder: Decoder) -> list[KernelLinear]:
     return [layer for layer in decoder.linears.values() if isinstance(layer, KernelLinear)]
 
 
-def shapes_of(decoder: Decoder) -> dict[str, choice.Shape]:
+def shapes_of(decoder: Decoder) -> dict[str, LinearShape]:
     """Their shapes, each once."""
     return {
-        key(layer): choice.Shape(layer.out_features, layer.in_features, layer.format)
-        for layer in kernel_layers(decoder)
+        key(layer): LinearShape(layer.out_features, layer.in_features, layer.format) for layer in kernel_layers(decoder)
     }
 
 

@@ -84,7 +84,7 @@ def build(
     plugin = plugin or _installed_plugin()
     if ratios is None:
         out_dtype = OF_DTYPE[opened.architecture.dtype]
-        ratios = measured_tactics.measure(read(checkpoint).layers(), config, out_dtype) if plugin else {}
+        ratios = measured_tactics.measure(read(checkpoint).shapes(), config, out_dtype) if plugin else {}
     chosen = routes(opened, ratios if given or opened.format == "int8" else None)
     status = _build_ranks(opened, out, config, chosen, tokenizer, plugin, progress)
     better = routes(opened, ratios, [layer for layer, word in status.items() if word == "picked"])
@@ -154,7 +154,7 @@ def _build_ranks(
         "building the TensorRT engine",
         progress,
     )
-    return sparsity_report.write(out, opened, read(opened.directory).layers(), chosen)
+    return sparsity_report.write(out, opened, read(opened.directory).shapes(), chosen)
 
 
 def _tokenizer(checkpoint: Path) -> Path:

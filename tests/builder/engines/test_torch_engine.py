@@ -14,7 +14,7 @@ import transformers
 from builder.engines.torch_backend import artifact
 from builder.engines.torch_backend.artifact import TorchEngine
 from builder.engines.torch_backend.cuda_graphs import DecodeSteps
-from builder.planning.kv_cache import BLOCK
+from builder.planning.kv_capacity import BLOCK
 from plugins.common.errors import UserError
 from plugins.common.request import Request, Token
 from tests.support.torch_models import FAMILIES, make_model, prompt

@@ -15,7 +15,7 @@ from builder.engines.torch_backend.kv_cache import KVCache
 from builder.engines.torch_backend.limits import Limits
 from builder.engines.torch_backend.sampling import sample
 from builder.engines.torch_backend.scheduler import Scheduler
-from builder.planning.kv_cache import BLOCK
+from builder.planning.kv_capacity import BLOCK
 from plugins.common.errors import UserError
 from plugins.common.request import Request
 from tests.support.examples import examples
