@@ -34,6 +34,11 @@ def short_name(pattern: str) -> str:
     return pattern.replace(":", "of")
 
 
+def skinny_kernel(pattern: str) -> str:
+    """The skinny kernel of a GPU, as libtwofour and tactics.json name it: "skinny-6of8", of 2:4 "skinny"."""
+    return "skinny" if pattern == TENSOR_CORE else f"skinny-{short_name(pattern)}"
+
+
 def cpu_kernel(pattern: str) -> str:
     """The CPU kernel of packed weights, as tactics.json names it: "cpu-6of8"."""
     return f"cpu-{short_name(pattern)}"

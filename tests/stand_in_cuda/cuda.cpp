@@ -102,21 +102,19 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
 namespace twofour {
 
 void skinny_configure() {}
-void skinny_launch(int type, const SkinnyProblem& problem, cudaStream_t) {
-  skinny_simulate(type, problem, packed_bytes(type, problem.out_features, problem.in_features));
-}
+void skinny_launch(Form form, const SkinnyProblem& problem, cudaStream_t) { skinny_simulate(form, problem); }
 void streamed_configure(const Multiprocessors&) {}
-void streamed_launch(int type, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t) {
-  streamed_simulate(type, problem, plan);
+void streamed_launch(Form form, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t) {
+  streamed_simulate(form, problem, plan);
 }
-int64_t first_violation_device(int type, int64_t n, int64_t k, const void* weight, cudaStream_t) {
-  return first_violation_host(type, n, k, weight);
+int64_t first_violation_device(Form form, int64_t n, int64_t k, const void* weight, cudaStream_t) {
+  return first_violation_host(form, n, k, weight);
 }
-void pack_device(int type, int64_t n, int64_t k, const void* weight, uint8_t* packed, cudaStream_t) {
-  pack_host(type, n, k, weight, packed);
+void pack_device(Form form, int64_t n, int64_t k, const void* weight, uint8_t* packed, cudaStream_t) {
+  pack_host(form, n, k, weight, packed);
 }
-void unpack_device(int type, int64_t n, int64_t k, const uint8_t* packed, void* weight, cudaStream_t) {
-  unpack_host(type, n, k, packed, weight);
+void unpack_device(Form form, int64_t n, int64_t k, const uint8_t* packed, void* weight, cudaStream_t) {
+  unpack_host(form, n, k, packed, weight);
 }
 void copy_canonical(int type, int64_t elements, const void* source, void* target, cudaStream_t) {
   const int size = element_bytes(type);

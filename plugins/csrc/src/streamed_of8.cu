@@ -1,0 +1,12 @@
+#include "streamed_kernel.cuh"
+
+namespace twofour {
+
+template void streamed_configure_pattern<4>(const Multiprocessors&);
+template void streamed_configure_pattern<5>(const Multiprocessors&);
+template void streamed_configure_pattern<6>(const Multiprocessors&);
+template void streamed_launch_pattern<4>(int, const SkinnyProblem&, const StreamedPlan&, cudaStream_t);
+template void streamed_launch_pattern<5>(int, const SkinnyProblem&, const StreamedPlan&, cudaStream_t);
+template void streamed_launch_pattern<6>(int, const SkinnyProblem&, const StreamedPlan&, cudaStream_t);
+
+}  // namespace twofour
