@@ -33,10 +33,10 @@ from benchmarks.pruning.accuracy import (
 from benchmarks.pruning.fractions import COMMAND
 from plugins.common.errors import UserError
 from plugins.common.json_files import read_json
-from plugins.common.patterns import ON_CPU_ONLY, bytes_per_weight
+from plugins.common.patterns import OF_EIGHT, bytes_per_weight
 
 FRACTIONS = (0.25, 0.5)
-OTHERS = (*ON_CPU_ONLY, "25%")
+OTHERS = (*OF_EIGHT, "25%")
 UNITS = {"torch": "coupled channels", "pytorch": "whole layers"}  # that a backend's fraction selects
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.roofline import roofline
 from builder.hardware import machine
 from plugins.common.defaults import LEAST_GAIN, MAX_SKINNY_TOKENS
-from plugins.common.patterns import ON_CPU_ONLY, TENSOR_CORE
+from plugins.common.patterns import TENSOR_CORE, skinny_kernel
 
 BUCKETS = (1, 8, 64, 512, 4096)  # tokens
 
@@ -44,7 +44,7 @@ def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any
     """The roofline's times of one layer at one number of tokens, dense and sparse, in microseconds."""
     number_format = roofline.tensor_core_format(layer.format)
     shape = (card, tokens, layer.out_features, layer.in_features, number_format)
-    if card.refuses(number_format, layer.sparse) or _has_no_kernel(layer.sparse, layer.pattern):
+    if card.refuses(number_format, layer.sparse, layer.pattern):
         return {
             "tokens": tokens,
             "kernel": "none",
@@ -55,39 +55,38 @@ def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any
         }
     dense = roofline.gemm_time(*shape, sparse=False).seconds * 1e6
     kernels = 2 if 0 < layer.fraction < 1 else 1
-    sparse = roofline.gemm_time(*shape, sparse=layer.fraction or 1.0, kernels=kernels).seconds * 1e6
+    share = layer.fraction or 1.0
+    sparse = roofline.gemm_time(*shape, sparse=share, kernels=kernels, pattern=layer.pattern).seconds * 1e6
     ratio = dense / sparse
-    pays = layer.sparse and ratio >= LEAST_GAIN
-    kernel = ("skinny" if tokens <= MAX_SKINNY_TOKENS else "cusparselt") if pays else "dense-cublaslt"
+    few, has_kernel = tokens <= MAX_SKINNY_TOKENS, layer.sparse and _has_kernel(layer.pattern, tokens)
+    pays = has_kernel and ratio >= LEAST_GAIN
+    kernel = (skinny_kernel(layer.pattern) if few else "cusparselt") if pays else "dense-cublaslt"
     return {
         "tokens": tokens,
         "kernel": kernel,
         "dense_us": round(dense, 3),
-        "sparse_us": round(sparse, 3) if layer.sparse else None,
-        "ratio": round(ratio, 3) if layer.sparse else None,
+        "sparse_us": round(sparse, 3) if has_kernel else None,
+        "ratio": round(ratio, 3) if has_kernel else None,
         "measured": False,
     }
 
 
-def _has_no_kernel(sparse: bool, pattern: str) -> bool:
-    """Whether no GPU multiplies the weight: those of n:8 have kernels on a CPU alone."""
-    return sparse and pattern in ON_CPU_ONLY
+def _has_kernel(pattern: str, tokens: int) -> bool:
+    """Whether a kernel multiplies the packed weight by so many tokens: for n:8 there is only the skinny one."""
+    return pattern == TENSOR_CORE or tokens <= MAX_SKINNY_TOKENS
 
 
 def reason(card: roofline.Gpu, sparse: bool, buckets: list[dict[str, Any]], pattern: str = TENSOR_CORE) -> str:
     """Why the layer runs dense or sparse."""
-    if _has_no_kernel(sparse, pattern):
-        return (
-            f"no kernel on a GPU multiplies {pattern} weights, those of a CPU are timed when the engine is built there"
-        )
     if any(bucket["kernel"] == "none" for bucket in buckets):
         return f"{card.name} cannot run this format"
     if not sparse:
         return f"dense: the weight is not {pattern}"
-    ratios = [bucket["ratio"] for bucket in buckets]
+    ratios = [bucket["ratio"] for bucket in buckets if bucket["ratio"] is not None]
     if max(ratios) >= LEAST_GAIN:
         limits = "(roofline limits, not measured)"
-        return f"2:4 pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {card.name} {limits}"
+        dense = "" if pattern == TENSOR_CORE else f"; dense above {MAX_SKINNY_TOKENS} tokens"
+        return f"{pattern} pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {card.name} {limits}{dense}"
     least = card.least_kernel_seconds * 1e6
     bound = [bucket["tokens"] for bucket in buckets if bucket["dense_us"] <= round(least, 3)]
     if bound:

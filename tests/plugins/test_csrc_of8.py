@@ -9,15 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plugins.common.errors import UserError
-from plugins.common.patterns import ON_CPU_ONLY as OF_8
-from plugins.common.patterns import keep_and_group, skinny_kernel
+from plugins.common.patterns import OF_EIGHT, keep_and_group, skinny_kernel
 from plugins.libtwofour import bindings, structures
 from plugins.sparsity import skinny_layout_of8 as layout
 from tests.support import c_api, native
 from tests.support.examples import examples
 from tests.support.skinny import DTYPES, OUT, in_features, matmul, pack, poison, random_values, shapes
 
-PATTERNS = st.sampled_from(OF_8)
+PATTERNS = st.sampled_from(OF_EIGHT)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,13 +58,13 @@ def test_packing_agrees_with_numpy_and_inverts(pattern: str, format: str, n: int
 
 
 @pytest.mark.parametrize("format", sorted(DTYPES))
-@pytest.mark.parametrize("pattern", OF_8)
+@pytest.mark.parametrize("pattern", OF_EIGHT)
 def test_packed_weight_takes_n_eighths_and_a_bit_for_each_input(pattern: str, format: str) -> None:
     width, keep = np.dtype(DTYPES[format]).itemsize, keep_and_group(pattern)[0]
     assert layout.packed_bytes(64, 1024, format, pattern) == 64 * 1024 * (width * keep + 1) // 8
 
 
-@pytest.mark.parametrize("pattern", OF_8)
+@pytest.mark.parametrize("pattern", OF_EIGHT)
 def test_damaged_weight_and_one_of_another_size_are_refused(pattern: str) -> None:
     rng = np.random.default_rng(0)
     packed = layout.pack(prune(random_values((16, 256), "int8", rng), pattern, rng), "int8", pattern)
@@ -119,7 +118,7 @@ def test_simulated_kernel_against_float64(
 
 @pytest.mark.parametrize("algorithm", [(1,), (3,), (1, 1), (3, 1, 2)], ids=str)
 @pytest.mark.parametrize("format", sorted(DTYPES))
-@pytest.mark.parametrize("pattern", OF_8)
+@pytest.mark.parametrize("pattern", OF_EIGHT)
 def test_each_input_meets_its_own_weight(pattern: str, format: str, algorithm: tuple[int, ...]) -> None:
     """Rows of x are unit vectors: y is the weight itself, column by column."""
     host, rng, n, k = bindings.context(bindings.HOST), np.random.default_rng(11), 24, 320
@@ -132,7 +131,7 @@ def test_each_input_meets_its_own_weight(pattern: str, format: str, algorithm: t
 
 
 @pytest.mark.parametrize("format", sorted(DTYPES))
-@pytest.mark.parametrize("pattern", OF_8)
+@pytest.mark.parametrize("pattern", OF_EIGHT)
 def test_one_nonzero_too_many_is_named(host: bindings.Context, pattern: str, format: str) -> None:
     keep = keep_and_group(pattern)[0]
     w_NK = np.zeros((20, 64), DTYPES[format])
@@ -142,7 +141,7 @@ def test_one_nonzero_too_many_is_named(host: bindings.Context, pattern: str, for
         pack(host, w_NK, format, skinny_kernel(pattern))
 
 
-@pytest.mark.parametrize("pattern", OF_8)
+@pytest.mark.parametrize("pattern", OF_EIGHT)
 def test_problem_that_cannot_run(host: bindings.Context, pattern: str) -> None:
     kernel = skinny_kernel(pattern)
     for problem, message in (

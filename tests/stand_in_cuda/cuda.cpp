@@ -101,12 +101,27 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
 
 namespace twofour {
 
-void skinny_configure() {}
-void skinny_launch(Form form, const SkinnyProblem& problem, cudaStream_t) { skinny_simulate(form, problem); }
-void streamed_configure(const Multiprocessors&) {}
-void streamed_launch(Form form, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t) {
-  streamed_simulate(form, problem, plan);
+template <int kKeep>
+void skinny_configure_pattern() {}
+template <int kKeep>
+void skinny_launch_pattern(int type, const SkinnyProblem& problem, cudaStream_t) {
+  skinny_simulate({type, kKeep}, problem);
 }
+template <int kKeep>
+void streamed_configure_pattern(const Multiprocessors&) {}
+template <int kKeep>
+void streamed_launch_pattern(int type, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t) {
+  streamed_simulate({type, kKeep}, problem, plan);
+}
+#define TWOFOUR_STAND_IN(keep)                                                                      \
+  template void skinny_configure_pattern<keep>();                                                   \
+  template void skinny_launch_pattern<keep>(int, const SkinnyProblem&, cudaStream_t);               \
+  template void streamed_configure_pattern<keep>(const Multiprocessors&);                           \
+  template void streamed_launch_pattern<keep>(int, const SkinnyProblem&, const StreamedPlan&, cudaStream_t)
+TWOFOUR_STAND_IN(2);
+TWOFOUR_STAND_IN(4);
+TWOFOUR_STAND_IN(5);
+TWOFOUR_STAND_IN(6);
 int64_t first_violation_device(Form form, int64_t n, int64_t k, const void* weight, cudaStream_t) {
   return first_violation_host(form, n, k, weight);
 }

@@ -9,6 +9,7 @@ import torch
 
 from builder.engines.torch_backend.decoder import Decoder
 from plugins.autotune import choice, timing
+from plugins.common.patterns import TENSOR_CORE
 from plugins.linear.factory import share_input
 from plugins.linear.kernel_linear import DENSE, Choices, KernelLinear, choices_of
 from plugins.linear.torch_linear import Linear, Scales
@@ -70,7 +71,7 @@ def make_sparse(decoder: Decoder, tactics: dict[str, Any] | None) -> None:
     scales = Scales(*(torch.full((1,), scale, device=decoder.device) for scale in SCALES))
 
     def twin(layer: Linear) -> KernelLinear:
-        kernels: Choices = choices_of(layers.get(key(layer)), sparse=True)
+        kernels: Choices = choices_of(layers.get(key(layer)), TENSOR_CORE)
         return KernelLinear(layer.weights["cublaslt"], scales, layer.bias, decoder.dtype, kernels)
 
     replace(decoder, twin, sparse=True)

@@ -12,8 +12,9 @@ namespace twofour {
 
 namespace {
 
+// One thread block a multiprocessor, named, lets those of n:8 have the registers that they need; 0 names none.
 template <class C>
-__global__ void __launch_bounds__(C::threads) skinny_kernel(const SkinnyProblem problem) {
+__global__ void __launch_bounds__(C::threads, C::keep == kKeep2of4 ? 0 : 1) skinny_kernel(const SkinnyProblem problem) {
   extern __shared__ __align__(16) uint8_t shared[];
   skinny_block<C>(problem, shared);
 }

@@ -42,7 +42,9 @@ struct StreamedConfig {
 
 // As many tiles in a group as registers allow.
 template <int kType, int kTokenTiles, int kKeep>
-using StreamedChoice = StreamedConfig<kType, kTokenTiles, kTokenTiles == 4 ? 2 : 4, kKeep>;
+using StreamedChoice =
+    StreamedConfig<kType, kTokenTiles,
+                   kTokenTiles < 4 ? 4 : kKeep != kKeep2of4 && element_bytes(kType) == 2 ? 1 : 2, kKeep>;
 
 // The share of a thread block: 16-row tiles and 256-input blocks of the weight.
 struct Range {

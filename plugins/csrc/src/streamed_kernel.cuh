@@ -14,8 +14,9 @@ namespace twofour {
 
 namespace {
 
+// As for the staged kernel (skinny_kernel.cuh).
 template <class C>
-__global__ void __launch_bounds__(C::threads) streamed_kernel(const SkinnyProblem problem) {
+__global__ void __launch_bounds__(C::threads, C::keep == kKeep2of4 ? 0 : 1) streamed_kernel(const SkinnyProblem problem) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t shared[];
   streamed_block<C>(problem, shared);
