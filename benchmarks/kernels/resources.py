@@ -81,7 +81,8 @@ def compile_kernels(sm: str, work: Path) -> list[Kernel]:
     Raises UserError where the compiler is missing or fails.
     """
     kernels = []
-    for source in ("skinny.cu", "streamed.cu", "skinny_of8.cu", "streamed_of8.cu"):
+    sources = ("skinny.cu", "skinny_of8.cu", "streamed.cu", *(f"streamed_{n}of8.cu" for n in (4, 5, 6)))
+    for source in sources:
         name = "staged" if source.startswith("skinny") else "streamed"
         target = work / f"{source}.cubin"
         command = [compiler.find_nvcc(), "-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", f"-arch=sm_{sm}"]

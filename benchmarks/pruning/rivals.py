@@ -4,8 +4,8 @@ Decoding is bound by the bytes of the weights, so rows of equal predicted time s
 2:4 or 4:8 in the share F of the weights saves 0.375 F of them at 8 bit. Rows of a share are builds with
 `sparsity.fraction`; whole layers are selected by the same prices, as for TensorRT-LLM's backends. All are pruned
 without quantization, by SparseGPT in one pass if a solver is needed, on the same tokens, and evaluated on held-out
-text. The n:8 patterns save bytes on a CPU only. Unstructured sparsity has no kernel here: its row gives accuracy only.
-With --peers, llm-compressor runs in a separate environment.
+text. The n:8 patterns save bytes and no multiplications. Unstructured sparsity has no kernel here: its row gives
+accuracy only. With --peers, llm-compressor runs in a separate environment.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ void streamed_configure(const Multiprocessors& gpu);  // once a device: raises t
 void streamed_launch(Form form, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t stream);
 void streamed_simulate(Form form, const SkinnyProblem& problem, const StreamedPlan& plan);
 
-// Of one pattern: compiled in streamed.cu for 2:4 and in streamed_of8.cu for the others.
+// Of one pattern: compiled in streamed.cu for 2:4 and in streamed_4of8.cu to streamed_6of8.cu for the others, in parallel.
 template <int kKeep>
 void streamed_configure_pattern(const Multiprocessors& gpu);
 template <int kKeep>
