@@ -31,7 +31,7 @@ class Recipe(Config):
     calibration: CalibrationData = CalibrationData()
     """Text for pruning and quantization."""
     sparsity: Sparsity | None = None
-    """Pruning to 2:4, or to n:8 for a CPU."""
+    """Pruning to 2:4, or to n:8 for the torch engine."""
     recovery: Recovery | None = None
     """Distillation after pruning."""
     quantization: Quantization = Quantization()

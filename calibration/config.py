@@ -67,7 +67,7 @@ class Sparsity(Config):
 
     pattern: Pattern = TENSOR_CORE
     """`n:m`: at most n nonzeros in each group of m consecutive inputs. 4:8, 5:8 and 6:8 lose less accuracy than 2:4,
-    save 0.375, 0.25 and 0.125 of the bytes at 8 bit, and run in the torch engine on a CPU only."""
+    save 0.375, 0.25 and 0.125 of the bytes at 8 bit, and run in the torch engine only."""
     method: Method = "reconstruct"
     """The pruning method; docs/pruning.md compares them."""
     layers: tuple[str, ...] = ("*",)

@@ -14,7 +14,7 @@ from benchmarks.roofline.published import compare_decode, comparisons, median_er
 from builder.planning import compatibility, compatibility_rules
 from plugins.common.families import FAMILIES
 from plugins.common.json_files import read_json
-from plugins.common.patterns import ON_CPU_ONLY
+from plugins.common.patterns import OF_EIGHT
 
 README = ROOT / "README.md"
 SHORT_ANSWER = 16  # tokens
@@ -115,8 +115,8 @@ def support() -> str:
         f"| {label} | " + " | ".join(_range(number_format, name) for name in compatibility_rules.BACKENDS) + " |\n"
         for number_format, label in (("bf16", "bf16, fp16"), ("fp8", "FP8 (e4m3)"), ("int8", "INT8 (SmoothQuant W8A8)"))
     ]
-    on_cpu = " | ".join(_range("int8", name, ON_CPU_ONLY) for name in compatibility_rules.BACKENDS)
-    rows.append(f"| any of these, {', '.join(ON_CPU_ONLY)} | {on_cpu} |\n")
+    of_eight = " | ".join(_range("int8", name, OF_EIGHT) for name in compatibility_rules.BACKENDS)
+    rows.append(f"| any of these, {', '.join(OF_EIGHT)} | {of_eight} |\n")
     return f"Model families: {families}.\n\n{head}|---|{'---|' * len(compatibility_rules.BACKENDS)}\n{''.join(rows)}"
 
 

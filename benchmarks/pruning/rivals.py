@@ -4,8 +4,8 @@ Decoding is bound by the bytes of the weights, so rows of equal predicted time s
 2:4 or 4:8 in the share F of the weights saves 0.375 F of them at 8 bit. Rows of a share are builds with
 `sparsity.fraction`; whole layers are selected by the same prices, as for TensorRT-LLM's backends. All are pruned
 without quantization, by SparseGPT in one pass if a solver is needed, on the same tokens, and evaluated on held-out
-text. The n:8 patterns save bytes on a CPU only. Unstructured sparsity has no kernel here: its row gives accuracy only.
-With --peers, llm-compressor runs in a separate environment.
+text. The n:8 patterns save bytes and no multiplications. Unstructured sparsity has no kernel here: its row gives
+accuracy only. With --peers, llm-compressor runs in a separate environment.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from benchmarks.pruning import accuracy
 from benchmarks.pruning.accuracy import LLMCOMPRESSOR, environment_python, judge, linear_layers, make_tokens
 from benchmarks.pruning.fractions import COMMAND
 from plugins.common.errors import UserError
-from plugins.common.patterns import ON_CPU_ONLY, bytes_per_weight
+from plugins.common.patterns import OF_EIGHT, bytes_per_weight
 
 FRACTIONS = (0.25, 0.5)
-OTHERS = (*ON_CPU_ONLY, "25%")
+OTHERS = (*OF_EIGHT, "25%")
 UNITS = {"torch": "coupled channels", "pytorch": "whole layers"}  # that a backend's fraction selects
 
 

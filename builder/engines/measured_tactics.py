@@ -20,6 +20,7 @@ from plugins.common.formats import KERNEL_OUTPUTS
 from plugins.common.fused_layers import fused_name, fused_parts
 from plugins.common.linear_shape import LinearShape
 from plugins.common.nvidia_smi import gpus
+from plugins.common.patterns import TENSOR_CORE
 from plugins.common.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -116,8 +117,8 @@ def tactics(
 
     `dtype` is the model's own, as its config.json names it. `fused`: as the torch engine and TensorRT-LLM's PyTorch
     backend run them, q, k and v, and gate and up, as one product of one rank's shard. `in_part`: layers that are 2:4 in
-    part too, as the torch engine runs them. Raises UserError where this GPU or its libraries cannot run 2:4 kernels: a
-    build that went on would be dense under a sparse name.
+    part too, as the torch engine runs them. Raises UserError where this GPU or its libraries cannot run sparse kernels:
+    a build that went on would be dense under a sparse name.
     """
     from plugins.autotune import tuner
 
@@ -131,7 +132,7 @@ def tactics(
         shapes |= hybrids(layers, dtype)
     most = max(config.max_num_tokens, config.max_batch_size)
     table = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most), dtype, progress)
-    untimed = f"stays dense: the model computes in {dtype}, and the 2:4 kernels in 16 bit"
+    untimed = f"stays dense: the model computes in {dtype}, and the sparse kernels in 16 bit"
     return _with_all_layers(table, layers, untimed)
 
 
@@ -284,17 +285,21 @@ def _tune(
 ) -> dict[str, Any]:
     """The tuner's tactics; without a layer, this GPU's facts alone. Raises UserError that names the GPU."""
     from plugins.autotune import tuner
+    from plugins.autotune.choice import Hybrid
     from plugins.libtwofour import bindings
 
     gpu = gpus()[0]
     if not shapes:
         device = {"name": gpu.name, "sm": gpu.sm, "driver": gpu.driver}
         return {"device": device, "source": "measured", "gpu": gpu.name, "versions": {}, "layers": {}}
+    patterns = sorted({part.sparse.pattern if isinstance(part, Hybrid) else part.pattern for part in shapes.values()})
     try:
-        bindings.version("cusparselt")  # raises where it is missing or too old: without it, dense would win by default
+        if TENSOR_CORE in patterns:
+            bindings.version("cusparselt")  # raises where it is missing or too old: dense would win by default
         return tuner.tune(shapes, buckets, progress=progress, out=DTYPES[dtype])
     except UserError as error:
-        raise UserError(f"the 2:4 kernels of this machine's {gpu.name} cannot be timed: {error}") from None
+        names = " and ".join(patterns)
+        raise UserError(f"the {names} kernels of this machine's {gpu.name} cannot be timed: {error}") from None
 
 
 def _is_dense(bucket: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from benchmarks.roofline import roofline
 from builder.hardware import machine
 from plugins.common.defaults import LEAST_GAIN, MAX_SKINNY_TOKENS
 from plugins.common.linear_shape import LinearShape
-from plugins.common.patterns import ON_CPU_ONLY
+from plugins.common.patterns import TENSOR_CORE, skinny_kernel
 
 BUCKETS = (1, 8, 64, 512, 4096)  # tokens
 
@@ -39,39 +39,32 @@ def predict_bucket(card: roofline.Gpu, tokens: int, layer: LinearShape) -> dict[
     product = roofline.on_tensor_cores(layer)
     bucket: dict[str, Any] = {"tokens": tokens, "kernel": "none", "dense_us": None, "sparse_us": None, "ratio": None}
     bucket["measured"] = False
-    if card.refuses(product) or _has_no_kernel(layer):
+    if card.refuses(product):
         return bucket
     dense = roofline.gemm_time(card, tokens, replace(product, fraction=0.0)).seconds * 1e6
     bucket |= {"kernel": "dense-cublaslt", "dense_us": round(dense, 3)}
-    if layer.sparse:
+    few = tokens <= MAX_SKINNY_TOKENS
+    if layer.sparse and (few or layer.pattern == TENSOR_CORE):  # n:8 has the skinny kernel alone
         sparse = roofline.gemm_time(card, tokens, product, kernels=2 if layer.fraction < 1 else 1).seconds * 1e6
         ratio = dense / sparse
         bucket |= {"sparse_us": round(sparse, 3), "ratio": round(ratio, 3)}
         if ratio >= LEAST_GAIN:
-            bucket["kernel"] = "skinny" if tokens <= MAX_SKINNY_TOKENS else "cusparselt"
+            bucket["kernel"] = skinny_kernel(layer.pattern) if few else "cusparselt"
     return bucket
-
-
-def _has_no_kernel(layer: LinearShape) -> bool:
-    """Whether no GPU multiplies the weight: those of n:8 have kernels on a CPU alone."""
-    return layer.sparse and layer.pattern in ON_CPU_ONLY
 
 
 def reason(card: roofline.Gpu, layer: LinearShape, buckets: list[dict[str, Any]]) -> str:
     """Why the layer runs dense or sparse."""
     pattern = layer.pattern
-    if _has_no_kernel(layer):
-        return (
-            f"no kernel on a GPU multiplies {pattern} weights, those of a CPU are timed when the engine is built there"
-        )
     if any(bucket["kernel"] == "none" for bucket in buckets):
         return f"{card.name} cannot run this format"
     if not layer.sparse:
         return f"dense: the weight is not {pattern}"
-    ratios = [bucket["ratio"] for bucket in buckets]
+    ratios = [bucket["ratio"] for bucket in buckets if bucket["ratio"] is not None]
     if max(ratios) >= LEAST_GAIN:
         limits = "(roofline limits, not measured)"
-        return f"2:4 pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {card.name} {limits}"
+        dense = "" if pattern == TENSOR_CORE else f"; dense above {MAX_SKINNY_TOKENS} tokens"
+        return f"{pattern} pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {card.name} {limits}{dense}"
     least = card.least_kernel_seconds * 1e6
     bound = [bucket["tokens"] for bucket in buckets if bucket["dense_us"] <= round(least, 3)]
     if bound:

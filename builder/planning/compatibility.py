@@ -20,7 +20,7 @@ from builder.planning.compatibility_rules import (
 )
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
-from plugins.common.patterns import ON_CPU_ONLY
+from plugins.common.patterns import OF_EIGHT
 from plugins.tensorrt_llm import releases
 
 MODELOPT = "0.47"  # the version whose checkpoints are supported
@@ -28,7 +28,7 @@ MODELOPT = "0.47"  # the version whose checkpoints are supported
 
 def features_of(per_token: bool, quantized_head: bool, pattern: str | None = None) -> tuple[str, ...]:
     """What not every backend has, as `check` takes it. `pattern` is that of sparse layers, None without one."""
-    used = ((PER_TOKEN, per_token), (QUANTIZED_HEAD, quantized_head), (str(pattern), pattern in ON_CPU_ONLY))
+    used = ((PER_TOKEN, per_token), (QUANTIZED_HEAD, quantized_head), (str(pattern), pattern in OF_EIGHT))
     return tuple(name for name, has in used if has)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from plugins.common.errors import UserError
 from plugins.common.formats import Format
-from plugins.common.patterns import ON_CPU_ONLY
+from plugins.common.patterns import OF_EIGHT
 
 BACKENDS = ("tensorrt", "pytorch", "torch")
 FORMATS = tuple(format.value for format in Format)
@@ -75,13 +75,12 @@ class Combination:
     sm: int | None = None
     kv_cache: str = "none"
     parallel: bool = False
-    features: tuple[str, ...] = ()  # some of PER_TOKEN, QUANTIZED_HEAD and the patterns that only CPUs have
+    features: tuple[str, ...] = ()  # some of PER_TOKEN, QUANTIZED_HEAD and the patterns of 8
 
 
 PER_TOKEN = "int8 activations with a scale for each token"
 QUANTIZED_HEAD = "an 8-bit lm_head"
 TRTLLM = ("tensorrt", "pytorch")
-ANY_LATER = 999
 
 
 def _yes(reason: str, **where: Any) -> Rule:
@@ -92,19 +91,22 @@ def _no(reason: str, instead: str, **where: Any) -> Rule:
     return Rule(Verdict.no(reason, instead), **where)
 
 
-def _on_cpu_only(pattern: str) -> tuple[Rule, Rule]:
-    """A pattern whose only kernels are the torch engine's on a CPU."""
-    instead = "use sparsity.pattern=2:4, or engine.backend=torch on a machine without a GPU"
+def _refusals_of_eight(pattern: str) -> tuple[Rule, Rule]:
+    """Of a pattern whose only kernels are the torch engine's."""
+    other, newer = (
+        "use sparsity.pattern=2:4, or engine.backend=torch",
+        "remove the recipe's 'sparsity' section, or use a newer GPU",
+    )
     return (
-        _no(f"TensorRT-LLM has no kernel for {pattern} weights", instead, backends=TRTLLM, feature=pattern),
-        _no(f"no kernel on a GPU multiplies {pattern} weights", instead, sm=(0, ANY_LATER), feature=pattern),
+        _no(f"TensorRT-LLM has no kernel for {pattern} weights", other, backends=TRTLLM, feature=pattern),
+        _no(f"the kernels of {pattern} weights need SM80 (A100) or later", newer, sm=(0, 79), feature=pattern),
     )
 
 
 # The first row that matches decides, so refusals come before permissions.
 TABLE: tuple[Rule, ...] = (
     # -- patterns without sparse tensor cores
-    *(rule for pattern in ON_CPU_ONLY for rule in _on_cpu_only(pattern)),
+    *(rule for pattern in OF_EIGHT for rule in _refusals_of_eight(pattern)),
     # -- the GPU itself
     _no(
         "2:4 sparsity needs sparse tensor cores: SM80 (A100) or later",
@@ -195,6 +197,15 @@ TABLE: tuple[Rule, ...] = (
     _yes("TensorRT-LLM's own dense kernels", sparse=False, backends=("tensorrt",)),
     _yes("our linear method in an out-of-tree module", sparse=True, backends=("pytorch",)),
     _yes("TensorRT-LLM's own dense kernels", sparse=False, backends=("pytorch",)),
+    *(
+        _yes(
+            "our kernels: packed weights up to 64 tokens on CUDA and dense above, packed ones on a CPU",
+            sparse=True,
+            backends=("torch",),
+            feature=pattern,
+        )
+        for pattern in OF_EIGHT
+    ),
     _yes("our sparse kernels on CUDA, their reference numerics elsewhere", sparse=True, backends=("torch",)),
     _yes("our dense linear layers", sparse=False, backends=("torch",)),
 )

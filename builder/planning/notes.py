@@ -24,7 +24,7 @@ def notes(recipe: Recipe, prunes: bool, dense_bytes: int, built_bytes: int) -> t
     elif recipe.sparsity:
         lines.append(
             f"{recipe.sparsity.pattern} saves bytes and no multiplications: it gains time only where reading weights "
-            "is the limit, and only CPU kernels multiply it"
+            "is the limit, on a GPU up to 64 tokens"
         )
     if recipe.routing:
         first = recipe.routing.variants[0]

@@ -12,13 +12,12 @@ from builder.engines.predicted_tactics import read_tactics
 from builder.hardware import machine
 from calibration.quantization.trtllm_config import trtllm_name
 from plugins.common.json_files import read_json
-from plugins.common.patterns import TENSOR_CORE
 
 ON_CPU = (
     "A CPU has no sparse matrix instructions: {pattern} saves bytes here, and time only where reading weights is the "
     "limit. {gpu}"
 )
-ON_GPU = {True: "The gain on a GPU is predicted above, never measured here.", False: "It has no kernel on a GPU."}
+ON_GPU = "The gain on a GPU is predicted above, never measured here."
 CPU_FIGURES = "The speeds are of this CPU alone and do not transfer to a GPU."
 ADAPTER = (
     "The adapter of rank {rank} recovers {share:.0%} of the squared output error of pruning in the median layer. The "
@@ -169,7 +168,7 @@ def _notes(context: BuildContext, outputs: Outputs) -> list[str]:
     notes += [f"The engine: {remark}." for remark in _remarks(context, outputs)]
     if machine.device()["type"] == "cpu":
         if context.recipe.sparsity:
-            notes.append(ON_CPU.format(pattern=pattern, gpu=ON_GPU[pattern == TENSOR_CORE]))
+            notes.append(ON_CPU.format(pattern=pattern, gpu=ON_GPU))
         notes += [CPU_FIGURES]
     if "sparsify" in outputs:
         reports = _read(outputs["sparsify"].path / "layers.json")

@@ -23,7 +23,7 @@ OURS = ("cublaslt", "cpu-dense")  # what a layer can run dense
 
 @dataclass(frozen=True)
 class Hybrid:
-    """A layer that is 2:4 in part: its product of 2:4 weights, that of the rest, and the dense layer's."""
+    """A layer that is sparse in part: its product of sparse weights, that of the rest, and the dense layer's."""
 
     sparse: LinearShape
     rest: LinearShape
@@ -31,7 +31,7 @@ class Hybrid:
 
     @classmethod
     def of(cls, whole: LinearShape, axis: Axis, size: int) -> Hybrid:
-        """With `size` of its rows or inputs 2:4."""
+        """With `size` of its rows or inputs sparse."""
         if axis == "rows":
             sizes = size, whole.out_features - size
             sparse, rest = (replace(whole, out_features=rows) for rows in sizes)
@@ -41,7 +41,7 @@ class Hybrid:
         return cls(sparse, rest, whole)
 
     def __str__(self) -> str:
-        return f"{self.whole}, 2:4 in [{self.sparse.out_features}, {self.sparse.in_features}]"
+        return f"{self.whole}, {self.sparse.pattern} in [{self.sparse.out_features}, {self.sparse.in_features}]"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
 def choose_hybrid(
     buckets: Sequence[dict[str, Any]], rest: Sequence[Timing], whole: Sequence[Timing]
 ) -> list[dict[str, Any]]:
-    """The buckets of a hybrid layer from those of its 2:4 part: both products against the dense layer's one.
+    """The buckets of a hybrid layer from those of its sparse part: both products against the dense layer's one.
 
     Where both are faster by LEAST_GAIN at no number of tokens the layer runs dense, as one product.
     """

@@ -17,8 +17,8 @@ from plugins.common.json_files import write_json
 from plugins.common.patterns import TENSOR_CORE, Pattern
 
 Kernel = Literal[
-    "dense-cublaslt", "cusparselt", "skinny", "dense-cpu", "cpu-2of4", "cpu-4of8", "cpu-5of8", "cpu-6of8", "reference",
-    "none",
+    "dense-cublaslt", "cusparselt", "skinny", "skinny-4of8", "skinny-5of8", "skinny-6of8", "dense-cpu", "cpu-2of4",
+    "cpu-4of8", "cpu-5of8", "cpu-6of8", "reference", "none",
 ]  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Chooses each layer's kernel at each number of tokens by timing them on this machine. Needs torch alone.
 
 For each unique shape and bucket of tokens, weights cold: on a GPU (autotune/timing.py) cuBLASLt on the dense weight
-(the best of our search and of torch's own call), cuSPARSELt, and the skinny kernel up to 64 tokens; on a CPU
-(cpu_bench.py) our dense kernel, torch's own product and our sparse kernel. A sparse kernel is kept where it is faster
-than dense by at least LEAST_GAIN. A layer on which none wins stays dense, with the reason in its entry.
+(the best of our search and of torch's own call), for 2:4 cuSPARSELt, and the pattern's skinny kernel up to 64 tokens;
+on a CPU (cpu_bench.py) our dense kernel, torch's own product and our sparse kernel. A sparse kernel is kept where it is
+faster than dense by at least LEAST_GAIN. A layer on which none wins stays dense, with the reason in its entry.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from plugins.common import numerics
 from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import TENSOR_CORE, skinny_kernel
 from plugins.common.progress import Progress, silent
 from plugins.libtwofour import bindings, torch_ops
 
@@ -45,7 +46,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         s, dtype = self.shape, torch_ops.DTYPES[self.shape.format]
-        self.dense = timing.random_sparse(s.out_features, s.in_features, dtype, self.device)
+        self.dense = timing.random_sparse(s.out_features, s.in_features, dtype, self.device, pattern=s.pattern)
         self.x = timing.random_operand(self.most_tokens, s.in_features, dtype, self.device)
         self.out_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch_ops.DTYPES[self.out]
         self.scale = 1.0 if self.out_dtype == dtype else 2.0**-10
@@ -74,7 +75,7 @@ def tune(
     progress: Progress = silent,
     out: str = "bf16",
 ) -> dict[str, Any]:
-    """tactics.json of 2:4 `layers` (module names and shapes) measured on a CUDA device.
+    """tactics.json of sparse `layers` (module names and shapes) measured on a CUDA device.
 
     `out` is what the layers put out, "bf16" or "fp16". Dense and 2:4 kernels are timed, whatever a shape's fraction.
     Raises UserError where there is no GPU with sparse tensor cores, no library, or not the memory for one layer.
@@ -190,9 +191,8 @@ def bucket_of(bench: Any, tokens: int, timer: Timer, kernels: Sequence[str] | No
 
     Kernels that cannot run are left out.
     """
-    skinny = ("skinny",) if tokens <= MAX_SKINNY_TOKENS else ()
     timings = []
-    for kernel in kernels or ("cublaslt", "torch", "cusparselt", *skinny):
+    for kernel in kernels or kernels_of(bench.shape.pattern, tokens):
         try:
             timings.append(time_padded(bench, kernel, tokens, timer))
         except torch.OutOfMemoryError:
@@ -200,6 +200,13 @@ def bucket_of(bench: Any, tokens: int, timer: Timer, kernels: Sequence[str] | No
         except (UserError, RuntimeError) as error:  # RuntimeError: torch's own product refuses some shapes
             log.info("%s at %d tokens excludes %s: %s", bench.shape, tokens, kernel, _line(error))
     return choose(tokens, timings)
+
+
+def kernels_of(pattern: str, tokens: int) -> tuple[str, ...]:
+    """A GPU's kernels that may multiply a weight of `pattern`, dense ones first. cuSPARSELt takes 2:4 alone."""
+    wide = ("cusparselt",) if pattern == TENSOR_CORE else ()
+    skinny = (skinny_kernel(pattern),) if tokens <= MAX_SKINNY_TOKENS else ()
+    return ("cublaslt", "torch", *wide, *skinny)
 
 
 def time_padded(bench: Any, kernel: str, tokens: int, timer: Timer) -> Timing:

@@ -122,17 +122,19 @@ def test_row_parallel_cut_inside_a_group_is_refused_and_a_smaller_split_named():
 
 
 @pytest.mark.parametrize("pattern", ["4:8", "5:8", "6:8"])
-def test_n_of_8_runs_in_the_torch_engine_on_a_cpu_alone(pattern):
+def test_n_of_8_runs_in_the_torch_engine_alone(pattern):
     features = compatibility.features_of(False, False, pattern)
-    assert check("int8", True, "torch", features=features).ok
-    for backend, sm in (("tensorrt", None), ("pytorch", None), ("torch", 90)):
-        verdict = check("int8", True, backend, sm, features=features)
+    for sm in (None, 80, 90, 120):
+        assert check("int8", True, "torch", sm, features=features).ok
+        assert choose_backend("int8", True, sm, "1.2.1", features=features)[0] == "torch"
+    assert not check("fp8", True, "torch", 86, features=features).ok
+    for backend in ("tensorrt", "pytorch"):
+        verdict = check("int8", True, backend, features=features)
         assert not verdict.ok
         assert f"{pattern} weights" in verdict.reason
-        assert verdict.instead.startswith("use sparsity.pattern=2:4")
-    assert choose_backend("int8", True, None, "1.2.1", features=features)[0] == "torch"
-    with pytest.raises(UserError, match=f"no kernel on a GPU multiplies {pattern} weights"):
-        choose_backend("int8", True, 90, "1.2.1", features=features)
+        assert verdict.instead == "use sparsity.pattern=2:4, or engine.backend=torch"
+    with pytest.raises(UserError, match=f"the kernels of {pattern} weights need SM80"):
+        choose_backend("int8", True, 75, "1.2.1", features=features)
 
 
 def test_column_parallel_split_never_cuts_a_group():

@@ -101,12 +101,19 @@ def test_an_engine_without_tactics_is_refused_in_a_line(built: Path, tmp_path: P
     assert "tactics.json' is not a tactics file: device: Field required" in ended.stderr
 
 
-def test_no_time_is_predicted_for_n_of_8_on_a_gpu() -> None:
+def test_n_of_8_is_predicted_to_gain_by_its_bytes_up_to_64_tokens() -> None:
     card = roofline.gpu("H100")
     layer = LinearShape(4096, 4096, "int8", 1.0, "6:8")
     buckets = [predict_bucket(card, tokens, layer) for tokens in BUCKETS]
-    assert {(bucket["kernel"], bucket["sparse_us"]) for bucket in buckets} == {("none", None)}
-    assert "no kernel on a GPU multiplies 6:8 weights" in predicted_tactics.reason(card, layer, buckets)
+    assert [(bucket["tokens"], bucket["kernel"]) for bucket in buckets] == [
+        *((tokens, "skinny-6of8") for tokens in (1, 8, 64)),
+        *((tokens, "dense-cublaslt") for tokens in (512, 4096)),
+    ]
+    assert all(1.02 < bucket["ratio"] <= 8 / 7 + 0.001 for bucket in buckets[:3])
+    assert all(bucket["dense_us"] and bucket["sparse_us"] is None for bucket in buckets[3:])
+    why = predicted_tactics.reason(card, layer, buckets)
+    assert why.startswith("6:8 pays: predicted 1.1")
+    assert why.endswith("(roofline limits, not measured); dense above 64 tokens")
 
 
 def test_a_dense_layer_is_predicted_for_a_gpu_without_sparse_tensor_cores() -> None:

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.kernels import gemm
+from benchmarks.kernels import gemm, patterns
 from plugins.autotune import tactics, timing, tuner
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
@@ -90,6 +90,23 @@ def test_tuner_times_every_kernel(torch_on_stand_in: bindings.Context, monkeypat
     assert (actual.versions["cusparselt"], actual.versions["cublaslt"]) == (801, 130000)
     assert actual.device is not None
     assert actual.device.clocks == {"sm": 1980.0}
+
+
+def test_few_tokens_are_timed_by_pattern(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel of every pattern runs on operands that it takes; the ratio is to the fastest dense one."""
+    slow = {"cublaslt": 12.0, "torch": 10.0, "skinny-6of8": 8.0}
+    use_times(monkeypatch, lambda bench, kernel, tokens: slow.get(kernel, 5.0))
+    layer = LinearShape(64, 96, "bf16", name="down_proj")
+    rows = patterns.rows_of(layer, (1, 16), lambda: False, tuner.time_kernel, CPU)
+    assert [row["tokens"] for row in rows] == [1, 16]
+    for row in rows:
+        assert row["dense"] == {"kernel": "torch", "us": 10.0, "algorithm": None, "left_out": {}}
+        assert {pattern: cell["ratio"] for pattern, cell in row["patterns"].items()} == {
+            "2:4": 2.0, "4:8": 2.0, "5:8": 2.0, "6:8": 1.25,
+        }  # fmt: skip
+        assert not any(cell["left_out"] for cell in row["patterns"].values())
+        assert "6:8 8.00 (1.25x)" in patterns.line(row)
+    assert not any(row["patterns"] for row in patterns.rows_of(layer, (1,), lambda: True, device=CPU))
 
 
 def test_row_of_the_table_measures_errors(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:

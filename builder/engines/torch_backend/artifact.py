@@ -27,7 +27,6 @@ from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
 from plugins.common.json_files import read_json_object, write_json
-from plugins.common.patterns import ON_CPU_ONLY
 from plugins.sparsity.declaration import Declaration
 
 if TYPE_CHECKING:
@@ -74,8 +73,7 @@ def load(engine_dir: Path, *, device: str | None = None, dtype: torch.dtype | No
     """Opens an engine directory on `device` (the GPU where there is one), computing in `dtype`.
 
     `dtype` None is the model's own on a GPU, and on a CPU with AVX512-BF16 that of a bfloat16 model; else float32.
-    Raises UserError where the directory is missing, another backend's, or of another layout, and where no kernel of the
-    device multiplies its pattern.
+    Raises UserError where the directory is missing, another backend's, or of another layout.
     """
     engine = _read_json(engine_dir / "engine.json", "an engine directory")
     if engine.get("backend") != "torch":
@@ -87,11 +85,6 @@ def load(engine_dir: Path, *, device: str | None = None, dtype: torch.dtype | No
     missing = [name for name in (*LIMITS, "kv_cache") if name not in engine]
     if missing:
         raise UserError(f"'{engine_dir / 'engine.json'}' lacks '{missing[0]}': build the engine again")
-    if (pattern := engine.get("pattern")) in ON_CPU_ONLY and _device(device).type != "cpu":
-        raise UserError(
-            f"'{engine_dir}' has {pattern} weights, which only CPU kernels multiply, and this machine has a GPU",
-            "hide it (CUDA_VISIBLE_DEVICES=-1), or build with sparsity.pattern=2:4",
-        )
     return _open(engine_dir, Limits(**{name: engine[name] for name in LIMITS}), engine["kv_cache"], device, dtype)
 
 

@@ -11,6 +11,7 @@ from builder.engines.torch_backend.decoder import Decoder
 from builder.planning.model_config import architecture
 from plugins.autotune import timing
 from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import TENSOR_CORE
 from plugins.linear.factory import share_input
 from plugins.linear.kernel_linear import DENSE, Choices, KernelLinear, choices_of
 from plugins.linear.torch_linear import Linear, Scales
@@ -58,7 +59,7 @@ def make_sparse(decoder: Decoder, tactics: dict[str, Any] | None) -> None:
     scales = Scales(*(torch.full((1,), scale, device=decoder.device) for scale in SCALES))
 
     def twin(layer: Linear) -> KernelLinear:
-        kernels: Choices = choices_of(layers.get(key(layer)), sparse=True)
+        kernels: Choices = choices_of(layers.get(key(layer)), TENSOR_CORE)
         return KernelLinear(layer.weights["cublaslt"], scales, layer.bias, decoder.dtype, kernels)
 
     replace(decoder, twin, sparse=True)

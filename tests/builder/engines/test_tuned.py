@@ -21,10 +21,13 @@ from builder.pipeline import layer_selection
 from plugins.autotune import choice, tactics, tuner
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import OF_EIGHT, Pattern, keep_and_group, skinny_kernel
 from plugins.common.processor import processor
 from plugins.common.progress import Progress
 from plugins.libtwofour import bindings, structures
+from plugins.linear.factory import build_linear
 from plugins.sparsity.segments import Segments
+from plugins.sparsity.torch_packing import pack
 from tests.support.models import random_model
 from tests.support.stand_in_gpu import by_kernel, open_gpu, use_machine, use_times, use_torch
 
@@ -32,20 +35,24 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 CONFIG = EngineConfig(max_batch_size=2, max_seq_len=64, max_num_tokens=16)
 FAST = {"cublaslt": 10.0, "torch": 11.0, "cusparselt": 8.0, "skinny": 5.0}
 CUDA = torch.device("cuda", 0)
-STORED = {"weight_values": torch.empty(0)}  # what a 2:4 layer's tensors are known by
+STORED = pack(torch.zeros(4, 8)).stored()  # what a 2:4 layer's tensors are known by
+
+
+def checkpoint_of(directory: Path, pattern: Pattern) -> Path:
+    """A folder of checkpoints whose model has two layers of `pattern`, of two shapes."""
+    hf = random_model(directory / "checkpoints" / "hf", "Llama", hidden_size=64, intermediate_size=96)
+    tensors, (keep, group) = load_file(hf / "model.safetensors"), keep_and_group(pattern)
+    for name in (UP, DOWN):
+        groups = tensors[f"{name}.weight"].view(-1, group)
+        groups.scatter_(-1, groups.abs().topk(group - keep, largest=False).indices, 0)
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    (hf / "sparsity.json").write_text(json.dumps({"pattern": pattern, "method": "magnitude", "layers": [UP, DOWN]}))
+    return hf.parent
 
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Path:
-    """A folder of checkpoints whose model has two 2:4 layers of two shapes."""
-    hf = random_model(tmp_path / "checkpoints" / "hf", "Llama", hidden_size=64, intermediate_size=96)
-    tensors = load_file(hf / "model.safetensors")
-    for name in (UP, DOWN):
-        groups = tensors[f"{name}.weight"].view(-1, 4)
-        groups.scatter_(-1, groups.abs().topk(2, largest=False).indices, 0)
-    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
-    (hf / "sparsity.json").write_text(json.dumps({"pattern": "2:4", "method": "magnitude", "layers": [UP, DOWN]}))
-    return hf.parent
+    return checkpoint_of(tmp_path, "2:4")
 
 
 @pytest.fixture
@@ -91,6 +98,40 @@ def test_torch_engine_is_tuned_on_a_gpu_and_obeys(
     assert kernels.remarks == []
     problem = structures.gemm("cublaslt", "bf16", "bf16", 64, 96, 8)
     assert gpu.algorithm(problem) == read.layers[DOWN].buckets[1].algorithm
+
+
+@pytest.mark.parametrize("pattern", OF_EIGHT)
+def test_n_of_8_is_tuned_on_a_gpu_without_cusparselt_and_runs_its_kernel(
+    gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pattern: Pattern
+) -> None:
+    """Above 64 tokens the layer has the dense kernel, as the reason states; what the engine makes of it multiplies."""
+    monkeypatch.setattr(bindings, "version", lambda kernel: pytest.fail(f"{kernel} is not needed"))
+    kernel = skinny_kernel(pattern)
+    use_times(monkeypatch, by_kernel({"cublaslt": 10.0, "torch": 11.0, kernel: 8.0}))
+    config = EngineConfig(max_batch_size=2, max_seq_len=64, max_num_tokens=128)
+    registry.build("torch", checkpoint_of(tmp_path, pattern), tmp_path / "engine", config, "H100-SXM")
+    actual = json.loads((tmp_path / "engine" / "tactics.json").read_text())
+    assert sources(actual) == {("measured", True)}
+    for name in (UP, DOWN):
+        layer = actual["layers"][name]
+        assert [(b["tokens"], b["kernel"], b["ratio"]) for b in layer["buckets"]] == [
+            *((tokens, kernel, 1.25) for tokens in (1, 8, 16, 32, 64)),
+            (128, "dense-cublaslt", None),
+        ]
+        assert layer["reason"].startswith(f"{pattern} is faster on Stand-in: 1.25x at 1, 1.25x at 8")
+        assert layer["reason"].endswith("; dense at 128")
+
+    kernels, stored = Kernels(actual, torch.bfloat16, CUDA), load_file(tmp_path / "engine" / "model.safetensors")
+    for name in (UP, DOWN):
+        own = {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
+        choices = kernels.choices(name, own)
+        assert choices is not None
+        assert [kernel for _, kernel in choices] == [kernel] * 5 + ["cublaslt"]
+        layer = build_linear(own, torch.bfloat16, torch.device("cpu"), choices)
+        assert (layer.kernel, layer.pattern, layer.refused) == (f"{kernel} or cublaslt", pattern, None)
+        problem = structures.gemm(kernel, "bf16", "bf16", layer.out_features, layer.in_features, 8)
+        assert list(gpu.algorithm(problem)) == actual["layers"][name]["buckets"][1]["algorithm"]
+    assert kernels.remarks == []
 
 
 def test_without_a_gpu_the_torch_engine_is_timed_on_the_cpu(checkpoints: Path, tmp_path: Path) -> None:
@@ -216,7 +257,7 @@ def test_a_model_without_2to4_layers_needs_no_kernels(gpu: bindings.Context, mon
     )
     wide = LayerFacts(LinearShape(8, 8, "fp32", 1.0, name=UP), 0, 0, ())
     reason = measured_tactics.tactics([wide], CONFIG, "float32")["layers"][UP]["reason"]
-    assert reason == "stays dense: the model computes in float32, and the 2:4 kernels in 16 bit"
+    assert reason == "stays dense: the model computes in float32, and the sparse kernels in 16 bit"
 
 
 def in_part(name: str, rows: int, columns: int, segments: Segments | None, sparse: bool = True) -> LayerFacts:
