@@ -34,7 +34,7 @@ DENSE = ("cublaslt", "torch")
 
 
 def fastest(bench: tuner.Bench, kernels: Sequence[str], tokens: int, timer: tuner.Timer) -> dict[str, Any]:
-    """The fastest of `kernels` with its microseconds and algorithm; `left_out` tells why another did not run."""
+    """The fastest of `kernels` with its microseconds and algorithm, and why others were left out."""
     times, left_out = [], {}
     for kernel in kernels:
         try:
@@ -42,8 +42,8 @@ def fastest(bench: tuner.Bench, kernels: Sequence[str], tokens: int, timer: tune
         except (UserError, RuntimeError) as error:
             left_out[kernel] = next(iter(str(error).splitlines()), type(error).__name__)
     best = min(times, key=lambda t: t.us, default=None)
-    found = {} if best is None else {"kernel": best.kernel, "us": round(best.us, 3), "algorithm": best.algorithm}
-    return {**found, "left_out": left_out}
+    fastest_one = {} if best is None else {"kernel": best.kernel, "us": round(best.us, 3), "algorithm": best.algorithm}
+    return {**fastest_one, "left_out": left_out}
 
 
 def rows_of(

@@ -117,8 +117,7 @@ def tactics(
 
     `dtype` is the model's own, as its config.json names it. `fused`: as the torch engine and TensorRT-LLM's PyTorch
     backend run them, q, k and v, and gate and up, as one product of one rank's shard. `in_part`: layers that are 2:4 in
-    part too, as the torch engine runs them. Raises UserError where this GPU or its libraries cannot run sparse kernels:
-    a build that went on would be dense under a sparse name.
+    part too, as the torch engine runs them. Raises UserError where sparse kernels cannot run: the build would be dense.
     """
     from plugins.autotune import tuner
 
@@ -285,21 +284,19 @@ def _tune(
 ) -> dict[str, Any]:
     """The tuner's tactics; without a layer, this GPU's facts alone. Raises UserError that names the GPU."""
     from plugins.autotune import tuner
-    from plugins.autotune.choice import Hybrid
     from plugins.libtwofour import bindings
 
     gpu = gpus()[0]
     if not shapes:
         device = {"name": gpu.name, "sm": gpu.sm, "driver": gpu.driver}
         return {"device": device, "source": "measured", "gpu": gpu.name, "versions": {}, "layers": {}}
-    patterns = sorted({part.sparse.pattern if isinstance(part, Hybrid) else part.pattern for part in shapes.values()})
+    patterns = " and ".join(sorted({shape.pattern for shape in shapes.values()}))
     try:
         if TENSOR_CORE in patterns:
             bindings.version("cusparselt")  # raises where it is missing or too old: dense would win by default
         return tuner.tune(shapes, buckets, progress=progress, out=DTYPES[dtype])
     except UserError as error:
-        names = " and ".join(patterns)
-        raise UserError(f"the {names} kernels of this machine's {gpu.name} cannot be timed: {error}") from None
+        raise UserError(f"the {patterns} kernels of this machine's {gpu.name} cannot be timed: {error}") from None
 
 
 def _is_dense(bucket: Mapping[str, Any]) -> bool:

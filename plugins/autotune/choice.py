@@ -40,6 +40,10 @@ class Hybrid:
             sparse, rest = (replace(whole, in_features=columns) for columns in sizes)
         return cls(sparse, rest, whole)
 
+    @property
+    def pattern(self) -> Pattern:
+        return self.sparse.pattern
+
     def __str__(self) -> str:
         return f"{self.whole}, {self.sparse.pattern} in [{self.sparse.out_features}, {self.sparse.in_features}]"
 

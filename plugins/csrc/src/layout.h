@@ -57,6 +57,7 @@ TWOFOUR_HD constexpr int keep_of(int kernel) {
                                          : 0;
 }
 TWOFOUR_HD constexpr Form form_of(const twofour_gemm& g) { return {g.type, keep_of(g.kernel)}; }
+inline bool is_skinny(const twofour_gemm& g) { return keep_of(g.kernel) != 0; }
 
 TWOFOUR_HD constexpr int element_bytes(int type) { return type == TWOFOUR_FP16 || type == TWOFOUR_BF16 ? 2 : 1; }
 TWOFOUR_HD constexpr int value_chunks(Form form) {
