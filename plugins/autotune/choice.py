@@ -12,7 +12,7 @@ from typing import Any
 from plugins.common.defaults import LEAST_GAIN, SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
-from plugins.common.patterns import TENSOR_CORE
+from plugins.common.patterns import TENSOR_CORE, Pattern
 from plugins.sparsity.segments import Axis
 
 HELD_ONCE = 0.15  # of time: what a second, dense copy of a weight must save on a CPU
