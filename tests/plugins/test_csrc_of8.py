@@ -173,3 +173,28 @@ def test_slices_of_wider_matrices_and_replays(host: bindings.Context, format: st
         np.testing.assert_array_equal(y[:, 8 : n + 8].view(np.uint16), expected.view(np.uint16))
         assert (y[:, :8] == 99).all()
         assert (y[:, n + 8 :] == 99).all()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "format", "tokens", "splits", "share", "blocks"),
+    [
+        ("4:8", "fp8", 1, 1, 1, 1),
+        ("5:8", "fp8", 8, 3, 1, 2),
+        ("6:8", "int8", 13, 1, 1, 2),
+        ("6:8", "bf16", 20, 3, 1, 1),
+    ],
+)
+def test_rings_of_the_streamed_kernel_turn_many_times(
+    host: bindings.Context, pattern: str, format: str, tokens: int, splits: int, share: int, blocks: int
+) -> None:
+    """More blocks than slots, ranges of rows and inputs that do not divide; exact integers in every type."""
+    rng, n, k, kernel = np.random.default_rng(7), 232, 7424, skinny_kernel(pattern)
+    w_NK = prune(rng.integers(-3, 4, (n, k)).astype(DTYPES[format]), pattern, rng)
+    x_MK = rng.integers(-2, 3, (tokens, k)).astype(DTYPES[format])
+    algorithm = (splits, 1, share, blocks, 3, 0, 0, 0)
+    packed = native.aligned(layout.pack(w_NK, format, pattern))
+    y_MN = matmul(host, x_MK, packed, format, "fp16", n, 0.25, algorithm=algorithm, kernel=kernel)
+    ran = host.algorithm(structures.gemm(kernel, format, "fp16", n, k, tokens))
+    assert ran[1] == 1
+    assert ran[0] >= splits
+    np.testing.assert_array_equal(y_MN, (x_MK.astype(float) @ w_NK.astype(float).T * 0.25).astype(np.float16))

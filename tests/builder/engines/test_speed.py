@@ -180,7 +180,13 @@ def test_engines_measurement_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize(
-    "module", ["benchmarks.kernels.gpu_suite", "benchmarks.kernels.gemm", "builder.engines.torch_backend.benchmark"]
+    "module",
+    [
+        "benchmarks.kernels.gpu_suite",
+        "benchmarks.kernels.gemm",
+        "benchmarks.kernels.patterns",
+        "builder.engines.torch_backend.benchmark",
+    ],
 )
 def test_without_a_gpu_the_commands_end_with_a_line(module: str) -> None:
     if torch.cuda.is_available():
@@ -198,7 +204,7 @@ def test_commands_need_no_pydantic() -> None:
         "for name in ('pydantic', 'ml_dtypes', 'modelopt', 'click', 'rich', 'jinja2', 'hypothesis',\n"
         "             'accelerate', 'datasets', 'psutil'): sys.modules[name] = None\n"
         "import plugins.libtwofour.compiler, benchmarks.kernels.gpu_suite, benchmarks.kernels.gpu_machine\n"
-        "import benchmarks.kernels.sanitizer, benchmarks.kernels.gemm\n"
-        "import builder.engines.torch_backend.benchmark, tests.gpu.test_kernels"
+        "import benchmarks.kernels.sanitizer, benchmarks.kernels.gemm, benchmarks.kernels.patterns\n"
+        "import builder.engines.torch_backend.benchmark, tests.gpu.test_kernels, tests.gpu.test_n_of_8"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
