@@ -1,6 +1,7 @@
 """The recipe sections that calibration owns. Imports no torch, so that plan and --help start at once."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -60,6 +61,30 @@ class Budget(Config):
         if (self.exact_match_loss is None) != (self.questions is None):
             raise ValueError("give exact_match_loss and questions together")
         return self
+
+    @property
+    def limit(self) -> str:
+        """The name of the limit that is set."""
+        return next(name for name in LIMITS if getattr(self, name) is not None)
+
+    @property
+    def largest_loss(self) -> float:
+        """In what the limit counts."""
+        return self.loss({self.limit: getattr(self, self.limit)})
+
+    def loss(self, measured: Mapping[str, Any]) -> float:
+        """Of a measured build, in what the limit counts."""
+        value = float(measured[self.limit])
+        return 1 - value if self.limit == "top1_agreement" else value
+
+    def describe(self, loss: float) -> str:
+        """One sentence for a person."""
+        return {
+            "perplexity_increase": f"perplexity {loss:+.2%}",
+            "kl": f"KL {loss:.4f} nats",
+            "top1_agreement": f"top-1 agreement {1 - loss:.2%}",
+            "exact_match_loss": f"exact match {-loss:+.2%}",
+        }[self.limit]
 
 
 class Sparsity(Config):

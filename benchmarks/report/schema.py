@@ -28,6 +28,14 @@ class Perplexity(_Part):
     perplexity: float | None  # None: not finite
 
 
+class ExactMatch(_Part):
+    """The share of the questions that each model answers with the expected words."""
+
+    questions: int
+    dense: float
+    built: float
+
+
 class Accuracy(_Part):
     """Of the build against the dense model, on the same tokens. `perplexity_increase` is a share: 0.05 for 5%."""
 
@@ -37,6 +45,9 @@ class Accuracy(_Part):
     perplexity_increase_interval: Interval = None
     kl: float | None = None
     top1_agreement: float | None = None
+    exact_match: ExactMatch | None = None
+    exact_match_loss: float | None = None
+    exact_match_loss_interval: Interval = None
     tokens: int | None = None
     documents: int | None = None
     context_length: int | None = None

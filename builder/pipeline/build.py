@@ -18,6 +18,7 @@ from builder.artifacts.manifest import MANIFEST, as_bytes, make_manifest, now
 from builder.console import Console
 from builder.context import BuildContext, Outputs
 from builder.hardware import machine
+from builder.pipeline.questions_stage import check_questions
 from builder.pipeline.reference_build import reference_engine
 from builder.pipeline.stages import UNTIL, Until, run_stages
 from builder.planning.compatibility import check, choose_backend
@@ -64,6 +65,7 @@ def build(
         context = BuildContext(recipe, plan, model, Cache(store or default_store(), console.print), console, wait)
         if recipe.routing:
             reference_engine(recipe.routing, context.model_digest)
+        check_questions(context)
         outputs = run_stages(context, until)
         report = assemble(context, outputs, UNTIL.index(until) >= UNTIL.index("benchmark"))
         _publish(context, outputs, report, place, until, started)

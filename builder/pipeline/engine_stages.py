@@ -9,6 +9,7 @@ from typing import Any
 from builder.context import BuildContext, Outputs, data_digest
 from builder.hardware import machine
 from builder.pipeline.pruning_stages import pruned_weights
+from builder.pipeline.questions_stage import questions_digest, questions_of
 from builder.pipeline.stage import ENGINE_TOOLS, Stage
 from builder.pipeline.text_stages import tokens_of
 from plugins.common.json_files import write_json
@@ -112,11 +113,12 @@ REFERENCE = Stage(
 
 
 def _run_evaluate(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
-    """accuracy.json: the engine against the dense model on held-out text."""
+    """accuracy.json: the engine against the dense model on held-out text and on the budget's questions."""
     from builder.pipeline.measure import accuracy
 
     engine = outputs.get("reference") or outputs["engine"]
-    measured = accuracy(context.model, engine.path, context.recipe.accuracy, context.console.progress)
+    config, progress = context.recipe.accuracy, context.console.progress
+    measured = accuracy(context.model, engine.path, config, progress, questions_of(context))
     write_json(out / "accuracy.json", measured)
 
 
@@ -128,6 +130,7 @@ EVALUATE = Stage(
         "model": context.model_digest,
         "engine": (outputs.get("reference") or outputs["engine"]).digest,
         "data": data_digest(context.recipe.accuracy.data or ""),
+        "questions": questions_digest(context),
     },
     config=lambda context, outputs: context.recipe.accuracy.model_dump(mode="json"),
     run=_run_evaluate,

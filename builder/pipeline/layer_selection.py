@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.roofline import roofline
 from builder.engines import measured_tactics
-from builder.pipeline.text_stages import questions_of
+from builder.pipeline.questions_stage import questions_of
 from builder.planning.compatibility import has_hybrid_kernels
 from builder.planning.model_config import architecture, read_config
+from calibration.evaluation.answer_loss import Answers, compare_answers, exact_match_change
 from plugins.common.fused_layers import fused_name, fused_parts
 from plugins.common.json_files import read_json, write_json
 from plugins.common.linear_shape import LinearShape
@@ -45,11 +46,11 @@ def price(context: BuildContext, tokens: Tokens, work: Path) -> Prices:
 
 
 def select(
-    context: BuildContext, tokens: Tokens, prices: Prices, work: Path, answered: Sequence[bool] | None = None
+    context: BuildContext, tokens: Tokens, prices: Prices, work: Path, answers: Answers | None = None
 ) -> dict[str, Any]:
     """selection.json: {declaration, fraction, cost, gain, ...}. `work` keeps what a killed run had measured.
 
-    `answered`: which questions of the budget the dense model answers; None where it has none.
+    `answers`: the dense model's, to the budget's questions; None where it has none.
 
     Raises GateError, which names the smallest loss reached, where nothing fits under the budget.
     """
@@ -64,8 +65,8 @@ def select(
             allocator.declare(allocation, sparsity.method).require_whole_layers()
         search_result: dict[str, Any] = {"pareto": []}
     else:
-        builds = _Builds(context, tokens, allocator, work, answered)
-        selection = search(allocator, sparsity.budget, sparsity.method, builds.measure)
+        builds = _Builds(context, tokens, allocator, work, answers)
+        selection = search(allocator, sparsity.budget, sparsity.method, builds.measure, answers)
         allocation = selection.allocation
         search_result = {"measured_loss": selection.measured_loss, "pareto": selection.pareto}
     declaration = allocator.declare(allocation, sparsity.method)
@@ -141,7 +142,7 @@ class _Builds:
     """Prunes and measures allocations, and keeps the results in `work`."""
 
     def __init__(
-        self, context: BuildContext, tokens: Tokens, allocator: Allocator, work: Path, answered: Sequence[bool] | None
+        self, context: BuildContext, tokens: Tokens, allocator: Allocator, work: Path, answers: Answers | None
     ) -> None:
         from calibration.data.windows import windows
 
@@ -149,7 +150,7 @@ class _Builds:
         assert accuracy.data is not None
         self.context, self.tokens, self.allocator, self.work = context, tokens, allocator, work
         self.held_out = windows(accuracy.data, context.model, accuracy.sequence_length, accuracy.samples)
-        self.answered = answered
+        self.answers = answers
         self.record = work / "measured.json"
         self.measured: dict[str, Any] = read_json(self.record, {})
 
@@ -160,7 +161,7 @@ class _Builds:
             self.measured[key] = self._measure(allocation)
             write_json(self.record, self.measured)
         measured: dict[str, Any] = self.measured[key]
-        lost = f", exact match {-measured['exact_match_loss']:+.1%}" if "exact_match_loss" in measured else ""
+        lost = f", {exact_match_change(measured)}" if self.answers else ""
         self.context.console.print(
             f"  {allocation.fraction:.1%} of the weights {self.context.plan.pattern}: "
             f"perplexity {measured['perplexity_increase']:+.2%}, "
@@ -170,7 +171,7 @@ class _Builds:
 
     def _measure(self, allocation: Allocation) -> dict[str, Any]:
         from calibration.evaluation.evaluate import evaluate, hf_logits
-        from calibration.evaluation.exact_match import are_answered, exact_match_loss
+        from calibration.evaluation.exact_match import ask
         from calibration.quantization.quantize import load_model, quantize
 
         progress, config = self.context.console.progress, self.context.recipe.quantization
@@ -179,10 +180,10 @@ class _Builds:
             model = quantize(model, config, self.context.plan.quantized_layers, self.tokens)
         dense, held_out = load_model(self.context.model), self.held_out
         accuracy = evaluate(hf_logits(dense), hf_logits(model), held_out.tokens, held_out.documents, progress)
-        if self.answered is None:
+        if self.answers is None:
             return accuracy.to_dict()
-        answered = are_answered(model, questions_of(self.context), self.context.model, progress)
-        return {**accuracy.to_dict(), "exact_match_loss": exact_match_loss(self.answered, answered)}
+        answers = ask(model, questions_of(self.context), self.context.model, progress)
+        return {**accuracy.to_dict(), **compare_answers(self.answers.right, answers.right)}
 
     def _prune(self, target: Declaration) -> Path:
         from builder.artifacts.filesystem import remove

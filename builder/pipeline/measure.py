@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +12,27 @@ from benchmarks.roofline import roofline
 from benchmarks.roofline.roofline import Gpu
 from benchmarks.roofline.utilization import ModelCost, add_limits
 from builder.engines import registry
+from builder.engines.base import Engine, Request
 from builder.engines.predicted_tactics import read_tactics
 from builder.hardware import machine
 from builder.planning.model_config import architecture, read_config
 from calibration.config import Accuracy
+from calibration.evaluation.answer_loss import compare_answers
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
 from plugins.common.linear_shape import LinearShape
 from plugins.common.progress import Progress
+from plugins.common.request import tokens_by_request
 
 if TYPE_CHECKING:
     from benchmarks.serving.compare import Comparison
+    from calibration.evaluation.exact_match import Question
 
 
-def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) -> dict[str, Any]:
-    """The report's `accuracy` block: perplexity, KL and agreement on the recipe's held-out text."""
+def accuracy(
+    model: Path, engine: Path, config: Accuracy, progress: Progress, questions: Sequence[Question] = ()
+) -> dict[str, Any]:
+    """The report's `accuracy` block: perplexity, KL and agreement on held-out text, exact match on `questions`."""
     from calibration.data.windows import windows
     from calibration.evaluation.evaluate import evaluate
 
@@ -35,6 +42,8 @@ def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) ->
     dense, built = registry.load_dense(model, engine, precise=precise), registry.load(engine, precise=precise)
     measured = evaluate(dense.logits, built.logits, text.tokens, text.documents, progress).to_dict()
     measured["engines"] = {"dense": dense.describe(), "built": built.describe()}
+    if questions:
+        measured |= compare_answers(*(_right(each, questions, model) for each in (dense, built)))
     if config.tasks:
         from calibration.evaluation.lm_eval import lm_eval_tasks
 
@@ -44,6 +53,18 @@ def accuracy(model: Path, engine: Path, config: Accuracy, progress: Progress) ->
             for name, engine in (("dense", dense), ("built", built))
         }
     return measured
+
+
+def _right(engine: Engine, questions: Sequence[Question], model: Path) -> list[bool]:
+    """Whether the engine answers each question with the expected words."""
+    from calibration.data.tokenizer import load_tokenizer
+    from calibration.evaluation.exact_match import matches
+
+    tokenizer = load_tokenizer(model)
+    requests = [Request(str(i), each.prompt, each.max_new_tokens) for i, each in enumerate(questions)]
+    answers = tokens_by_request(engine.generate(requests), len(requests))
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+    return [matches(text, each.answer) for text, each in zip(texts, questions, strict=True)]
 
 
 def performance(model: Path, engine: Path, config: Benchmark, out: Path, progress: Progress) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from builder.artifacts.cache import CachedOutput, digest_of
 from builder.context import BuildContext, Outputs, data_digest
+from builder.pipeline.questions_stage import answers_of
 from builder.pipeline.stage import Stage
 from builder.pipeline.text_stages import selects_layers, tokens_of
 from builder.planning.compatibility import has_hybrid_kernels
@@ -61,7 +62,8 @@ def _selection_config(context: BuildContext, outputs: Outputs) -> Any:
     }
     if sparsity.budget:
         config |= {
-            "sparsity": sparsity.model_dump(mode="json", exclude={"adapter_rank"}),  # it changes no choice
+            # a rank changes no choice, and the questions are known by their content
+            "sparsity": sparsity.model_dump(mode="json", exclude={"adapter_rank": True, "budget": {"questions"}}),
             "accuracy": recipe.accuracy.model_dump(mode="json"),
             "quantization": recipe.quantization.model_dump(mode="json"),
             "gpu": context.plan.predicted["gpu"],
@@ -75,8 +77,7 @@ def _run_selection(context: BuildContext, outputs: Outputs, out: Path, work: Pat
     from builder.pipeline.layer_selection import select
 
     prices = read_json(outputs["prices"].path / "prices.json")
-    answered = read_json(outputs["questions"].path / "answered.json") if "questions" in outputs else None
-    write_json(out / "selection.json", select(context, tokens_of(outputs), prices, work, answered))
+    write_json(out / "selection.json", select(context, tokens_of(outputs), prices, work, answers_of(outputs)))
 
 
 def _report_selection(context: BuildContext, output: CachedOutput) -> None:

@@ -115,12 +115,10 @@ def _prompts(context: BuildContext) -> Any:
 def _losses(dense: Any, built: Any, prompts: Any, max_new_tokens: int, context: BuildContext) -> Any:
     """Both engines on the dense engine's greedy answers."""
     from calibration.routing.prompts import measure_losses
-    from plugins.common.request import Request
+    from plugins.common.request import Request, tokens_by_request
 
-    answers: list[list[int]] = [[] for _ in prompts]
     requests = [Request(str(i), prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
-    for token in dense.generate(requests):
-        answers[int(token.request_id)].append(token.token)
+    answers = tokens_by_request(dense.generate(requests), len(requests))
     return measure_losses(dense.logits, built.logits, prompts, answers, context.console.progress)
 
 

@@ -8,17 +8,18 @@ from builder.artifacts.cache import CachedOutput
 from builder.context import BuildContext
 from builder.pipeline.engine_stages import BENCHMARK, CHECKPOINT, ENGINE, EVALUATE, REFERENCE
 from builder.pipeline.pruning_stages import ADAPTER, PRICES, RECOVER, SELECTION, SPARSIFY
+from builder.pipeline.questions_stage import QUESTIONS
 from builder.pipeline.routing_stage import ROUTING
 from builder.pipeline.stage import run_stage
-from builder.pipeline.text_stages import CALIBRATION, QUESTIONS, TEXT_CHECK
+from builder.pipeline.text_stages import CALIBRATION, TEXT_CHECK
 
 Until = Literal["checkpoint", "engine", "evaluate", "benchmark", "deploy"]
 UNTIL: tuple[Until, ...] = ("checkpoint", "engine", "evaluate", "benchmark", "deploy")
 
 STAGES = (
     CALIBRATION,
-    TEXT_CHECK,
     QUESTIONS,
+    TEXT_CHECK,
     PRICES,
     SELECTION,
     SPARSIFY,

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from builder.artifacts.cache import CachedOutput
 from builder.context import BuildContext, Outputs, data_digest
 from builder.pipeline.stage import Stage
 from plugins.common.errors import UserError
 from plugins.common.json_files import read_json, write_json
-
-if TYPE_CHECKING:
-    from calibration.evaluation.exact_match import Question
 
 
 def needs_text(context: BuildContext) -> bool:
@@ -97,50 +94,4 @@ TEXT_CHECK = Stage(
     run=_run_text_check,
     code=("calibration.evaluation.text_check",),
     after=_warn_of_text,
-)
-
-
-def questions_of(context: BuildContext) -> list[Question]:
-    """The budget's questions. Raises UserError where they do not suit the model or the limit."""
-    from calibration.evaluation.exact_match import read_questions
-
-    budget = context.sparsity.budget
-    assert budget is not None
-    assert budget.questions is not None
-    assert budget.exact_match_loss is not None
-    return read_questions(budget.questions, context.model, budget.exact_match_loss)
-
-
-def _has_questions(context: BuildContext) -> bool:
-    sparsity = context.recipe.sparsity
-    return sparsity is not None and sparsity.budget is not None and sparsity.budget.questions is not None
-
-
-def _run_questions(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
-    """answered.json: whether the dense model answers each question with the expected words."""
-    from calibration.evaluation.exact_match import are_answered
-    from calibration.quantization.quantize import load_model
-
-    questions = questions_of(context)
-    answered = are_answered(load_model(context.model), questions, context.model, context.console.progress)
-    if not any(answered):
-        raise UserError(
-            f"the dense model answers none of the {len(answered)} questions with the expected words, so that there is "
-            "nothing to lose",
-            "write the answers as the model gives them, or set another limit in sparsity.budget",
-        )
-    context.console.print(f"  the dense model answers {sum(answered)} of {len(answered)} questions")
-    write_json(out / "answered.json", answered)
-
-
-QUESTIONS = Stage(
-    name="questions",
-    enabled=_has_questions,
-    inputs=lambda context, outputs: {
-        "model": context.model_digest,
-        "questions": data_digest(context.recipe.sparsity.budget.questions or ""),  # type: ignore[union-attr]
-    },
-    config=lambda context, outputs: context.recipe.sparsity.budget.exact_match_loss,  # type: ignore[union-attr]
-    run=_run_questions,
-    code=("calibration.evaluation.exact_match",),
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from builder.planning.kv_capacity import eviction_notes
 from builder.recipe import Recipe
+from calibration.evaluation.answer_loss import questions_needed
 from plugins.common.patterns import TENSOR_CORE
 
 
@@ -15,7 +16,16 @@ def notes(recipe: Recipe, prunes: bool, dense_bytes: int, built_bytes: int) -> t
     if recipe.sparsity and not prunes:
         lines.append("no layer is pruned: sparsity.layers and sparsity.exclude leave none")
     if recipe.sparsity and recipe.sparsity.budget:
-        lines.append("bytes and times are those of all candidates pruned: the build prunes only what fits the budget")
+        budget = recipe.sparsity.budget
+        limit = budget.describe(budget.largest_loss)
+        lines.append(
+            f"bytes and times are those of all candidates pruned: the build prunes only what fits the budget ({limit})"
+        )
+        if budget.questions:
+            lines.append(
+                f"the budget counts answers to '{budget.questions}': a loss of {budget.largest_loss:.2%} takes "
+                f"{questions_needed(budget.largest_loss)} questions to show"
+            )
     if recipe.sparsity and recipe.sparsity.pattern == TENSOR_CORE:
         lines.append(
             "2:4 gains its full time on GPUs with sparse tensor cores (SM80 and later); a CPU saves bytes, and time "

@@ -10,6 +10,7 @@ from builder.artifacts.manifest import now
 from builder.context import BuildContext, Outputs
 from builder.engines.predicted_tactics import read_tactics
 from builder.hardware import machine
+from calibration.evaluation.answer_loss import exact_match_change
 from calibration.quantization.trtllm_config import trtllm_name
 from plugins.common.json_files import read_json
 
@@ -79,21 +80,14 @@ def gates(
         text = "all checks of the written checkpoint passed"
         rows.append({"name": "verification", "passed": True, "message": text})
     if "accuracy" in report:
-        from calibration.budget.budget_search import Goal
         from calibration.evaluation import evaluate
 
         rows += evaluate.gates(evaluate.Accuracy.from_dict(report["accuracy"]), context.recipe.accuracy)
         budget = context.recipe.sparsity and context.recipe.sparsity.budget
         if budget:
-            goal = Goal(budget)
-            limit, measured, when = goal.limit, report["accuracy"], ""
-            if (
-                goal.name not in measured
-            ):  # answers are counted of the quantized checkpoint's weights, not of the engine
-                selection = _read(outputs["selection"].path / "selection.json")
-                measured, when = {goal.name: selection["measured_loss"]}, ", before the engine was built"
-            value = goal.loss(measured)
-            text = f"{goal.describe(value)} under a budget of {goal.describe(limit)}{when}"
+            value, limit = budget.loss(report["accuracy"]), budget.largest_loss
+            found = exact_match_change(report["accuracy"]) if budget.questions else budget.describe(value)
+            text = f"{found} under a budget of {budget.describe(limit)}"
             rows.append({"name": "budget", "limit": limit, "value": value, "passed": value <= limit, "message": text})
     benchmark = context.recipe.benchmark
     if benchmark and benchmark.min_speedup and benchmark_reached and "benchmark" not in outputs:

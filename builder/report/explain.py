@@ -11,6 +11,7 @@ from builder.checkpoint import LayerFacts
 from builder.checkpoint.tensor_checks import check_values
 from builder.checkpoint.violations import Code
 from builder.engines.predicted_tactics import predict_tactics, read_tactics
+from builder.recipe import load
 from plugins.common import defaults
 from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
@@ -65,8 +66,12 @@ def _places(artifact: Path) -> tuple[Path | None, Path | None]:
 def _why_dense(artifact: Path) -> dict[str, str]:
     """Why the recipe left layers dense, by name, from the build's plan.json; empty without one."""
     try:
-        layers = read_json(artifact / "plan.json")["layers"]
-        return {x["name"]: "its pruning does not fit the budget" if x["sparse"] else x["reason"] for x in layers}
+        layers, recipe = read_json(artifact / "plan.json")["layers"], artifact / "recipe.yaml"
+        sparsity = load(str(recipe)).sparsity if recipe.is_file() else None
+        budget = sparsity and sparsity.budget
+        limit = f" ({budget.describe(budget.largest_loss)})" if budget else ""
+        lost = f"its pruning does not fit the budget{limit}"
+        return {x["name"]: lost if x["sparse"] else x["reason"] for x in layers}
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # a checkpoint or an engine outside a build
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builder.engines import registry
-from plugins.common.request import Request
+from plugins.common.request import Request, tokens_by_request
 
 
 class LLM:
@@ -39,10 +39,7 @@ class LLM:
             Request(str(number), ids, max_tokens, ignore_eos, temperature, top_k, top_p, seed + number)
             for number, ids in enumerate(inputs)
         ]
-        outputs: list[list[int]] = [[] for _ in prompts]
-        for token in self.engine.generate(requests):
-            outputs[int(token.request_id)].append(token.token)
         return [
             str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            for tokens in outputs
+            for tokens in tokens_by_request(self.engine.generate(requests), len(requests))
         ]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibration.budget.allocation import Allocation, Allocator
-from calibration.config import LIMITS, Budget
+from calibration.config import Budget
+from calibration.evaluation.answer_loss import Answers
 from plugins.common.errors import GateError, UserError
 
 TAKEN_BACK = {"reconstruct": 0.5, "sparsegpt": 0.8}  # of the predicted KL this share is left, before a build shows it
@@ -30,10 +31,14 @@ Measure = Callable[[Allocation], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Point:
-    """An allocation. `measured`: whether `loss`, in what the budget counts, was measured and not predicted."""
+    """An allocation. `measured`: whether `loss`, in what the budget counts, was measured and not predicted.
+
+    `nats`: the KL that it stands for.
+    """
 
     allocation: Allocation
     loss: float
+    nats: float
     measured: bool
 
     def to_dict(self, chosen: bool) -> dict[str, Any]:
@@ -57,65 +62,70 @@ class Selection:
 
 
 class Goal:
-    """A budget's measure: how it follows from KL, and back."""
+    """A budget's measure: how it follows from KL, and back. `answers`: the dense model's, to the budget's questions."""
 
-    def __init__(self, budget: Budget):
-        limits = budget.model_dump(include=set(LIMITS), exclude_none=True)
-        (self.name, value), *_ = limits.items()
-        self.limit = 1 - value if self.name == "top1_agreement" else value  # the largest loss
+    def __init__(self, budget: Budget, answers: Answers | None = None):
+        self.budget, self.answers = budget, answers
+        self.whole = self._nats(budget.largest_loss)  # the budget as a KL
 
-    def loss(self, measured: Mapping[str, Any]) -> float:
+    def point(self, allocation: Allocation, measured: Mapping[str, Any]) -> Point:
         """Of a measured build."""
-        value = float(measured[self.name])
-        return 1 - value if self.name == "top1_agreement" else value
+        loss = self.budget.loss(measured)
+        nats = self._nats(max(loss, 0.0))
+        if self.answers:  # few answers say little: those that changed by chance only must not look like room for more
+            nats = max(nats, float(measured["kl"]))
+        return Point(allocation, loss, nats, measured=True)
 
-    def nats(self, loss: float) -> float:
-        """The KL of such a loss. The share of tokens, or of answers, that change grows with its root."""
-        if self.name == "perplexity_increase":
-            return math.log1p(loss)
-        return loss if self.name == "kl" else loss**2
+    def predicted(self, allocation: Allocation, nats: float) -> Point:
+        """Of a build with this KL."""
+        if self.answers:
+            loss = self.answers.predicted_loss(nats)
+        else:
+            loss = {"perplexity_increase": math.expm1, "kl": float, "top1_agreement": math.sqrt}[self.budget.limit](
+                nats
+            )
+        return Point(allocation, loss, nats, measured=False)
 
-    def describe(self, loss: float) -> str:
-        """One sentence for a person."""
-        return {
-            "perplexity_increase": f"perplexity {loss:+.2%}",
-            "kl": f"KL {loss:.4f} nats",
-            "top1_agreement": f"top-1 agreement {1 - loss:.2%}",
-            "exact_match_loss": f"exact match {-loss:+.2%}",
-        }[self.name]
+    def _nats(self, loss: float) -> float:
+        """The KL of such a loss. The share of tokens that change grows with its root."""
+        if self.answers:
+            return self.answers.kl_of(loss)
+        return {"perplexity_increase": math.log1p(loss), "kl": loss, "top1_agreement": loss**2}[self.budget.limit]
 
 
-def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) -> Selection:
+def search(
+    allocator: Allocator, budget: Budget, method: str, measure: Measure, answers: Answers | None = None
+) -> Selection:
     """Measures one allocation, a second where the first is over the budget or leaves much of it unused, and a third
-    only where both are over it.
+    only where both are over it. `answers`: the dense model's, for a budget of exact match.
 
     Raises UserError where nothing gains, GateError with the smallest loss measured where none is within the budget.
     """
     if not allocator.steps:
         raise UserError("no layer would save time when pruned, so there is nothing to select: remove sparsity")
-    goal, started = Goal(budget), time.monotonic()
+    goal, limit, started = Goal(budget, answers), budget.largest_loss, time.monotonic()
     share, points, within = TAKEN_BACK.get(method, 1.0), list[Point](), list[Point]()
-    aim = goal.nats(goal.limit)
+    aim = goal.whole
     for build in range(1, MOST_BUILDS + 1):
         allocation = allocator.within(aim / share)
         if not allocation.gain:  # not even one step: the cheapest shows the limit
             allocation = allocator.within(allocator.steps[0].cost)
         if any(point.allocation == allocation for point in points):
             break
-        points.append(Point(allocation, goal.loss(measure(allocation)), measured=True))
+        points.append(goal.point(allocation, measure(allocation)))
         last = points[-1]
-        share = max(goal.nats(max(last.loss, 0.0)) / max(last.allocation.cost, TINY), 0.05)
+        share = max(last.nats / max(last.allocation.cost, TINY), 0.05)
         spent = (time.monotonic() - started) / 60
         late = budget.minutes is not None and 2 * spent > budget.minutes
-        within = [point for point in points if point.loss <= goal.limit]
+        within = [point for point in points if point.loss <= limit]
         if within and (build > 1 or late or _unused(allocator, goal, last) < 1 - NEAR):
             break
-        aim = MARGIN * goal.nats(goal.limit)
+        aim = MARGIN * goal.whole
     if not within:
         least = min(points, key=lambda point: point.loss)
         raise GateError(
-            f"nothing fits under sparsity.budget ({goal.describe(goal.limit)}): the smallest loss reached is "
-            f"{goal.describe(least.loss)} with {least.allocation.fraction:.0%} of the weights {allocator.pattern}; "
+            f"nothing fits under sparsity.budget ({budget.describe(limit)}): the smallest loss reached is "
+            f"{budget.describe(least.loss)} with {least.allocation.fraction:.0%} of the weights {allocator.pattern}; "
             "raise the budget, or remove sparsity"
         )
     best = max(within, key=lambda point: point.allocation.gain)
@@ -125,14 +135,12 @@ def search(allocator: Allocator, budget: Budget, method: str, measure: Measure) 
 
 def _unused(allocator: Allocator, goal: Goal, point: Point) -> float:
     """The share of the budget that is left; none where everything is sparse already."""
-    whole = goal.nats(goal.limit)
-    if point.allocation.fraction > 0.999 or whole <= 0:
+    if point.allocation.fraction > 0.999 or goal.whole <= 0:
         return 0.0
-    return 1 - goal.nats(max(point.loss, 0.0)) / whole
+    return 1 - point.nats / goal.whole
 
 
 def _predicted(allocator: Allocator, goal: Goal, share: float) -> list[Point]:
     """Allocations of growing fraction with their predicted losses."""
     allocations = [allocator.of_fraction((number + 1) / PREDICTED) for number in range(PREDICTED)]
-    loss = {"perplexity_increase": math.expm1, "kl": float}.get(goal.name, math.sqrt)
-    return [Point(each, loss(share * each.cost), measured=False) for each in allocations]
+    return [goal.predicted(each, share * each.cost) for each in allocations]

@@ -1,11 +1,10 @@
-"""Exact match: the share of a user's own questions that a model, decoding greedily, answers with the expected words.
+"""Exact match: which of a user's own questions a model, decoding greedily, answers with the expected words.
 
 An answer matches if it begins with the expected words. White space counts as one space, and the last word must end.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import torch
 from calibration.data.documents import read_documents
 from calibration.data.encoding import encode_prompt, encode_text
 from calibration.data.tokenizer import load_tokenizer
+from calibration.evaluation.answer_loss import Answers, questions_needed
 from plugins.common.errors import UserError
-from plugins.common.json_files import read_json
 from plugins.common.progress import Progress
 
 SPARE = 8  # tokens that an answer may take beyond those of the expected one
@@ -26,21 +25,25 @@ SPARE = 8  # tokens that an answer may take beyond those of the expected one
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt's token ids, the expected answer, and the tokens that an answer may take."""
+    """A prompt's token ids, the expected answer and the number of its tokens."""
 
     prompt: tuple[int, ...]
     answer: str
     tokens: int
 
+    @property
+    def max_new_tokens(self) -> int:
+        """That an answer may take."""
+        return self.tokens + SPARE
 
-def read_questions(data: str, model: Path, limit: float) -> list[Question]:
+
+def read_questions(data: str, model: Path, length: int, limit: float) -> list[Question]:
     """The questions of a file in a format of `calibration.data`: conversations that end with the expected answer.
 
-    `limit` is the largest loss allowed. Raises UserError for a row without an answer, for one that exceeds the model's
-    context, and for fewer questions than show such a loss.
+    `length` is the most tokens that a prompt and its answer may take, `limit` the largest loss allowed. Raises
+    UserError for a row without an answer, for one that is too long, and where one question weighs more than the limit.
     """
     tokenizer = load_tokenizer(model)
-    context = int(read_json(model / "config.json").get("max_position_embeddings", 1 << 20))
     questions = []
     for document in read_documents(data):
         messages = document.content
@@ -53,51 +56,53 @@ def read_questions(data: str, model: Path, limit: float) -> list[Question]:
         if not answer.strip():
             raise UserError(f"{document.where} has an empty answer", "write the expected answer, or remove the row")
         prompt = encode_prompt(messages[:-1], tokenizer, document.where)
-        tokens = len(encode_text(tokenizer, answer, add_special_tokens=False)) + SPARE
-        if len(prompt) + tokens > context:
+        question = Question(tuple(prompt), answer, len(encode_text(tokenizer, answer, add_special_tokens=False)))
+        if len(prompt) + question.max_new_tokens > length:
             raise UserError(
-                f"{document.where} takes {len(prompt)} tokens and {tokens} for its answer, more than the model's "
-                f"{context}",
+                f"{document.where} takes {len(prompt)} tokens and {question.max_new_tokens} for its answer, more than "
+                f"the {length} that the engine takes",
                 "shorten or remove it",
             )
-        questions.append(Question(tuple(prompt), answer, tokens))
-    if len(questions) * limit < 1:
+        questions.append(question)
+    if 1 / len(questions) > limit:
         raise UserError(
             f"'{data}' has {len(questions)} questions: one answer is {1 / len(questions):.1%} of them, more than "
             f"exact_match_loss={limit:.2%}",
-            f"give at least {math.ceil(1 / limit)} questions, or raise the limit",
+            f"give at least {questions_needed(limit)} questions, or raise the limit",
         )
     return questions
 
 
 @torch.inference_mode()
-def are_answered(model: Any, questions: Sequence[Question], directory: Path, progress: Progress) -> list[bool]:
-    """Whether the model answers each question with the expected words. `directory` holds its tokenizer."""
-    tokenizer, answered = load_tokenizer(directory), []
-    for number, question in enumerate(questions):
-        ids_1T = torch.tensor([question.prompt], device=model.device)
-        answer_1T = model.generate(
-            ids_1T,
-            attention_mask=torch.ones_like(ids_1T),
-            max_new_tokens=question.tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=0,
-        )
-        text = tokenizer.decode(answer_1T[0, len(question.prompt) :], skip_special_tokens=True)
-        answered.append(matches(text, question.answer))
-        progress("answer questions", number + 1, len(questions))
-    return answered
+def ask(model: Any, questions: Sequence[Question], directory: Path, progress: Progress) -> Answers:
+    """A transformers model's answers. `directory` holds its tokenizer."""
+    right, margins, tokenizer = list[bool](), list[list[float]](), load_tokenizer(directory)
+    for number, question in enumerate(questions, start=1):
+        tokens, each = _greedy(model, question)
+        right.append(matches(tokenizer.decode(tokens, skip_special_tokens=True), question.answer))
+        if right[-1]:
+            margins.append(each[: question.tokens])
+        progress("answer questions", number, len(questions))
+    return Answers(right, margins)
+
+
+def _greedy(model: Any, question: Question) -> tuple[list[int], list[float]]:
+    """The answer's token ids and their margins. Unlike model.generate it applies no penalty of generation_config."""
+    ends = model.generation_config.eos_token_id
+    tokens, margins, cache = list[int](), list[float](), None
+    ids_1T = torch.tensor([question.prompt], device=model.device)
+    while len(tokens) < question.max_new_tokens:
+        output = model(ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        (first, second), (token, _) = (each.tolist() for each in output.logits[0, -1].float().topk(2))
+        tokens.append(token)
+        margins.append(first - second)
+        if token in (ends if isinstance(ends, list) else [ends]):
+            break
+        ids_1T, cache = torch.tensor([[token]], device=model.device), output.past_key_values
+    return tokens, margins
 
 
 def matches(answer: str, expected: str) -> bool:
     """Whether the answer begins with the expected words."""
     answer, expected = (" ".join(text.split()) for text in (answer, expected))
     return answer.startswith(expected) and re.match(r"\w", answer[len(expected) :]) is None
-
-
-def exact_match_loss(dense: Sequence[bool], built: Sequence[bool]) -> float:
-    """Exact match of the dense model less that of the built one, as a share of the questions."""
-    return (sum(dense) - sum(built)) / len(dense)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -28,3 +29,11 @@ class Token:
     index: int
     last: bool
     time: float
+
+
+def tokens_by_request(stream: Iterable[Token], count: int) -> list[list[int]]:
+    """The generated tokens of requests whose ids are 0 to `count` - 1."""
+    tokens: list[list[int]] = [[] for _ in range(count)]
+    for each in stream:
+        tokens[int(each.request_id)].append(each.token)
+    return tokens

@@ -64,6 +64,14 @@ def test_margins_and_what_stays_dense(built: Path) -> None:
     assert "up_proj: dense: excluded" not in dense
 
 
+def test_the_budget_that_left_a_layer_dense_is_named(built: Path) -> None:
+    budget = {"exact_match_loss": 0.01, "questions": "questions.jsonl"}
+    (built / "recipe.yaml").write_text(json.dumps({"model": "acme/model", "sparsity": {"budget": budget}}))
+    printed = twofour("explain", built).stdout
+    (built / "recipe.yaml").unlink()
+    assert "up_proj: dense: its pruning does not fit the budget (exact match -1.00%)" in printed
+
+
 def test_layers_of_one_kind_with_different_reasons_stand_apart(built: Path) -> None:
     """As TensorRT leaves them: no times, and one picked sparse while the next is not."""
     path = built / "engine" / "tactics.json"

@@ -221,6 +221,13 @@ def test_a_plan_under_a_budget_notes_that_its_figures_are_of_all_candidates(
     assert any("all candidates pruned" in note for note in notes) == noted
 
 
+def test_a_plan_under_a_budget_of_exact_match_notes_how_many_questions_show_it(tmp_path: Path) -> None:
+    budget = "sparsity.budget={exact_match_loss: 1%, questions: q.jsonl}"
+    notes = planned(tmp_path, LLAMA_8B, "fp8-2of4", budget).notes
+    assert any(note.endswith("prunes only what fits the budget (exact match -1.00%)") for note in notes)
+    assert "the budget counts answers to 'q.jsonl': a loss of 1.00% takes 381 questions to show" in notes
+
+
 def test_a_budget_of_tokens_fits_more_sequences_and_names_what_its_gate_sees(tmp_path):
     lengths = ("engine.max_seq_len=8192", "engine.max_batch_size=64", "engine.kv_cache_memory=4GiB")
     every = planned(tmp_path, LLAMA_8B, "fp8", *lengths, gpu="H100-SXM").kv_cache

@@ -16,6 +16,7 @@ from calibration.budget.budget_search import search
 from calibration.budget.channel_prices import channel_prices, prune_each_alone
 from calibration.config import Budget
 from calibration.data.windows import windows
+from calibration.evaluation.answer_loss import Answers
 from calibration.evaluation.evaluate import evaluate, hf_logits
 from calibration.model.blocks import Blocks
 from calibration.model.silence import suppress_output
@@ -175,9 +176,13 @@ def test_layers_that_are_no_candidates_stay_dense() -> None:
 # the search
 
 
+ANSWERS = Answers([True] * 80 + [False] * 20, [[margin / 40, 3.0] for margin in range(80)])
+
+
 def accuracy(kl: float) -> dict[str, float]:
     changed = max(kl, 0) ** 0.5
-    return {"perplexity_increase": math.expm1(kl), "kl": kl, "top1_agreement": 1 - changed, "exact_match_loss": changed}
+    lost = ANSWERS.predicted_loss(kl)
+    return {"perplexity_increase": math.expm1(kl), "kl": kl, "top1_agreement": 1 - changed, "exact_match_loss": lost}
 
 
 class Builds:
@@ -197,18 +202,33 @@ class Builds:
         {"perplexity_increase": 0.2},
         {"kl": 0.2},
         {"top1_agreement": 0.6},
-        {"exact_match_loss": 0.4, "questions": "questions.jsonl"},
+        {"exact_match_loss": 0.2, "questions": "questions.jsonl"},
     ],
 )
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
 def test_two_builds_end_within_the_budget_and_use_most_of_it(limit: dict[str, Any], share: float) -> None:
     builds = Builds(share)
-    actual = search(made_up(), Budget(**limit), "reconstruct", builds)
+    actual = search(made_up(), Budget(**limit), "reconstruct", builds, ANSWERS if "questions" in limit else None)
     assert len(builds.made) <= 2
-    loss = {"top1_agreement": 0.4, "exact_match_loss": 0.4}.get(next(iter(limit)), 0.2)
+    loss = {"top1_agreement": 0.4}.get(next(iter(limit)), 0.2)
     assert actual.measured_loss <= loss
     assert actual.measured_loss > 0.6 * loss or actual.allocation.fraction > 0.99
     assert next(point for point in actual.pareto if point["chosen"])["measured"]
+
+
+@pytest.mark.parametrize("chance", [-0.02, 0.0])
+def test_answers_that_none_lost_by_chance_are_no_room_for_more(chance: float) -> None:
+    """The second build takes the measured KL for a measure, not the answers that did not happen to change."""
+    made: list[Allocation] = []
+
+    def measure(allocation: Allocation) -> dict[str, float]:
+        made.append(allocation)
+        return accuracy(0.5 * allocation.cost) | {"exact_match_loss": chance}
+
+    limit = Budget(exact_match_loss=0.05, questions="questions.jsonl")
+    actual = search(made_up(), limit, "reconstruct", measure, ANSWERS)
+    assert ANSWERS.predicted_loss(0.5 * actual.allocation.cost) <= 0.05
+    assert len(made) == 1
 
 
 def test_what_nothing_meets_names_the_smallest_loss() -> None:

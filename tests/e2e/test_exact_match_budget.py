@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from builder.artifacts.cache import Cache
+from builder.console import Console
+from builder.context import BuildContext
+from builder.pipeline.build import resolve
+from builder.pipeline.questions_stage import QUESTIONS
+from builder.recipe import load
 from calibration.data.encoding import encode_prompt
 from calibration.evaluation.exact_match import matches
 from calibration.quantization.quantize import load_model
+from plugins.common.defaults import GPU
 from tests.support.bad_input import FAST, FEW_TOKENS
-from tests.support.command import done, refused
+from tests.support.command import done, refused, twofour
 
 ASKED = (
     "The fs module",
@@ -31,9 +40,11 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-def build(docs_llama: Path, questions: Path, tmp_path: Path, limit: str = "40%") -> tuple[object, ...]:
+def build(
+    docs_llama: Path, questions: Path, tmp_path: Path, limit: str = "40%", until: str = "checkpoint"
+) -> tuple[object, ...]:
     budget = f"sparsity.budget={{exact_match_loss: {limit}, questions: {questions}}}"
-    where = ("--until", "checkpoint", "--out", tmp_path / "out", "--store", tmp_path / "store", "--json")
+    where = ("--until", until, "--out", tmp_path / "out", "--store", tmp_path / "store", "--json")
     few = ("--set", "sparsity.layers=['*.0.mlp.*']", "--set", "accuracy.samples=8")
     return ("build", docs_llama, "--preset", "2of4-all", *FEW_TOKENS, *FAST, *few, "--set", budget, *where)
 
@@ -53,20 +64,57 @@ def questions(docs_llama: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_what_is_chosen_keeps_the_answers(docs_llama: Path, questions: Path, tmp_path: Path) -> None:
-    report = done(*build(docs_llama, questions, tmp_path, "70%")).json
+    outcome = done(*build(docs_llama, questions, tmp_path, "70%", until="evaluate"))
+    report = outcome.json
     [selection] = (tmp_path / "store").rglob("selection.json")
     chosen = json.loads(selection.read_text())
     assert 0 < chosen["fraction"] <= 1
     assert chosen["measured_loss"] <= 0.7
-    assert report["gates"][0]["passed"]
-    [answered] = (tmp_path / "store").rglob("answered.json")
-    assert json.loads(answered.read_text()) == [True] * len(ASKED)
+    [answers] = (tmp_path / "store").rglob("answers.json")
+    assert json.loads(answers.read_text())["right"] == [True] * len(ASKED)
+
+    [gate] = [gate for gate in report["gates"] if gate["name"] == "budget"]
+    assert gate["passed"]
+    assert gate["value"] == report["accuracy"]["exact_match_loss"] <= 0.7
+    assert re.fullmatch(r"exact match \S+% \(\S+% to \S+%\) under a budget of exact match -70.00%", gate["message"])
+    assert report["accuracy"]["exact_match"]["questions"] == len(ASKED)
+    low, high = report["accuracy"]["exact_match_loss_interval"]
+    assert low < gate["value"] < high
+    assert "| exact match, 6 questions | " in (tmp_path / "out" / "report" / "report.md").read_text()
+
+    renamed = questions.rename(tmp_path / "renamed.jsonl")
+    again = twofour(*build(docs_llama, renamed, tmp_path, "70%", until="evaluate")[:-1])
+    assert again.status == 0
+    assert not re.search(r"^(questions|selection|evaluate): [\d.]+ s", again.stdout + again.stderr, re.MULTILINE)
+
+
+def test_other_answers_are_another_key(docs_llama: Path, tmp_path: Path) -> None:
+    def key(answer: str) -> Mapping[str, str]:
+        file = write(tmp_path / "q.jsonl", [{"question": "a", "answer": answer}] * 3)
+        budget = f"sparsity.budget={{exact_match_loss: 40%, questions: {file}}}"
+        loaded = load(str(docs_llama), "2of4", [budget])
+        context = BuildContext(loaded, resolve(loaded, GPU), docs_llama, Cache(tmp_path / "store"), Console(quiet=True))
+        return QUESTIONS.inputs(context, {})
+
+    assert key("one") == key("one")
+    assert key("one")["model"] == key("two")["model"]
+    assert key("one")["questions"] != key("two")["questions"]
 
 
 @pytest.mark.slow
 def test_a_dense_model_that_answers_nothing_has_nothing_to_lose(docs_llama: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "q.jsonl", NEVER * 3)
-    assert "answers none of the 3 questions" in refused(*build(docs_llama, file, tmp_path))
+    assert "answers none of the 3 questions" in refused(*build(docs_llama, file, tmp_path, "70%"))
+
+
+@pytest.mark.slow
+def test_few_questions_warn_of_how_many_show_the_limit(docs_llama: Path, tmp_path: Path) -> None:
+    """Before the first stage; the build then ends at the dense model's answers."""
+    ended = twofour(*build(docs_llama, write(tmp_path / "q.jsonl", NEVER * 5), tmp_path))
+    warning, error = ended.stderr.splitlines()
+    assert "q.jsonl' has 5 questions, so that the loss may be 43.4% (95% interval) even if no answer changes" in warning
+    assert warning.endswith("give 6 to show exact_match_loss=40.00%")
+    assert error.startswith("error: the dense model answers none of the 5 questions")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +123,10 @@ def test_a_dense_model_that_answers_nothing_has_nothing_to_lose(docs_llama: Path
         ([{"text": "a text"}], "line 1 is not a question with its answer: write"),
         ([{"question": "a", "answer": " "}], "line 1 has an empty answer"),
         ([{"question": "word " * 4000, "answer": "a"}], "tokens and"),
-        (NEVER * 2, "has 2 questions: one answer is 50.0% of them, more than exact_match_loss=40.00%"),
+        (
+            NEVER * 2,
+            "has 2 questions: one answer is 50.0% of them, more than exact_match_loss=40.00%: give at least 6 ",
+        ),
     ],
 )
 def test_questions_that_do_not_fit(docs_llama: Path, tmp_path: Path, rows: list[dict[str, str]], fragment: str) -> None:
