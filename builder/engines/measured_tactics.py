@@ -213,13 +213,11 @@ def seconds_of_second_product(layers: Iterable[LinearShape], tokens: int, dtype:
     """Seconds that a layer, half of it 2:4, takes beyond the mean of dense and 2:4; None where none can be timed."""
     if not can_measure() or dtype not in DTYPES:
         return None
-    return _seconds_of_second_product(tuple((layer.name, shape(layer, 1, dtype)) for layer in layers), tokens, dtype)
+    return _second_products(tuple((layer.name, shape(layer, 1, dtype)) for layer in layers), tokens, dtype)
 
 
 @lru_cache(maxsize=4)
-def _seconds_of_second_product(
-    shapes: tuple[tuple[str, LinearShape], ...], tokens: int, dtype: str
-) -> dict[str, float]:
+def _second_products(shapes: tuple[tuple[str, LinearShape], ...], tokens: int, dtype: str) -> dict[str, float]:
     from plugins.autotune.choice import Hybrid
     from plugins.sparsity.segments import ALIGNMENT
 
@@ -233,9 +231,8 @@ def _seconds_of_second_product(
     alone = _whole_layers(shapes, tokens, dtype)
     seconds = {}
     for name in halves:
-        mixed = both[name]["buckets"][0]
         ends = [us for us in (alone[name]["dense_us"], alone[name]["sparse_us"]) if us is not None]
-        seconds[name] = max(0.0, mixed["sparse_us"] - sum(ends) / len(ends)) * 1e-6
+        seconds[name] = max(0.0, both[name]["buckets"][0]["sparse_us"] - sum(ends) / len(ends)) * 1e-6
     return seconds
 
 

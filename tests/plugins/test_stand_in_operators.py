@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.kernels import gemm, patterns
+from benchmarks.kernels import gemm, pattern_times
 from plugins.autotune import tactics, timing, tuner
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
@@ -97,7 +97,7 @@ def test_few_tokens_are_timed_by_pattern(torch_on_stand_in: bindings.Context, mo
     slow = {"cublaslt": 12.0, "torch": 10.0, "skinny-6of8": 8.0}
     use_times(monkeypatch, lambda bench, kernel, tokens: slow.get(kernel, 5.0))
     layer = LinearShape(64, 96, "bf16", name="down_proj")
-    rows = patterns.rows_of(layer, (1, 16), lambda: False, tuner.time_kernel, CPU)
+    rows = pattern_times.rows_of(layer, (1, 16), lambda: False, tuner.time_kernel, CPU)
     assert [row["tokens"] for row in rows] == [1, 16]
     for row in rows:
         assert row["dense"] == {"kernel": "torch", "us": 10.0, "algorithm": None, "left_out": {}}
@@ -105,8 +105,8 @@ def test_few_tokens_are_timed_by_pattern(torch_on_stand_in: bindings.Context, mo
             "2:4": 2.0, "4:8": 2.0, "5:8": 2.0, "6:8": 1.25,
         }  # fmt: skip
         assert not any(cell["left_out"] for cell in row["patterns"].values())
-        assert "6:8 8.00 (1.25x)" in patterns.line(row)
-    assert not any(row["patterns"] for row in patterns.rows_of(layer, (1,), lambda: True, device=CPU))
+        assert "6:8 8.00 (1.25x)" in pattern_times.line(row)
+    assert not any(row["patterns"] for row in pattern_times.rows_of(layer, (1,), lambda: True, device=CPU))
 
 
 def test_row_of_the_table_measures_errors(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:

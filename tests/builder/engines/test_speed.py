@@ -184,7 +184,7 @@ def test_engines_measurement_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, tm
     [
         "benchmarks.kernels.gpu_suite",
         "benchmarks.kernels.gemm",
-        "benchmarks.kernels.patterns",
+        "benchmarks.kernels.pattern_times",
         "builder.engines.torch_backend.benchmark",
     ],
 )
@@ -204,7 +204,7 @@ def test_commands_need_no_pydantic() -> None:
         "for name in ('pydantic', 'ml_dtypes', 'modelopt', 'click', 'rich', 'jinja2', 'hypothesis',\n"
         "             'accelerate', 'datasets', 'psutil'): sys.modules[name] = None\n"
         "import plugins.libtwofour.compiler, benchmarks.kernels.gpu_suite, benchmarks.kernels.gpu_machine\n"
-        "import benchmarks.kernels.sanitizer, benchmarks.kernels.gemm, benchmarks.kernels.patterns\n"
+        "import benchmarks.kernels.sanitizer, benchmarks.kernels.gemm, benchmarks.kernels.pattern_times\n"
         "import builder.engines.torch_backend.benchmark, tests.gpu.test_kernels, tests.gpu.test_n_of_8"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

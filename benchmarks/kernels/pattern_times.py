@@ -1,6 +1,6 @@
 """Times of few tokens by pattern: dense, 2:4, 4:8, 5:8 and 6:8 on the MLP layers of a model, on the GPU here.
 
-    python -m benchmarks.kernels.patterns --seconds 60 --out FILE
+    python -m benchmarks.kernels.pattern_times --seconds 60 --out FILE
 
 Weights are cold and launches come from a CUDA graph (plugins/autotune/timing.py); each kernel runs the fastest of its
 algorithms. Writes the rows after each one, and stops in time. Requires only torch.
