@@ -14,9 +14,17 @@ namespace twofour {
 
 namespace {
 
-// As for the staged kernel (skinny_kernel.cuh).
+// Thread blocks whose registers a multiprocessor must hold, as for the staged kernel (skinny_kernel.cuh): two where a
+// search launches two and the shared memory holds them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define TWOFOUR_RESIDENT 1
+#else
+#define TWOFOUR_RESIDENT 2
+#endif
 template <class C>
-__global__ void __launch_bounds__(C::threads, C::keep == kKeep2of4 ? 0 : 1) streamed_kernel(const SkinnyProblem problem) {
+__global__ void __launch_bounds__(C::threads, C::keep == kKeep2of4   ? 0
+                                              : C::token_tiles == 1 ? TWOFOUR_RESIDENT
+                                                                    : 1) streamed_kernel(const SkinnyProblem problem) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t shared[];
   streamed_block<C>(problem, shared);
