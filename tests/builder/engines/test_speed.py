@@ -205,6 +205,6 @@ def test_commands_need_no_pydantic() -> None:
         "             'accelerate', 'datasets', 'psutil'): sys.modules[name] = None\n"
         "import plugins.libtwofour.compiler, benchmarks.kernels.gpu_suite, benchmarks.kernels.gpu_machine\n"
         "import benchmarks.kernels.sanitizer, benchmarks.kernels.gemm, benchmarks.kernels.pattern_times\n"
-        "import builder.engines.torch_backend.benchmark, tests.gpu.test_kernels, tests.gpu.test_n_of_8"
+        "import builder.engines.torch_backend.benchmark, tests.gpu.test_kernels, tests.gpu.test_kernels_of_8"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
