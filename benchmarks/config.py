@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from plugins.common import defaults
-from plugins.common.config import Config
+from plugins.common.config_base import Config
 
 
 class Workload(Config):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from plugins.common.config import Config, Memory
+from plugins.common.config_base import Config, Memory
 
 Backend = Literal["auto", "tensorrt", "pytorch", "torch"]
 

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from builder.artifacts.cache import Cache, CachedOutput, digest_of
+from builder.console import Console
 from builder.planning.plan import Plan
-from builder.progress import Console
 from builder.recipe import Recipe
+from calibration.config import Routing, Sparsity
 from calibration.model.weight_files import weight_files
 from plugins.common.files import sha256, sha256_once
 
@@ -29,6 +30,18 @@ class BuildContext:
     cache: Cache
     console: Console
     wait: bool = True  # for another process that makes the same output
+
+    @property
+    def sparsity(self) -> Sparsity:
+        """The recipe's section, which a stage that prunes has."""
+        assert self.recipe.sparsity is not None
+        return self.recipe.sparsity
+
+    @property
+    def routing(self) -> Routing:
+        """The recipe's section, which the routing stage has."""
+        assert self.recipe.routing is not None
+        return self.recipe.routing
 
     @cached_property
     def model_digest(self) -> str:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from benchmarks.config import Benchmark
 from builder.config import EngineConfig
 from calibration.config import LIMITS, Accuracy, CalibrationData, Quantization, Recovery, Routing, Sparsity
-from plugins.common.config import Config
+from plugins.common.config_base import Config
 from plugins.common.errors import UserError
 from plugins.common.patterns import short_name
 
@@ -31,7 +31,7 @@ class Recipe(Config):
     calibration: CalibrationData = CalibrationData()
     """Text for pruning and quantization."""
     sparsity: Sparsity | None = None
-    """Pruning to 2:4, or to n:8 for a CPU."""
+    """Pruning to 2:4, or to n:8 for the torch engine."""
     recovery: Recovery | None = None
     """Distillation after pruning."""
     quantization: Quantization = Quantization()

@@ -10,7 +10,7 @@ from typing import Any
 
 from builder.artifacts.filesystem import checkpoint_digest
 from builder.artifacts.manifest import is_build, verify_manifest
-from builder.checkpoint.channel_order import check_order
+from builder.checkpoint.order_check import check_order
 from builder.checkpoint.reading import read
 from builder.checkpoint.verification import Verified, verify_checkpoint
 from builder.checkpoint.violations import Code, VerificationError, Violation

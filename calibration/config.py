@@ -5,8 +5,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from plugins.common.config import Config, Percent
+from plugins.common.config_base import Config, Percent
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import TENSOR_CORE, Pattern
 
 Method = Literal["reconstruct", "sparsegpt", "wanda", "magnitude", "modelopt-sparsegpt", "modelopt-magnitude"]
@@ -91,7 +92,7 @@ class Sparsity(Config):
 
     pattern: Pattern = TENSOR_CORE
     """`n:m`: at most n nonzeros in each group of m consecutive inputs. 4:8, 5:8 and 6:8 lose less accuracy than 2:4,
-    save 0.375, 0.25 and 0.125 of the bytes at 8 bit, and run in the torch engine on a CPU only."""
+    save 0.375, 0.25 and 0.125 of the bytes at 8 bit, and run in the torch engine only."""
     method: Method = "reconstruct"
     """The pruning method; docs/pruning.md compares them."""
     layers: tuple[str, ...] = ("*",)
@@ -125,10 +126,10 @@ class Sparsity(Config):
         return self
 
 
-def check_adapter_rank(rank: int, name: str, out_features: int, in_features: int) -> None:
-    """Raises UserError where the layer `name` is too small for an adapter of this rank."""
-    if rank > (most := min(out_features, in_features)):
-        raise UserError(f"sparsity.adapter_rank {rank} exceeds the largest rank of '{name}': use {most} or less")
+def check_adapter_rank(rank: int, layer: LinearShape) -> None:
+    """Raises UserError where the layer is too small for an adapter of this rank."""
+    if rank > (most := min(layer.out_features, layer.in_features)):
+        raise UserError(f"sparsity.adapter_rank {rank} exceeds the largest rank of '{layer.name}': use {most} or less")
 
 
 class Quantization(Config):

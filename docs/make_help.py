@@ -1,17 +1,11 @@
-"""Writes docs/commands.md from the commands' own help pages; `--check` fails where it is stale.
+"""Renders docs/commands.md from the commands' own help pages."""
 
-python docs/make_help.py [--check]
-"""
-
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 
 from builder.cli.commands import cli
 
-PAGE = Path(__file__).parent / "commands.md"
 WIDTH = 100
 
 
@@ -30,11 +24,3 @@ def contexts(context: click.Context) -> Iterator[click.Context]:
     if isinstance(context.command, click.Group):
         for name, command in sorted(context.command.commands.items()):
             yield from contexts(click.Context(command, info_name=name, parent=context))
-
-
-if __name__ == "__main__":
-    if "--check" in sys.argv:
-        if not PAGE.is_file() or PAGE.read_text() != page():
-            sys.exit("docs/commands.md is stale: run make docs")
-    else:
-        PAGE.write_text(page())

@@ -1,10 +1,9 @@
 """Renders the marked blocks of docs/kernels.md: kernels and engines on a CPU, from files in benchmarks/results/."""
 
-from pathlib import Path
 from typing import Any
 
-from make_readme import RESULTS, ROOT, fill
-from result_files import newest
+from make_readme import fill
+from result_files import ROOT, newest
 
 PAGE = ROOT / "docs" / "kernels.md"
 KERNELS = """
@@ -27,7 +26,7 @@ def page() -> str:
 
 
 def _kernels() -> str:
-    ((result, path),) = newest(RESULTS, "cpu_kernels", lambda result: result["model"]).values()
+    ((result, path),) = newest("cpu_kernels", lambda result: result["model"]).values()
     rows = [
         f"| {row['kernel']} | {row['isa']} | {row['threads']} | {row['ms']:.2f} | {row['gb_per_s']:.1f} "
         f"| {row['share_of_read_bandwidth']:.0%} | {_ratio(row, 'int8')} | {_ratio(row, 'bf16')} |\n"
@@ -37,7 +36,7 @@ def _kernels() -> str:
     bandwidth = ", ".join(
         f"{value:.1f} GB/s with {count} thread(s)" for count, value in result["read_gb_per_s"].items()
     )
-    return KERNELS.format(bandwidth=bandwidth, path=path.relative_to(ROOT).as_posix(), rows="".join(rows))
+    return KERNELS.format(bandwidth=bandwidth, path=path, rows="".join(rows))
 
 
 def _ratio(row: dict[str, Any], dense: str) -> str:
@@ -46,7 +45,7 @@ def _ratio(row: dict[str, Any], dense: str) -> str:
 
 
 def _busy() -> str:
-    files = newest(RESULTS, "llama_cpp_busy", lambda result: str(result["settings"]["threads"]))
+    files = newest("llama_cpp_busy", lambda result: str(result["settings"]["threads"]))
     (one, one_path), (two, two_path) = files["1"], files["2"]
     rows = [
         f"| {name} | "
@@ -56,10 +55,10 @@ def _busy() -> str:
         + " |\n"
         for name in one["contenders"]
     ]
-    paths: dict[str, Path] = {"one": one_path, "two": two_path}
     return BUSY.format(
         cores=one["environment"]["cores"],
         prompt=one["settings"]["prompt"],
         rows="".join(rows),
-        **{name: path.relative_to(ROOT).as_posix() for name, path in paths.items()},
+        one=one_path,
+        two=two_path,
     )

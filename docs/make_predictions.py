@@ -1,16 +1,13 @@
 """Renders docs/predictions.md: published figures with the predictions for their conditions."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from result_files import device_name, newest
+from result_files import File, device_name, newest
 
 from benchmarks.kernels import targets
 from benchmarks.roofline import published, roofline
-from benchmarks.roofline.published import Comparison, EndToEnd, Kernel
-
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+from benchmarks.roofline.published import Comparison, Kernel
 
 INTRODUCTION = """# Predictions against published figures
 
@@ -53,7 +50,7 @@ def page() -> str:
     ]
     for kind in kinds:
         parts.append(_section(kind, [row for row in rows if row.kind == kind]))
-    parts += map(_own, newest(RESULTS, "gpu", device_name).values())
+    parts += map(_own, newest("gpu", device_name).values())
     parts.append(_sources())
     parts.append("\n## Figures left out\n\n| figure | missing or unsuitable |\n|---|---|\n")
     parts += [f"| {each.what} | {each.missing} |\n" for each in published.published().left_out]
@@ -76,7 +73,7 @@ def _section(kind: str, rows: list[Comparison]) -> str:
     return head + "".join(lines)
 
 
-def _own(file: tuple[dict[str, Any], Path]) -> str:
+def _own(file: File) -> str:
     """Our own measurements on one GPU, with the predictions for the same conditions."""
     result, path = file
     gpu = device_name(result)
@@ -86,7 +83,7 @@ def _own(file: tuple[dict[str, Any], Path]) -> str:
     size, signed = published.median_error(rows), published.median_error(rows, signed=True)
     head = (
         f"\n## Measured by this project: {gpu}\n\nSpeed-ups of the best 2:4 kernel over the best dense kernel, weights "
-        f"cold, and of the torch engine's decode\n([values](../benchmarks/results/{path.name})). Median absolute error "
+        f"cold, and of the torch engine's decode\n([values](../{path})). Median absolute error "
         f"{size:.0%}, median error {signed:+.0%}.\n\n| conditions | predicted | measured | error |\n|---|---|---|---|\n"
     )
     lines = (f"| {row.conditions} | {row.predicted:.2f}x | {row.published:.2f}x | {row.error:+.0%} |\n" for row in rows)
@@ -97,16 +94,11 @@ def _own_kernels(result: dict[str, Any], gpu: str) -> Iterator[Comparison]:
     for row in targets.judged(result):
         times = row["kernels_us"]
         if row["dense"] in times and row["sparse"] in times:
-            yield from published.compare_kernel(
-                Kernel(
-                    source=gpu,
-                    gpu=gpu,
-                    format=row["format"],
-                    tokens=(row["tokens"],),
-                    shape=(row["out_features"], row["in_features"]),
-                    ratio=times[row["dense"]] / times[row["sparse"]],
-                )
+            ratio, shape = times[row["dense"]] / times[row["sparse"]], (row["out_features"], row["in_features"])
+            kernel = Kernel(
+                source=gpu, gpu=gpu, format=row["format"], tokens=(row["tokens"],), shape=shape, ratio=ratio
             )
+            yield from published.compare_kernel(kernel)
 
 
 def _own_engine(steps: dict[str, Any], gpu: str) -> Iterator[Comparison]:
@@ -115,21 +107,8 @@ def _own_engine(steps: dict[str, Any], gpu: str) -> Iterator[Comparison]:
     for batch, built_us in sides.get("fp8-2of4", {}).get("decode_us", {}).items():
         for base in ("fp8", "bf16"):
             if base_us := sides.get(base, {}).get("decode_us", {}).get(batch):
-                yield published.compare_model(
-                    EndToEnd(
-                        source=gpu,
-                        gpu=gpu,
-                        model=result["model"],
-                        phase="decode",
-                        base=base,
-                        built="fp8",
-                        sparse=1,
-                        batch=int(batch),
-                        input=result["context"],
-                        output=0,
-                        ratio=base_us / built_us,
-                    )
-                )
+                load = {"model": result["model"], "batch": int(batch), "input": result["context"]}
+                yield published.compare_decode(gpu, base, base_us / built_us, **load)
 
 
 def _sources() -> str:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from make_readme import RESULTS, ROOT, fill
-from result_files import newest
+from make_readme import fill
+from result_files import ROOT, newest
 
 PAGE = ROOT / "docs" / "pruning.md"
 RIVALS = """
@@ -21,14 +21,14 @@ def page() -> str:
 
 def _rivals() -> str:
     parts = []
-    for result, path in newest(RESULTS, "rivals", lambda result: result["settings"]["model"]).values():
+    for result, path in newest("rivals", lambda result: result["settings"]["model"]).values():
         rows = [_row(name, row) for name, row in result["rows"].items() if name != "dense"]
         parts.append(
             RIVALS.format(
                 model=result["settings"]["model"],
                 samples=result["settings"]["samples"],
                 dense=result["rows"]["dense"]["dense"]["perplexity"],
-                path=path.relative_to(ROOT).as_posix(),
+                path=path,
                 rows="".join(rows),
             )
         )

@@ -7,23 +7,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from result_files import device_name, newest
+from result_files import RESULTS, ROOT, File, device_name, newest
 
 from benchmarks.kernels import targets
-from benchmarks.roofline.published import EndToEnd, compare_model, comparisons, median_error
+from benchmarks.roofline.published import compare_decode, comparisons, median_error
 from builder.planning import compatibility, compatibility_rules
 from plugins.common.families import FAMILIES
 from plugins.common.json_files import read_json
-from plugins.common.patterns import ON_CPU_ONLY
+from plugins.common.patterns import OF_EIGHT
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
 SHORT_ANSWER = 16  # tokens
 SMS = {75: "Turing", 80: "A100", 86: "RTX 30", 89: "L40S, RTX 40", 90: "H100, H200", 100: "B200", 120: "RTX 50"}
 ACCURACY = """
 Perplexity on held-out text after pruning every linear layer to 2:4 ({model}, {samples} calibration sequences of
-{length} tokens, {processor}; [values]({path})):
+{sequence_length} tokens, {cores} cores of an {processor}; [values]({path})):
 
 | method | perplexity | increase |
 |---|---|---|
@@ -34,7 +32,8 @@ BUILD = """
 
 | | dense | {format} | |
 |---|---|---|---|
-| perplexity, held-out text | {dense:.2f} | {built:.2f} | {increase:+.1%}, 95% interval {low:+.1%} to {high:+.1%} |
+| perplexity, held-out text | {dense[perplexity]:.2f} | {built[perplexity]:.2f} | {perplexity_increase:+.1%}, \
+95% interval {low:+.1%} to {high:+.1%} |
 | weights | {dense_mb:.2f} MB | {built_mb:.2f} MB | {ratio:.2f} times smaller |
 {speed}"""
 SMOLLM2 = """
@@ -98,12 +97,12 @@ def fill(path: Path, blocks: dict[str, Callable[[], str]]) -> str:
 
 def results() -> str:
     parts = [
-        *map(_smollm2, newest(RESULTS, "smollm2", lambda result: result["model"]).values()),
-        *map(_llama_cpp, newest(RESULTS, "llama_cpp", lambda result: "one request").values()),
-        *map(_accuracy, newest(RESULTS, "accuracy_peers", lambda result: result["settings"]["model"]).values()),
-        *map(_build, newest(RESULTS, "quickstart", lambda report: report["model"]).values()),
-        *map(_kernels, newest(RESULTS, "gpu", device_name).values()),
-        *map(_decode, newest(RESULTS, "gpu_part", device_name).values()),
+        *map(_smollm2, newest("smollm2", lambda result: result["model"]).values()),
+        *map(_llama_cpp, newest("llama_cpp", lambda result: "one request").values()),
+        *map(_accuracy, newest("accuracy_peers", lambda result: result["settings"]["model"]).values()),
+        *map(_build, newest("quickstart", lambda report: report["model"]).values()),
+        *map(_kernels, newest("gpu", device_name).values()),
+        *map(_decode, newest("gpu_part", device_name).values()),
         _predicted(),
     ]
     return "".join(parts).lstrip("\n")
@@ -116,33 +115,27 @@ def support() -> str:
         f"| {label} | " + " | ".join(_range(number_format, name) for name in compatibility_rules.BACKENDS) + " |\n"
         for number_format, label in (("bf16", "bf16, fp16"), ("fp8", "FP8 (e4m3)"), ("int8", "INT8 (SmoothQuant W8A8)"))
     ]
-    on_cpu = " | ".join(_range("int8", name, ON_CPU_ONLY) for name in compatibility_rules.BACKENDS)
-    rows.append(f"| any of these, {', '.join(ON_CPU_ONLY)} | {on_cpu} |\n")
+    of_eight = " | ".join(_range("int8", name, OF_EIGHT) for name in compatibility_rules.BACKENDS)
+    rows.append(f"| any of these, {', '.join(OF_EIGHT)} | {of_eight} |\n")
     return f"Model families: {families}.\n\n{head}|---|{'---|' * len(compatibility_rules.BACKENDS)}\n{''.join(rows)}"
 
 
 BLOCKS: dict[str, Callable[[], str]] = {"results": results, "support": support}
 
 
-def _accuracy(file: tuple[dict[str, Any], Path]) -> str:
+def _accuracy(file: File) -> str:
     result, path = file
-    settings, methods = result["settings"], result["methods"]
+    methods, shown = result["methods"], result["settings"] | result["environment"]
     rows = [f"| dense | {next(iter(methods.values()))['dense']['perplexity']:.2f} | |\n"] + [
         f"| {method} | {values['built']['perplexity']:.2f} | {values['perplexity_increase']:+.1%} |\n"
         for method, values in methods.items()
         if method != "dense"
     ]
-    return ACCURACY.format(
-        model=PUBLISHED.get(settings["model"], settings["model"]),
-        samples=settings["samples"],
-        length=settings["sequence_length"],
-        processor=f"{result['environment']['cores']} cores of an {result['environment']['processor']}",
-        path=path.relative_to(ROOT).as_posix(),
-        rows="".join(rows),
-    )
+    shown["model"] = PUBLISHED.get(shown["model"], shown["model"])
+    return ACCURACY.format(**shown, path=path, rows="".join(rows))
 
 
-def _build(file: tuple[dict[str, Any], Path]) -> str:
+def _build(file: File) -> str:
     report, path = file
     accuracy, size, device = report["accuracy"], report["size"], report["device"]
     low, high = accuracy["perplexity_increase_interval"]
@@ -150,11 +143,9 @@ def _build(file: tuple[dict[str, Any], Path]) -> str:
         model=report["model"],
         parameters=size["dense_bytes"] / 2e6,
         device=f"{device['cores']} cores of an {device['name']}" if device["type"] == "cpu" else device["name"],
-        path=path.relative_to(ROOT).as_posix(),
+        path=path,
         format=f"{report['recipe']['quantization']['format'].upper()} + 2:4",
-        dense=accuracy["dense"]["perplexity"],
-        built=accuracy["built"]["perplexity"],
-        increase=accuracy["perplexity_increase"],
+        **accuracy,
         low=low,
         high=high,
         dense_mb=size["dense_bytes"] / 1e6,
@@ -164,7 +155,7 @@ def _build(file: tuple[dict[str, Any], Path]) -> str:
     )
 
 
-def _smollm2(file: tuple[dict[str, Any], Path]) -> str:
+def _smollm2(file: File) -> str:
     result, path = file
     device, variants = result["device"], result["variants"]
     first = next(iter(variants.values()))
@@ -183,7 +174,7 @@ def _smollm2(file: tuple[dict[str, Any], Path]) -> str:
         other=first["other_text"]["dense"]["perplexity"],
         dense_mb=first["size"]["dense_bytes"] / 1e6,
         tokens=first["performance"][0]["dense"]["output_token_throughput"]["mean"],
-        path=path.relative_to(ROOT).as_posix(),
+        path=path,
         columns=" | ".join(title for title, *_ in columns),
         lines="|".join(["---"] * len(columns)),
         rows="".join(rows),
@@ -201,7 +192,7 @@ def _columns(variant: dict[str, Any], number: int) -> list[tuple[str, int, str]]
     return [later, ("tokens/s, 1 request", number, "output_token_throughput")]
 
 
-def _llama_cpp(file: tuple[dict[str, Any], Path]) -> str:
+def _llama_cpp(file: File) -> str:
     result, path = file
     rows = [
         f"| {name} | {row['decode_ms']:.1f} ms | {row['prefill_ms']:.0f} ms | {row['perplexity']:.2f} "
@@ -212,7 +203,7 @@ def _llama_cpp(file: tuple[dict[str, Any], Path]) -> str:
     times = {name: f"{row['decode_ms']:.1f}" for name, row in faster.items()}
     return LLAMA_CPP.format(
         **result["settings"],
-        path=path.relative_to(ROOT).as_posix(),
+        path=path,
         other=FASTER_MEMORY.relative_to(ROOT).as_posix(),
         peers=" and ".join(dict.fromkeys(ms for name, ms in times.items() if "llama.cpp" in name)),
         ours=" and ".join(dict.fromkeys(ms for name, ms in times.items() if "llama.cpp" not in name)),
@@ -229,7 +220,7 @@ def _speed(point: dict[str, Any]) -> str:
     return f"| output tokens/s, {load} | {dense['mean']:.0f} | {built['mean']:.0f} | {ratio['ratio']:.2f}x{spread} |\n"
 
 
-def _kernels(file: tuple[dict[str, Any], Path]) -> str:
+def _kernels(file: File) -> str:
     result, path = file
     fp8 = [
         row
@@ -246,15 +237,15 @@ def _kernels(file: tuple[dict[str, Any], Path]) -> str:
     ]
     return KERNELS.format(
         gpu=device_name(result).replace("NVIDIA", "an NVIDIA"),
-        path=path.relative_to(ROOT).as_posix(),
+        path=path,
         tokens=" | ".join("1 token" if count == 1 else f"{count}" for count in tokens),
         lines="|".join(["---"] * len(tokens)),
         rows="".join(lines),
     )
 
 
-def _decode(file: tuple[dict[str, Any], Path]) -> str:
-    engine = file[0]["steps"].get("engine", {}).get("result", {})
+def _decode(file: File) -> str:
+    engine = file.content["steps"].get("engine", {}).get("result", {})
     times = {name: result["decode_us"] for name, result in engine.get("results", {}).items()}
     if not {"bf16", "fp8", "fp8-2of4"} <= times.keys():
         return ""
@@ -263,17 +254,15 @@ def _decode(file: tuple[dict[str, Any], Path]) -> str:
         f"| {times['fp8'][batch] / us:.2f}x | {times['bf16'][batch] / us:.2f}x |\n"
         for batch, us in times["fp8-2of4"].items()
     ]
-    return DECODE.format(context=engine["context"], path=file[1].relative_to(ROOT).as_posix(), rows="".join(rows))
+    return DECODE.format(context=engine["context"], path=file.path, rows="".join(rows))
 
 
 def _predicted() -> str:
-    def ratio(base: str) -> float:
-        row = EndToEnd(source="", gpu="H100", model="llama-3.1-8b", phase="decode", base=base, built="fp8", sparse=1,
-                       batch=8, input=1024, output=0, ratio=1)  # fmt: skip
-        return compare_model(row).predicted
-
+    fp8, bf16 = (
+        compare_decode("H100", base, 1, model="llama-3.1-8b", batch=8, input=1024).predicted for base in ("fp8", "bf16")
+    )
     whole = [row for row in comparisons() if row.kind == "end to end"]
-    return PREDICTED.format(fp8=ratio("fp8"), bf16=ratio("bf16"), error=median_error(whole, signed=True))
+    return PREDICTED.format(fp8=fp8, bf16=bf16, error=median_error(whole, signed=True))
 
 
 def _range(number_format: str, backend: str, features: Sequence[str] = ()) -> str:

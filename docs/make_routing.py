@@ -4,17 +4,16 @@ Those are of the second stage, of a server and of the simulation.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from make_readme import RESULTS, ROOT, fill
-from result_files import newest
+from make_readme import fill
+from result_files import ROOT, newest
 
 from calibration.routing.metrics import METRICS
 
-PAGE = Path(__file__).parent / "routing.md"
+PAGE = ROOT / "docs" / "routing.md"
 LAWS = """
-| losses | law | mean loss before, after | worst {block} requests | share of cheap requests | oracle's share |
+| losses | law | mean loss before, after | worst 50,000 requests | share of cheap requests | oracle's share |
 |---|---|---|---|---|---|
 {rows}
 """
@@ -42,7 +41,7 @@ documentation. Shadow runs measure {shadow:.0%}. A dense answer has no loss, the
 |---|---|---|---|
 {spent}
 Of these {requests:,}, {lost} got no answer, {wrong} the answer of another request, and {other} differed by rounding
-(two tokens at most {tie:.3f} nats apart). {measured:.0f} shadow runs were measured. {alarm}
+(two tokens at most {widest_tie:.3f} nats apart). {measured_total:.0f} shadow runs were measured. {alarm}
 The median answer took {median:.0f} ms on the {cores} cores of an {processor}.
 """
 SECOND_STAGE = """
@@ -75,53 +74,48 @@ def page() -> str:
 
 
 def simulation() -> str:
-    result, path = next(iter(newest(RESULTS, "routing-simulation", lambda result: "the controller").values()))
+    result, path = next(iter(newest("routing-simulation", lambda result: "the controller").values()))
     rows = [_law(case, name, law) for case, laws in result["laws"].items() for name, law in laws.items()]
     service = [_service(name, run) for name, run in result["controller"].items()]
     scenarios = result["scenarios"]
     return (
-        LAWS.format(block="50,000", rows="".join(rows).rstrip("\n"))
+        LAWS.format(rows="".join(rows).rstrip("\n"))
         + SERVICE.format(
             requests=scenarios["losses double"]["requests"],
-            path=f"../{path.relative_to(ROOT).as_posix()}",
+            path=f"../{path}",
             rows="".join(service),
             shift=scenarios["features drift"]["shift"],
             **result["features drift"],
         )
         + FOOT.format(
+            **result["environment"],
             budget=result["budget"],
             us=max(run["decision_us"] for run in result["controller"].values()),
-            processor=result["environment"]["processor"],
         )
     ).lstrip("\n")
 
 
 def server() -> str:
-    result, path = next(iter(newest(RESULTS, "routing-serving", lambda result: "Triton").values()))
+    result, path = next(iter(newest("routing-serving", lambda result: "Triton").values()))
     settings, once, mixed = (result[name] for name in ("settings", "once", "changing mix"))
-    checks, course = mixed["checks"], mixed["course"]
+    checks = mixed["checks"]
     return SERVER.format(
-        **{name: settings[name] for name in ("prompts", "model", "max_tokens", "requests", "rate", "shadow")},
+        **(mixed["router"] | checks | settings | result["environment"]),
         kinds=" and ".join(f"{name} (all on the build: {loss:.3f})" for name, loss in result["mean_loss"].items()),
-        path=f"../{path.relative_to(ROOT).as_posix()}",
+        path=f"../{path}",
         rows="".join(_estimate(name, once["equal_share"][name]) for name in ESTIMATES),
         first=settings["docs_share"],
         second=1 - settings["docs_share"],
         spent="".join(_spent(mixed, settings["budget_kl"], *row) for row in SPENT),
-        lost=checks["lost"],
         wrong=checks["wrong_input_tokens"] + checks["crossed"],
         other=checks["other_tokens"],
-        tie=checks["widest_tie"],
-        measured=mixed["router"]["measured_total"],
-        alarm=_alarm(course),
+        alarm=_alarm(mixed["course"]),
         median=mixed["seconds"]["median"] * 1000,
-        cores=result["environment"]["cores"],
-        processor=result["environment"]["processor"],
     ).lstrip("\n")
 
 
 def second_stage() -> str:
-    results = dict(sorted(newest(RESULTS, "routing-second-stage", _model).items()))
+    results = dict(sorted(newest("routing-second-stage", _model).items()))
     first = next(result for result, _ in results.values())
     rows = {
         name: [_saved(result["rows"][name], name == "prompt") for result, _ in results.values()]
@@ -133,9 +127,8 @@ def second_stage() -> str:
         models=" | ".join(results),
         rules="|".join("---" for _ in results),
         rows="".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in named.items()),
-        max_tokens=first["settings"]["max_tokens"],
-        cores=first["environment"]["cores"],
-        processor=first["environment"]["processor"],
+        **first["settings"],
+        **first["environment"],
         values="; ".join(_second_stage(model, *found) for model, found in results.items()),
     ).lstrip("\n")
 
@@ -151,10 +144,10 @@ def _saved(row: dict[str, Any], alone: bool) -> str:
     return f"{row['saved']['value']:.1%}" + ("" if alone else f" ({100 * more['value']:+.1f} points, {low} to {high})")
 
 
-def _second_stage(model: str, result: dict[str, Any], path: Path) -> str:
+def _second_stage(model: str, result: dict[str, Any], path: str) -> str:
     settings, times = result["settings"], result["milliseconds"]
     return (
-        f"[{model}](../{path.relative_to(ROOT).as_posix()}), {settings['learned']} prompts, tested on "
+        f"[{model}](../{path}), {settings['learned']} prompts, tested on "
         f"{settings['served']} of {settings['documents']} other documents, {times['prefill']:.1f} and "
         f"{times['answer']:.0f} ms"
     )
@@ -203,13 +196,9 @@ def _service(name: str, run: dict[str, Any]) -> str:
     return f"| {rest:.0%} | {_pair(run, 'loss_over_budget')} | {_shares(run)} | {peaks} |\n"
 
 
-def _pair(halves: dict[str, Any], key: str) -> str:
-    return f"{halves['before'][key]:.2f}, {halves['after'][key]:.2f}"
+def _pair(halves: dict[str, Any], key: str, form: str = ".2f") -> str:
+    return f"{halves['before'][key]:{form}}, {halves['after'][key]:{form}}"
 
 
 def _shares(halves: dict[str, Any]) -> str:
-    shares = [", ".join(f"{halves[half][key]:.0%}" for half in ("before", "after")) for key in _SHARES]
-    return " | ".join(shares)
-
-
-_SHARES = ("cheap_share", "oracle_share")
+    return " | ".join(_pair(halves, key, ".0%") for key in ("cheap_share", "oracle_share"))

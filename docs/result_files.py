@@ -4,22 +4,28 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-File = dict[str, Any]
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def newest(
-    results: Path, kind: str, subject: Callable[[dict[str, Any]], str]
-) -> dict[str, tuple[dict[str, Any], Path]]:
-    """Content and path of the newest `KIND-*.json` for each `subject`; names end with their date."""
-    files: dict[str, tuple[File, Path]] = {}
-    for path in sorted(results.glob(f"{kind}-*.json"), key=lambda path: re.findall(r"\d{4}-\d\d-\d\d.*", path.name)):
-        result = json.loads(path.read_text(encoding="utf8"))
-        files[subject(result)] = (result, path)
+class File(NamedTuple):
+    """A result file's content, and its path from the root of the repository."""
+
+    content: dict[str, Any]
+    path: str
+
+
+def newest(kind: str, subject: Callable[[dict[str, Any]], str]) -> dict[str, File]:
+    """The newest `KIND-*.json` for each `subject`; names end with their date."""
+    files: dict[str, File] = {}
+    for path in sorted(RESULTS.glob(f"{kind}-*.json"), key=lambda path: re.findall(r"\d{4}-\d\d-\d\d.*", path.name)):
+        content = json.loads(path.read_text(encoding="utf8"))
+        files[subject(content)] = File(content, path.relative_to(ROOT).as_posix())
     return files
 
 
-def device_name(result: File) -> str:
+def device_name(content: dict[str, Any]) -> str:
     """The GPU of a file of the GPU suite."""
-    return str(result["steps"]["machine"]["result"]["device"]["name"])
+    return str(content["steps"]["machine"]["result"]["device"]["name"])

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,15 +27,16 @@ import torch
 
 from benchmarks import environment
 from benchmarks.kernels.gpu_machine import read_rate
+from benchmarks.kernels.gpu_suite import RESULTS, results_file
 from benchmarks.kernels.model_shapes import MODELS
 from benchmarks.kernels.torch_sparse import PEERS
 from plugins.autotune import choice, reuse, timing, tuner
 from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
+from plugins.common.linear_shape import LinearShape
 from plugins.libtwofour import bindings, structures, torch_ops
 
-RESULTS = Path(__file__).parents[1] / "results"
 TOKENS = (1, 8, 16, 64, 512, 4096)
 ERROR_TOKENS = 64  # rows that are compared with float64
 ERROR_FEATURES = 1024
@@ -58,7 +57,7 @@ def measure_ceilings(formats: Iterable[str], device: int = 0) -> Ceilings:
     bandwidth = read_rate(where)
     flops = {}
     for format in formats:
-        bench = tuner.Bench(choice.Shape(8192, 8192, format), where, 8192, l2)
+        bench = tuner.Bench(LinearShape(8192, 8192, format), where, 8192, l2)
         times = []
         for kernel in ("cublaslt", "torch"):
             with contextlib.suppress(UserError, RuntimeError):  # a kernel that refuses this product sets no limit
@@ -97,7 +96,7 @@ def row(bench: tuner.Bench, tokens: int, ceilings: Ceilings, peers: bool, timer:
     return cell
 
 
-def speeds(shape: choice.Shape, tokens: int, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+def speeds(shape: LinearShape, tokens: int, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
     """TFLOP/s, GB/s and share of the nearer ceiling of a 2:4 product that took `seconds`."""
     n, k = shape.out_features, shape.in_features
     width = 2 if shape.format in ("fp16", "bf16") else 1
@@ -153,14 +152,14 @@ def table(
     rows: list[dict[str, Any]] = []
     report(HEADER)
     for format in formats:
-        for layer, (n, k) in sorted(MODELS[model].layers().items(), key=lambda item: -item[1][0] * item[1][1]):
-            shape = choice.Shape(n, k, format, per_channel=format == "int8")
+        for shape in sorted(MODELS[model].layers(format), key=lambda shape: -shape.numel):
             bench = tuner.Bench(shape, torch.device("cuda", device), max(*tokens, *tuner.PADDED), l2)
             for count in tokens:
                 if expired():
-                    report(f"out of time before {format} {layer} at {count} tokens")
+                    report(f"out of time before {format} {shape.name} at {count} tokens")
                     return rows
-                facts = {"model": model, "layer": layer, "out_features": n, "in_features": k, "format": format}
+                sizes = {"out_features": shape.out_features, "in_features": shape.in_features}
+                facts = {"model": model, "layer": shape.name, **sizes, "format": format}
                 rows.append({**facts, "tokens": count, **row(bench, count, ceilings, peers, tuner.time_kernel)})
                 keep(rows)
                 report(line(rows[-1]))
@@ -201,9 +200,7 @@ def save(kind: str, content: dict[str, Any], device: int = 0) -> Path:
     Also without the library: a failure is a result.
     """
     facts = timing.device_facts(device)
-    now = datetime.datetime.now(datetime.UTC)
-    gpu = re.sub(r"[^a-z0-9]+", "-", facts["name"].lower().removeprefix("nvidia ")).strip("-")
-    file = RESULTS / f"{kind}-{gpu}-{now:%Y-%m-%d-%H%M}.json"
+    file = results_file(RESULTS, facts["name"], kind)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         versions = reuse.versions(bindings.context(device).info())

@@ -161,10 +161,10 @@ def run_child(command: Sequence[str], seconds: float) -> Outcome:
     return Outcome(f"exit status {status}: {last}", crashed=status == CUDA_LOST or status < 0)
 
 
-def results_file(directory: Path, gpu: str) -> Path:
-    """gpu-NAME-DATE.json in `directory`."""
+def results_file(directory: Path, gpu: str, kind: str = "gpu") -> Path:
+    """KIND-NAME-DATE.json in `directory`."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
-    return directory / f"gpu-{name}-{datetime.datetime.now(datetime.UTC):%Y-%m-%d-%H%M}.json"
+    return directory / f"{kind}-{name}-{datetime.datetime.now(datetime.UTC):%Y-%m-%d-%H%M}.json"
 
 
 def failures(results: dict[str, Any]) -> list[str]:

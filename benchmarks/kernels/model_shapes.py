@@ -1,4 +1,4 @@
-"""The linear layers of known models, fused as engines run them, for kernel tables. Imports nothing.
+"""The linear layers of known models, fused as engines run them, for kernel tables.
 
 Sizes are those of the models' published config.json files.
 """
@@ -6,6 +6,8 @@ Sizes are those of the models' published config.json files.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from plugins.common.linear_shape import LinearShape
 
 
 @dataclass(frozen=True)
@@ -20,15 +22,16 @@ class Model:
     vocab_size: int
     head_dim: int = 128
 
-    def layers(self) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of one block's layers; qkv and gate_up as one product each."""
-        attention = self.num_attention_heads * self.head_dim
-        return {
-            "qkv_proj": (attention + 2 * self.num_key_value_heads * self.head_dim, self.hidden_size),
-            "o_proj": (self.hidden_size, attention),
-            "gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
-            "down_proj": (self.hidden_size, self.intermediate_size),
-        }
+    def layers(self, format: str = "bf16", fraction: float = 0.0) -> list[LinearShape]:
+        """Of one block; qkv and gate_up as one product each. `fraction` is the share of each in 2:4."""
+        attention, hidden, inner = self.num_attention_heads * self.head_dim, self.hidden_size, self.intermediate_size
+        qkv = attention + 2 * self.num_key_value_heads * self.head_dim
+        return [
+            LinearShape(qkv, hidden, format, fraction, name="qkv_proj"),
+            LinearShape(hidden, attention, format, fraction, name="o_proj"),
+            LinearShape(2 * inner, hidden, format, fraction, name="gate_up_proj"),
+            LinearShape(hidden, inner, format, fraction, name="down_proj"),
+        ]
 
     def config(self) -> dict[str, object]:
         """A config.json for the torch engine."""

@@ -22,14 +22,15 @@ from plugins.common.errors import UserError
 from plugins.libtwofour import compiler
 
 FORMATS = ("fp16", "bf16", "int8", "fp8")
-BLOCK_BYTES = {"fp16": 4608, "bf16": 4608, "int8": 2560, "fp8": 2560}  # 16 rows x 256 inputs, layout.h
+PATTERNS = {2: "2:4", 4: "4:8", 5: "5:8", 6: "6:8"}  # by the values that a group keeps
 SHARED_BYTES, RESERVED_BYTES, REGISTERS = 228 << 10, 1 << 10, 64 << 10  # of a multiprocessor of SM 9.0
 INPUTS = 4096  # for the shared memory that x takes in the streamed kernel
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel; `arguments` of its C++ template: type, tiles of 8 tokens, tiles of 16 rows, stages."""
+    """One compiled kernel; `arguments` of its C++ template: type, tiles of 8 tokens, tiles of 16 rows, of a staged one
+    stages, and the values that a group keeps."""
 
     name: str
     arguments: tuple[int, ...]
@@ -42,6 +43,10 @@ class Kernel:
         return FORMATS[self.arguments[0]]
 
     @property
+    def pattern(self) -> str:
+        return PATTERNS[self.arguments[-1]]
+
+    @property
     def tokens(self) -> int:
         return 8 * self.arguments[1]
 
@@ -52,15 +57,17 @@ class Kernel:
 
     def in_flight(self) -> int:
         """Bytes of the weight on their way to a multiprocessor of SM 9.0, its shared memory full."""
-        block, (_, token_tiles, tiles, *stages) = BLOCK_BYTES[self.format], self.arguments
+        _, token_tiles, tiles, *stages, keep = self.arguments
         element = 2 if self.format in ("fp16", "bf16") else 1
+        block = ((4 if keep == 2 else keep) * element + 1) * 512  # 16 rows x 256 inputs, layout.h
+        padding = 16 if keep == 2 else 32 if self.format == "fp8" else 64  # kRowPadding
         if self.name == "staged":  # SkinnyConfig: 4 warps, stages of weight and x
             weight = 4 * tiles * block
-            shared = stages[0] * (weight + self.tokens * (256 * element + 16))
+            shared = stages[0] * (weight + self.tokens * (256 * element + padding))
             resident = min((SHARED_BYTES) // (shared + RESERVED_BYTES), REGISTERS // (128 * self.registers))
             return resident * (stages[0] - 1) * weight
         sums = 8 * tiles * token_tiles * 512  # StreamedConfig: 8 warps, a ring each
-        rest = sums + self.tokens * (INPUTS * element + 16) + INPUTS // 256 * 8
+        rest = sums + self.tokens * (INPUTS * element + padding) + INPUTS // 256 * 8
         for share in (2, 1):
             depth = (min(SHARED_BYTES // share - RESERVED_BYTES, 227 << 10) - rest) // (8 * block + 64)
             if depth * 8 * block >= 48 << 10:
@@ -69,10 +76,15 @@ class Kernel:
 
 
 def compile_kernels(sm: str, work: Path) -> list[Kernel]:
-    """Compiles both kernels for `sm` ("90a"). Raises UserError where the compiler is missing or fails."""
+    """Compiles both kernels of all patterns for `sm` ("90a").
+
+    Raises UserError where the compiler is missing or fails.
+    """
     kernels = []
-    for source, name in (("skinny.cu", "staged"), ("streamed.cu", "streamed")):
-        target = work / f"{name}.cubin"
+    sources = ("skinny.cu", "skinny_of8.cu", "streamed.cu", *(f"streamed_{n}of8.cu" for n in (4, 5, 6)))
+    for source in sources:
+        name = "staged" if source.startswith("skinny") else "streamed"
+        target = work / f"{source}.cubin"
         command = [compiler.find_nvcc(), "-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", f"-arch=sm_{sm}"]
         command += [f"-I{compiler.SOURCES / part}" for part in ("include", "src")]
         command += [str(compiler.SOURCES / "src" / source), "-o", str(target)]
@@ -80,7 +92,7 @@ def compile_kernels(sm: str, work: Path) -> list[Kernel]:
         if done.returncode != 0:
             raise UserError(f"compiling {source} failed: {(done.stderr.splitlines() or ['?'])[0]}")
         kernels += parse(name, done.stderr, loops(target))
-    return sorted(kernels, key=lambda k: (k.name, k.arguments))
+    return sorted(kernels, key=lambda k: (k.arguments[-1], k.name, k.arguments))
 
 
 def parse(name: str, report: str, instructions: dict[tuple[int, ...], Counter[str]]) -> list[Kernel]:
@@ -134,13 +146,15 @@ def table(kernels: Sequence[Kernel]) -> str:
     """A Markdown table. Instructions are those in the code of one packed block, slow paths included; "-" for bytes in
     flight: x of INPUTS and a ring do not both fit, and the inputs are split."""
     lines = [
-        "| kernel | type | tokens | registers | spilled | instructions a block | of these conversions | KB in flight |",
-        "|---|---|---|---|---|---|---|---|",
+        "| pattern | kernel | type | tokens | registers | spilled | instructions a block | of these conversions "
+        "| KB in flight |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for k in kernels:
         total, conversions = sum(k.loop.values()), k.loop["F2FP"]
         counts = [f"{n / k.blocks_in_loop:.0f}" if total else "" for n in (total, conversions)]
         cells = (
+            k.pattern,
             k.name,
             k.format,
             k.tokens,

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import venv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +27,15 @@ from plugins.common.json_files import read_json, write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
 LLMCOMPRESSOR = ("llmcompressor==0.14.*", "torch==2.13.0")
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table: the script that prunes, and what it calls the method."""
-
-    name: str
-    script: str
-    method: str
-
-
-METHODS = (
-    Method("magnitude", "prune_twofour", "magnitude"),
-    Method("modelopt sparsegpt", "prune_modelopt", "sparsegpt"),
-    Method("llm-compressor sparsegpt", "prune_llmcompressor", "sparsegpt"),
-    Method("llm-compressor wanda", "prune_llmcompressor", "wanda"),
-    Method("twofour sparsegpt", "prune_twofour", "sparsegpt"),
-    Method("twofour reconstruct", "prune_twofour", "reconstruct"),
-)
+LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+METHODS = {  # a row of the table: the script that prunes, and what it calls the method
+    "magnitude": ("prune_twofour", "magnitude"),
+    "modelopt sparsegpt": ("prune_modelopt", "sparsegpt"),
+    "llm-compressor sparsegpt": ("prune_llmcompressor", "sparsegpt"),
+    "llm-compressor wanda": ("prune_llmcompressor", "wanda"),
+    "twofour sparsegpt": ("prune_twofour", "sparsegpt"),
+    "twofour reconstruct": ("prune_twofour", "reconstruct"),
+}
 
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -63,17 +43,14 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     layers, tokens = linear_layers(arguments.model), make_tokens(arguments, work)
     results: dict[str, Any] = {"dense": {}}
     directories = {"dense": str(arguments.model)}
-    for row in METHODS:
-        if arguments.only and row.name not in arguments.only:
+    for name, (script, method) in METHODS.items():
+        if arguments.only and name not in arguments.only:
             continue
-        print(f"{row.name} ...", file=sys.stderr, flush=True)
-        out, metered = work / row.name.replace(" ", "-"), work / f"{row.name.replace(' ', '-')}.json"
-        peer = "llmcompressor" in row.script
-        python = environment_python(arguments.environment, LLMCOMPRESSOR) if peer else sys.executable
-        names = json.dumps(layers)
-        run_script(python, row.script, row.method, str(arguments.model), str(tokens), names, str(out), str(metered))
-        results[row.name] = read_json(metered)
-        directories[row.name] = str(out)
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        python = environment_python(arguments.environment, LLMCOMPRESSOR) if "llm" in script else sys.executable
+        out = work / name.replace(" ", "-")
+        results[name] = prune(python, script, method, arguments.model, tokens, layers, out)
+        directories[name] = str(out)
     for name, judged in judge(arguments, layers, directories).items():
         results[name] |= judged
     settings = {
@@ -82,6 +59,16 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "seed": arguments.seed, "layers": len(layers), "pattern": "2:4", "threads": arguments.threads,
     }  # fmt: skip
     return {"environment": describe(), "settings": settings, "methods": results, "shares": _shares(results)}
+
+
+def prune(
+    python: str, script: str, method: str, model: Path, tokens: Path, layers: Sequence[str], out: Path
+) -> dict[str, Any]:
+    """Prunes the layers of a model into `out`, in a process; returns what the script measured."""
+    metered = out.with_name(f"{out.name}.json")
+    run_script(python, script, method, str(model), str(tokens), json.dumps(layers), str(out), str(metered))
+    measured: dict[str, Any] = read_json(metered)
+    return measured
 
 
 def _shares(results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -210,7 +197,7 @@ def main() -> None:
     """Parses the command line, runs, prints the table and writes the file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning.accuracy", description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--only", nargs="*", choices=[row.name for row in METHODS], help="rows besides dense")
+    parser.add_argument("--only", nargs="*", choices=list(METHODS), help="rows besides dense")
     parser.add_argument("--environment", type=Path, default=Path("build/peers/llmcompressor"))
     arguments = parser.parse_args()
     results = run_in_scratch(run, arguments)

@@ -24,14 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe
-from benchmarks.pruning.accuracy import (
-    RESULTS,
-    environment_python,
-    make_tokens,
-    run_in_scratch,
-    run_script,
-    write_result,
-)
+from benchmarks.pruning import accuracy
+from benchmarks.pruning.accuracy import environment_python, make_tokens, run_script
 from plugins.common.errors import UserError
 
 PACKAGES = ("llama-cpp-python==0.3.36", "numpy")
@@ -118,12 +112,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--busy-core", action="store_true", help="keep one core busy with another process")
     parser.add_argument("--environment", type=Path, default=Path("build/peers/llama-cpp"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=accuracy.RESULTS)
     arguments = parser.parse_args()
-    results = run_in_scratch(run, arguments)
+    results = accuracy.run_in_scratch(run, arguments)
     print(_table(results["contenders"]))
     name = f"llama_cpp_busy-{arguments.threads}threads" if arguments.busy_core else "llama_cpp"
-    print(write_result(name, results, arguments.out))
+    print(accuracy.write_result(name, results, arguments.out))
 
 
 if __name__ == "__main__":

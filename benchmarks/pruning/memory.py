@@ -61,7 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         stored = make_model(Path(work) / "model", arguments.blocks)
-        size = (str(arguments.blocks), str(arguments.samples), str(arguments.sequence_length), str(SHAPE["vocab_size"]))
+        size = (str(arguments.samples), str(arguments.sequence_length), str(SHAPE["vocab_size"]))
         run_script(sys.executable, "prune_memory", arguments.method, work, *size, f"{work}/measured.json")
         measured = read_json(Path(work) / "measured.json")
     settings = {**SHAPE, "blocks": arguments.blocks, "samples": arguments.samples, "method": arguments.method}

@@ -4,39 +4,28 @@ Decoding is bound by the bytes of the weights, so rows of equal predicted time s
 2:4 or 4:8 in the share F of the weights saves 0.375 F of them at 8 bit. Rows of a share are builds with
 `sparsity.fraction`; whole layers are selected by the same prices, as for TensorRT-LLM's backends. All are pruned
 without quantization, by SparseGPT in one pass if a solver is needed, on the same tokens, and evaluated on held-out
-text. The n:8 patterns save bytes on a CPU only. Unstructured sparsity has no kernel here: its row gives accuracy only.
-With --peers, llm-compressor runs in a separate environment.
+text. The n:8 patterns save bytes and no multiplications. Unstructured sparsity has no kernel here: its row gives
+accuracy only. With --peers, llm-compressor runs in a separate environment.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe
-from benchmarks.pruning.accuracy import (
-    LLMCOMPRESSOR,
-    add_arguments,
-    environment_python,
-    judge,
-    linear_layers,
-    make_tokens,
-    run_in_scratch,
-    run_script,
-    write_result,
-)
+from benchmarks.pruning import accuracy
+from benchmarks.pruning.accuracy import LLMCOMPRESSOR, environment_python, judge, linear_layers, make_tokens
 from benchmarks.pruning.fractions import COMMAND
 from plugins.common.errors import UserError
-from plugins.common.json_files import read_json
-from plugins.common.patterns import ON_CPU_ONLY, bytes_per_weight
+from plugins.common.patterns import OF_EIGHT, bytes_per_weight
 
 FRACTIONS = (0.25, 0.5)
-OTHERS = (*ON_CPU_ONLY, "25%")
+OTHERS = (*OF_EIGHT, "25%")
 UNITS = {"torch": "coupled channels", "pytorch": "whole layers"}  # that a backend's fraction selects
 
 
@@ -52,11 +41,8 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
     def prune(name: str, script: str, method: str, python: str = sys.executable) -> tuple[Path, Any]:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        number = next(numbers)
-        out, metered = work / f"{number}", work / f"{number}.json"
-        paths = (str(arguments.model), str(tokens), json.dumps(layers), str(out), str(metered))
-        run_script(python, script, method, *paths)
-        return out, read_json(metered)
+        out = work / f"{next(numbers)}"
+        return out, accuracy.prune(python, script, method, arguments.model, tokens, layers, out)
 
     for fraction in FRACTIONS:
         for pattern, backend in (("2:4", "torch"), ("4:8", "torch"), ("2:4", "pytorch")):
@@ -67,12 +53,10 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             add(f"{facts['left_out']:.1%} of the blocks' weights: {kind} dropped", out, facts["left_out"])
     for pattern in OTHERS:
         out, _ = prune(pattern, "prune_rival", pattern)
-        known = ":" in pattern
-        add(
-            f"{pattern} in all layers" if known else f"{pattern} unstructured",
-            out,
-            saved_by(pattern) if known else None,
-        )
+        if ":" in pattern:
+            add(f"{pattern} in all layers", out, saved_by(pattern))
+        else:
+            add(f"{pattern} unstructured", out, None)
     out, _ = prune("2:4", "prune_twofour", "sparsegpt")
     add("2:4 in all layers", out, saved_by("2:4"))
     if arguments.peers:
@@ -127,13 +111,13 @@ def _table(rows: dict[str, Any]) -> str:
 def main() -> None:
     """Parses the command line, runs, prints the table and writes the file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning.rivals", description=__doc__)
-    add_arguments(parser)
+    accuracy.add_arguments(parser)
     parser.add_argument("--peers", action="store_true", help="run llm-compressor too")
     parser.add_argument("--environment", type=Path, default=Path("build/peers/llmcompressor"))
     arguments = parser.parse_args()
-    results = run_in_scratch(run, arguments)
+    results = accuracy.run_in_scratch(run, arguments)
     print(_table(results["rows"]))
-    print(write_result("rivals", results, arguments.out))
+    print(accuracy.write_result("rivals", results, arguments.out))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from benchmarks.pruning.accuracy import RESULTS, write_result
 from benchmarks.pruning.routing_mix import Floats, Numbers, arrivals, equal_share, schedule, spent
 from benchmarks.pruning.routing_requests import Answer, Gap, Prompt, check, read_metrics, send, serving
 from benchmarks.pruning.routing_texts import read_texts
-from benchmarks.serving.workload import BenchRequest
 from calibration.routing.router import Router
 from plugins.common.errors import UserError
+from plugins.common.request import Request
 
 SETTLE = 1.0  # seconds after which the metrics count every answer
 WATCH = 25  # requests between two reads of the metrics
@@ -99,7 +99,7 @@ def open_engines(build: Path) -> dict[str, Any]:
 
 def answer(engine: Any, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
     """The engine's greedy answer to one prompt alone."""
-    return tuple(token.token for token in engine.generate([BenchRequest("0", prompt, max_tokens, ignore_eos=False)]))
+    return tuple(token.token for token in engine.generate([Request("0", prompt, max_tokens)]))
 
 
 def measure(build: Path, router: Router, path: Path, length: int, max_tokens: int) -> Prompts:

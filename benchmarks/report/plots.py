@@ -63,7 +63,7 @@ def _accuracy_against_size(spots: Sequence[Spot], width: float) -> Markup:
     margin = max((worst - best) * 0.25, best * 0.02)
     y = Scale(best - margin, worst + margin, bottom, top)
     canvas = Canvas(width, bottom + 44)
-    _y_axis(canvas, y, left, right)
+    y_axis(canvas, y, left, right)
     scale, unit = next((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if most >= s)
     for tick in ticks(0, x.high / scale, 4):
         canvas.text(x(tick * scale), bottom + 18, formatting.tick(tick), "tick", "middle")
@@ -95,7 +95,7 @@ def _throughput(title: str, points: Sequence[Point], width: float) -> Markup:
     spreads = [getattr(point, side)[formatting.HEADLINE] for point in points for side in SIDES]
     high = max(max(spread.mean, (spread.interval or (0, 0))[1]) for spread in spreads)
     y = Scale(0, high * 1.1, bottom, top)
-    _y_axis(canvas, y, left, right)
+    y_axis(canvas, y, left, right)
     canvas.line(left, bottom, right, bottom, "axis")
     canvas.text(0, 13, "output tokens/s", "title")
     canvas.text(right, 13, title, "label", "end")
@@ -131,7 +131,8 @@ def _throughput(title: str, points: Sequence[Point], width: float) -> Markup:
     return canvas.svg(f"Output tokens a second, {title}. {summary_text}")
 
 
-def _y_axis(canvas: Canvas, y: Scale, left: float, right: float) -> None:
+def y_axis(canvas: Canvas, y: Scale, left: float, right: float) -> None:
+    """Draws the levels of a plot's ticks, with their numbers."""
     for tick in ticks(y.low, y.high, 5):
         canvas.line(left, y(tick), right, y(tick), "grid")
         canvas.text(left - 8, y(tick) + 4, formatting.tick(tick), "tick", "end")

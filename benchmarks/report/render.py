@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from benchmarks.report import formatting, panels, plots, routing_plot, summary, tables
+from benchmarks.report import formatting, panels, plots, routing_plot, summary, table_rows
 from benchmarks.report.schema import Report
 from plugins.common.files import replacing
 
@@ -39,7 +39,7 @@ def _environment(html: bool) -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.globals.update(
-        formatting=formatting, summary=summary, tables=tables, plots=plots, panels=panels, routing_plot=routing_plot
+        formatting=formatting, summary=summary, tables=table_rows, plots=plots, panels=panels, routing_plot=routing_plot
     )
     for function in (formatting.number, formatting.amount, formatting.percent, formatting.times, formatting.interval):
         environment.filters[function.__name__] = function

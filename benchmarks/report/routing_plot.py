@@ -7,6 +7,7 @@ from functools import partial
 from markupsafe import Markup
 
 from benchmarks.report import formatting
+from benchmarks.report.plots import y_axis
 from benchmarks.report.schema import Routing
 from benchmarks.report.svg import Canvas, Scale, responsive, ticks
 
@@ -28,9 +29,7 @@ def _curve(routing: Routing, width: float) -> Markup:
     x, y = Scale(0, 1, left, right), Scale(0, highest * 1.08, bottom, top)
     canvas = Canvas(width, bottom + 44)
     canvas.text(0, 13, "mean loss of all requests, nats per token", "title")
-    for tick in ticks(0, y.high, 5):
-        canvas.line(left, y(tick), right, y(tick), "grid")
-        canvas.text(left - 8, y(tick) + 4, formatting.tick(tick), "tick", "end")
+    y_axis(canvas, y, left, right)
     for tick in ticks(0, 1, 5):
         canvas.text(x(tick), bottom + 18, f"{tick:.0%}", "tick", "middle")
     canvas.line(left, bottom, right, bottom, "axis")

@@ -59,7 +59,10 @@ class Size(_Part):
 
 
 class Layer(_Part):
-    """`zeros` is the share of zero weights; `kernel` is what runs and `reason` why."""
+    """`zeros` is the share of zero weights; `kernel` is what runs and `reason` why.
+
+    A page's row may stand for `count` layers; in the file each has its own.
+    """
 
     name: str
     out_features: int
@@ -71,6 +74,7 @@ class Layer(_Part):
     built_bytes: int | None = None
     kernel: str | None = None
     reason: str | None = None
+    count: int = 1
 
 
 class Spread(_Part):

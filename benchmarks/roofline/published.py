@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
 
 from benchmarks.kernels.model_shapes import MODELS
 from benchmarks.roofline import roofline
-from benchmarks.roofline.roofline import Gpu, Layer
-from plugins.common.config import Config
+from benchmarks.roofline.roofline import Gpu
+from plugins.common.config_base import Config
+from plugins.common.linear_shape import LinearShape
 
 Kind = Literal["kernel speed-up", "kernel time", "end to end"]
 
@@ -121,10 +122,9 @@ def median_error(rows: Sequence[Comparison], signed: bool = False) -> float:
 def compare_kernel(row: Kernel) -> Iterator[Comparison]:
     """The figures of one row, each with its prediction."""
     card = roofline.gpu(row.gpu)
-    blocks = [[row.shape]] if row.shape else [list(MODELS[name].layers().values()) for name in row.models]
     sides = {
-        side: [[_microseconds(card, m, block, row.format, side == "sparse") for m in row.tokens] for block in blocks]
-        for side in ("dense", "sparse")
+        side: [[_microseconds(card, m, block) for m in row.tokens] for block in _blocks(row, fraction)]
+        for side, fraction in (("dense", 0.0), ("sparse", 1.0))
     }
     what = "{} x {}".format(*row.shape) if row.shape else " and ".join(row.models)
     conditions = f"{row.format}, {what}, {_span(row.tokens)} tokens"
@@ -138,17 +138,23 @@ def compare_kernel(row: Kernel) -> Iterator[Comparison]:
         yield Comparison("kernel speed-up", row.source, card.name, conditions, predicted, ratio)
 
 
-def _microseconds(card: Gpu, tokens: int, shapes: list[tuple[int, int]], number_format: str, sparse: bool) -> float:
-    return math.fsum(roofline.gemm_time(card, tokens, n, k, number_format, sparse).seconds for n, k in shapes) * 1e6
+def _blocks(row: Kernel, fraction: float) -> list[list[LinearShape]]:
+    """The GEMMs that are summed: the row's one, or those of a block of each model."""
+    if row.shape:
+        return [[LinearShape(*row.shape, row.format, fraction)]]
+    return [MODELS[name].layers(row.format, fraction) for name in row.models]
+
+
+def _microseconds(card: Gpu, tokens: int, layers: list[LinearShape]) -> float:
+    return math.fsum(roofline.gemm_time(card, tokens, layer).seconds for layer in layers) * 1e6
 
 
 def compare_model(row: EndToEnd) -> Comparison:
     """A model's published speed-up with its prediction."""
     card = roofline.gpu(row.gpu)
-    base = _model_seconds(card, row, row.base, sparse=False)
-    built = _model_seconds(card, row, row.built, sparse=False)
+    base, built = _model_seconds(card, row, row.base), _model_seconds(card, row, row.built)
     if row.sparse:  # a hybrid's two segments share the time by their weights
-        built = row.sparse * _model_seconds(card, row, row.built, sparse=True) + (1 - row.sparse) * built
+        built = row.sparse * _model_seconds(card, row, row.built, fraction=1.0) + (1 - row.sparse) * built
     sides = f"{row.built} against {row.base}" if row.built != row.base else row.built
     pattern = f", {row.sparse:.0%} of the weights 2:4" if 0 < row.sparse < 1 else ", 2:4" if row.sparse else ", dense"
     load = f"batch {row.batch}, {row.input} + {row.output} tokens"
@@ -157,11 +163,17 @@ def compare_model(row: EndToEnd) -> Comparison:
     return Comparison("end to end", row.source, card.name, conditions, base / built, row.ratio)
 
 
-def _model_seconds(card: Gpu, row: EndToEnd, number_format: str, sparse: bool) -> float:
+def compare_decode(gpu: str, base: str, ratio: float, **load: Any) -> Comparison:
+    """A decode step of our own in FP8 and 2:4 against one in `base`; `load`: the model, batch and input."""
+    row = {"phase": "decode", "built": "fp8", "sparse": 1, "output": 0, **load}
+    return compare_model(EndToEnd(source=gpu, gpu=gpu, base=base, ratio=ratio, **row))
+
+
+def _model_seconds(card: Gpu, row: EndToEnd, number_format: str, fraction: float = 0.0) -> float:
     """Of one decode step, of the prefill, or of a whole request; KV cache and lm_head in 16 bit."""
     model = MODELS[row.model]
-    layers = [Layer(n, k, number_format, sparse, model.num_hidden_layers) for n, k in model.layers().values()]
-    layers.append(Layer(model.vocab_size, model.hidden_size, "bf16", last_token=True))
+    layers = model.layers(number_format, fraction) * model.num_hidden_layers
+    layers.append(LinearShape(model.vocab_size, model.hidden_size, "bf16", name="lm_head"))
     kv_bytes = 2.0 * 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     decode = roofline.decode_ceiling(card, layers, row.batch, row.input + row.output // 2, kv_bytes).seconds
     prefill = roofline.prefill_ceiling(card, layers, row.input, row.batch).seconds

@@ -10,17 +10,18 @@ M tokens, N = out_features, K = in_features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Literal
 
 import yaml
 
-from plugins.common.config import Config
+from plugins.common.config_base import Config
 from plugins.common.errors import UserError
 from plugins.common.formats import format_of
-from plugins.common.patterns import TENSOR_CORE, bytes_per_weight
+from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import TENSOR_CORE
 
 Bound = Literal["memory", "math", "launch"]
 
@@ -59,27 +60,14 @@ class Gpu(Config):
         """FLOP a second, counted as those of the dense product."""
         return self.dense_tflops[format] * 1e12 * (self.sparse_multiplier if sparse else 1)
 
-    def refuses(self, format: str, sparse: float = 0.0, pattern: str = TENSOR_CORE) -> str | None:
-        """Why the card's tensor cores cannot run the format; None where they can."""
-        if format not in self.dense_tflops:
+    def refuses(self, layer: LinearShape) -> str | None:
+        """Why the card's tensor cores cannot run the layer; None where they can."""
+        if (format := layer.format) not in self.dense_tflops:
             need = {"fp8": "SM89 (Ada) or later", "bf16": "SM80 (Ampere) or later"}.get(format)
             return f"{self.name} has no {format} tensor cores" + (f": {format} needs {need}" if need else "")
-        if sparse and pattern == TENSOR_CORE and self.sparse_multiplier <= 1:
+        if layer.sparse and layer.pattern == TENSOR_CORE and self.sparse_multiplier <= 1:
             return f"{self.name} has no sparse tensor cores: 2:4 needs SM80 (Ampere) or later"
         return None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """`count` linear layers of one shape. `last_token`: run on each sequence's last token only, as `lm_head` is."""
-
-    out_features: int
-    in_features: int
-    format: str = "bf16"
-    sparse: float = 0.0  # the share of the weight that holds the pattern
-    count: int = 1
-    last_token: bool = False
-    pattern: str = TENSOR_CORE
 
 
 @dataclass(frozen=True)
@@ -111,48 +99,26 @@ class Ceiling:
     fits_l2: bool = False
 
 
-def weight_bytes(
-    out_features: int, in_features: int, format: str, sparse: float = 0.0, pattern: str = TENSOR_CORE
-) -> float:
-    """Bytes of a weight of which the share `sparse` holds the pattern: with 2:4 0.5625 of 16 bit, 0.625 of 8 bit."""
-    values, dense = out_features * in_features, format_of(format).nbytes
-    return values * ((1 - sparse) * dense + sparse * bytes_per_weight(pattern, dense))
+def on_tensor_cores(layer: LinearShape) -> LinearShape:
+    """The product that runs for a layer: float32 weights are multiplied as bf16 on tensor cores."""
+    return replace(layer, format="bf16") if layer.format == "fp32" else layer
 
 
-def layer_bytes(layer: Layer) -> float:
-    """Bytes of the weight of one layer, of which a model has `count`."""
-    return weight_bytes(layer.out_features, layer.in_features, layer.format, layer.sparse, layer.pattern)
-
-
-def tensor_core_format(format: str) -> str:
-    """The format that a layer's product runs in: float32 weights are multiplied as bf16 on tensor cores."""
-    return "bf16" if format == "fp32" else format
-
-
-def gemm_time(
-    gpu: Gpu,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    format: str,
-    sparse: float = 0.0,
-    kernels: int = 1,
-    pattern: str = TENSOR_CORE,
-) -> GemmTime:
+def gemm_time(gpu: Gpu, tokens: int, layer: LinearShape, kernels: int = 1) -> GemmTime:
     """The roofline of Y[M, N] = X[M, K] W[N, K]^T: weight, inputs and 16-bit outputs each moved once.
 
     `kernels` follow each other: the torch engine has two for a layer that is sparse in part.
 
-    The share `sparse` of the weight holds the pattern. Of 2:4 it multiplies at the sparse peak; the rest, and all of
-    n:8, at the dense one.
+    The part of the weight in 2:4 multiplies at the sparse peak; the rest, and all of n:8, at the dense one.
     Raises UserError where the card cannot run the format.
     """
-    if reason := gpu.refuses(format, sparse, pattern):
+    if reason := gpu.refuses(layer):
         raise UserError(f"{reason}; choose another --gpu")
-    moved = weight_bytes(out_features, in_features, format, sparse, pattern)
-    moved += tokens * (in_features * format_of(format).nbytes + out_features * OUTPUT_BYTES)
-    flops = 2.0 * tokens * out_features * in_features  # of the dense product; 2:4 skips half of them
-    skips = sparse if pattern == TENSOR_CORE else 0.0
+    format = layer.format
+    moved = layer.nbytes
+    moved += tokens * (layer.in_features * format_of(format).nbytes + layer.out_features * OUTPUT_BYTES)
+    flops = 2.0 * tokens * layer.numel  # of the dense product; 2:4 skips half of them
+    skips = layer.fraction if layer.pattern == TENSOR_CORE else 0.0
     limits: dict[Bound, float] = {
         "memory": moved / gpu.bandwidth,
         "math": flops * ((1 - skips) / gpu.peak(format) + (skips / gpu.peak(format, True) if skips else 0.0)),
@@ -162,7 +128,9 @@ def gemm_time(
     return GemmTime(kernels * gpu.launch_us * 1e-6 + limits[bound], bound, moved, flops)
 
 
-def decode_ceiling(gpu: Gpu, layers: Sequence[Layer], batch: int, context: int, kv_bytes_per_token: float) -> Ceiling:
+def decode_ceiling(
+    gpu: Gpu, layers: Sequence[LinearShape], batch: int, context: int, kv_bytes_per_token: float
+) -> Ceiling:
     """The most tokens a second of `batch` sequences that each read a KV cache of `context` tokens a step.
 
     Attention's arithmetic, norms, their launches and collectives are left out: a real engine stays below. Give layers
@@ -172,23 +140,25 @@ def decode_ceiling(gpu: Gpu, layers: Sequence[Layer], batch: int, context: int, 
     return _ceiling(gpu, layers, [batch] * len(layers), kv_bytes, produced=batch)
 
 
-def prefill_ceiling(gpu: Gpu, layers: Sequence[Layer], tokens: int, batch: int = 1) -> Ceiling:
-    """The most prompt tokens a second over `batch` prompts of `tokens` tokens; same omissions as decode."""
-    rows = [batch if layer.last_token else batch * tokens for layer in layers]
+def prefill_ceiling(gpu: Gpu, layers: Sequence[LinearShape], tokens: int, batch: int = 1) -> Ceiling:
+    """The most prompt tokens a second over `batch` prompts of `tokens` tokens; same omissions as decode.
+
+    `lm_head` runs on each prompt's last token only.
+    """
+    rows = [batch if layer.name == "lm_head" else batch * tokens for layer in layers]
     return _ceiling(gpu, layers, rows, 0.0, produced=batch * tokens)
 
 
-def _ceiling(gpu: Gpu, layers: Sequence[Layer], rows: Sequence[int], kv_bytes: float, produced: int) -> Ceiling:
-    weights = sum(x.count * layer_bytes(x) for x in layers)
-    flops = sum(2.0 * x.count * m * x.out_features * x.in_features for x, m in zip(layers, rows, strict=True))
-    reason = next((r for x in layers if (r := gpu.refuses(x.format, x.sparse, x.pattern))), None)
+def _ceiling(gpu: Gpu, layers: Sequence[LinearShape], rows: Sequence[int], kv_bytes: float, produced: int) -> Ceiling:
+    weights = sum(layer.nbytes for layer in layers)
+    flops = sum(2.0 * m * layer.numel for layer, m in zip(layers, rows, strict=True))
+    reason = next((reason for layer in layers if (reason := gpu.refuses(layer))), None)
     if reason:
         return Ceiling(gpu.name, False, reason, None, None, None, weights, kv_bytes, flops)
     spent: dict[Bound, float] = {"memory": kv_bytes / gpu.bandwidth, "math": 0.0, "launch": 0.0}
     for layer, m in zip(layers, rows, strict=True):
-        shape = (layer.out_features, layer.in_features, layer.format, layer.sparse)
-        gemm = gemm_time(gpu, m, *shape, pattern=layer.pattern)
-        spent[gemm.bound] += layer.count * gemm.seconds
+        gemm = gemm_time(gpu, m, layer)
+        spent[gemm.bound] += gemm.seconds
     seconds = sum(spent.values())
     bound = max(spent, key=lambda name: spent[name])
     fits_l2 = weights + kv_bytes <= gpu.l2_mb * 1e6

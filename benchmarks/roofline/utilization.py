@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.roofline import roofline
-from benchmarks.roofline.roofline import Gpu, Layer
+from benchmarks.roofline.roofline import Gpu
+from plugins.common.linear_shape import LinearShape
 
 
 @dataclass(frozen=True)
 class ModelCost:
     """What one side moves and multiplies: its linear layers and the bytes of KV cache that a token adds."""
 
-    layers: Sequence[Layer]
+    layers: Sequence[LinearShape]
     kv_bytes_per_token: float
 
 
@@ -37,9 +38,8 @@ def add_limits(points: Sequence[dict[str, Any]], costs: Mapping[str, ModelCost],
 def _side(point: Mapping[str, Any], cost: ModelCost, gpu: Gpu | None, seconds: float) -> dict[str, Any]:
     batch, workload = point["concurrency"], point["workload"]
     context = workload["input_tokens"] + workload["output_tokens"] // 2
-    moved = sum(x.count * roofline.layer_bytes(x) for x in cost.layers)
-    moved += batch * context * cost.kv_bytes_per_token
-    flops = sum(2.0 * x.count * batch * x.out_features * x.in_features for x in cost.layers)
+    moved = sum(layer.nbytes for layer in cost.layers) + batch * context * cost.kv_bytes_per_token
+    flops = sum(2.0 * batch * layer.numel for layer in cost.layers)
     side: dict[str, Any] = {
         "bytes_per_step": moved,
         "flops_per_step": flops,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving import metrics
+from benchmarks.serving import request_metrics
 from benchmarks.serving.records import Record, write_jsonl
 
 
@@ -43,10 +43,10 @@ def _row(number: int, record: Record, offset: float) -> dict[str, Any]:
 def _metrics(record: Record) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "input_sequence_length", {"value": record.input_tokens, "unit": "tokens"}
     yield "output_sequence_length", {"value": record.output_tokens, "unit": "tokens"}
-    for name, function in metrics.PER_REQUEST.items():
+    for name, function in request_metrics.PER_REQUEST.items():
         value = function(record)
         if value is not None:
-            yield name, {"value": value, "unit": metrics.METRICS[name].unit.replace("/s", "/sec")}
+            yield name, {"value": value, "unit": request_metrics.METRICS[name].unit.replace("/s", "/sec")}
     gaps = [(b - a) * 1e3 for a, b in zip(record.token_times, record.token_times[1:], strict=False)]
     if gaps:
         yield "inter_chunk_latency", {"value": gaps, "unit": "ms"}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks.config import Goodput, Workload
-from benchmarks.serving import metrics, stats
+from benchmarks.serving import request_metrics, stats
 from benchmarks.serving.records import Record
 from plugins.common.errors import UserError
 
@@ -94,13 +94,13 @@ def _statistics(
     """Each metric of one side; `records` are those of each run that count."""
     measured = {}
     cluster = np.repeat(np.arange(len(runs)), [len(of_run) for of_run in records])
-    for name, function in metrics.PER_REQUEST.items():
+    for name, function in request_metrics.PER_REQUEST.items():
         values = [function(record) for of_run in records for record in of_run]
         if all(values):  # none is missing, and none is zero
             samples = np.array(values, dtype=np.float64)
             ranks = {q: stats.percentile(samples, cluster, q) for q in RANKS}
             measured[name] = _Measured(stats.mean(samples, cluster), samples, ranks)
-    totals = [metrics.total(run.records, levels) for run in runs]
+    totals = [request_metrics.total(run.records, levels) for run in runs]
     seconds = np.array([total.seconds for total in totals])
     for name, counts in (
         ("output_token_throughput", [total.output_tokens for total in totals]),
@@ -115,14 +115,14 @@ def _statistics(
 def _side_block(name: str, measured: _Measured, clusters: int) -> dict[str, Any]:
     estimate = stats.estimate(measured.central, clusters)
     spread = {"mean": estimate.value} if measured.samples is None else stats.percentiles(measured.samples)
-    return {"unit": metrics.METRICS[name].unit, **spread, "interval": estimate.interval}
+    return {"unit": request_metrics.METRICS[name].unit, **spread, "interval": estimate.interval}
 
 
 def _speedup_block(name: str, dense: _Measured, built: _Measured, clusters: int) -> dict[str, Any]:
     """How many times better the build is: above 1 is faster, whichever way the metric counts."""
 
     def better(of_dense: stats.Statistic, of_built: stats.Statistic) -> dict[str, Any]:
-        lower = metrics.METRICS[name].better == "lower"
+        lower = request_metrics.METRICS[name].better == "lower"
         paired = stats.ratio(of_dense, of_built) if lower else stats.ratio(of_built, of_dense)
         estimate = stats.estimate(paired, clusters)
         return {"ratio": estimate.value, "interval": estimate.interval}

@@ -9,21 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.config import Workload
+from plugins.common.request import Request
 
 
 @dataclass(frozen=True)
-class BenchRequest:
-    """One prompt. Has the attributes of the engines' own request; `due` is seconds after the start of the run."""
+class BenchRequest(Request):
+    """One prompt, answered to its full length; `due` is seconds after the start of the run."""
 
-    id: str
-    input_ids: tuple[int, ...]
-    max_new_tokens: int
-    due: float = 0.0
     ignore_eos: bool = True
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    due: float = 0.0
 
 
 def make_requests(workload: Workload, vocabulary: int, stream: Sequence[int] = ()) -> list[BenchRequest]:

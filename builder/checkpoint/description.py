@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from builder.checkpoint import config as configs
+from builder.checkpoint import checkpoint_config as configs
 from builder.checkpoint import layout
-from builder.checkpoint.declaration import read_declaration
+from builder.checkpoint.declaration_check import read_declaration
 from builder.checkpoint.tensor_files import read_table
 from builder.checkpoint.violations import Code, Report, Unsupported, VerificationError, Violation
 from builder.planning.compatibility import features_of

@@ -6,13 +6,14 @@ hidden state, and K of those that write it (row-parallel).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from builder.checkpoint.config import Mapping, Quantization
+from builder.checkpoint.checkpoint_config import Mapping, Quantization
 from builder.planning.model_config import Architecture
 from plugins.common.formats import EIGHT_BIT, FLOATS, OF_DTYPE, format_of
+from plugins.common.linear_shape import LinearShape
 
 Role = Literal["weight", "scale", "other"]
 
@@ -30,25 +31,13 @@ class Expected:
     required: bool = True
 
 
-@dataclass(frozen=True)
-class Part:
-    """A linear layer as one file holds it: `name` in the whole model, `local` in the file, weight [N, K]."""
-
-    name: str
-    local: str
-    N: int
-    K: int
-    bias: bool
-
-
 def hf_tensors(arch: Architecture, quantization: Quantization) -> dict[str, Expected]:
     """The tensors of a unified Hugging Face checkpoint, by name."""
     hidden = ((arch.hidden_size,),)
     embedding = Expected(((arch.vocab_size, arch.hidden_size),), (_stored_as(arch),))
     tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": Expected(hidden, VECTORS)}
     for linear in arch.linears():
-        part = Part(linear.name, linear.name, linear.out_features, linear.in_features, linear.bias)
-        tensors |= _linear(part, arch, quantization, "weight_scale", "input_scale", "pre_quant_scale")
+        tensors |= _linear(linear, linear.name, quantization, ("weight_scale", "input_scale", "pre_quant_scale"))
     if arch.tied_embeddings:
         tensors["lm_head.weight"] = replace(tensors["lm_head.weight"], required=False)
     for block in range(arch.num_blocks):
@@ -64,22 +53,23 @@ def hf_tensors(arch: Architecture, quantization: Quantization) -> dict[str, Expe
     return tensors
 
 
-def trtllm_parts(arch: Architecture, mapping: Mapping, rank: int) -> Iterator[Part]:
-    """The linear layers of one rank. Files of each pipeline stage number their blocks from 0."""
+def trtllm_linears(arch: Architecture, mapping: Mapping, rank: int) -> Iterator[tuple[str, LinearShape]]:
+    """One rank's linear layers under their names in its file: those of each pipeline stage number blocks from 0."""
     hidden, inner = arch.hidden_size, arch.intermediate_size // mapping.tp
     queries = arch.num_heads // mapping.tp * arch.head_dim
     keys = -(-arch.num_kv_heads // mapping.tp) * arch.head_dim  # more ranks than heads: each rank keeps one
     for local, block in enumerate(mapping.blocks(rank, arch.num_blocks)):
-        for name, N, K, bias in (
+        for last, N, K, bias in (
             ("attention.qkv", queries + 2 * keys, hidden, arch.bias_qkv),
             ("attention.dense", hidden, queries, arch.bias_o),
             ("mlp.fc", inner, hidden, arch.bias_mlp),
             ("mlp.gate", inner, hidden, arch.bias_mlp),
             ("mlp.proj", hidden, inner, arch.bias_mlp),
         ):
-            yield Part(f"transformer.layers.{block}.{name}", f"transformer.layers.{local}.{name}", N, K, bias)
+            name = f"transformer.layers.{block}.{last}"
+            yield f"transformer.layers.{local}.{last}", LinearShape(N, K, arch.format, name=name, bias=bias)
     if rank // mapping.tp == mapping.pp - 1:
-        yield Part("lm_head", "lm_head", -(-arch.vocab_size // mapping.tp), hidden, False)
+        yield "lm_head", LinearShape(-(-arch.vocab_size // mapping.tp), hidden, arch.format, name="lm_head")
 
 
 def trtllm_tensors(
@@ -90,10 +80,11 @@ def trtllm_tensors(
     stage = rank // mapping.tp
     tensors: dict[str, Expected] = {}
     names = ("weights_scaling_factor", "activation_scaling_factor", "prequant_scaling_factor")
-    for part in trtllm_parts(arch, mapping, rank):
+    for local_name, linear in trtllm_linears(arch, mapping, rank):
         if "attn_bias" not in config:  # ModelOpt alone does not state whether there are any
-            tensors[f"{part.local}.bias"] = Expected(((part.N,),), VECTORS, layer=part.name, required=False)
-        tensors |= _linear(part, arch, quantization, *names)
+            bias = Expected(((linear.out_features,),), VECTORS, layer=linear.name, required=False)
+            tensors[f"{local_name}.bias"] = bias
+        tensors |= _linear(linear, local_name, quantization, names)
     if arch.tied_embeddings and "lm_head.weight" in tensors:
         tensors["lm_head.weight"] = replace(tensors["lm_head.weight"], required=False)
     for local in range(arch.num_blocks // mapping.pp):
@@ -114,23 +105,25 @@ def trtllm_tensors(
     return tensors
 
 
-def _linear(
-    part: Part, arch: Architecture, quantization: Quantization, weight_scale: str, input_scale: str, smoothing: str
-) -> dict[str, Expected]:
-    """Weight, bias and scales of a layer. SmoothQuant leaves out the smoothing of a layer that it had no inputs for."""
-    format = quantization.format_of(part.name, part.local)
-    dtype = format_of(format).safetensors if format in EIGHT_BIT else _stored_as(arch)
-    tensors = {f"{part.local}.weight": Expected(((part.N, part.K),), (dtype,), "weight", part.name)}
-    if part.bias:
-        tensors[f"{part.local}.bias"] = Expected(((part.N,),), VECTORS, layer=part.name)
+def _linear(linear: LinearShape, local: str, quantization: Quantization, scales: Sequence[str]) -> dict[str, Expected]:
+    """Weight, bias and scales of a layer that its file calls `local`.
+
+    SmoothQuant leaves out the smoothing of a layer that it had no inputs for.
+    """
+    name, N, K = linear.name, linear.out_features, linear.in_features
+    weight_scale, input_scale, smoothing = scales
+    format = quantization.format_of(name, local)
+    dtype = format_of(format if format in EIGHT_BIT else linear.format).safetensors
+    tensors = {f"{local}.weight": Expected(((N, K),), (dtype,), "weight", name)}
+    if linear.bias:
+        tensors[f"{local}.bias"] = Expected(((N,),), VECTORS, layer=name)
     if format != "none":
-        tensors[f"{part.local}.{weight_scale}"] = replace(_scalar_scale(), layer=part.name)
+        tensors[f"{local}.{weight_scale}"] = replace(_scalar_scale(), layer=name)
         if not quantization.per_token:
-            tensors[f"{part.local}.{input_scale}"] = replace(_scalar_scale(), layer=part.name)
+            tensors[f"{local}.{input_scale}"] = replace(_scalar_scale(), layer=name)
     if format == "int8":
-        per_row = Expected(((part.N,),), ("F32",), "scale", part.name)
-        tensors[f"{part.local}.{weight_scale}"] = per_row
-        tensors[f"{part.local}.{smoothing}"] = Expected(((part.K,),), VECTORS, "scale", part.name, required=False)
+        tensors[f"{local}.{weight_scale}"] = Expected(((N,),), ("F32",), "scale", name)
+        tensors[f"{local}.{smoothing}"] = Expected(((K,),), VECTORS, "scale", name, required=False)
     return tensors
 
 

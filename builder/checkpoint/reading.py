@@ -15,7 +15,8 @@ from builder.checkpoint.tensor_files import hf_tensors, trtllm_tensors
 from builder.checkpoint.violations import Report
 from builder.planning.sharding import is_row_parallel
 from plugins.common.formats import OF_SAFETENSORS
-from plugins.common.patterns import TENSOR_CORE, Pattern, keep_and_group
+from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import keep_and_group
 from plugins.common.safetensors_file import Tensor
 from plugins.sparsity.segments import Segments
 
@@ -25,21 +26,11 @@ class LayerFacts:
     """One linear layer over all ranks. `bytes` counts weight, bias and scales as stored; `packed_bytes` counts a
     sparse weight as its kept values with their positions."""
 
-    name: str
-    out_features: int
-    in_features: int
-    format: str
-    sparse: bool  # declared so, as a whole or in part
+    shape: LinearShape  # as declared: `pattern` is that of the checkpoint's sparse layers
     bytes: int
     packed_bytes: int
     weights: tuple[Tensor, ...] = field(repr=False)
     segments: Segments | None = None  # of a layer that is sparse in part
-    pattern: Pattern = TENSOR_CORE  # of the checkpoint's sparse layers
-
-    @property
-    def fraction(self) -> float:
-        """The share of the weight that is declared sparse."""
-        return self.segments.fraction if self.segments else float(self.sparse)
 
     @cached_property
     def zeros(self) -> float:
@@ -74,31 +65,25 @@ class Checkpoint(Description):
         facts = [self._facts(layer, names) for layer, names in members.items()]
         return [fact for fact in facts if fact is not None]
 
+    def shapes(self) -> list[LinearShape]:
+        """Of `layers`."""
+        return [layer.shape for layer in self.layers()]
+
     def _facts(self, layer: str, names: list[str]) -> LayerFacts | None:
         weights = tuple(self.tensors[name] for name in names if name.endswith(".weight"))
         if not weights or any(len(weight.shape) != 2 for weight in weights):
             return None
         total = sum(self.tensors[name].nbytes for name in names)
-        segments, sparse = self.declaration.hybrid.get(layer), layer in self.sparse_layers
-        pattern = self.declaration.pattern
-        share = segments.fraction if segments else float(sparse)
-        saved = sum(round(share * (weight.nbytes - _packed_bytes(weight, pattern))) for weight in weights)
+        segments, pattern = self.declaration.hybrid.get(layer), self.declaration.pattern
+        fraction = segments.fraction if segments else float(layer in self.sparse_layers)
+        saved = sum(round(fraction * (weight.nbytes - _packed_bytes(weight, pattern))) for weight in weights)
         rows, columns = weights[0].shape
         cut_rows, cut_columns = len(weights), 1
         if is_row_parallel(layer):
             cut_rows, cut_columns = cut_columns, cut_rows
-        return LayerFacts(
-            name=layer,
-            out_features=rows * cut_rows,
-            in_features=columns * cut_columns,
-            format=OF_SAFETENSORS.get(weights[0].dtype, weights[0].dtype.lower()),
-            sparse=sparse,
-            bytes=total,
-            packed_bytes=total - saved,
-            weights=weights,
-            segments=segments,
-            pattern=pattern,
-        )
+        format = OF_SAFETENSORS.get(weights[0].dtype, weights[0].dtype.lower())
+        shape = LinearShape(rows * cut_rows, columns * cut_columns, format, fraction, pattern, layer)
+        return LayerFacts(shape, total, total - saved, weights, segments)
 
 
 def _packed_bytes(weight: Tensor, pattern: str) -> int:

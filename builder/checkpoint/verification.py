@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.checkpoint.checks import check_names, check_presence, check_split, check_types, check_values
 from builder.checkpoint.reading import Checkpoint, open_checkpoint
+from builder.checkpoint.tensor_checks import check_names, check_presence, check_split, check_types, check_values
 from builder.checkpoint.violations import Code, Violation
 from plugins.common.progress import Progress
 

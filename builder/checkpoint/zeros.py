@@ -17,7 +17,7 @@ from plugins.common.safetensors_file import CHUNK_BYTES, Tensor
 def normalize_zeros(directory: Path) -> int:
     """Rewrites the checkpoint's files in place, and returns how many values that changed. Raises VerificationError."""
     checkpoint = read(directory)
-    weights = [weight for layer in checkpoint.layers() if layer.sparse for weight in layer.weights]
+    weights = [weight for layer in checkpoint.layers() if layer.shape.sparse for weight in layer.weights]
     return sum(_normalize(weight) for weight in weights if "F" in weight.dtype)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from builder.cli.engine_commands import COMMANDS
-from builder.cli.options import example, gpu_option, json_option, recipe_options
+from builder.cli.options import PATH, example, gpu_option, json_option, recipe_options
 from plugins.common import defaults
 from plugins.common.errors import GateError, UserError
 from plugins.common.threads import let_threads_sleep
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
 @click.version_option(package_name="twofour")
 def cli() -> None:
     """Build quantized, 2:4 sparse LLM deployments for NVIDIA GPUs, and prove that they pay.
@@ -29,19 +29,14 @@ def cli() -> None:
     epilog=example("twofour build examples/docs-llama --preset fp8-2of4 --out build/docs-llama"),
 )
 @recipe_options
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the build to this directory.")
+@click.option("--out", type=PATH, required=True, help="Write the build to this directory.")
 @click.option(
     "--until",
     type=click.Choice(["checkpoint", "engine", "evaluate", "benchmark", "deploy"]),
     default="deploy",
-    show_default=True,
     help="Stop after this stage.",
 )
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    help="Keep stage outputs in this directory.  [default: ~/.cache/twofour]",
-)
+@click.option("--store", type=PATH, help="Keep stage outputs in this directory.  [default: ~/.cache/twofour]")
 @click.option("--no-wait", is_flag=True, help="Exit if another build is running the same stage, instead of waiting.")
 @gpu_option
 @json_option
@@ -62,9 +57,9 @@ def build(
     """
     from builder import recipe
     from builder.cli import tables
+    from builder.console import Console
     from builder.pipeline.build import build as run
     from builder.pipeline.build import require_gates
-    from builder.progress import Console
 
     loaded = recipe.load(target, preset, overrides)
     with Console(quiet=as_json) as console:
@@ -79,8 +74,8 @@ def build(
 )
 @recipe_options
 @gpu_option
-@click.option("--batch", default=defaults.BATCH, show_default=True, help="Predict for this many sequences at a time.")
-@click.option("--context", default=defaults.CONTEXT, show_default=True, help="Predict for this many tokens of context.")
+@click.option("--batch", default=defaults.BATCH, help="Predict for this many sequences at a time.")
+@click.option("--context", default=defaults.CONTEXT, help="Predict for this many tokens of context.")
 @click.option("--check", is_flag=True, help="Also check the model's files: weights, tokenizer, token ids.")
 @json_option
 def plan(
@@ -105,17 +100,15 @@ def plan(
     resolved = resolve(loaded, gpu, batch, context)
     if check:
         resolved, _ = check_files(loaded, resolved)
-    tables.as_json(resolved) if as_json else tables.plan(resolved)
+    tables.as_json(resolved.to_dict()) if as_json else tables.plan(resolved)
 
 
 @cli.command(
     short_help="Check a build or a checkpoint from its files alone.", epilog=example("twofour verify build/docs-llama")
 )
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--tensor-parallel", default=1, show_default=True, help="Also check the pattern after a split over this many ranks."
-)
-@click.option("--dense", type=click.Path(path_type=Path), help="Also check the channel order against this dense model.")
+@click.argument("directory", type=PATH)
+@click.option("--tensor-parallel", default=1, help="Also check the pattern after a split over this many ranks.")
+@click.option("--dense", type=PATH, help="Also check the channel order against this dense model.")
 @json_option
 def verify(directory: Path, tensor_parallel: int, dense: Path | None, as_json: bool) -> None:
     """Check a build, its engine or a checkpoint from its files alone: dtypes, shapes, scales, zeros, masks, hashes.
@@ -123,7 +116,7 @@ def verify(directory: Path, tensor_parallel: int, dense: Path | None, as_json: b
     A TensorRT-LLM engine must also match this machine's versions and GPU.
     """
     from builder.cli import tables
-    from builder.progress import Console
+    from builder.console import Console
     from builder.verify import verify as check
 
     with Console(quiet=as_json) as console:
@@ -136,9 +129,9 @@ def verify(directory: Path, tensor_parallel: int, dense: Path | None, as_json: b
     short_help="Show for each layer whether sparsity pays, the gain, and the reason.",
     epilog=example("twofour explain build/docs-llama --layers '*.mlp.*'"),
 )
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=PATH)
 @click.option("--gpu", help="Predict for this GPU where nothing was measured.")
-@click.option("--layers", default="*", show_default=True, metavar="GLOB", help="Show only layers that match.")
+@click.option("--layers", default="*", metavar="GLOB", help="Show only layers that match.")
 @json_option
 def explain(artifact: Path, gpu: str | None, layers: str, as_json: bool) -> None:
     """Show for each layer its pattern, which kernel runs at which number of tokens, the gain, and the reason."""
@@ -153,7 +146,7 @@ def explain(artifact: Path, gpu: str | None, layers: str, as_json: bool) -> None
     short_help="Measure accuracy against the dense model.",
     epilog=example("twofour evaluate build/docs-llama --data examples/docs-llama/evaluation.jsonl"),
 )
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=PATH)
 @click.option("--model", help="Compare with this dense model.  [default: the build's own]")
 @click.option("--data", help="Evaluate on this held-out text.  [default: the build's own]")
 @click.option("--samples", type=int, help="Use at most this many sequences.")
@@ -164,8 +157,8 @@ def evaluate(
 ) -> None:
     """Measure an engine's perplexity, KL and top-1 agreement against the dense model."""
     from builder.cli import tables
+    from builder.console import Console
     from builder.pipeline.rebuild import evaluate as measure
-    from builder.progress import Console
 
     with Console(quiet=as_json) as console:
         measured = measure(artifact, model, data, samples, tasks, console)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from builder.cli.options import example, gpu_option, json_option
+from builder.cli.options import PATH, example, gpu_option, json_option
 from plugins.common import defaults
 from plugins.common.errors import UserError
 
@@ -16,13 +16,12 @@ from plugins.common.errors import UserError
     short_help="Build an engine from a CHECKPOINT, without ModelOpt.",
     epilog=example("twofour engine build/docs-llama/checkpoint --out build/engine --backend torch"),
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the engine to this directory.")
+@click.argument("checkpoint", type=PATH)
+@click.option("--out", type=PATH, required=True, help="Write the engine to this directory.")
 @click.option(
     "--backend",
     type=click.Choice(["auto", "tensorrt", "pytorch", "torch"]),
     default="auto",
-    show_default=True,
     help="Build for this backend.",
 )
 @click.option(
@@ -33,8 +32,8 @@ from plugins.common.errors import UserError
 def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...], gpu: str, as_json: bool) -> None:
     """Build an engine from a CHECKPOINT without ModelOpt, for instance inside a TensorRT-LLM container."""
     from builder.cli import tables
+    from builder.console import Console
     from builder.pipeline.rebuild import build_engine
-    from builder.progress import Console
 
     with Console(quiet=as_json) as console:
         facts = build_engine(checkpoint, out, backend, overrides, gpu, console)
@@ -45,46 +44,32 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
     short_help="Measure speed against the dense baseline.",
     epilog=example("twofour bench build/docs-llama --input-tokens 128 --output-tokens 64 --concurrency 1,8"),
 )
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=PATH)
 @click.option("--model", help="Compare with this dense model.  [default: the build's own]")
-@click.option("--input-tokens", default=128, show_default=True, help="Send prompts of this length.")
-@click.option("--output-tokens", default=64, show_default=True, help="Generate this many tokens per request.")
-@click.option(
-    "--concurrency",
-    default="1,4",
-    show_default=True,
-    metavar="N,N,...",
-    help="Run these numbers of requests at a time.",
-)
-@click.option("--requests", default=8, show_default=True, help="Send this many requests per round at each concurrency.")
-@click.option(
-    "--rounds", default=defaults.ROUNDS, show_default=True, help="Run this many interleaved rounds of dense and built."
-)
+@click.option("--input-tokens", default=128, help="Send prompts of this length.")
+@click.option("--output-tokens", default=64, help="Generate this many tokens per request.")
+@click.option("--concurrency", default="1,4", metavar="N,N,...", help="Run these numbers of requests at a time.")
+@click.option("--requests", default=8, help="Send this many requests per round at each concurrency.")
+@click.option("--rounds", default=defaults.ROUNDS, help="Run this many interleaved rounds of dense and built.")
 @click.option("--url", help="Measure this OpenAI-compatible endpoint instead of the engine in process.")
 @click.option("--dense-url", help="Compare with the dense baseline at this endpoint, with --url.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Write performance.json and records.jsonl to this directory."
-)
+@click.option("--out", type=PATH, help="Write performance.json and records.jsonl to this directory.")
 @json_option
 def bench(
     artifact: Path,
     model: str | None,
-    input_tokens: int,
-    output_tokens: int,
-    concurrency: str,
-    requests: int,
-    rounds: int,
     url: str | None,
     dense_url: str | None,
     out: Path | None,
     as_json: bool,
+    **load: Any,
 ) -> None:
     """Measure a build's throughput and latency against the dense baseline, interleaved, with intervals."""
     from builder.cli import tables
+    from builder.console import Console
     from builder.pipeline import rebuild
-    from builder.progress import Console
 
-    config = rebuild.benchmark_config(input_tokens, output_tokens, concurrency, requests, rounds)
+    config = rebuild.benchmark_config(**load)
     with Console(quiet=as_json) as console:
         points = rebuild.bench(artifact, model, config, url, dense_url, out, console)
     if as_json:
@@ -98,15 +83,9 @@ def bench(
     short_help="Write a Triton model repository.",
     epilog=example("twofour deploy build/docs-llama --target triton --model-name docs"),
 )
-@click.argument("build_dir", metavar="OUT", type=click.Path(path_type=Path))
-@click.option(
-    "--target",
-    type=click.Choice(["triton"]),
-    default="triton",
-    show_default=True,
-    help="Write a repository for this server.",
-)
-@click.option("--model-name", default="llm", show_default=True, help="Use this model name in URLs.")
+@click.argument("build_dir", metavar="OUT", type=PATH)
+@click.option("--target", type=click.Choice(["triton"]), default="triton", help="Write a repository for this server.")
+@click.option("--model-name", default="llm", help="Use this model name in URLs.")
 @click.option(
     "--streaming/--no-streaming", default=None, help="Stream tokens.  [default: yes, unless responses are cached]"
 )
@@ -116,21 +95,15 @@ def bench(
     "--max-queue-delay-microseconds",
     type=click.IntRange(min=0),
     default=0,
-    show_default=True,
     help="Wait at most this long for a group with --dynamic-batching.",
 )
 @click.option(
-    "--max-queue-size",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Reject requests when this many wait; 0: no limit.",
+    "--max-queue-size", type=click.IntRange(min=0), default=0, help="Reject requests when this many wait; 0: no limit."
 )
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
     default=64,
-    show_default=True,
     help="Generate this many tokens for a request without max_tokens.",
 )
 @json_option
@@ -147,11 +120,11 @@ def deploy(build_dir: Path, target: str, as_json: bool, **options: Any) -> None:
     short_help="Serve a build with Triton until Ctrl-C.",
     epilog=example("twofour serve build/docs-llama --http-port 8000"),
 )
-@click.argument("build_dir", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
-@click.option("--http-port", default=8000, show_default=True, help="Serve HTTP on this port.")
-@click.option("--grpc-port", default=8001, show_default=True, help="Serve gRPC on this port.")
-@click.option("--metrics-port", default=8002, show_default=True, help="Serve metrics on this port.")
+@click.argument("build_dir", metavar="OUT", type=PATH)
+@click.option("--host", default="127.0.0.1", help="Listen on this address.")
+@click.option("--http-port", default=8000, help="Serve HTTP on this port.")
+@click.option("--grpc-port", default=8001, help="Serve gRPC on this port.")
+@click.option("--metrics-port", default=8002, help="Serve metrics on this port.")
 def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_port: int) -> None:
     """Serve OUT/triton until Ctrl-C, with the Triton of the `triton` extra."""
     from builder.deploy.server import Ports
@@ -171,20 +144,12 @@ def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_po
 )
 @click.option("--dense", required=True, metavar="URL", help="Use this OpenAI-compatible server of the dense model.")
 @click.option("--built", required=True, metavar="URL", help="Use this OpenAI-compatible server of the build.")
-@click.option("--router", type=click.Path(path_type=Path), required=True, help="Use this router: OUT/routing.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
-@click.option("--port", default=8100, show_default=True, help="Listen on this port.")
+@click.option("--router", type=PATH, required=True, help="Use this router: OUT/routing.")
+@click.option("--host", default="127.0.0.1", help="Listen on this address.")
+@click.option("--port", default=8100, help="Listen on this port.")
+@click.option("--tokenizer", type=PATH, help="Use the tokenizer in this directory.  [default: OUT/checkpoint]")
 @click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path),
-    help="Use the tokenizer in this directory.  [default: OUT/checkpoint]",
-)
-@click.option(
-    "--capacity",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    help="Treat a server as full at this many requests.",
+    "--capacity", type=click.IntRange(min=1), default=64, help="Treat a server as full at this many requests."
 )
 @click.option(
     "--shadow",
@@ -195,15 +160,12 @@ def serve(build_dir: Path, host: str, http_port: int, grpc_port: int, metrics_po
     "--rest",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
-    show_default=True,
     help="Scale the threshold by this factor while the dense server is idle.",
 )
-@click.option(
-    "--state", type=click.Path(path_type=Path), help="Keep the threshold in this file.  [default: ~/.cache/twofour]"
-)
+@click.option("--state", type=PATH, help="Keep the threshold in this file.  [default: ~/.cache/twofour]")
 def route(**options: Any) -> None:
     """Route OpenAI requests to a dense or a built server, within the router's budget, until Ctrl-C."""
-    from builder.pipeline.route import route as run
+    from builder.pipeline.open_router import route as run
 
     run(**options, say=click.echo)
 
@@ -226,9 +188,7 @@ def plugins() -> None:
 
 @plugins.command("build", short_help="Compile the kernels.", epilog=example("twofour plugins build --sm 80,90a"))
 @click.option("--sm", metavar="SM,SM,...", help="Compile for these GPUs.  [default: this machine's, else all]")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Write libraries to this directory.  [default: next to the package]"
-)
+@click.option("--out", type=PATH, help="Write libraries to this directory.  [default: next to the package]")
 @json_option
 def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
     """Compile the CPU kernels with g++ and, if nvcc is installed, the CUDA kernels. Needs no GPU."""
@@ -252,9 +212,9 @@ def plugins_build(sm: str | None, out: Path | None, as_json: bool) -> None:
     short_help="Reorder a LoRA ADAPTER of the dense model for a build.",
     epilog=example("twofour adapter my-lora build/docs-llama/checkpoint --out build/my-lora"),
 )
-@click.argument("adapter_directory", metavar="ADAPTER", type=click.Path(path_type=Path))
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the adapter to this directory.")
+@click.argument("adapter_directory", metavar="ADAPTER", type=PATH)
+@click.argument("checkpoint", type=PATH)
+@click.option("--out", type=PATH, required=True, help="Write the adapter to this directory.")
 @json_option
 def adapter(adapter_directory: Path, checkpoint: Path, out: Path, as_json: bool) -> None:
     """Reorder a LoRA ADAPTER (PEFT) of the dense model to match the channel order of CHECKPOINT.

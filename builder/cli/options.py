@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -10,6 +11,7 @@ import click
 from plugins.common import defaults
 
 F = TypeVar("F", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
 
 
 def example(text: str) -> str:
@@ -23,14 +25,10 @@ def json_option(command: F) -> F:
 
 def recipe_options(command: F) -> F:
     """MODEL or RECIPE.yaml, --preset and --set, as `build` and `plan` take them."""
-    command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")(
-        command
-    )
-    command = click.option("--preset", metavar="NAME", help="Use this preset: fp8-2of4, fp8, ...; see docs/recipe.md.")(
-        command
-    )
-    return click.argument("target", metavar="MODEL|RECIPE.yaml")(command)
+    override = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")
+    preset = click.option("--preset", metavar="NAME", help="Use this preset: fp8-2of4, fp8, ...; see docs/recipe.md.")
+    return click.argument("target", metavar="MODEL|RECIPE.yaml")(preset(override(command)))
 
 
 def gpu_option(command: F) -> F:
-    return click.option("--gpu", default=defaults.GPU, show_default=True, help="Predict times for this GPU.")(command)
+    return click.option("--gpu", default=defaults.GPU, help="Predict times for this GPU.")(command)

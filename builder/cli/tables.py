@@ -14,7 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from builder.doctor.checks import Examination
-    from builder.planning.plan import Plan
+    from builder.planning.plan import LayerPlan, Plan
     from builder.verify import Verification
 
 
@@ -49,22 +49,18 @@ def plan(resolved: Plan) -> None:
     """Prints the plan by kinds of layer, then memory and ceilings."""
     rows = []
     for kind in _kinds(resolved.layers):
-        first, count = kind[0], len(kind)
+        first, count = kind[0].shape, len(kind)
         dense, built = sum(x.dense_bytes for x in kind), sum(x.built_bytes for x in kind)
         shape = f"{first.out_features} x {first.in_features}"
         rows.append((_kind_name(first.name), count, shape, first.format, _pattern(first.pattern, first.fraction),
                      size(dense), size(built)))  # fmt: skip
+    title = f"{resolved.model}: {resolved.architecture}, {resolved.format}, backend {resolved.backend}"
     head = ("layer", "count", "out x in", "format", "pattern", "bytes before", "after")
-    table(
-        f"{resolved.model}: {resolved.architecture}, {resolved.format}, backend {resolved.backend}",
-        head,
-        rows,
-        right=(1, 2, 5, 6),
-    )
+    table(title, head, rows, right=(1, 2, 5, 6))
     share = resolved.built_bytes / resolved.dense_bytes
     click.echo("")
     for why in dict.fromkeys(
-        (_kind_name(x.name), x.reason) for x in resolved.layers if x.decision in ("excluded", "not listed")
+        (_kind_name(x.shape.name), x.reason) for x in resolved.layers if x.decision in ("excluded", "not listed")
     ):
         click.echo(f"dense         {why[0]}: {why[1]}")
     click.echo(f"weights       {size(resolved.dense_bytes)} -> {size(resolved.built_bytes)} ({share:.1%})")
@@ -109,10 +105,11 @@ def _pattern(pattern: str, fraction: float, axis: str | None = None) -> str:
     return f"{pattern} in {fraction:.0%}" + (f" of its {axis}" if axis else "")
 
 
-def _kinds(layers: Sequence[Any]) -> list[list[Any]]:
-    kinds: dict[tuple[Any, ...], list[Any]] = {}
+def _kinds(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
+    kinds: dict[tuple[Any, ...], list[LayerPlan]] = {}
     for layer in layers:
-        key = (_kind_name(layer.name), layer.out_features, layer.in_features, layer.format, layer.sparse, layer.reason)
+        shape = layer.shape
+        key = (_kind_name(shape.name), str(shape), shape.sparse, layer.reason)
         kinds.setdefault(key, []).append(layer)
     return list(kinds.values())
 
@@ -128,19 +125,8 @@ def explanation(answer: dict[str, Any]) -> None:
     click.echo(f"Kernel times are {answer['source']} for {answer['gpu'] or 'this machine'}{limits}.")
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in answer["layers"]:
-        groups.setdefault(
-            json.dumps(
-                [
-                    _kind_name(row["name"]),
-                    row["reason"],
-                    row["buckets"],
-                    row["sparse"],
-                    row.get("fraction"),
-                    row.get("valid_pattern"),
-                ]
-            ),
-            [],
-        ).append(row)
+        alike = [row.get(key) for key in ("reason", "buckets", "sparse", "fraction", "valid_pattern")]
+        groups.setdefault(json.dumps([_kind_name(row["name"]), *alike]), []).append(row)
     for rows in groups.values():
         first = rows[0]
         pattern = _pattern(first["pattern"], first.get("fraction", float(first["sparse"])), first.get("axis"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from builder.config import DeployConfig
 from builder.deploy import request_schema, trtllm_repository
@@ -36,17 +37,19 @@ def write_repository(engine_dir: Path, out: Path, config: DeployConfig) -> None:
     model = out / config.model_name
     if model.exists() and not (model / "config.pbtxt").is_file():
         raise UserError(f"'{model}' holds something other than a Triton model: remove it or set another --model-name")
-    pages = {
-        "config.pbtxt": render(
-            TEMPLATE_DIRECTORY,
-            "config.pbtxt",
-            config=config,
-            streaming=not config.response_cache if config.streaming is None else config.streaming,
-            max_batch_size=engine["max_batch_size"] if config.dynamic_batching else 0,
-            engine_path=config.engine_path or relative(engine_dir, model, out.parent),
-            inputs=[(name, field) for field in request_schema.INPUTS for name in field.names],
-            outputs=request_schema.OUTPUTS,
-        ),
-        "1/model.py": render(TEMPLATE_DIRECTORY, "model.py"),
-    }
-    replace(model, pages)
+    write_model(
+        model,
+        "",
+        config=config,
+        streaming=not config.response_cache if config.streaming is None else config.streaming,
+        max_batch_size=engine["max_batch_size"] if config.dynamic_batching else 0,
+        engine_path=config.engine_path or relative(engine_dir, model, out.parent),
+    )
+
+
+def write_model(model: Path, kind: str, **values: Any) -> None:
+    """Writes the two files of the model in `model`, from the templates whose names begin with `kind`."""
+    inputs = [(name, field) for field in request_schema.INPUTS for name in field.names]
+    settings = {"inputs": inputs, "outputs": request_schema.OUTPUTS, **values}
+    config = render(TEMPLATE_DIRECTORY, f"{kind}config.pbtxt", **settings)
+    replace(model, {"config.pbtxt": config, "1/model.py": render(TEMPLATE_DIRECTORY, f"{kind}model.py")})

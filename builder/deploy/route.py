@@ -9,7 +9,8 @@ from pathlib import Path
 from builder.deploy.proxy import Proxy
 from builder.deploy.upstream import SILENCE_SECONDS, Upstream, checked_url
 from calibration.routing.controller import Settings
-from calibration.routing.service import LearnedRouter, RouterService
+from calibration.routing.router import Router
+from calibration.routing.service import RouterService
 from plugins.common.errors import UserError
 
 
@@ -24,7 +25,7 @@ class Options:
     state_file: Path | None = None
 
 
-def make_proxy(router: LearnedRouter, tokenizer_dir: Path, options: Options) -> tuple[Proxy, RouterService]:
+def make_proxy(router: Router, tokenizer_dir: Path, options: Options) -> tuple[Proxy, RouterService]:
     """The proxy, and the service to close after it. Raises UserError for a wrong URL, router, tokenizer or state."""
     try:
         import httpx
@@ -52,7 +53,7 @@ def make_proxy(router: LearnedRouter, tokenizer_dir: Path, options: Options) -> 
 
 
 def serve(
-    router: LearnedRouter, tokenizer_dir: Path, options: Options, host: str, port: int, say: Callable[[str], None]
+    router: Router, tokenizer_dir: Path, options: Options, host: str, port: int, say: Callable[[str], None]
 ) -> None:
     """Serves until Ctrl-C."""
     proxy, service = make_proxy(router, tokenizer_dir, options)

@@ -6,19 +6,16 @@ Torch engines only.
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from builder.artifacts.cache import default_store
 from builder.config import DeployConfig
-from builder.deploy import request_schema
-from builder.deploy.rendering import TEMPLATE_DIRECTORY, relative, replace
-from builder.deploy.repository import write_repository
+from builder.deploy.rendering import relative
+from builder.deploy.repository import write_model, write_repository
 from builder.engines.registry import engine_facts
 from calibration.routing.router import Router
 from plugins.common.errors import UserError
-from plugins.common.templates import render
 
 VARIANTS = (("dense", "built"), ("reference", "built"))
 
@@ -56,20 +53,14 @@ def write_routed_repository(
         name: own["max_batch_size"] + config.max_queue_size
         for name, own in zip(models, (reference_facts, facts), strict=True)
     }
-    pages = {
-        "config.pbtxt": render(
-            TEMPLATE_DIRECTORY,
-            "router_config.pbtxt",
-            config=config,
-            engine_path=config.engine_path or relative(engine_dir, model, out.parent),
-            router_path=config.router_path or relative(router_dir, model, out.parent),
-            variants=json.dumps({name: [models[name], capacities[name]] for name in models}),
-            inputs=[(name, field) for field in request_schema.INPUTS for name in field.names],
-            outputs=request_schema.OUTPUTS,
-        ),
-        "1/model.py": render(TEMPLATE_DIRECTORY, "router_model.py"),
-    }
-    replace(model, pages)
+    write_model(
+        model,
+        "router_",
+        config=config,
+        engine_path=config.engine_path or relative(engine_dir, model, out.parent),
+        router_path=config.router_path or relative(router_dir, model, out.parent),
+        variants=json.dumps({name: [models[name], capacities[name]] for name in models}),
+    )
 
 
 def state_file(build_id: str) -> Path:
@@ -91,5 +82,5 @@ def _reference_facts(reference: Path, built: dict[str, Any]) -> dict[str, Any]:
 def _build_dense(dense: Path, out: Path, facts: dict[str, Any]) -> None:
     from builder.engines.torch_backend import artifact
 
-    limits = {field.name: facts[field.name] for field in fields(artifact.Limits) if field.name in facts}
+    limits = {name: facts[name] for name in artifact.LIMITS if name in facts}
     artifact.build(dense, out, artifact.Limits(**limits))

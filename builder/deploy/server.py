@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,7 +39,7 @@ class Ports:
 
     def check(self, host: str) -> None:
         """Raises UserError for a port that is in use or not allowed."""
-        for name, port in zip((field.name for field in fields(self)), astuple(self), strict=True):
+        for name, port in asdict(self).items():
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
@@ -116,16 +116,9 @@ class Server:
         return self._process.wait()
 
     def _arguments(self, installation: Installation, backends: Path, cache: bool) -> list[str]:
-        options: dict[str, Any] = {
-            "model-repository": self.repository.resolve(),
-            "backend-directory": backends,
-            "http-address": self.host,
-            "grpc-address": self.host,
-            "metrics-address": self.host,
-            "http-port": self.ports.http,
-            "grpc-port": self.ports.grpc,
-            "metrics-port": self.ports.metrics,
-        }
+        options: dict[str, Any] = {"model-repository": self.repository.resolve(), "backend-directory": backends}
+        options |= {f"{name}-address": self.host for name in asdict(self.ports)}
+        options |= {f"{name}-port": port for name, port in asdict(self.ports).items()}
         if cache:
             options |= {"cache-directory": installation.caches, "cache-config": f"local,size={self._cache_bytes}"}
         return [str(installation.binary), *(f"--{name}={value}" for name, value in options.items())]

@@ -13,7 +13,7 @@ from typing import Any
 
 from builder.config import DeployConfig
 from builder.deploy.rendering import TEMPLATE_DIRECTORY, relative, replace
-from builder.planning.kv_cache import SHARES
+from builder.planning.kv_capacity import SHARES
 from plugins.common.errors import UserError
 from plugins.common.templates import render
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from builder.engines.request import Request, Token
+from plugins.common.request import Request, Token
 
 if TYPE_CHECKING:
     import torch

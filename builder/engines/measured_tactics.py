@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from builder.config import EngineConfig
 from builder.planning import sharding
@@ -18,22 +18,17 @@ from plugins.common.errors import UserError
 from plugins.common.files import sha256
 from plugins.common.formats import KERNEL_OUTPUTS
 from plugins.common.fused_layers import fused_name, fused_parts
+from plugins.common.linear_shape import LinearShape
 from plugins.common.nvidia_smi import gpus
+from plugins.common.patterns import TENSOR_CORE
 from plugins.common.progress import Progress, silent
 
 if TYPE_CHECKING:
     from builder.checkpoint.reading import LayerFacts
-    from plugins.autotune.choice import Hybrid, Shape
+    from plugins.autotune.choice import Hybrid
     from plugins.sparsity.segments import Axis
 
 DTYPES = {format.dtype: format.value for format in KERNEL_OUTPUTS}  # config.json's name -> ours
-
-
-class Sized(sharding.Shardable, Protocol):
-    """The fields that are read of a checkpoint's layer (builder.checkpoint.LayerFacts), of all ranks together."""
-
-    @property
-    def format(self) -> str: ...
 
 
 def can_measure_cpu() -> bool:
@@ -89,23 +84,24 @@ def cpu_tactics(
     from plugins.autotune import cpu_bench, tuner
 
     formats = cpu_bench.DTYPES if dtype == "bfloat16" else {}
-    sparse = [layer for layer in layers if layer.sparse and _cpu_format(layer, dtype) in formats]
+    sparse = [layer for layer in layers if layer.shape.sparse and _kernel_format(layer.shape, dtype) in formats]
     most = max(config.max_num_tokens, config.max_batch_size)
     buckets = [tokens for tokens in cpu_bench.BUCKETS if tokens <= most]
-    shapes = {layer.name: _sparse_part(layer, shape(layer, 1, dtype)) for layer in sparse}
-    timed = tuner.tune_cpu(shapes, buckets, progress)
+    timed = tuner.tune_cpu({layer.shape.name: _sparse_part(layer, dtype) for layer in sparse}, buckets, progress)
     return _with_all_layers(timed, layers, f"stays dense: no CPU kernel takes it in a model of {dtype}")
 
 
-def _sparse_part(layer: LayerFacts, whole: Shape) -> Shape:
+def _sparse_part(layer: LayerFacts, dtype: str) -> LinearShape:
     """What a kernel of sparse weights multiplies: all of the layer, or its sparse rows or inputs."""
+    whole = shape(layer.shape, 1, dtype)
     if layer.segments is None:
         return whole
     size = _sparse_size(layer, layer.segments.axis)
     return replace(whole, out_features=size) if layer.segments.axis == "rows" else replace(whole, in_features=size)
 
 
-def _cpu_format(layer: Sized, dtype: str) -> str:
+def _kernel_format(layer: LinearShape, dtype: str) -> str:
+    """The number format of the weight that a kernel takes, in a model of `dtype`."""
     return layer.format if layer.format in ("int8", "fp8") else DTYPES.get(dtype, dtype)
 
 
@@ -121,22 +117,21 @@ def tactics(
 
     `dtype` is the model's own, as its config.json names it. `fused`: as the torch engine and TensorRT-LLM's PyTorch
     backend run them, q, k and v, and gate and up, as one product of one rank's shard. `in_part`: layers that are 2:4 in
-    part too, as the torch engine runs them. Raises UserError where this GPU or its libraries cannot run 2:4 kernels: a
-    build that went on would be dense under a sparse name.
+    part too, as the torch engine runs them. Raises UserError where sparse kernels cannot run: the build would be dense.
     """
     from plugins.autotune import tuner
 
-    whole = [layer for layer in layers if layer.sparse and layer.segments is None]
+    whole = [layer.shape for layer in layers if layer.shape.sparse and layer.segments is None]
     sparse = {layer.name: layer for layer in whole} if dtype in DTYPES else {}
-    shapes: dict[str, Shape | Hybrid] = {
+    shapes: dict[str, LinearShape | Hybrid] = {
         name: shape(layer, config.tensor_parallel if fused else 1, dtype, sparse if fused else {})
         for name, layer in sparse.items()
     }
     if in_part and dtype in DTYPES:
         shapes |= hybrids(layers, dtype)
     most = max(config.max_num_tokens, config.max_batch_size)
-    table = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most), progress)
-    untimed = f"stays dense: the model computes in {dtype}, and the 2:4 kernels in 16 bit"
+    table = _tune(shapes, (*(tokens for tokens in tuner.BUCKETS if tokens < most), most), dtype, progress)
+    untimed = f"stays dense: the model computes in {dtype}, and the sparse kernels in 16 bit"
     return _with_all_layers(table, layers, untimed)
 
 
@@ -146,16 +141,16 @@ def hybrids(layers: Sequence[LayerFacts], dtype: str) -> dict[str, Hybrid]:
 
     groups: dict[str, list[LayerFacts]] = {}
     for layer in layers:
-        groups.setdefault(fused_name(layer.name), []).append(layer)
+        groups.setdefault(fused_name(layer.shape.name), []).append(layer)
     timed: dict[str, Hybrid] = {}
     for members in groups.values():
         cuts = [member.segments for member in members if member.segments]
         if not cuts or not all(cut.in_two for cut in cuts):
             continue
-        first = shape(members[0], 1, dtype)
-        whole = replace(first, out_features=sum(member.out_features for member in members))
+        shapes = [member.shape for member in members]
+        whole = replace(shape(shapes[0], 1, dtype), out_features=sum(each.out_features for each in shapes))
         size = sum(_sparse_size(member, cuts[0].axis) for member in members)
-        timed |= {member.name: Hybrid.of(whole, cuts[0].axis, size) for member in members if member.sparse}
+        timed |= {each.name: Hybrid.of(whole, cuts[0].axis, size) for each in shapes if each.sparse}
     return timed
 
 
@@ -163,7 +158,8 @@ def _sparse_size(layer: LayerFacts, axis: Axis) -> int:
     """How many of a layer's rows or inputs are sparse."""
     if layer.segments is not None:
         return sum(part.size for part in layer.segments.sparse)
-    return (layer.out_features if axis == "rows" else layer.in_features) if layer.sparse else 0
+    whole = layer.shape
+    return (whole.out_features if axis == "rows" else whole.in_features) if whole.sparse else 0
 
 
 def _with_all_layers(table: dict[str, Any], layers: Sequence[LayerFacts], untimed: str) -> dict[str, Any]:
@@ -172,16 +168,14 @@ def _with_all_layers(table: dict[str, Any], layers: Sequence[LayerFacts], untime
 
     entries = {}
     for layer in layers:
-        timed = table["layers"].get(layer.name)
-        why = untimed if layer.sparse else f"dense: the weight is not {layer.pattern}"
-        why = f"{layer.pattern} in part: not timed" if layer.segments else why
-        entries[layer.name] = {
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "format": layer.format,
-            "sparse": layer.sparse,
-            "fraction": layer.fraction,
-            "pattern": layer.pattern,
+        whole = layer.shape
+        timed = table["layers"].get(whole.name)
+        why = untimed if whole.sparse else f"dense: the weight is not {whole.pattern}"
+        why = f"{whole.pattern} in part: not timed" if layer.segments else why
+        entries[whole.name] = {
+            **whole.facts,
+            "fraction": whole.fraction,
+            "pattern": whole.pattern,
             "reason": _reason(layer, timed) if timed else why,
             "buckets": timed["buckets"] if timed else [],
             "products": timed.get("products") if timed else None,
@@ -195,14 +189,14 @@ def _reason(layer: LayerFacts, timed: Mapping[str, Any]) -> str:
     if layer.segments is None:
         return reason
     kernels = "" if "products" in timed else ", whose kernels"
-    return f"{layer.pattern} in part ({layer.segments.fraction:.0%}){kernels}: {reason}"
+    return f"{layer.shape.pattern} in part ({layer.segments.fraction:.0%}){kernels}: {reason}"
 
 
-def seconds_saved(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[str, float] | None:
+def seconds_saved(layers: Iterable[LinearShape], tokens: int, dtype: str) -> Mapping[str, float] | None:
     """Seconds that 2:4 saves each layer at `tokens` tokens; 0 where dense is faster. None where none can be timed."""
     if not can_measure() or dtype not in DTYPES:
         return None
-    buckets = _whole_layers(tuple((layer.name, shape(layer, 1, dtype)) for layer in layers), tokens)
+    buckets = _whole_layers(tuple((layer.name, shape(layer, 1, dtype)) for layer in layers), tokens, dtype)
     return {
         name: 0.0 if _is_dense(bucket) or not bucket["ratio"] else (bucket["dense_us"] - bucket["sparse_us"]) * 1e-6
         for name, bucket in buckets.items()
@@ -210,40 +204,39 @@ def seconds_saved(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[s
 
 
 @lru_cache(maxsize=4)
-def _whole_layers(shapes: tuple[tuple[str, Shape], ...], tokens: int) -> dict[str, dict[str, Any]]:
+def _whole_layers(shapes: tuple[tuple[str, LinearShape], ...], tokens: int, dtype: str) -> dict[str, dict[str, Any]]:
     """The times of each whole layer at `tokens` tokens, by its name."""
-    return {name: timed["buckets"][0] for name, timed in _tune(dict(shapes), (tokens,))["layers"].items()}
+    return {name: timed["buckets"][0] for name, timed in _tune(dict(shapes), (tokens,), dtype)["layers"].items()}
 
 
-def seconds_of_second_product(layers: Iterable[Sized], tokens: int, dtype: str) -> Mapping[str, float] | None:
+def seconds_of_second_product(layers: Iterable[LinearShape], tokens: int, dtype: str) -> Mapping[str, float] | None:
     """Seconds that a layer, half of it 2:4, takes beyond the mean of dense and 2:4; None where none can be timed."""
     if not can_measure() or dtype not in DTYPES:
         return None
-    return _seconds_of_second_product(tuple((layer.name, shape(layer, 1, dtype)) for layer in layers), tokens)
+    return _second_products(tuple((layer.name, shape(layer, 1, dtype)) for layer in layers), tokens, dtype)
 
 
 @lru_cache(maxsize=4)
-def _seconds_of_second_product(shapes: tuple[tuple[str, Shape], ...], tokens: int) -> dict[str, float]:
+def _second_products(shapes: tuple[tuple[str, LinearShape], ...], tokens: int, dtype: str) -> dict[str, float]:
     from plugins.autotune.choice import Hybrid
     from plugins.sparsity.segments import ALIGNMENT
 
-    halves: dict[str, Shape | Hybrid] = {}
+    halves: dict[str, LinearShape | Hybrid] = {}
     for name, whole in shapes:
         axis: Axis = "inputs" if sharding.is_row_parallel(name) else "rows"
         half = (whole.in_features if axis == "inputs" else whole.out_features) // 2 // ALIGNMENT * ALIGNMENT
         if half:
             halves[name] = Hybrid.of(whole, axis, half)
-    both = _tune(halves, (tokens,))["layers"]
-    alone = _whole_layers(shapes, tokens)
+    both = _tune(halves, (tokens,), dtype)["layers"]
+    alone = _whole_layers(shapes, tokens, dtype)
     seconds = {}
     for name in halves:
-        mixed = both[name]["buckets"][0]
         ends = [us for us in (alone[name]["dense_us"], alone[name]["sparse_us"]) if us is not None]
-        seconds[name] = max(0.0, mixed["sparse_us"] - sum(ends) / len(ends)) * 1e-6
+        seconds[name] = max(0.0, both[name]["buckets"][0]["sparse_us"] - sum(ends) / len(ends)) * 1e-6
     return seconds
 
 
-def measure(layers: Iterable[Sized], config: EngineConfig, dtype: str) -> dict[str, float]:
+def measure(layers: Iterable[LinearShape], config: EngineConfig, dtype: str) -> dict[str, float]:
     """Dense over sparse time of each 2:4 layer; a ratio above 1 means ours is faster. Nothing where none can be timed.
 
     `dtype` ("bf16" or "fp16") is what the layers put out.
@@ -255,7 +248,7 @@ def measure(layers: Iterable[Sized], config: EngineConfig, dtype: str) -> dict[s
     names = {short: name for name, short in DTYPES.items()}
     shapes = {layer.name: shape(layer, config.tensor_parallel, names[dtype]) for layer in layers if layer.sparse}
     try:
-        return ratios(tuner.tune(shapes, buckets=(config.max_batch_size,)), config.max_batch_size)
+        return ratios(tuner.tune(shapes, buckets=(config.max_batch_size,), out=dtype), config.max_batch_size)
     except UserError:  # no libtwofour, or a GPU that it was not built for: TensorRT decides alone
         return {}
 
@@ -270,10 +263,8 @@ def ratios(tactics: Mapping[str, Any], tokens: int) -> dict[str, float]:
     return kept
 
 
-def shape(layer: Sized, ranks: int, dtype: str, fused: Mapping[str, Sized] | None = None) -> Shape:
+def shape(layer: LinearShape, ranks: int, dtype: str, fused: Mapping[str, LinearShape] | None = None) -> LinearShape:
     """What one rank multiplies. With `fused`, the sparse layers by name: all that TensorRT-LLM makes one product of."""
-    from plugins.autotune.choice import Shape
-
     rows, columns = layer.out_features, layer.in_features
     members = fused_parts(fused_name(layer.name))
     if fused and all(member in fused for member in members):
@@ -282,12 +273,12 @@ def shape(layer: Sized, ranks: int, dtype: str, fused: Mapping[str, Sized] | Non
         columns //= ranks
     else:
         rows //= ranks
-    out = DTYPES[dtype]
-    number_format = layer.format if layer.format in ("int8", "fp8") else out
-    return Shape(rows, columns, number_format, number_format == "int8", out, layer.pattern)
+    return LinearShape(rows, columns, _kernel_format(layer, dtype), pattern=layer.pattern)
 
 
-def _tune(shapes: Mapping[str, Shape | Hybrid], buckets: Sequence[int], progress: Progress = silent) -> dict[str, Any]:
+def _tune(
+    shapes: Mapping[str, LinearShape | Hybrid], buckets: Sequence[int], dtype: str, progress: Progress = silent
+) -> dict[str, Any]:
     """The tuner's tactics; without a layer, this GPU's facts alone. Raises UserError that names the GPU."""
     from plugins.autotune import tuner
     from plugins.libtwofour import bindings
@@ -296,11 +287,13 @@ def _tune(shapes: Mapping[str, Shape | Hybrid], buckets: Sequence[int], progress
     if not shapes:
         device = {"name": gpu.name, "sm": gpu.sm, "driver": gpu.driver}
         return {"device": device, "source": "measured", "gpu": gpu.name, "versions": {}, "layers": {}}
+    patterns = " and ".join(sorted({shape.pattern for shape in shapes.values()}))
     try:
-        bindings.version("cusparselt")  # raises where it is missing or too old: without it, dense would win by default
-        return tuner.tune(shapes, buckets, progress=progress)
+        if TENSOR_CORE in patterns:
+            bindings.version("cusparselt")  # raises where it is missing or too old: dense would win by default
+        return tuner.tune(shapes, buckets, progress=progress, out=DTYPES[dtype])
     except UserError as error:
-        raise UserError(f"the 2:4 kernels of this machine's {gpu.name} cannot be timed: {error}") from None
+        raise UserError(f"the {patterns} kernels of this machine's {gpu.name} cannot be timed: {error}") from None
 
 
 def _is_dense(bucket: Mapping[str, Any]) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.roofline import roofline
 from builder.hardware import machine
 from plugins.common.defaults import LEAST_GAIN, MAX_SKINNY_TOKENS
-from plugins.common.patterns import ON_CPU_ONLY, TENSOR_CORE
+from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import TENSOR_CORE, skinny_kernel
 
 BUCKETS = (1, 8, 64, 512, 4096)  # tokens
 
@@ -19,18 +21,10 @@ def predict_tactics(checkpoint: Path, gpu: str) -> dict[str, Any]:
 
     card = roofline.gpu(gpu)
     layers = {}
-    for layer in checkpoints.read(checkpoint).layers():
+    for layer in checkpoints.read(checkpoint).shapes():
         buckets = [predict_bucket(card, tokens, layer) for tokens in BUCKETS]
-        layers[layer.name] = {
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "format": layer.format,
-            "sparse": layer.sparse,
-            "fraction": layer.fraction,
-            "pattern": layer.pattern,
-            "reason": reason(card, layer.sparse, buckets, layer.pattern),
-            "buckets": buckets,
-        }
+        sparsity = {"fraction": layer.fraction, "pattern": layer.pattern}
+        layers[layer.name] = {**layer.facts, **sparsity, "reason": reason(card, layer, buckets), "buckets": buckets}
     return {
         "device": None,
         "source": "predicted",
@@ -40,54 +34,37 @@ def predict_tactics(checkpoint: Path, gpu: str) -> dict[str, Any]:
     }
 
 
-def predict_bucket(card: roofline.Gpu, tokens: int, layer: Any) -> dict[str, Any]:
+def predict_bucket(card: roofline.Gpu, tokens: int, layer: LinearShape) -> dict[str, Any]:
     """The roofline's times of one layer at one number of tokens, dense and sparse, in microseconds."""
-    number_format = roofline.tensor_core_format(layer.format)
-    shape = (card, tokens, layer.out_features, layer.in_features, number_format)
-    if card.refuses(number_format, layer.sparse) or _has_no_kernel(layer.sparse, layer.pattern):
-        return {
-            "tokens": tokens,
-            "kernel": "none",
-            "dense_us": None,
-            "sparse_us": None,
-            "ratio": None,
-            "measured": False,
-        }
-    dense = roofline.gemm_time(*shape, sparse=False).seconds * 1e6
-    kernels = 2 if 0 < layer.fraction < 1 else 1
-    sparse = roofline.gemm_time(*shape, sparse=layer.fraction or 1.0, kernels=kernels).seconds * 1e6
-    ratio = dense / sparse
-    pays = layer.sparse and ratio >= LEAST_GAIN
-    kernel = ("skinny" if tokens <= MAX_SKINNY_TOKENS else "cusparselt") if pays else "dense-cublaslt"
-    return {
-        "tokens": tokens,
-        "kernel": kernel,
-        "dense_us": round(dense, 3),
-        "sparse_us": round(sparse, 3) if layer.sparse else None,
-        "ratio": round(ratio, 3) if layer.sparse else None,
-        "measured": False,
-    }
+    product = roofline.on_tensor_cores(layer)
+    bucket: dict[str, Any] = {"tokens": tokens, "kernel": "none", "dense_us": None, "sparse_us": None, "ratio": None}
+    bucket["measured"] = False
+    if card.refuses(product):
+        return bucket
+    dense = roofline.gemm_time(card, tokens, replace(product, fraction=0.0)).seconds * 1e6
+    bucket |= {"kernel": "dense-cublaslt", "dense_us": round(dense, 3)}
+    few = tokens <= MAX_SKINNY_TOKENS
+    if layer.sparse and (few or layer.pattern == TENSOR_CORE):  # n:8 has the skinny kernel alone
+        sparse = roofline.gemm_time(card, tokens, product, kernels=2 if layer.fraction < 1 else 1).seconds * 1e6
+        ratio = dense / sparse
+        bucket |= {"sparse_us": round(sparse, 3), "ratio": round(ratio, 3)}
+        if ratio >= LEAST_GAIN:
+            bucket["kernel"] = skinny_kernel(layer.pattern) if few else "cusparselt"
+    return bucket
 
 
-def _has_no_kernel(sparse: bool, pattern: str) -> bool:
-    """Whether no GPU multiplies the weight: those of n:8 have kernels on a CPU alone."""
-    return sparse and pattern in ON_CPU_ONLY
-
-
-def reason(card: roofline.Gpu, sparse: bool, buckets: list[dict[str, Any]], pattern: str = TENSOR_CORE) -> str:
+def reason(card: roofline.Gpu, layer: LinearShape, buckets: list[dict[str, Any]]) -> str:
     """Why the layer runs dense or sparse."""
-    if _has_no_kernel(sparse, pattern):
-        return (
-            f"no kernel on a GPU multiplies {pattern} weights, those of a CPU are timed when the engine is built there"
-        )
+    pattern = layer.pattern
     if any(bucket["kernel"] == "none" for bucket in buckets):
         return f"{card.name} cannot run this format"
-    if not sparse:
+    if not layer.sparse:
         return f"dense: the weight is not {pattern}"
-    ratios = [bucket["ratio"] for bucket in buckets]
+    ratios = [bucket["ratio"] for bucket in buckets if bucket["ratio"] is not None]
     if max(ratios) >= LEAST_GAIN:
         limits = "(roofline limits, not measured)"
-        return f"2:4 pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {card.name} {limits}"
+        dense = "" if pattern == TENSOR_CORE else f"; dense above {MAX_SKINNY_TOKENS} tokens"
+        return f"{pattern} pays: predicted {min(ratios):.2f}x to {max(ratios):.2f}x on {card.name} {limits}{dense}"
     least = card.least_kernel_seconds * 1e6
     bound = [bucket["tokens"] for bucket in buckets if bucket["dense_us"] <= round(least, 3)]
     if bound:

@@ -15,6 +15,7 @@ from benchmarks.roofline import roofline
 from builder.artifacts.cache import Cache, CachedOutput, default_store
 from builder.artifacts.install import claimed, publish
 from builder.artifacts.manifest import MANIFEST, as_bytes, make_manifest, now
+from builder.console import Console
 from builder.context import BuildContext, Outputs
 from builder.hardware import machine
 from builder.pipeline.questions_stage import check_questions
@@ -27,7 +28,6 @@ from builder.planning.lengths import check_lengths
 from builder.planning.model_config import architecture
 from builder.planning.plan import Plan, make_plan
 from builder.planning.sharding import check_mapping, check_shards
-from builder.progress import Console
 from builder.recipe import Recipe
 from builder.report.assemble import assemble
 from builder.source_check import check_settings, check_source
@@ -90,15 +90,11 @@ def resolve(
     """The plan with its backend chosen. Raises UserError where no backend can run the recipe."""
     plan = make_plan(recipe, gpu, batch, context)
     engine = recipe.engine
-    check_shards(plan.layers, engine.tensor_parallel).require()
-    backend, reason = pick_backend(
-        engine.backend,
-        _engine_format(plan),
-        bool(plan.sparse_layers),
-        recipe.quantization.kv_cache,
-        engine.tensor_parallel * engine.pipeline_parallel,
-        features=plan.features,
-    )
+    check_shards(plan.shapes, engine.tensor_parallel).require()
+    combination = (_engine_format(plan), bool(plan.sparse_layers))
+    needs: dict[str, Any] = {"kv_cache": recipe.quantization.kv_cache, "features": plan.features}
+    parallel = engine.tensor_parallel * engine.pipeline_parallel
+    backend, reason = pick_backend(engine.backend, *combination, parallel=parallel, **needs)
     check_mapping(plan.heads, plan.blocks, engine.tensor_parallel, engine.pipeline_parallel, backend).require()
     config, source = find_config(recipe.model, recipe.revision)
     shapes, evaluated = architecture(config, source), recipe.accuracy.data is not None
@@ -107,43 +103,22 @@ def resolve(
     notes = [*plan.notes, *settings, *([f"backend {reason}"] if engine.backend == "auto" else [])]
     card = roofline.gpu(gpu)
     if machine.sm() is None:  # it will run elsewhere: such as on the card that times are predicted for
-        kv_cache, features = recipe.quantization.kv_cache, plan.features
-        there = check(
-            _engine_format(plan), bool(plan.sparse_layers), backend, card.sm, kv_cache=kv_cache, features=features
-        )
+        there = check(*combination, backend, card.sm, **needs)
         notes += [] if there.ok else [f"not on {card.name}: {there.reason}; {there.instead}"]
     return dataclasses.replace(plan, backend=backend, notes=tuple(notes))
 
 
 def pick_backend(
-    requested: str,
-    number_format: str,
-    sparse: bool,
-    kv_cache: str,
-    parallel: int = 1,
-    among: Sequence[str] = BACKENDS,
-    features: Sequence[str] = (),
+    requested: str, number_format: str, sparse: bool, among: Sequence[str] = BACKENDS, **needs: Any
 ) -> tuple[str, str]:
     """The backend to build for here, and why. Raises UserError where `requested`, or with "auto" any, cannot.
 
-    `among` are those that "auto" may take, `features` a plan's.
+    `among` are those that "auto" may take; `needs` are kv_cache, parallel and features, as `check` takes them.
     """
     if requested == "auto":
         trtllm = machine.versions("tensorrt-llm").get("tensorrt-llm")
-        return choose_backend(
-            number_format,
-            sparse,
-            machine.sm(),
-            trtllm,
-            kv_cache=kv_cache,
-            parallel=parallel,
-            features=features,
-            among=among,
-        )
-    verdict = check(
-        number_format, sparse, requested, machine.sm(), kv_cache=kv_cache, parallel=parallel, features=features
-    ).require()
-    return requested, verdict.reason
+        return choose_backend(number_format, sparse, machine.sm(), trtllm, among=among, **needs)
+    return requested, check(number_format, sparse, requested, machine.sm(), **needs).require().reason
 
 
 def _publish(
@@ -236,5 +211,5 @@ def _manifest(
 
 def _engine_format(plan: Plan) -> str:
     """Of the quantized layers, or of all where none is."""
-    formats = {layer.format for layer in plan.layers} & {"int8", "fp8"}
-    return formats.pop() if formats else plan.layers[0].format
+    formats = {shape.format for shape in plan.shapes} & {"int8", "fp8"}
+    return formats.pop() if formats else plan.shapes[0].format

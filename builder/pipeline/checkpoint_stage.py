@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import checkpoint
-from builder.checkpoint import config as configs
+from builder.checkpoint import checkpoint_config as configs
 from builder.checkpoint import layout
 from builder.planning.hub import find_config
 from builder.planning.model_config import architecture

@@ -10,7 +10,7 @@ from builder.context import BuildContext, Outputs, data_digest
 from builder.hardware import machine
 from builder.pipeline.pruning_stages import pruned_weights
 from builder.pipeline.questions_stage import questions_digest, questions_of
-from builder.pipeline.stage import CALIBRATION_TOOLS, ENGINE_TOOLS, Stage
+from builder.pipeline.stage import ENGINE_TOOLS, Stage
 from builder.pipeline.text_stages import tokens_of
 from plugins.common.json_files import write_json
 
@@ -42,7 +42,6 @@ def _run_checkpoint(context: BuildContext, outputs: Outputs, out: Path, work: Pa
 
 CHECKPOINT = Stage(
     name="checkpoint",
-    until="checkpoint",
     enabled=lambda context: True,
     inputs=_checkpoint_inputs,
     config=lambda context, outputs: {
@@ -52,7 +51,6 @@ CHECKPOINT = Stage(
     },
     run=_run_checkpoint,
     code=("builder.pipeline.checkpoint_stage",),
-    tools=CALIBRATION_TOOLS,
 )
 
 

@@ -7,7 +7,7 @@ budget at most three such choices are pruned, quantized as the recipe sets and e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,10 @@ from builder.engines import measured_tactics
 from builder.pipeline.questions_stage import questions_of
 from builder.planning.compatibility import has_hybrid_kernels
 from builder.planning.model_config import architecture, read_config
-from builder.planning.plan import LayerPlan
 from calibration.evaluation.answer_loss import Answers, compare_answers, exact_match_change
 from plugins.common.fused_layers import fused_name, fused_parts
 from plugins.common.json_files import read_json, write_json
+from plugins.common.linear_shape import LinearShape
 from plugins.sparsity.declaration import Declaration
 
 if TYPE_CHECKING:
@@ -54,10 +54,9 @@ def select(
 
     Raises GateError, which names the smallest loss reached, where nothing fits under the budget.
     """
-    from calibration.budget.search import search
+    from calibration.budget.budget_search import search
 
-    sparsity = context.recipe.sparsity
-    assert sparsity is not None
+    sparsity = context.sparsity
     allocator = _allocator(context, prices, by_weights=sparsity.budget is None)
     if sparsity.budget is None:
         assert sparsity.fraction is not None
@@ -79,8 +78,8 @@ def _allocator(context: BuildContext, prices: Prices, by_weights: bool) -> Alloc
 
     from calibration.budget.allocation import allocator
 
-    candidates = [layer for layer in context.plan.layers if layer.sparse]
-    weights = {layer.name: layer.out_features * layer.in_features for layer in candidates}
+    candidates = [shape for shape in context.plan.shapes if shape.sparse]
+    weights = {layer.name: layer.numel for layer in candidates}
     gains = weights if by_weights else _seconds_saved(context, candidates)
     config, ranks = AutoConfig.from_pretrained(str(context.model)), context.recipe.engine.tensor_parallel
     whole_layers = not has_hybrid_kernels(context.plan.backend)
@@ -96,7 +95,7 @@ def _load(context: BuildContext) -> tuple[int, str]:
     return batch, architecture(read_config(context.model)).dtype
 
 
-def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> dict[str, float]:
+def _seconds_saved(context: BuildContext, candidates: Sequence[LinearShape]) -> dict[str, float]:
     """Dense less sparse at the workload's decode batch: measured on this machine's GPU, or, without one, predicted.
 
     All candidates use the same source: measured and predicted times cannot be compared. Where no
@@ -113,7 +112,7 @@ def _seconds_saved(context: BuildContext, candidates: Sequence[LayerPlan]) -> di
     return {layer.name: layer.bytes_saved_by_pruning / card.bandwidth for layer in candidates}
 
 
-def _second_products(context: BuildContext, candidates: Sequence[LayerPlan]) -> dict[str, float]:
+def _second_products(context: BuildContext, candidates: Sequence[LinearShape]) -> dict[str, float]:
     """Seconds that each layer's second product takes while it is sparse in part; layers that an engine joins share one.
 
     None where bytes weigh the layers: bytes are not seconds of a kernel.
@@ -128,16 +127,15 @@ def _second_products(context: BuildContext, candidates: Sequence[LayerPlan]) -> 
     return {name: second / len(fused_parts(fused_name(name))) for name, second in seconds.items()}
 
 
-def _predicted_second(card: roofline.Gpu, tokens: int, layer: LayerPlan) -> float:
-    shape = (card, tokens, layer.out_features, layer.in_features, roofline.tensor_core_format(layer.format))
-    ends = [roofline.gemm_time(*shape, sparse=sparse, pattern=layer.pattern).seconds for sparse in (0.0, 1.0)]
-    half = roofline.gemm_time(*shape, sparse=0.5, kernels=2, pattern=layer.pattern).seconds
-    return max(0.0, half - sum(ends) / 2)
+def _predicted_second(card: roofline.Gpu, tokens: int, layer: LinearShape) -> float:
+    dense, half, whole = (replace(roofline.on_tensor_cores(layer), fraction=fraction) for fraction in (0.0, 0.5, 1.0))
+    ends = roofline.gemm_time(card, tokens, dense).seconds + roofline.gemm_time(card, tokens, whole).seconds
+    return max(0.0, roofline.gemm_time(card, tokens, half, kernels=2).seconds - ends / 2)
 
 
-def _predicted_gain(card: roofline.Gpu, tokens: int, layer: LayerPlan) -> float:
-    shape = (card, tokens, layer.out_features, layer.in_features, roofline.tensor_core_format(layer.format))
-    return roofline.gemm_time(*shape).seconds - roofline.gemm_time(*shape, sparse=1.0, pattern=layer.pattern).seconds
+def _predicted_gain(card: roofline.Gpu, tokens: int, layer: LinearShape) -> float:
+    dense, whole = (replace(roofline.on_tensor_cores(layer), fraction=fraction) for fraction in (0.0, 1.0))
+    return roofline.gemm_time(card, tokens, dense).seconds - roofline.gemm_time(card, tokens, whole).seconds
 
 
 class _Builds:
@@ -192,10 +190,8 @@ class _Builds:
         from builder.artifacts.filesystem import remove
         from calibration.pruning.sparsify import sparsify
 
-        sparsity = self.context.recipe.sparsity
-        assert sparsity is not None
-        out = self.work / "try"
+        context, out = self.context, self.work / "try"
         remove(out)
-        work = self.work / "try.work"
-        sparsify(self.context.model, self.tokens, sparsity, target, out, work, self.context.console.progress)
+        work, progress = self.work / "try.work", context.console.progress
+        sparsify(context.model, self.tokens, context.sparsity, target, out, work, progress)
         return out

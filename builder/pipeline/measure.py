@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.config import Benchmark
 from benchmarks.roofline import roofline
-from benchmarks.roofline.roofline import Gpu, Layer
+from benchmarks.roofline.roofline import Gpu
 from benchmarks.roofline.utilization import ModelCost, add_limits
 from builder.engines import registry
 from builder.engines.base import Engine, Request
 from builder.engines.predicted_tactics import read_tactics
-from builder.engines.request import tokens_by_request
 from builder.hardware import machine
 from builder.planning.model_config import architecture, read_config
 from calibration.config import Accuracy
 from calibration.evaluation.answer_loss import compare_answers
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
+from plugins.common.linear_shape import LinearShape
 from plugins.common.progress import Progress
+from plugins.common.request import tokens_by_request
 
 if TYPE_CHECKING:
     from benchmarks.serving.compare import Comparison
@@ -93,11 +94,8 @@ def _costs(model: Path, engine: Path) -> dict[str, ModelCost]:
     shapes = architecture(read_config(model))
     if tactics is None:
         return {}
-    built = [
-        Layer(x["out_features"], x["in_features"], x["format"], x["fraction"], 1, name == "lm_head", x["pattern"])
-        for name, x in tactics["layers"].items()
-    ]
-    dense = [dataclasses.replace(layer, format="bf16", sparse=0.0) for layer in built]
+    built = [LinearShape.from_facts(name, facts) for name, facts in tactics["layers"].items()]
+    dense = [dataclasses.replace(layer, format="bf16", fraction=0.0) for layer in built]
     kv_bytes = 1 if registry.engine_facts(engine).get("kv_cache", "none") != "none" else 2
     return {
         "dense": ModelCost(dense, 2.0 * shapes.kv_values_per_token),

@@ -9,7 +9,7 @@ from typing import Any
 from builder.artifacts.cache import CachedOutput, digest_of
 from builder.context import BuildContext, Outputs, data_digest
 from builder.pipeline.questions_stage import answers_of
-from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
+from builder.pipeline.stage import Stage
 from builder.pipeline.text_stages import selects_layers, tokens_of
 from builder.planning.compatibility import has_hybrid_kernels
 from plugins.common.errors import UserError
@@ -26,13 +26,11 @@ def _run_prices(context: BuildContext, outputs: Outputs, out: Path, work: Path) 
 
 PRICES = Stage(
     name="prices",
-    until="checkpoint",
     enabled=selects_layers,
     inputs=lambda context, outputs: {"model": context.model_digest, "tokens": outputs["calibration"].digest},
     config=lambda context, outputs: [context.plan.pattern, *context.plan.sparse_layers],
     run=_run_prices,
     code=("builder.pipeline.layer_selection",),
-    tools=CALIBRATION_TOOLS,
 )
 
 
@@ -42,8 +40,7 @@ def _selection_inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, s
         "tokens": outputs["calibration"].digest,
         "prices": outputs["prices"].digest,
     }
-    assert context.recipe.sparsity is not None
-    if context.recipe.sparsity.budget:
+    if context.sparsity.budget:
         data = context.recipe.accuracy.data
         if data is None:
             raise UserError("a budget needs text to measure the loss on: set accuracy.data")
@@ -56,20 +53,17 @@ def _selection_inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, s
 def _selection_config(context: BuildContext, outputs: Outputs) -> Any:
     from builder.engines import measured_tactics
 
-    recipe = context.recipe
-    assert recipe.sparsity is not None
+    recipe, sparsity = context.recipe, context.sparsity
     config: dict[str, Any] = {
-        "fraction": recipe.sparsity.fraction,
-        "pattern": recipe.sparsity.pattern,
+        "fraction": sparsity.fraction,
+        "pattern": sparsity.pattern,
         "ranks": recipe.engine.tensor_parallel,
         "hybrid_kernels": has_hybrid_kernels(context.plan.backend),
     }
-    if recipe.sparsity.budget:
+    if sparsity.budget:
         config |= {
             # a rank changes no choice, and the questions are known by their content
-            "sparsity": recipe.sparsity.model_dump(
-                mode="json", exclude={"adapter_rank": True, "budget": {"questions"}}
-            ),
+            "sparsity": sparsity.model_dump(mode="json", exclude={"adapter_rank": True, "budget": {"questions"}}),
             "accuracy": recipe.accuracy.model_dump(mode="json"),
             "quantization": recipe.quantization.model_dump(mode="json"),
             "gpu": context.plan.predicted["gpu"],
@@ -98,13 +92,11 @@ def _report_selection(context: BuildContext, output: CachedOutput) -> None:
 
 SELECTION = Stage(
     name="selection",
-    until="checkpoint",
     enabled=selects_layers,
     inputs=_selection_inputs,
     config=_selection_config,
     run=_run_selection,
     code=("builder.pipeline.layer_selection",),
-    tools=CALIBRATION_TOOLS,
     after=_report_selection,
 )
 
@@ -117,9 +109,8 @@ def pruning_target(context: BuildContext, outputs: Outputs) -> Declaration:
 
 
 def _sparsify_inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:
-    assert context.recipe.sparsity is not None
     inputs = {"model": context.model_digest}
-    if context.recipe.sparsity.needs_text:
+    if context.sparsity.needs_text:
         inputs["tokens"] = outputs["calibration"].digest
     if "selection" in outputs:
         inputs["selection"] = outputs["selection"].digest
@@ -130,27 +121,23 @@ def _run_sparsify(context: BuildContext, outputs: Outputs, out: Path, work: Path
     """model/: the pruned Hugging Face model, masks folded; layers.json: what became of each layer."""
     from calibration.pruning.sparsify import sparsify
 
-    sparsity = context.recipe.sparsity
-    assert sparsity is not None
-    tokens = tokens_of(outputs) if sparsity.needs_text else None
+    tokens = tokens_of(outputs) if context.sparsity.needs_text else None
     target, progress = pruning_target(context, outputs), context.console.progress
-    reports = sparsify(context.model, tokens, sparsity, target, out / "model", work, progress)
+    reports = sparsify(context.model, tokens, context.sparsity, target, out / "model", work, progress)
     write_json(out / "layers.json", [vars(report) for report in reports])
 
 
 SPARSIFY = Stage(
     name="sparsify",
-    until="checkpoint",
     enabled=lambda context: context.recipe.sparsity is not None,
     inputs=_sparsify_inputs,
     config=lambda context, outputs: {
-        "method": context.recipe.sparsity and context.recipe.sparsity.method,
-        "pattern": context.recipe.sparsity and context.recipe.sparsity.pattern,
+        "method": context.sparsity.method,
+        "pattern": context.sparsity.pattern,
         "target": digest_of(pruning_target(context, outputs).to_json()),
     },
     run=_run_sparsify,
     code=("calibration.pruning.sparsify",),
-    tools=CALIBRATION_TOOLS,
 )
 
 
@@ -192,7 +179,6 @@ def _run_recover(context: BuildContext, outputs: Outputs, out: Path, work: Path)
 
 RECOVER = Stage(
     name="recover",
-    until="checkpoint",
     enabled=lambda context: context.recipe.sparsity is not None and context.recipe.recovery is not None,
     inputs=lambda context, outputs: {
         "model": context.model_digest,
@@ -202,7 +188,6 @@ RECOVER = Stage(
     config=_recover_config,
     run=_run_recover,
     code=("calibration.data.windows", "calibration.recovery.recover"),
-    tools=CALIBRATION_TOOLS,
 )
 
 
@@ -221,22 +206,19 @@ def _run_adapter(context: BuildContext, outputs: Outputs, out: Path, work: Path)
     """adapter/: a LoRA adapter to the pruned weights; layers.json: what it gives."""
     from calibration.lora.eora import compensate
 
-    weights, sparsity = pruned_weights(outputs), context.recipe.sparsity
+    weights, rank = pruned_weights(outputs), context.sparsity.adapter_rank
     assert weights is not None
-    assert sparsity is not None
-    assert sparsity.adapter_rank is not None
-    dense, pruned, progress = context.model, weights.path / "model", context.console.progress
-    reports = compensate(dense, pruned, tokens_of(outputs), sparsity.adapter_rank, out / "adapter", work, progress)
+    assert rank is not None
+    pruned, progress = weights.path / "model", context.console.progress
+    reports = compensate(context.model, pruned, tokens_of(outputs), rank, out / "adapter", work, progress)
     write_json(out / "layers.json", [vars(report) for report in reports])
 
 
 ADAPTER = Stage(
     name="adapter",
-    until="checkpoint",
     enabled=lambda context: context.recipe.sparsity is not None and context.recipe.sparsity.adapter_rank is not None,
     inputs=_adapter_inputs,
-    config=lambda context, outputs: {"rank": context.recipe.sparsity and context.recipe.sparsity.adapter_rank},
+    config=lambda context, outputs: {"rank": context.sparsity.adapter_rank},
     run=_run_adapter,
     code=("calibration.lora.eora",),
-    tools=CALIBRATION_TOOLS,
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from builder.artifacts.cache import CachedOutput
 from builder.context import BuildContext, Outputs, data_digest
-from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
+from builder.pipeline.stage import Stage
 from builder.planning.model_config import architecture, read_config
 from calibration.config import Budget
 from calibration.evaluation.answer_loss import Answers, loss_interval, questions_needed
@@ -89,12 +89,10 @@ def _check_answers(context: BuildContext, output: CachedOutput) -> None:
 
 QUESTIONS = Stage(
     name="questions",
-    until="checkpoint",
     enabled=lambda context: _budget(context) is not None,
     inputs=lambda context, outputs: {"model": context.model_digest, "questions": questions_digest(context)},
     config=lambda context, outputs: context.recipe.accuracy.compute,
     run=_run_questions,
     code=("calibration.evaluation.exact_match",),
-    tools=CALIBRATION_TOOLS,
     after=_check_answers,
 )

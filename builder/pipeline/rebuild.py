@@ -13,14 +13,14 @@ from builder.artifacts.install import claimed, publish
 from builder.artifacts.manifest import MANIFEST, as_bytes, is_build, make_manifest, now, record_folder, source_digest
 from builder.checkpoint import Checkpoint
 from builder.config import DeployConfig, EngineConfig
+from builder.console import Console
 from builder.engines.trtllm import version_lock
 from builder.hardware import machine
 from builder.pipeline import measure
 from builder.pipeline.build import pick_backend
+from builder.pipeline.open_router import shadow_share
 from builder.pipeline.reference_build import reference_engine
-from builder.pipeline.route import shadow_share
 from builder.planning.hub import find_model
-from builder.progress import Console
 from builder.verify import verify
 from calibration.config import Accuracy
 from plugins.common.errors import UserError
@@ -133,8 +133,8 @@ def _backend_of(source: Checkpoint, requested: str, config: EngineConfig) -> str
     parallel = config.tensor_parallel * config.pipeline_parallel
     if requested == "auto" and len(can_read) == 1:
         requested = can_read[0]
-    sparse, features = bool(source.sparse_layers), source.features
-    return pick_backend(requested, source.format, sparse, source.kv_cache, parallel, can_read, features)[0]
+    needs = {"kv_cache": source.kv_cache, "parallel": parallel, "features": source.features}
+    return pick_backend(requested, source.format, bool(source.sparse_layers), can_read, **needs)[0]
 
 
 def deploy(build: Path, options: dict[str, Any]) -> dict[str, Any]:

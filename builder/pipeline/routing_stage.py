@@ -22,8 +22,7 @@ LEAST_PROMPTS = 16  # on each side of the split
 
 
 def _data(context: BuildContext) -> str:
-    routing = context.recipe.routing
-    data = (routing and routing.prompts) or context.recipe.calibration.data
+    data = context.routing.prompts or context.recipe.calibration.data
     if data is None:
         raise UserError("routing.prompts is not set", "set it, for example --set routing.prompts=prompts.jsonl")
     return data
@@ -39,8 +38,7 @@ def _inputs(context: BuildContext, outputs: Outputs) -> Mapping[str, str]:
 
 def _reference(context: BuildContext) -> Path | None:
     """The other build's engine; None for the dense model."""
-    assert context.recipe.routing is not None
-    return reference_engine(context.recipe.routing, context.model_digest)
+    return reference_engine(context.routing, context.model_digest)
 
 
 def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
@@ -54,8 +52,7 @@ def _run(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None
     from calibration.routing.proof import choose_threshold, prove
     from calibration.routing.router import Router, histograms
 
-    routing, model = context.recipe.routing, context.model
-    assert routing is not None
+    routing, model = context.routing, context.model
     engine = (outputs.get("reference") or outputs["engine"]).path
     windows, prompts = _prompts(context)
     other, built = _reference(context), registry.load(engine)
@@ -107,10 +104,9 @@ def _prompts(context: BuildContext) -> Any:
     from calibration.data.windows import windows
     from calibration.routing.prompts import cut_prompts
 
-    calibration, routing = context.recipe.calibration, context.recipe.routing
-    assert routing is not None
+    calibration = context.recipe.calibration
     text = windows(
-        _data(context), context.model, calibration.sequence_length, routing.samples, calibration.seed + 1,
+        _data(context), context.model, calibration.sequence_length, context.routing.samples, calibration.seed + 1,
         calibration.chat_template, "routing.samples",
     )  # fmt: skip
     return text, cut_prompts(text.tokens)
@@ -118,8 +114,8 @@ def _prompts(context: BuildContext) -> Any:
 
 def _losses(dense: Any, built: Any, prompts: Any, max_new_tokens: int, context: BuildContext) -> Any:
     """Both engines on the dense engine's greedy answers."""
-    from builder.engines.request import Request, tokens_by_request
     from calibration.routing.prompts import measure_losses
+    from plugins.common.request import Request, tokens_by_request
 
     requests = [Request(str(i), prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
     answers = tokens_by_request(dense.generate(requests), len(requests))
@@ -185,7 +181,7 @@ ROUTING = Stage(
     enabled=lambda context: context.recipe.routing is not None,
     inputs=_inputs,
     config=lambda context, outputs: {
-        "routing": context.recipe.routing and context.recipe.routing.model_dump(mode="json"),
+        "routing": context.routing.model_dump(mode="json"),
         "sequence_length": context.recipe.calibration.sequence_length,
         "seed": context.recipe.calibration.seed,
         "chat_template": context.recipe.calibration.chat_template,

@@ -31,13 +31,13 @@ class Stage:
     """
 
     name: str
-    until: str
     enabled: Callable[[BuildContext], bool]
     inputs: Callable[[BuildContext, Outputs], Mapping[str, str]]
     config: Callable[[BuildContext, Outputs], Any]
     run: Callable[[BuildContext, Outputs, Path, Path], None]
     code: tuple[str, ...]
-    tools: tuple[str, ...]
+    tools: tuple[str, ...] = CALIBRATION_TOOLS
+    until: str = "checkpoint"
     after: Callable[[BuildContext, CachedOutput], None] | None = None  # prints what the user should know of the output
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from builder.artifacts.cache import CachedOutput
 from builder.context import BuildContext, Outputs, data_digest
-from builder.pipeline.stage import CALIBRATION_TOOLS, Stage
+from builder.pipeline.stage import Stage
 from plugins.common.errors import UserError
 from plugins.common.json_files import read_json, write_json
 
@@ -55,7 +55,6 @@ def _run_calibration(context: BuildContext, outputs: Outputs, out: Path, work: P
 
 CALIBRATION = Stage(
     name="calibration",
-    until="checkpoint",
     enabled=needs_text,
     inputs=_calibration_inputs,
     config=lambda context, outputs: context.recipe.calibration.model_dump(mode="json"),
@@ -85,7 +84,6 @@ def _warn_of_text(context: BuildContext, output: CachedOutput) -> None:
 
 TEXT_CHECK = Stage(
     name="text_check",
-    until="checkpoint",
     enabled=lambda context: needs_text(context) and context.recipe.accuracy.data is not None,
     inputs=lambda context, outputs: {
         "model": context.model_digest,
@@ -95,6 +93,5 @@ TEXT_CHECK = Stage(
     config=lambda context, outputs: context.recipe.accuracy.sequence_length,
     run=_run_text_check,
     code=("calibration.evaluation.text_check",),
-    tools=CALIBRATION_TOOLS,
     after=_warn_of_text,
 )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from builder.planning.compatibility_rules import (
     BACKENDS,
@@ -19,7 +20,7 @@ from builder.planning.compatibility_rules import (
 )
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
-from plugins.common.patterns import ON_CPU_ONLY
+from plugins.common.patterns import OF_EIGHT
 from plugins.tensorrt_llm import releases
 
 MODELOPT = "0.47"  # the version whose checkpoints are supported
@@ -27,7 +28,7 @@ MODELOPT = "0.47"  # the version whose checkpoints are supported
 
 def features_of(per_token: bool, quantized_head: bool, pattern: str | None = None) -> tuple[str, ...]:
     """What not every backend has, as `check` takes it. `pattern` is that of sparse layers, None without one."""
-    used = ((PER_TOKEN, per_token), (QUANTIZED_HEAD, quantized_head), (str(pattern), pattern in ON_CPU_ONLY))
+    used = ((PER_TOKEN, per_token), (QUANTIZED_HEAD, quantized_head), (str(pattern), pattern in OF_EIGHT))
     return tuple(name for name, has in used if has)
 
 
@@ -86,15 +87,13 @@ def choose_backend(
     sm: int | None,
     tensorrt_llm: str | None,
     *,
-    kv_cache: str = "none",
-    parallel: int = 1,
-    features: Sequence[str] = (),
     among: Sequence[str] = BACKENDS,
+    **needs: Any,
 ) -> tuple[str, str]:
     """Resolves `engine.backend: auto`: the first of `among` that this machine can run, and the reason.
 
     `sm` is None on a machine with no GPU and `tensorrt_llm` None where the package is missing: both leave only `torch`.
-    Raises UserError where not even that is possible.
+    `needs` are kv_cache, parallel and features, as `check` takes them. Raises UserError where not even torch runs.
     """
     passed_over: list[str] = []
     for backend in [name for name in among if name in TRTLLM]:
@@ -103,20 +102,11 @@ def choose_backend(
         elif tensorrt_llm is None:
             verdict = Verdict.no("tensorrt_llm is not installed", "")
         else:
-            verdict = check(
-                format,
-                sparse,
-                backend,
-                sm,
-                kv_cache=kv_cache,
-                parallel=parallel,
-                features=features,
-                tensorrt_llm=tensorrt_llm,
-            )
+            verdict = check(format, sparse, backend, sm, tensorrt_llm=tensorrt_llm, **needs)
         if verdict.ok:
             return backend, "; ".join([*passed_over, f"{backend}: {verdict.reason}"])
         passed_over.append(f"not {backend}: {verdict.reason}")
-    check(format, sparse, "torch", sm, kv_cache=kv_cache, parallel=parallel, features=features).require()
+    check(format, sparse, "torch", sm, **needs).require()
     return "torch", "; ".join([*passed_over, "torch runs anywhere"])
 
 

@@ -7,10 +7,11 @@ about GPUs: they are checked again on the machine that builds the engine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from plugins.common.errors import UserError
 from plugins.common.formats import Format
-from plugins.common.patterns import ON_CPU_ONLY
+from plugins.common.patterns import OF_EIGHT
 
 BACKENDS = ("tensorrt", "pytorch", "torch")
 FORMATS = tuple(format.value for format in Format)
@@ -74,141 +75,137 @@ class Combination:
     sm: int | None = None
     kv_cache: str = "none"
     parallel: bool = False
-    features: tuple[str, ...] = ()  # some of PER_TOKEN, QUANTIZED_HEAD and the patterns that only CPUs have
+    features: tuple[str, ...] = ()  # some of PER_TOKEN, QUANTIZED_HEAD and the patterns of 8
 
 
 PER_TOKEN = "int8 activations with a scale for each token"
 QUANTIZED_HEAD = "an 8-bit lm_head"
 TRTLLM = ("tensorrt", "pytorch")
-ANY_LATER = 999
 
 
-def _on_cpu_only(pattern: str) -> tuple[Rule, Rule]:
-    """A pattern whose only kernels are the torch engine's on a CPU."""
-    instead = "use sparsity.pattern=2:4, or engine.backend=torch on a machine without a GPU"
+def _yes(reason: str, **where: Any) -> Rule:
+    return Rule(Verdict.yes(reason), **where)
+
+
+def _no(reason: str, instead: str, **where: Any) -> Rule:
+    return Rule(Verdict.no(reason, instead), **where)
+
+
+def _refusals_of_eight(pattern: str) -> tuple[Rule, Rule]:
+    """Of a pattern whose only kernels are the torch engine's."""
+    other, newer = (
+        "use sparsity.pattern=2:4, or engine.backend=torch",
+        "remove the recipe's 'sparsity' section, or use a newer GPU",
+    )
     return (
-        Rule(
-            Verdict.no(f"TensorRT-LLM has no kernel for {pattern} weights", instead), backends=TRTLLM, feature=pattern
-        ),
-        Rule(
-            Verdict.no(f"no kernel on a GPU multiplies {pattern} weights", instead), sm=(0, ANY_LATER), feature=pattern
-        ),
+        _no(f"TensorRT-LLM has no kernel for {pattern} weights", other, backends=TRTLLM, feature=pattern),
+        _no(f"the kernels of {pattern} weights need SM80 (A100) or later", newer, sm=(0, 79), feature=pattern),
     )
 
 
 # The first row that matches decides, so refusals come before permissions.
 TABLE: tuple[Rule, ...] = (
     # -- patterns without sparse tensor cores
-    *(rule for pattern in ON_CPU_ONLY for rule in _on_cpu_only(pattern)),
+    *(rule for pattern in OF_EIGHT for rule in _refusals_of_eight(pattern)),
     # -- the GPU itself
-    Rule(
-        Verdict.no(
-            "2:4 sparsity needs sparse tensor cores: SM80 (A100) or later",
-            "remove the recipe's 'sparsity' section, or use a newer GPU",
-        ),
+    _no(
+        "2:4 sparsity needs sparse tensor cores: SM80 (A100) or later",
+        "remove the recipe's 'sparsity' section, or use a newer GPU",
         sparse=True,
         sm=(0, 79),
     ),
-    Rule(
-        Verdict.no("TensorRT-LLM 1.x supports no GPU before SM80 (A100)", "use engine.backend=torch, or a newer GPU"),
+    _no(
+        "TensorRT-LLM 1.x supports no GPU before SM80 (A100)",
+        "use engine.backend=torch, or a newer GPU",
         backends=TRTLLM,
         sm=(0, 79),
     ),
-    Rule(
-        Verdict.no(
-            "FP8 needs FP8 tensor cores: SM89 (L4, L40S, RTX 4090) or later",
-            "use quantization.format=int8 with engine.backend=tensorrt or torch",
-        ),
+    _no(
+        "FP8 needs FP8 tensor cores: SM89 (L4, L40S, RTX 4090) or later",
+        "use quantization.format=int8 with engine.backend=tensorrt or torch",
         formats=("fp8",),
         sm=(0, 88),
     ),
-    Rule(
-        Verdict.no("an FP8 KV cache needs SM89 or later", "use quantization.kv_cache=none"),
-        kv_caches=("fp8",),
-        sm=(0, 88),
-    ),
+    _no("an FP8 KV cache needs SM89 or later", "use quantization.kv_cache=none", kv_caches=("fp8",), sm=(0, 88)),
     # -- TensorRT-LLM's own limits
-    Rule(
-        Verdict.no(
-            "ModelOpt exports only static INT8 scales to TensorRT-LLM, none per token",
-            "use quantization.activations=per_tensor, or engine.backend=torch",
-        ),
+    _no(
+        "ModelOpt exports only static INT8 scales to TensorRT-LLM, none per token",
+        "use quantization.activations=per_tensor, or engine.backend=torch",
         backends=TRTLLM,
         feature=PER_TOKEN,
     ),
-    Rule(
-        Verdict.no(
-            "TensorRT-LLM keeps lm_head in 16 bit", "add lm_head to quantization.exclude, or use engine.backend=torch"
-        ),
+    _no(
+        "TensorRT-LLM keeps lm_head in 16 bit",
+        "add lm_head to quantization.exclude, or use engine.backend=torch",
         backends=TRTLLM,
         feature=QUANTIZED_HEAD,
     ),
-    Rule(
-        Verdict.no(
-            "the PyTorch backend of TensorRT-LLM has no INT8 W8A8 linear layer ('unsupported quant mode')",
-            "use quantization.format=fp8, or engine.backend=tensorrt (TensorRT-LLM 1.0 to 1.2, up to SM90), or torch",
-        ),
+    _no(
+        "the PyTorch backend of TensorRT-LLM has no INT8 W8A8 linear layer ('unsupported quant mode')",
+        "use quantization.format=fp8, or engine.backend=tensorrt (TensorRT-LLM 1.0 to 1.2, up to SM90), or torch",
         formats=("int8",),
         backends=("pytorch",),
     ),
-    Rule(
-        Verdict.no(
-            "TensorRT-LLM rejects SmoothQuant INT8 on SM100 to SM119",
-            "use quantization.format=fp8, or engine.backend=torch",
-        ),
+    _no(
+        "TensorRT-LLM rejects SmoothQuant INT8 on SM100 to SM119",
+        "use quantization.format=fp8, or engine.backend=torch",
         formats=("int8",),
         backends=("tensorrt",),
         sm=(100, 119),
     ),
-    Rule(
-        Verdict.no("the PyTorch backend of TensorRT-LLM has no INT8 KV cache", "use quantization.kv_cache=fp8 or none"),
+    _no(
+        "the PyTorch backend of TensorRT-LLM has no INT8 KV cache",
+        "use quantization.kv_cache=fp8 or none",
         kv_caches=("int8",),
         backends=("pytorch",),
     ),
-    Rule(
-        Verdict.no("TensorRT-LLM rejects an INT8 KV cache on SM100 to SM119", "use quantization.kv_cache=fp8 or none"),
+    _no(
+        "TensorRT-LLM rejects an INT8 KV cache on SM100 to SM119",
+        "use quantization.kv_cache=fp8 or none",
         kv_caches=("int8",),
         backends=("tensorrt",),
         sm=(100, 119),
     ),
-    Rule(
-        Verdict.no(
-            "the torch engine runs on one device",
-            "use engine.tensor_parallel=1 and engine.pipeline_parallel=1, or engine.backend=tensorrt or pytorch",
-        ),
+    _no(
+        "the torch engine runs on one device",
+        "use engine.tensor_parallel=1 and engine.pipeline_parallel=1, or engine.backend=tensorrt or pytorch",
         backends=("torch",),
         parallel=True,
     ),
-    Rule(
-        Verdict.no("there is no sparse kernel for float32 weights", "start from a bfloat16 or float16 model"),
+    _no(
+        "there is no sparse kernel for float32 weights",
+        "start from a bfloat16 or float16 model",
         formats=("fp32",),
         sparse=True,
         backends=TRTLLM,
     ),
     # -- supported combinations, and how they run
-    Rule(
-        Verdict.yes(
-            "our plugin: TensorRT's sparse INT8 tactics need INT8 outputs, and TensorRT-LLM's INT8 layers give 16 bit"
-        ),
+    _yes(
+        "our plugin: TensorRT's sparse INT8 tactics need INT8 outputs, and TensorRT-LLM's INT8 layers give 16 bit",
         formats=("int8",),
         sparse=True,
         backends=("tensorrt",),
     ),
-    Rule(
-        Verdict.yes("TensorRT's sparse tactics (reported on SM89: FP8 layers eligible, none picked) or our plugin"),
+    _yes(
+        "TensorRT's sparse tactics (reported on SM89: FP8 layers eligible, none picked) or our plugin",
         formats=("fp8",),
         sparse=True,
         backends=("tensorrt",),
         sm=(89, 89),
     ),
-    Rule(
-        Verdict.yes("TensorRT's sparse tactics (GEMM plugins off) or our plugin"), sparse=True, backends=("tensorrt",)
+    _yes("TensorRT's sparse tactics (GEMM plugins off) or our plugin", sparse=True, backends=("tensorrt",)),
+    _yes("TensorRT-LLM's own dense kernels", sparse=False, backends=("tensorrt",)),
+    _yes("our linear method in an out-of-tree module", sparse=True, backends=("pytorch",)),
+    _yes("TensorRT-LLM's own dense kernels", sparse=False, backends=("pytorch",)),
+    *(
+        _yes(
+            "our kernels: packed weights up to 64 tokens on CUDA and dense above, packed ones on a CPU",
+            sparse=True,
+            backends=("torch",),
+            feature=pattern,
+        )
+        for pattern in OF_EIGHT
     ),
-    Rule(Verdict.yes("TensorRT-LLM's own dense kernels"), sparse=False, backends=("tensorrt",)),
-    Rule(Verdict.yes("our linear method in an out-of-tree module"), sparse=True, backends=("pytorch",)),
-    Rule(Verdict.yes("TensorRT-LLM's own dense kernels"), sparse=False, backends=("pytorch",)),
-    Rule(
-        Verdict.yes("our sparse kernels on CUDA, their reference numerics elsewhere"), sparse=True, backends=("torch",)
-    ),
-    Rule(Verdict.yes("our dense linear layers"), sparse=False, backends=("torch",)),
+    _yes("our sparse kernels on CUDA, their reference numerics elsewhere", sparse=True, backends=("torch",)),
+    _yes("our dense linear layers", sparse=False, backends=("torch",)),
 )

@@ -13,7 +13,9 @@ from typing import Any
 
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES, Family, family_of
+from plugins.common.formats import OF_DTYPE
 from plugins.common.json_files import read_json_object
+from plugins.common.linear_shape import LinearShape
 
 ROPE_TYPES = {  # that the torch engine runs: their frequencies do not change with the length -> the keys that they need
     "default": (),
@@ -21,17 +23,6 @@ ROPE_TYPES = {  # that the torch engine runs: their frequencies do not change wi
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One linear layer: weight [out_features, in_features]. `block` is None outside the decoder blocks."""
-
-    name: str
-    out_features: int
-    in_features: int
-    bias: bool
-    block: int | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,12 @@ class Architecture:
     def family(self) -> Family:
         return FAMILIES[self.name]
 
-    def linears(self) -> Iterator[Linear]:
+    @property
+    def format(self) -> str:
+        """Of the weights."""
+        return OF_DTYPE.get(self.dtype, "bf16")
+
+    def linears(self) -> Iterator[LinearShape]:
         """Every linear layer, in the order of the forward pass; `lm_head` last, also when it is tied."""
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -72,8 +68,9 @@ class Architecture:
                 ("mlp.up_proj", inner, hidden, self.bias_mlp),
                 ("mlp.down_proj", hidden, inner, self.bias_mlp),
             ):
-                yield Linear(f"model.layers.{block}.{name}", out_features, in_features, bias, block)
-        yield Linear("lm_head", self.vocab_size, hidden, False, None)
+                full = f"model.layers.{block}.{name}"
+                yield LinearShape(out_features, in_features, self.format, name=full, bias=bias)
+        yield LinearShape(self.vocab_size, hidden, self.format, name="lm_head")
 
     @property
     def head_widths(self) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from builder.planning.kv_cache import eviction_notes
+from builder.planning.kv_capacity import eviction_notes
 from builder.recipe import Recipe
 from calibration.evaluation.answer_loss import questions_needed
 from plugins.common.patterns import TENSOR_CORE
@@ -34,7 +34,7 @@ def notes(recipe: Recipe, prunes: bool, dense_bytes: int, built_bytes: int) -> t
     elif recipe.sparsity:
         lines.append(
             f"{recipe.sparsity.pattern} saves bytes and no multiplications: it gains time only where reading weights "
-            "is the limit, and only CPU kernels multiply it"
+            "is the limit, on a GPU up to 64 tokens"
         )
     if recipe.routing:
         first = recipe.routing.variants[0]

@@ -6,25 +6,24 @@ Reads no weights and imports no torch. All times are predicted, from the rooflin
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from benchmarks.roofline import roofline
 from builder.planning.compatibility import features_of
 from builder.planning.hub import find_config
-from builder.planning.kv_cache import Capacity, capacity, check_budget, check_eviction
-from builder.planning.model_config import Architecture, Linear, architecture
+from builder.planning.kv_capacity import Capacity, capacity, check_budget, check_eviction
+from builder.planning.model_config import Architecture, architecture
 from builder.planning.notes import notes
 from builder.recipe import Recipe
 from calibration.config import check_adapter_rank
 from plugins.common import defaults
 from plugins.common.errors import UserError
-from plugins.common.formats import OF_DTYPE, format_of
+from plugins.common.formats import format_of
+from plugins.common.fused_layers import fused_name
+from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import TENSOR_CORE, Pattern, keep_and_group
-
-PRODUCTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-
 
 Decision = Literal["prune", "candidate", "excluded", "not listed", "no sparsity"]
 
@@ -33,23 +32,17 @@ Decision = Literal["prune", "candidate", "excluded", "not listed", "no sparsity"
 class LayerPlan:
     """The plan for one linear layer. Bytes are of its weight, with scales."""
 
-    name: str
-    out_features: int
-    in_features: int
-    format: str
-    sparse: bool  # a candidate for pruning
-    fraction: float  # of the weight that is expected to become sparse
+    shape: LinearShape  # as built: `fraction` of the weight is expected to become sparse
     dense_bytes: int
     built_bytes: int
     decision: Decision
     reason: str
-    pattern: Pattern = TENSOR_CORE  # of layers to prune
 
-    @property
-    def bytes_saved_by_pruning(self) -> int:
-        """Bytes that pruning all of the layer saves in its number format; 0 for a dense layer."""
-        shape = (self.out_features, self.in_features, self.format)
-        return round(roofline.weight_bytes(*shape) - roofline.weight_bytes(*shape, self.sparse, self.pattern))
+    def to_dict(self) -> dict[str, Any]:
+        """Its entry in plan.json."""
+        own = {key: value for key, value in vars(self).items() if key != "shape"}
+        shape = self.shape
+        return {"name": shape.name, **shape.facts, "fraction": shape.fraction, **own, "pattern": shape.pattern}
 
 
 @dataclass(frozen=True)
@@ -75,12 +68,17 @@ class Plan:
     source_notes: tuple[str, ...] = field(default=())  # from the model's files, where they were checked
 
     @property
+    def shapes(self) -> list[LinearShape]:
+        """Of `layers`."""
+        return [layer.shape for layer in self.layers]
+
+    @property
     def sparse_layers(self) -> list[str]:
-        return [layer.name for layer in self.layers if layer.sparse]
+        return [shape.name for shape in self.shapes if shape.sparse]
 
     @property
     def quantized_layers(self) -> list[str]:
-        return [layer.name for layer in self.layers if layer.format in ("int8", "fp8")]
+        return [shape.name for shape in self.shapes if shape.format in ("int8", "fp8")]
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -89,7 +87,7 @@ class Plan:
         return features_of(self.activations == "per_token", "lm_head" in self.quantized_layers, pattern)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"layers": [layer.to_dict() for layer in self.layers]}
 
 
 def make_plan(
@@ -99,10 +97,10 @@ def make_plan(
     config, source = find_config(recipe.model, recipe.revision)
     shapes = architecture(config, source)
     layers = tuple(_layer(linear, shapes, recipe) for linear in shapes.linears())
-    _check_globs(recipe, [layer.name for layer in layers])
-    other = shapes.other_parameters * format_of(_dense_format(shapes)).nbytes
+    _check_globs(recipe, [layer.shape.name for layer in layers])
+    other = shapes.other_parameters * format_of(shapes.format).nbytes
     head = layers[-1].dense_bytes if shapes.tied_embeddings else 0  # counted with the embedding
-    shared = head if layers[-1].format == _dense_format(shapes) else 0
+    shared = head if layers[-1].shape.format == shapes.format else 0
     kv_bytes = shapes.kv_values_per_token * (1 if recipe.quantization.kv_cache != "none" else 2)
     dense_bytes = sum(layer.dense_bytes for layer in layers) + other - head
     built_bytes = sum(layer.built_bytes for layer in layers) + other - shared
@@ -122,7 +120,7 @@ def make_plan(
         blocks=shapes.num_blocks,
         calibration_bytes=_calibration_bytes(recipe, shapes, layers, other),
         predicted=predict(gpu, shapes, layers, kv_bytes, batch, context),
-        notes=notes(recipe, any(layer.sparse for layer in layers), dense_bytes, built_bytes),
+        notes=notes(recipe, any(layer.shape.sparse for layer in layers), dense_bytes, built_bytes),
     )
 
 
@@ -143,45 +141,29 @@ def matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.rsplit(".", 1)[-1], glob) for glob in globs)
 
 
-def _layer(linear: Linear, shapes: Architecture, recipe: Recipe) -> LayerPlan:
-    shape, dense_format = (linear.out_features, linear.in_features), _dense_format(shapes)
+def _layer(linear: LinearShape, shapes: Architecture, recipe: Recipe) -> LayerPlan:
     quantized = recipe.quantization.format != "none" and not matches(linear.name, recipe.quantization.exclude)
-    number_format = recipe.quantization.format if quantized else dense_format
-    decision, reason = _decision(linear, shapes, recipe, number_format)
+    stored = replace(linear, format=recipe.quantization.format) if quantized else linear
+    decision, reason = _decision(stored, shapes, recipe)
     sparse = decision in ("prune", "candidate")
     fraction = (recipe.sparsity.fraction or 1.0) if recipe.sparsity and sparse else 0.0
-    built = roofline.weight_bytes(*shape, number_format, fraction, _pattern(recipe))
-    return LayerPlan(
-        name=linear.name,
-        out_features=linear.out_features,
-        in_features=linear.in_features,
-        format=number_format,
-        sparse=sparse,
-        fraction=fraction,
-        dense_bytes=round(roofline.weight_bytes(*shape, dense_format)),
-        built_bytes=round(built) + (_scale_bytes(linear, recipe) if quantized else 0),
-        decision=decision,
-        reason=reason,
-        pattern=_pattern(recipe),
-    )
+    built = replace(stored, fraction=fraction, pattern=_pattern(recipe))
+    built_bytes = round(built.nbytes) + (_scale_bytes(linear, recipe) if quantized else 0)
+    return LayerPlan(built, round(linear.nbytes), built_bytes, decision, reason)
 
 
 def _pattern(recipe: Recipe) -> Pattern:
     return recipe.sparsity.pattern if recipe.sparsity else TENSOR_CORE
 
 
-def _dense_format(shapes: Architecture) -> str:
-    return OF_DTYPE.get(shapes.dtype, "bf16")
-
-
-def _scale_bytes(linear: Linear, recipe: Recipe) -> int:
+def _scale_bytes(linear: LinearShape, recipe: Recipe) -> int:
     """FP8: one weight and one input scale, float32. INT8: a scale a row, the input's, and a 16-bit one a column."""
     if recipe.quantization.format == "fp8":
         return 8
     return 4 * linear.out_features + 4 + 2 * linear.in_features
 
 
-def _decision(linear: Linear, shapes: Architecture, recipe: Recipe, number_format: str) -> tuple[Decision, str]:
+def _decision(linear: LinearShape, shapes: Architecture, recipe: Recipe) -> tuple[Decision, str]:
     """Whether the layer is pruned, and why. Raises UserError where it cannot be."""
     if recipe.sparsity is None:
         return "no sparsity", "no sparsity in the recipe"
@@ -194,7 +176,7 @@ def _decision(linear: Linear, shapes: Architecture, recipe: Recipe, number_forma
             "'lm_head' shares its weight with the embedding and cannot be pruned: add it to sparsity.exclude"
         )
     pattern, (_, group) = recipe.sparsity.pattern, keep_and_group(recipe.sparsity.pattern)
-    alignment = 32 // format_of(number_format).nbytes if pattern == TENSOR_CORE else group
+    alignment = 32 // format_of(linear.format).nbytes if pattern == TENSOR_CORE else group
     if linear.in_features % group or linear.in_features % alignment:
         cut = linear.in_features % group
         what = f"{pattern} needs a multiple of {group}" if cut else f"the kernels need a multiple of {alignment}"
@@ -204,7 +186,7 @@ def _decision(linear: Linear, shapes: Architecture, recipe: Recipe, number_forma
             f"leave it dense with --set 'sparsity.exclude=[lm_head, {last}]'"
         )
     if recipe.sparsity.adapter_rank is not None:
-        check_adapter_rank(recipe.sparsity.adapter_rank, linear.name, linear.out_features, linear.in_features)
+        check_adapter_rank(recipe.sparsity.adapter_rank, linear)
     if recipe.sparsity.budget:
         return "candidate", "a candidate: selected under the budget during the build"
     if recipe.sparsity.fraction:
@@ -229,17 +211,14 @@ def _calibration_bytes(
     tokens = recipe.calibration.samples * recipe.calibration.sequence_length
     estimate: dict[str, int] = {}
     if recipe.sparsity:
-        block = sum(4 * layer.out_features * layer.in_features for layer in layers if ".layers.0." in layer.name)
+        block = sum(4 * layer.shape.numel for layer in layers if ".layers.0." in layer.shape.name)
         inputs = (shapes.hidden_size, shapes.num_heads * shapes.head_dim, shapes.hidden_size, shapes.intermediate_size)
         hessians = sum(2 * 4 * width * width for width in inputs)  # H and the mixed target's, float32
         activations = 2 * 2 * 4 * tokens * shapes.hidden_size  # of the dense and the pruned model, in and out
         estimate["sparsify"] = block + hessians + activations
     if recipe.quantization.wanted:
-        estimate["quantize"] = (
-            sum(layer.dense_bytes for layer in layers)
-            + other
-            + 4 * max(layer.out_features * layer.in_features for layer in layers)
-        )
+        largest = 4 * max(layer.shape.numel for layer in layers)
+        estimate["quantize"] = sum(layer.dense_bytes for layer in layers) + other + largest
     return estimate
 
 
@@ -251,8 +230,8 @@ def predict(
     The embedding is left out: decode reads one row of it a sequence.
     """
     card = roofline.gpu(gpu)
-    dense_format = _dense_format(shapes)
-    built, dense = _products(layers), _products(layers, dense_format)
+    built = _products(layer.shape for layer in layers)
+    dense = _products(replace(layer.shape, format=shapes.format, fraction=0.0) for layer in layers)
     kv_dense = shapes.kv_values_per_token * 2
     return {
         "gpu": card.name,
@@ -270,31 +249,20 @@ def predict(
     }
 
 
-def _products(layers: Sequence[LayerPlan], dense_format: str | None = None) -> list[roofline.Layer]:
-    """The GEMMs that an engine runs: layers with the same input are one product where their format and pattern agree.
-
-    With `dense_format`, those of the dense model.
-    """
-    products: dict[tuple[object, ...], roofline.Layer] = {}
+def _products(layers: Iterable[LinearShape]) -> list[LinearShape]:
+    """The GEMMs that an engine runs: layers of one input are one product where their format and fraction agree."""
+    products: dict[tuple[object, ...], LinearShape] = {}
     for layer in layers:
-        block, _, name = layer.name.rpartition(".")
-        number_format, sparse = (dense_format, 0.0) if dense_format else (layer.format, layer.fraction)
-        key = (block, PRODUCTS.get(name, name), layer.in_features, number_format, sparse)
-        before = products[key].out_features if key in products else 0
-        products[key] = roofline.Layer(
-            before + layer.out_features,
-            layer.in_features,
-            roofline.tensor_core_format(number_format),
-            sparse,
-            last_token=layer.name == "lm_head",  # prefill needs the logits of each prompt's last token only
-            pattern=layer.pattern,
-        )
+        name = fused_name(layer.name)
+        key = (name, layer.in_features, layer.format, layer.fraction)
+        rows = layer.out_features + (products[key].out_features if key in products else 0)
+        products[key] = roofline.on_tensor_cores(replace(layer, name=name, out_features=rows))
     return list(products.values())
 
 
-def _launch_bound(card: roofline.Gpu, tokens: int, products: Sequence[roofline.Layer]) -> dict[str, Any]:
+def _launch_bound(card: roofline.Gpu, tokens: int, products: Sequence[LinearShape]) -> dict[str, Any]:
     """How many sparse products of one decode step pruning cannot shorten: their dense product takes one launch."""
-    sparse = [x for x in products if x.sparse and not card.refuses(x.format, x.sparse, x.pattern)]
-    times = [roofline.gemm_time(card, tokens, x.out_features, x.in_features, x.format) for x in sparse]
+    sparse = [product for product in products if product.sparse and not card.refuses(product)]
+    times = [roofline.gemm_time(card, tokens, replace(product, fraction=0.0)) for product in sparse]
     bound = sum(time.bound == "launch" for time in times)
     return {"products": bound, "of": len(sparse), "kernel_us": round(card.least_kernel_seconds * 1e6, 3)}

@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from builder.planning.compatibility_rules import Verdict
-from plugins.common.patterns import Pattern, keep_and_group
-
-
-class Shardable(Protocol):
-    """The facts of a layer for `check_shards`: weight [out_features, in_features] and whether it holds the pattern."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def sparse(self) -> bool: ...
-    @property
-    def pattern(self) -> Pattern: ...
-
+from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import keep_and_group
 
 ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj", "attention.dense", "mlp.proj")
 """Ends of the names of layers split along in_features, in either checkpoint format; others split along out_features."""
@@ -33,7 +17,7 @@ def is_row_parallel(name: str) -> bool:
     return name.endswith(ROW_PARALLEL)
 
 
-def check_shards(layers: Sequence[Shardable], tensor_parallel: int) -> Verdict:
+def check_shards(layers: Sequence[LinearShape], tensor_parallel: int) -> Verdict:
     """Whether every layer of the unsplit model divides over the ranks, with no split inside a group.
 
     The answer is about the first layer that does not. A row-parallel layer loses whole columns, and with them the
@@ -69,7 +53,7 @@ def _largest_divisor(size: int, below: int) -> int:
     return max(n for n in range(1, below) if size % n == 0)
 
 
-def _cut(layer: Shardable, ranks: int) -> str:
+def _cut(layer: LinearShape, ranks: int) -> str:
     """Why one layer cannot be split over the ranks; empty if it can."""
     if layer.name == "lm_head":  # TensorRT-LLM pads the vocabulary to the ranks
         return ""

@@ -13,13 +13,12 @@ from builder.hardware import machine
 from calibration.evaluation.answer_loss import exact_match_change
 from calibration.quantization.trtllm_config import trtllm_name
 from plugins.common.json_files import read_json
-from plugins.common.patterns import TENSOR_CORE
 
 ON_CPU = (
     "A CPU has no sparse matrix instructions: {pattern} saves bytes here, and time only where reading weights is the "
     "limit. {gpu}"
 )
-ON_GPU = {True: "The gain on a GPU is predicted above, never measured here.", False: "It has no kernel on a GPU."}
+ON_GPU = "The gain on a GPU is predicted above, never measured here."
 CPU_FIGURES = "The speeds are of this CPU alone and do not transfer to a GPU."
 ADAPTER = (
     "The adapter of rank {rank} recovers {share:.0%} of the squared output error of pruning in the median layer. The "
@@ -118,7 +117,7 @@ def _pareto(context: BuildContext, outputs: Outputs, report: dict[str, Any]) -> 
     if "accuracy" not in report or not budget or budget.perplexity_increase is None:
         return []
     dense = report["accuracy"]["dense"]["perplexity"]
-    saved = sum(layer.bytes_saved_by_pruning for layer in context.plan.layers)
+    saved = sum(shape.bytes_saved_by_pruning for shape in context.plan.shapes)
     return [
         {
             "label": f"{point['fraction']:.0%} {context.plan.pattern}",
@@ -137,21 +136,19 @@ def _layers(context: BuildContext, outputs: Outputs) -> list[dict[str, Any]]:
 
     engine = outputs["engine"].path
     tactics = read_tactics(engine) or {"source": None, "layers": {}}
-    dense = {layer.name: layer.dense_bytes for layer in context.plan.layers}
+    dense = {layer.shape.name: layer.dense_bytes for layer in context.plan.layers}
     kernels = _engine_facts(context, outputs).get("kernel_of", {})
     rows = []
     for layer in checkpoint.read(outputs["checkpoint"].path / "hf").layers():
-        tactic = tactics["layers"].get(layer.name) or tactics["layers"].get(trtllm_name(layer.name), {})
+        name = layer.shape.name
+        tactic = tactics["layers"].get(name) or tactics["layers"].get(trtllm_name(name), {})
         rows.append({
-            "name": layer.name,
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "format": layer.format,
-            "sparse": layer.sparse,
+            "name": name,
+            **layer.shape.facts,
             "zeros": layer.zeros,
-            "dense_bytes": dense.get(layer.name),
+            "dense_bytes": dense.get(name),
             "built_bytes": layer.packed_bytes,
-            "kernel": kernels.get(layer.name) or _measured_kernels(tactics["source"], tactic),
+            "kernel": kernels.get(name) or _measured_kernels(tactics["source"], tactic),
             "reason": tactic.get("reason"),
         })  # fmt: skip
     return rows
@@ -165,7 +162,7 @@ def _notes(context: BuildContext, outputs: Outputs) -> list[str]:
     notes += [f"The engine: {remark}." for remark in _remarks(context, outputs)]
     if machine.device()["type"] == "cpu":
         if context.recipe.sparsity:
-            notes.append(ON_CPU.format(pattern=pattern, gpu=ON_GPU[pattern == TENSOR_CORE]))
+            notes.append(ON_CPU.format(pattern=pattern, gpu=ON_GPU))
         notes += [CPU_FIGURES]
     if "sparsify" in outputs:
         reports = _read(outputs["sparsify"].path / "layers.json")

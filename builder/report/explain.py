@@ -8,7 +8,7 @@ from typing import Any
 
 from builder import checkpoint
 from builder.checkpoint import LayerFacts
-from builder.checkpoint.checks import check_values
+from builder.checkpoint.tensor_checks import check_values
 from builder.checkpoint.violations import Code
 from builder.engines.predicted_tactics import predict_tactics, read_tactics
 from builder.recipe import load
@@ -30,7 +30,7 @@ def explain(artifact: Path, gpu: str | None = None, layers: str = "*") -> dict[s
     tactics = read_tactics(engine) if engine else None
     facts: dict[str, LayerFacts] = {}
     if weights is not None:
-        facts = {layer.name: layer for layer in checkpoint.read(weights).layers()}
+        facts = {layer.shape.name: layer for layer in checkpoint.read(weights).layers()}
     if tactics is None or (gpu is not None and (tactics["device"] or {}).get("sm") is None):
         if weights is None:
             raise UserError(
@@ -91,7 +91,7 @@ def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None, why_dense:
         "buckets": tactic["buckets"],
     }
     if facts is not None:
-        row |= {"zeros": facts.zeros, "valid_pattern": _valid(facts), "fraction": facts.fraction}
+        row |= {"zeros": facts.zeros, "valid_pattern": _valid(facts), "fraction": facts.shape.fraction}
         row |= {"axis": facts.segments.axis} if facts.segments else {}
     return row
 
@@ -107,9 +107,9 @@ def _valid(facts: LayerFacts) -> bool:
 
     A layer without segments is looked at as a whole, whatever the checkpoint declares.
     """
-    if facts.in_features % keep_and_group(facts.pattern)[1]:
+    rows, pattern = facts.shape.out_features, facts.shape.pattern
+    if facts.shape.in_features % keep_and_group(pattern)[1]:
         return False
-    rows = facts.out_features
-    segments = facts.segments or Segments.split("rows", rows, rows, pattern=facts.pattern)
+    segments = facts.segments or Segments.split("rows", rows, rows, pattern=pattern)
     violations = (violation for weight in facts.weights for violation in check_values(weight, None, segments))
     return not any(violation.code == Code.SPARSITY for violation in violations)

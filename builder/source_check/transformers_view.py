@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from builder.checkpoint import layout
-from builder.checkpoint.config import Quantization
+from builder.checkpoint.checkpoint_config import Quantization
 from builder.planning.model_config import Architecture
 from plugins.common.errors import UserError
 

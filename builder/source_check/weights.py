@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.checkpoint import layout
-from builder.checkpoint.config import Quantization
+from builder.checkpoint.checkpoint_config import Quantization
 from builder.planning.model_config import Architecture
 from builder.source_check.settings import check_dtype
 from calibration.model.weight_files import DTYPES, read_header, weight_files
@@ -23,9 +23,7 @@ WRAPPERS = {
 }
 BUFFERS = re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|attn\.bias|attention\.bias)$")
 OTHER_HEADS = re.compile(r"^(v_head|value_head|score|classifier|qa_outputs|reward_head|medusa_head|mtp|model\.mtp)\.")
-PREDICTION = re.compile(
-    r"\.(eh_proj|enorm|hnorm|shared_head|embed_tokens)\."
-)  # of a block that predicts further tokens
+PREDICTION = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|embed_tokens)\.")  # of a block that predicts more tokens
 LEFTOVERS = {  # ends of a name -> what the weights then are
     r"\.(lora_[AB]|lora_embedding_[AB]|base_layer)(\.|$)": "an adapter that is not merged: merge it first",
     r"(weight_scale|weight_scale_inv|input_scale|_amax|absmax|qweight|qzeros|_quantizer\.)": (

@@ -67,9 +67,9 @@ def build(
     Raises UserError for wrong input, and GateError where a gate of the recipe fails: then `out` and its report stay.
     """
     from builder import recipe
+    from builder.console import Console
     from builder.pipeline.build import build as run
     from builder.pipeline.build import require_gates
-    from builder.progress import Console
 
     overrides = [f"{key}={json.dumps(value)}" for key, value in (settings or {}).items()]  # JSON is YAML
     loaded = recipe.load(str(model), preset, overrides)

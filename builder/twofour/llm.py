@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builder.engines import registry
-from builder.engines.request import Request, tokens_by_request
+from plugins.common.request import Request, tokens_by_request
 
 
 class LLM:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ from torch import Tensor, nn
 from calibration.data.windows import Tokens
 from calibration.model.block_store import BlockStore
 from calibration.model.block_walk import BlockWalk
-from calibration.model.blocks import HALVES, Blocks, Stream, forward_half
+from calibration.model.blocks import Blocks
 from calibration.model.channel_order import INPUTS, Channels
 from calibration.pruning.block_pruner import by_block
-from calibration.pruning.input_statistics import collect_statistics, shared_inputs
+from calibration.pruning.input_statistics import walk_block
 from calibration.pruning.solvers import SOLVERS, Pattern
 from plugins.common.progress import Progress
 from plugins.sparsity.segments import Segments
@@ -50,22 +49,15 @@ def prune_each_alone(
     pruned: dict[str, Tensor] = {}
     for number, names in enumerate(by_block(layers, blocks)):
         progress("pruning each layer alone", number, blocks.count)
-        block, arguments = blocks.load(number), walk.arguments[number]
-        entering = walk.entering(number, "dense")
-        middle, leaving = walk.states(number, "middle"), walk.states(number + 1, "dense")
-        for half, states, left in zip(HALVES, (entering, middle), (middle, leaving), strict=True):
-            stream, inside = Stream(block, states), [name for name in names if name.startswith(half)]
-            for group in shared_inputs(stream, half, inside, arguments) if inside else []:
-                with walk.products:
-                    statistics = collect_statistics(group[0], stream, arguments)
-                for name in group:
-                    weight_NK, full = block.get_submodule(name).weight, f"model.layers.{number}.{name}"
-                    whole = Segments.split("rows", len(weight_NK), len(weight_NK))
-                    kept_NK = solver.prune(full, weight_NK, statistics, parsed, whole)
-                    pruned[full] = kept_NK.to(blocks.weights.dtype(f"{full}.weight"))
-            walk.send(states, partial(forward_half, block, half, arguments=arguments), left)
-        for states in (entering, middle):
-            states.path.unlink()
+        block = blocks.load(number)
+        for group, statistics in walk_block(walk, number, block, names, "dense"):
+            for name in group:
+                weight_NK, full = block.get_submodule(name).weight, f"model.layers.{number}.{name}"
+                whole = Segments.split("rows", len(weight_NK), len(weight_NK))
+                kept_NK = solver.prune(full, weight_NK, statistics, parsed, whole)
+                pruned[full] = kept_NK.to(blocks.weights.dtype(f"{full}.weight"))
+        for stream in ("dense", "middle"):
+            walk.states(number, stream).path.unlink()
     return pruned
 
 

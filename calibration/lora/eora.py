@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ from calibration.lora import peft_format
 from calibration.lora.low_rank import low_rank, output_error
 from calibration.model.block_store import BlockStore
 from calibration.model.block_walk import BlockWalk
-from calibration.model.blocks import Blocks, Stream, forward_half
+from calibration.model.blocks import Blocks
 from calibration.model.channel_order import ChannelOrder
 from calibration.model.device import device, return_freed_memory
 from calibration.model.weights import Weights
 from calibration.pruning.block_pruner import by_block
-from calibration.pruning.input_statistics import collect_statistics, shared_inputs
+from calibration.pruning.input_statistics import walk_block
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
 from plugins.common.progress import Progress
 from plugins.sparsity.declaration import Declaration
 
@@ -67,7 +67,8 @@ def compensate(
     names = _pruned_layers(pruned)
     layers_of = by_block(names, blocks)
     for name in names:
-        check_adapter_rank(rank, name, *blocks.skeleton.get_submodule(name.removeprefix("model.")).weight.shape)
+        N, K = blocks.skeleton.get_submodule(name.removeprefix("model.")).weight.shape
+        check_adapter_rank(rank, LinearShape(N, K, name=name))
     finished = BlockStore(work, _key(blocks, originals, tokens, rank, names))
     walk = EoraPass(blocks, originals, tokens_BT, rank, finished)
     for number in range(finished.count(), blocks.count):
@@ -109,26 +110,12 @@ class EoraPass(BlockWalk):
         block = self.blocks.load(number)
         factors: dict[str, Tensor] = {}
         reports: dict[str, Compensation] = {}
-        for group, hessian_KK in self._hessians(number, block, names):
+        for group, statistics in walk_block(self, number, block, names, "pruned"):
             for name in group:
-                full = f"model.layers.{number}.{name}"
-                tensors, reports[name] = self._compensate(full, block.get_submodule(name).weight, hessian_KK)
+                full, weight_NK = f"model.layers.{number}.{name}", block.get_submodule(name).weight
+                tensors, reports[name] = self._compensate(full, weight_NK, statistics.hessian)
                 factors |= tensors
         return factors, [reports[name] for name in names]
-
-    def _hessians(self, number: int, block: nn.Module, names: Sequence[str]) -> Iterator[tuple[list[str], Tensor]]:
-        """Those of the layers `names` that read the same inputs X, and X'X [K, K] over the tokens, group by group."""
-        arguments = self.arguments[number]
-        entering, middle = self.entering(number, "pruned"), self.states(number, "middle")
-        leaving = self.states(number + 1, "pruned")
-        for half, states, left in (("self_attn", entering, middle), ("mlp", middle, leaving)):
-            stream, inside = Stream(block, states), [name for name in names if name.startswith(half)]
-            for group in shared_inputs(stream, half, inside, arguments) if inside else []:
-                with self.products:
-                    hessian_KK = collect_statistics(group[0], stream, arguments).hessian
-                yield group, hessian_KK
-            if left is middle or number + 1 < self.blocks.count:
-                self.send(states, partial(forward_half, block, half, arguments=arguments), left)
 
     def _compensate(self, full: str, weight_NK: Tensor, hessian_KK: Tensor) -> tuple[dict[str, Tensor], Compensation]:
         """The adapter's tensors of one layer, in the dtype of its weight."""

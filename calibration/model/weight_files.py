@@ -16,12 +16,8 @@ from plugins.common.safetensors_file import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "F64": "float32",
-    "F32": "float32",
-    "BF16": "bfloat16",
-    "F16": "float16",
-}  # stored -> what a model computes in
+# stored -> what a model computes in
+DTYPES = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 OTHER_KINDS = {
     "adapter_model": "is an adapter: merge it into its base model first",
     "consolidated": "is another format's file: fetch the Hugging Face one, model.safetensors",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.model.activation_file import ActivationFile
+from calibration.model.block_walk import BlockWalk
 from calibration.model.blocks import HALVES, Stream, forward_half
 from calibration.pruning.solvers import Statistics
 
@@ -38,6 +39,25 @@ def shared_inputs(stream: Stream, half: str, names: Sequence[str], arguments: di
     with _watch(stream.block, names, note):
         forward_half(stream.block, half, stream.states.read([0]), arguments)
     return [group for _, group in groups]
+
+
+def walk_block(
+    walk: BlockWalk, number: int, block: nn.Module, names: Sequence[str], stream: str
+) -> Iterator[tuple[list[str], Statistics]]:
+    """The layers `names` of a block that read the same inputs, with their statistics, group by group.
+
+    The states named `stream` enter the block; those that leave it are written behind the groups.
+    """
+    arguments, middle = walk.arguments[number], walk.states(number, "middle")
+    passes = ((walk.entering(number, stream), middle), (middle, walk.states(number + 1, stream)))
+    for half, (entering, leaving) in zip(HALVES, passes, strict=True):
+        states, inside = Stream(block, entering), [name for name in names if name.startswith(half)]
+        for group in shared_inputs(states, half, inside, arguments) if inside else []:
+            with walk.products:
+                statistics = collect_statistics(group[0], states, arguments)
+            yield group, statistics
+        if leaving is middle or number + 1 < walk.blocks.count:  # nothing reads what leaves the last block
+            walk.send(entering, partial(forward_half, block, half, arguments=arguments), leaving)
 
 
 def collect_statistics(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from plugins.common.fused_layers import FUSED
 
 
 def share_weight_scales(model: nn.Module) -> int:
@@ -21,7 +21,7 @@ def share_weight_scales(model: nn.Module) -> int:
     """
     joined = 0
     for module in model.modules():
-        for group in FUSED:
+        for group in FUSED.values():
             quantizers = [getattr(getattr(module, name, None), "weight_quantizer", None) for name in group]
             ranges = [_tensor_range(quantizer) for quantizer in quantizers]
             present = [amax for amax in ranges if amax is not None]

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.quantization.fused import FUSED
+from plugins.common.fused_layers import fused_name, fused_parts
 
-EACH_TOKEN = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}  # as ModelOpt's configs write it
 SMALLEST, LARGEST = 1e-4, 1e4  # of s, as in ModelOpt
 
 
@@ -36,9 +35,8 @@ def smooth(model: nn.Module, layers: Sequence[str]) -> None:
             layer.input_quantizer.reset_amax()
             layer.input_quantizer.axis = None
             apply_pre_quant_scale_and_smooth(layer, smoothing_K)
-            layer.input_quantizer.set_from_attribute_config(
-                {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}
-            )
+            each_token = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}  # as ModelOpt's configs write it
+            layer.input_quantizer.set_from_attribute_config(each_token)
 
 
 def _groups(layers: Sequence[str]) -> Iterator[list[str]]:
@@ -47,9 +45,7 @@ def _groups(layers: Sequence[str]) -> Iterator[list[str]]:
     for name in layers:
         if name in done:
             continue
-        parent, _, own = name.rpartition(".")
-        fused = next((group for group in FUSED if own in group), (own,))
-        names = [f"{parent}.{part}" if parent else part for part in fused]
+        names = list(fused_parts(fused_name(name)))
         group = names if set(names) <= set(layers) else [name]
         done |= set(group)
         yield group

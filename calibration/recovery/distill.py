@@ -35,9 +35,7 @@ from plugins.common.progress import Progress
 
 LOGITS_AT_ONCE = 2**26  # B x T x V of one forward pass: 256 MB in float32, of which training holds about six
 CHECKPOINTS = 10  # over the whole training
-LEARNING_RATE = (
-    0.1  # divided by the hidden size, as wider models take smaller steps (Yang et al., 2022, arXiv 2203.03466)
-)
+LEARNING_RATE = 0.1  # over the hidden size, as wider models take smaller steps (Yang et al., 2022, arXiv 2203.03466)
 WARM_UP = 0.05  # of the training
 TIMED = 4
 
@@ -118,19 +116,6 @@ def fake_quantize(model: nn.Module, config: Quantization, layers: Sequence[str],
     return model
 
 
-class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Token windows in the form of the Trainer."""
-
-    def __init__(self, tokens_BT: Tokens):
-        self.tokens_BT = torch.from_numpy(tokens_BT)
-
-    def __len__(self) -> int:
-        return len(self.tokens_BT)
-
-    def __getitem__(self, at: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens_BT[at]}
-
-
 class Distiller(Trainer):  # type: ignore[misc]
     """transformers' Trainer on ModelOpt's distillation loss."""
 
@@ -161,7 +146,8 @@ def _rate(done: float) -> float:
 def train(model: nn.Module, tokens_BT: Tokens, config: Recovery, steps: int, work: Path, watch: Watch) -> None:
     """Runs to optimizer step `steps`, from the last checkpoint in `work` where there is one; saves one at the end."""
     arguments = _arguments(model, tokens_BT.shape[1], config, steps, work)
-    trainer = Distiller(model=model, args=arguments, train_dataset=Windows(tokens_BT), watch=watch)
+    windows = [{"input_ids": ids_T} for ids_T in torch.from_numpy(tokens_BT)]
+    trainer = Distiller(model=model, args=arguments, train_dataset=windows, watch=watch)
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -129,37 +129,15 @@ def train(work: Path, progress: Progress) -> None:
     job, plan = Job.read(work), read_json(work / "plan.json", None)
     watch = distill.Watch(progress, work / "spent.json", plan.get("deadline"))
     dense, student = job.models(work)
-    distill.train(
-        distill.add_teacher(student, dense, job.config),
-        np.load(work / "train.npy"),
-        job.config,
-        plan["steps"],
-        work,
-        watch,
-    )
+    model, tokens = distill.add_teacher(student, dense, job.config), np.load(work / "train.npy")
+    distill.train(model, tokens, job.config, plan["steps"], work, watch)
 
 
 def _launch(work: Path, processes: int) -> None:
     """`train` on each GPU, under accelerate."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        str(processes),
-        "--num_machines",
-        "1",
-    ]
-    command += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--multi_gpu",
-        "-m",
-        "calibration.recovery.recover",
-        str(work),
-    ]
+    options = f"--num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no --multi_gpu"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
+    command = [*launcher, "-m", "calibration.recovery.recover", str(work)]
     done = subprocess.run(command, capture_output=True, text=True)
     (work / "launch.log").write_text(done.stdout + done.stderr)
     if done.returncode:

@@ -5,42 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from calibration.routing import metrics, state
-from calibration.routing.controller import Controller, Decision, Policy, Settings
+from calibration.routing.controller import Controller, Decision, Settings
 from calibration.routing.metrics import Sample
 from calibration.routing.prefill import RunPrefill
+from calibration.routing.router import Router
 from calibration.routing.shadow import Measure, ShadowRuns
 
 log = logging.getLogger(__name__)
 
 _SAVE_PERIOD = 10.0  # seconds between two writes of the state
-
-
-class LossPrediction(Protocol):
-    @property
-    def loss(self) -> float: ...
-
-
-class LossPredictor(Protocol):
-    def predict(self, features_F: np.ndarray[Any, Any]) -> LossPrediction: ...
-
-
-class LearnedRouter(Policy, Protocol):
-    """The result of training: features, a predictor of the loss, and the facts that the controller reads."""
-
-    def extract(self, token_ids: np.ndarray[Any, Any], run_prefill: RunPrefill) -> np.ndarray[Any, Any]:
-        """Features [F] float32 of token ids [T] int64. Raises UserError for an empty prompt, before the prefill."""
-
-    @property
-    def predictor(self) -> LossPredictor: ...
-    @property
-    def seen(self) -> Mapping[str, float]: ...
 
 
 class RouterService:
@@ -53,7 +33,7 @@ class RouterService:
 
     def __init__(
         self,
-        router: LearnedRouter,
+        router: Router,
         idle: Callable[[], bool],
         settings: Settings | None = None,
         state_file: Path | None = None,

@@ -11,6 +11,7 @@ from typing import Any
 
 from plugins.common.defaults import LEAST_GAIN, SPARSE_KERNELS
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import TENSOR_CORE, Pattern
 from plugins.sparsity.segments import Axis
 
@@ -21,31 +22,16 @@ OURS = ("cublaslt", "cpu-dense")  # what a layer can run dense
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A layer as far as its speed depends on it."""
-
-    out_features: int
-    in_features: int
-    format: str  # fp16, bf16, int8, fp8
-    per_channel: bool = False  # one weight scale a row
-    out: str = "bf16"
-    pattern: Pattern = TENSOR_CORE  # of its sparse kernels
-
-    def __str__(self) -> str:
-        return f"{self.format} [{self.out_features}, {self.in_features}]"
-
-
-@dataclass(frozen=True)
 class Hybrid:
-    """A layer that is 2:4 in part: its product of 2:4 weights, that of the rest, and the dense layer's."""
+    """A layer that is sparse in part: its product of sparse weights, that of the rest, and the dense layer's."""
 
-    sparse: Shape
-    rest: Shape
-    whole: Shape
+    sparse: LinearShape
+    rest: LinearShape
+    whole: LinearShape
 
     @classmethod
-    def of(cls, whole: Shape, axis: Axis, size: int) -> Hybrid:
-        """With `size` of its rows or inputs 2:4."""
+    def of(cls, whole: LinearShape, axis: Axis, size: int) -> Hybrid:
+        """With `size` of its rows or inputs sparse."""
         if axis == "rows":
             sizes = size, whole.out_features - size
             sparse, rest = (replace(whole, out_features=rows) for rows in sizes)
@@ -54,8 +40,12 @@ class Hybrid:
             sparse, rest = (replace(whole, in_features=columns) for columns in sizes)
         return cls(sparse, rest, whole)
 
+    @property
+    def pattern(self) -> Pattern:
+        return self.sparse.pattern
+
     def __str__(self) -> str:
-        return f"{self.whole}, 2:4 in [{self.sparse.out_features}, {self.sparse.in_features}]"
+        return f"{self.whole}, {self.sparse.pattern} in [{self.sparse.out_features}, {self.sparse.in_features}]"
 
 
 @dataclass(frozen=True)
@@ -93,7 +83,7 @@ def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
 def choose_hybrid(
     buckets: Sequence[dict[str, Any]], rest: Sequence[Timing], whole: Sequence[Timing]
 ) -> list[dict[str, Any]]:
-    """The buckets of a hybrid layer from those of its 2:4 part: both products against the dense layer's one.
+    """The buckets of a hybrid layer from those of its sparse part: both products against the dense layer's one.
 
     Where both are faster by LEAST_GAIN at no number of tokens the layer runs dense, as one product.
     """
@@ -119,7 +109,7 @@ def _listed(algorithm: tuple[int, ...] | None) -> list[int] | None:
     return None if algorithm is None else list(algorithm)
 
 
-def entry(shape: Shape | Hybrid, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str, Any]:
+def entry(shape: LinearShape | Hybrid, buckets: Sequence[dict[str, Any]], gpu: str) -> dict[str, Any]:
     """A layer's entry in tactics.json."""
     if isinstance(shape, Hybrid):
         products = [[part.out_features, part.in_features] for part in (shape.sparse, shape.rest)]
@@ -129,9 +119,7 @@ def entry(shape: Shape | Hybrid, buckets: Sequence[dict[str, Any]], gpu: str) ->
         why = why if pays else f"runs dense, as one product: {why}"
         return {**entry(shape.whole, buckets, gpu), "products": products if pays else None, "reason": why}
     return {
-        "out_features": shape.out_features,
-        "in_features": shape.in_features,
-        "format": shape.format,
+        **shape.facts,
         "sparse": True,
         "reason": reason(buckets, gpu, shape.pattern),
         "buckets": list(buckets),

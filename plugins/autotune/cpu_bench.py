@@ -11,20 +11,18 @@ import time
 from collections.abc import Callable, Sequence
 from ctypes import byref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from plugins.autotune import timing
+from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import cpu_kernel
 from plugins.common.processor import last_level_cache_bytes, processor
 from plugins.libtwofour import cpu
 from plugins.linear.cpu_linear import DENSE, TYPES, CpuLinear
 from plugins.linear.torch_linear import DenseLinear, Int8Linear, Scales
 from plugins.sparsity.torch_packing import pack
-
-if TYPE_CHECKING:
-    from plugins.autotune.choice import Shape
 
 BUCKETS = (1, 4, 16, 64, 256)  # more tokens change no choice: a product is then bounded by its arithmetic
 SECONDS = 0.04  # of rounds for one kernel at one number of tokens
@@ -36,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn
 class CpuBench:
     """Operands of one shape, made once for all buckets."""
 
-    shape: Shape
+    shape: LinearShape
     most_tokens: int
     layers: dict[str, torch.nn.Module] = field(default_factory=dict)
     copies: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -45,7 +43,7 @@ class CpuBench:
         rows, columns, dtype = self.shape.out_features, self.shape.in_features, DTYPES[self.shape.format]
         self.dense = timing.random_sparse(rows, columns, dtype, torch.device("cpu"), pattern=self.shape.pattern)
         self.x = torch.randn(self.most_tokens, columns).to(torch.bfloat16)
-        count = rows if self.shape.per_channel else 1
+        count = rows if self.shape.format == "int8" else 1
         self.scales = None if dtype == torch.bfloat16 else Scales(torch.full((count,), 0.01), torch.tensor([0.05]))
 
     def kernels(self) -> Sequence[str]:

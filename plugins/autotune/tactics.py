@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from plugins.common.config import Config
+from plugins.common.config_base import Config
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
 from plugins.common.patterns import TENSOR_CORE, Pattern
 
 Kernel = Literal[
-    "dense-cublaslt", "cusparselt", "skinny", "dense-cpu", "cpu-2of4", "cpu-4of8", "cpu-5of8", "cpu-6of8", "reference",
-    "none",
+    "dense-cublaslt", "cusparselt", "skinny", "skinny-4of8", "skinny-5of8", "skinny-6of8", "dense-cpu", "cpu-2of4",
+    "cpu-4of8", "cpu-5of8", "cpu-6of8", "reference", "none",
 ]  # fmt: skip
 
 

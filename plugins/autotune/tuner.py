@@ -1,9 +1,9 @@
 """Chooses each layer's kernel at each number of tokens by timing them on this machine. Needs torch alone.
 
 For each unique shape and bucket of tokens, weights cold: on a GPU (autotune/timing.py) cuBLASLt on the dense weight
-(the best of our search and of torch's own call), cuSPARSELt, and the skinny kernel up to 64 tokens; on a CPU
-(cpu_bench.py) our dense kernel, torch's own product and our sparse kernel. A sparse kernel is kept where it is faster
-than dense by at least LEAST_GAIN. A layer on which none wins stays dense, with the reason in its entry.
+(the best of our search and of torch's own call), for 2:4 cuSPARSELt, and the pattern's skinny kernel up to 64 tokens;
+on a CPU (cpu_bench.py) our dense kernel, torch's own product and our sparse kernel. A sparse kernel is kept where it is
+faster than dense by at least LEAST_GAIN. A layer on which none wins stays dense, with the reason in its entry.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 import torch
 
 from plugins.autotune import search, timing
-from plugins.autotune.choice import Hybrid, Shape, Timing, choose, choose_hybrid, entry, hold_once
+from plugins.autotune.choice import Hybrid, Timing, choose, choose_hybrid, entry, hold_once
 from plugins.autotune.reuse import versions
 from plugins.common import numerics
 from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import TENSOR_CORE, skinny_kernel
 from plugins.common.progress import Progress, silent
 from plugins.libtwofour import bindings, torch_ops
 
@@ -35,20 +37,21 @@ WORKSPACE = 128 << 20  # in addition to the raw sums that our epilogue finishes
 class Bench:
     """Operands of one shape on the GPU, made once for all buckets and freed with it."""
 
-    shape: Shape
+    shape: LinearShape
     device: torch.device
     most_tokens: int
     l2_bytes: int
+    out: str = "bf16"  # what the product of 8-bit weights is written in
     weights: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         s, dtype = self.shape, torch_ops.DTYPES[self.shape.format]
-        self.dense = timing.random_sparse(s.out_features, s.in_features, dtype, self.device)
+        self.dense = timing.random_sparse(s.out_features, s.in_features, dtype, self.device, pattern=s.pattern)
         self.x = timing.random_operand(self.most_tokens, s.in_features, dtype, self.device)
-        self.out_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch_ops.DTYPES[s.out]
+        self.out_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch_ops.DTYPES[self.out]
         self.scale = 1.0 if self.out_dtype == dtype else 2.0**-10
         rows = torch.full((s.out_features,), self.scale, device=self.device)
-        self.channel_scales = rows if s.per_channel and self.out_dtype != dtype else None
+        self.channel_scales = rows if s.format == "int8" else None
 
     def copies(self, kernel: str) -> list[torch.Tensor]:
         """As many copies of the prepared weight as defeat the L2 cache."""
@@ -62,26 +65,34 @@ class Bench:
 Timed = TypeVar("Timed")
 Timer = Callable[[Any, str, int], Timing]
 """Times a kernel on a bench (Bench or CpuBench) at a number of tokens."""
+MakeBench = Callable[[LinearShape], Bench]
 
 
 def tune(
-    layers: Mapping[str, Shape | Hybrid],
+    layers: Mapping[str, LinearShape | Hybrid],
     buckets: Sequence[int] = BUCKETS,
     device: int = 0,
     progress: Progress = silent,
+    out: str = "bf16",
 ) -> dict[str, Any]:
-    """tactics.json of 2:4 `layers` (module names and shapes) measured on a CUDA device.
+    """tactics.json of sparse `layers` (module names and shapes) measured on a CUDA device.
 
+    `out` is what the layers put out, "bf16" or "fp16". Dense and 2:4 kernels are timed, whatever a shape's fraction.
     Raises UserError where there is no GPU with sparse tensor cores, no library, or not the memory for one layer.
     """
     info = bindings.context(device).info()
     unique = list(dict.fromkeys(layers.values()))
-    measured: dict[Shape | Hybrid, list[dict[str, Any]]] = {}
-    dense: dict[Shape, list[Timing]] = {}  # hybrid layers share them: a whole layer of one size, at any share of 2:4
+    measured: dict[LinearShape | Hybrid, list[dict[str, Any]]] = {}
+    dense: dict[LinearShape, list[Timing]] = {}  # hybrid layers share them: a whole layer of one size, at any share
     facts = timing.device_facts(device)
+    most_tokens, place = max(*buckets, *PADDED), torch.device("cuda", device)
+
+    def bench(shape: LinearShape) -> Bench:
+        return Bench(shape, place, most_tokens, info.l2_bytes, out)
+
     for done, shape in enumerate(unique):
         progress("time kernels", done, len(unique))
-        given = (sorted(buckets), device, info.l2_bytes)
+        given = (sorted(buckets), bench)
         if isinstance(shape, Hybrid):
             for part in {shape.rest, shape.whole} - dense.keys():
                 dense[part] = _measure_dense(part, *given)
@@ -100,19 +111,15 @@ def tune(
     }
 
 
-def _measure(shape: Shape, buckets: Sequence[int], device: int, l2_bytes: int) -> list[dict[str, Any]]:
+def _measure(shape: LinearShape, buckets: Sequence[int], make: MakeBench) -> list[dict[str, Any]]:
     """The shape's buckets."""
-    return _timed(
-        shape, lambda bench: [bucket_of(bench, tokens, time_kernel) for tokens in buckets], buckets, device, l2_bytes
-    )
+    return _timed(shape, lambda bench: [bucket_of(bench, tokens, time_kernel) for tokens in buckets], make)
 
 
-def _timed(
-    shape: Shape, times: Callable[[Bench], list[Timed]], buckets: Sequence[int], device: int, l2_bytes: int
-) -> list[Timed]:
+def _timed(shape: LinearShape, times: Callable[[Bench], list[Timed]], make: MakeBench) -> list[Timed]:
     """The `times` of the shape's operands, which are freed afterwards."""
     try:
-        return times(Bench(shape, torch.device("cuda", device), max(*buckets, *PADDED), l2_bytes))
+        return times(make(shape))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"GPU memory ran out while timing {shape}: free memory and build again ({_line(error)})"
@@ -121,9 +128,9 @@ def _timed(
         torch.cuda.empty_cache()
 
 
-def _measure_dense(shape: Shape, buckets: Sequence[int], device: int, l2_bytes: int) -> list[Timing]:
+def _measure_dense(shape: LinearShape, buckets: Sequence[int], make: MakeBench) -> list[Timing]:
     """The dense part of a hybrid layer, timed by itself, as the engine launches its parts in turn."""
-    return _timed(shape, lambda bench: [_dense_time(bench, n) for n in buckets], buckets, device, l2_bytes)
+    return _timed(shape, lambda bench: [_dense_time(bench, tokens) for tokens in buckets], make)
 
 
 def _dense_time(bench: Bench, tokens: int) -> Timing:
@@ -131,7 +138,7 @@ def _dense_time(bench: Bench, tokens: int) -> Timing:
     return time_kernel(bench, "cublaslt" if bench.shape.format in ("int8", "fp8") else "torch", tokens)
 
 
-def search_dense(shapes: Iterable[Shape], buckets: Sequence[int], device: int = 0) -> None:
+def search_dense(shapes: Iterable[LinearShape], buckets: Sequence[int], device: int = 0) -> None:
     """Leaves with libtwofour the fastest dense algorithms of `shapes`; a shape that it refuses keeps its defaults."""
     l2_bytes = bindings.context(device).info().l2_bytes
     for shape in shapes:
@@ -145,7 +152,7 @@ def search_dense(shapes: Iterable[Shape], buckets: Sequence[int], device: int = 
 
 
 def tune_cpu(
-    layers: Mapping[str, Shape],
+    layers: Mapping[str, LinearShape],
     buckets: Sequence[int] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -158,7 +165,7 @@ def tune_cpu(
     facts, made_for = cpu_bench.device_facts(), cpu_bench.versions()
     buckets = sorted(buckets or cpu_bench.BUCKETS)
     unique = list(dict.fromkeys(layers.values()))
-    measured: dict[Shape, list[dict[str, Any]]] = {}
+    measured: dict[LinearShape, list[dict[str, Any]]] = {}
     for done, shape in enumerate(unique):
         progress("time kernels", done, len(unique))
         bench = cpu_bench.CpuBench(shape, buckets[-1])
@@ -184,9 +191,8 @@ def bucket_of(bench: Any, tokens: int, timer: Timer, kernels: Sequence[str] | No
 
     Kernels that cannot run are left out.
     """
-    skinny = ("skinny",) if tokens <= MAX_SKINNY_TOKENS else ()
     timings = []
-    for kernel in kernels or ("cublaslt", "torch", "cusparselt", *skinny):
+    for kernel in kernels or kernels_of(bench.shape.pattern, tokens):
         try:
             timings.append(time_padded(bench, kernel, tokens, timer))
         except torch.OutOfMemoryError:
@@ -194,6 +200,13 @@ def bucket_of(bench: Any, tokens: int, timer: Timer, kernels: Sequence[str] | No
         except (UserError, RuntimeError) as error:  # RuntimeError: torch's own product refuses some shapes
             log.info("%s at %d tokens excludes %s: %s", bench.shape, tokens, kernel, _line(error))
     return choose(tokens, timings)
+
+
+def kernels_of(pattern: str, tokens: int) -> tuple[str, ...]:
+    """A GPU's kernels that may multiply a weight of `pattern`, dense ones first. cuSPARSELt takes 2:4 alone."""
+    wide = ("cusparselt",) if pattern == TENSOR_CORE else ()
+    skinny = (skinny_kernel(pattern),) if tokens <= MAX_SKINNY_TOKENS else ()
+    return ("cublaslt", "torch", *wide, *skinny)
 
 
 def time_padded(bench: Any, kernel: str, tokens: int, timer: Timer) -> Timing:

@@ -1,6 +1,6 @@
 """The patterns of pruned weights: n:m leaves at most n nonzeros in each group of m consecutive inputs. No torch.
 
-2:4 has sparse tensor cores and CPU kernels. The n:8 patterns have CPU kernels alone, which expand the weight in
+2:4 has sparse tensor cores and CPU kernels. The kernels of n:8, on a GPU up to 64 tokens, expand the weight in
 registers and multiply it as a dense one: they save bytes and no multiplications.
 """
 
@@ -11,7 +11,7 @@ from typing import Literal, get_args
 Pattern = Literal["2:4", "4:8", "5:8", "6:8"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 TENSOR_CORE: Pattern = "2:4"  # what sparse tensor cores multiply
-ON_CPU_ONLY = tuple(pattern for pattern in PATTERNS if pattern != TENSOR_CORE)
+OF_EIGHT = tuple(pattern for pattern in PATTERNS if pattern != TENSOR_CORE)
 
 
 def keep_and_group(pattern: str) -> tuple[int, int]:
@@ -32,6 +32,11 @@ def bytes_per_weight(pattern: str, dense: float) -> float:
 def short_name(pattern: str) -> str:
     """ "2of4", as the names of presets, formats and kernels have it."""
     return pattern.replace(":", "of")
+
+
+def skinny_kernel(pattern: str) -> str:
+    """The skinny kernel of a GPU, as libtwofour and tactics.json name it: "skinny-6of8", of 2:4 "skinny"."""
+    return "skinny" if pattern == TENSOR_CORE else f"skinny-{short_name(pattern)}"
 
 
 def cpu_kernel(pattern: str) -> str:

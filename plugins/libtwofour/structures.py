@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from plugins.common.formats import Format
 
-KERNELS = ("skinny", "cusparselt", "cublaslt")
+KERNELS = (
+    "skinny",
+    "cusparselt",
+    "cublaslt",
+    "skinny-4of8",
+    "skinny-5of8",
+    "skinny-6of8",
+)  # in the order of twofour_kernel
 FORMATS = tuple(format.value for format in Format if format.twofour_type is not None)  # in the order of twofour_type
 
 

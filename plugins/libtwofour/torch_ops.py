@@ -2,6 +2,7 @@
 
     quantize(x_MK, multiplier, dtype)                                                     -> q_MK
     skinny_linear(x_MK, packed, scale, channel_scales, bias, out_features, out_dtype)     -> y_MN, 1 to 64 tokens
+    skinny_4of8_linear, skinny_5of8_linear, skinny_6of8_linear(... the same ...)          -> y_MN, likewise
     cusparselt_linear(x_MK, compressed, ... the same ...)                                 -> y_MN
     dense_linear(x_MK, w_NK, ... the same ...)                                            -> y_MN, by cuBLASLt
     linear_into(y_MN!, x_MK, weight, kernel, scale, channel_scales, bias, accumulate)     y_MN = or += the product
@@ -11,7 +12,7 @@ bias [N] has the out_dtype. x has the weight's dtype: float16, bfloat16, int8 or
 plugins/common/numerics.py: int8 exact in int32, then each of scale, bias and output rounded once.
 
 On CUDA these run libtwofour; on a CPU the reference, which `cusparselt_linear` lacks, as its compressed form is
-cuSPARSELt's own. `prepare` turns a dense 2:4 weight into what an operator takes.
+cuSPARSELt's own. `prepare` turns a dense weight that holds the operator's pattern into what it takes.
 
 Legend: M tokens, N out_features, K in_features.
 """
@@ -26,13 +27,11 @@ import torch
 
 from plugins.common import numerics
 from plugins.common.errors import UserError
-from plugins.common.formats import format_of
-from plugins.libtwofour import bindings, structures
-from plugins.libtwofour.cpu_forms import check_skinny, reference_linear
-from plugins.sparsity import skinny_layout
-from plugins.sparsity.torch_packing import from_numpy, to_numpy
+from plugins.common.patterns import OF_EIGHT, PATTERNS, TENSOR_CORE, short_name, skinny_kernel
+from plugins.libtwofour import bindings, cpu_forms, structures
+from plugins.libtwofour.cpu_forms import pack_skinny, reference_linear, skinny_product
 
-FORMATS = {getattr(torch, format_of(name).dtype): name for name in structures.FORMATS}
+FORMATS = cpu_forms.FORMATS
 DTYPES = {name: dtype for dtype, name in FORMATS.items()}
 
 
@@ -54,9 +53,25 @@ def skinny_linear(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """The skinny kernel; `packed_weight` as plugins/sparsity/skinny_layout.py. Raises UserError above 64 tokens."""
-    check_skinny(x_MK)
-    w_NK = unpack_skinny(packed_weight, out_features, x_MK.shape[1], x_MK.dtype)
-    return reference_linear(x_MK, w_NK, scale, channel_scales, bias, out_dtype)
+    return skinny_product(TENSOR_CORE, x_MK, packed_weight, scale, channel_scales, bias, out_features, out_dtype)
+
+
+def _skinny_of8(pattern: str) -> Any:
+    """The operator of an n:8 pattern; its packed weight as plugins/sparsity/skinny_layout_of8.py."""
+
+    @torch.library.custom_op(f"twofour::skinny_{short_name(pattern)}_linear", mutates_args=(), device_types="cpu")
+    def multiply(
+        x_MK: torch.Tensor,
+        packed_weight: torch.Tensor,
+        scale: float,
+        channel_scales: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_features: int,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        return skinny_product(pattern, x_MK, packed_weight, scale, channel_scales, bias, out_features, out_dtype)
+
+    return multiply
 
 
 @torch.library.custom_op("twofour::cusparselt_linear", mutates_args=(), device_types="cpu")
@@ -91,6 +106,7 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "skinny": skinny_linear,
     "cusparselt": cusparselt_linear,
     "cublaslt": dense_linear,
+    **{skinny_kernel(pattern): _skinny_of8(pattern) for pattern in OF_EIGHT},
 }
 
 
@@ -244,18 +260,19 @@ def describe(
 
 
 def prepare(w_NK: torch.Tensor, kernel: str) -> torch.Tensor:
-    """A dense 2:4 weight [N, K] as `kernel` takes it: uint8 for "skinny" and "cusparselt", itself for "cublaslt".
+    """A dense weight [N, K] that holds the kernel's pattern, as `kernel` takes it: uint8, itself for "cublaslt".
 
-    Raises UserError naming the first row and group that is not 2:4, or sizes the kernel cannot take and what works.
+    Raises UserError naming the first row and group that breaks the pattern, or sizes that fit the kernel.
     """
     w_NK = w_NK.detach().contiguous()
     if kernel == "cublaslt":
         return w_NK
     if w_NK.is_cuda:
         return prepare_on_device(w_NK, kernel)
-    if kernel != "skinny":
+    if kernel == "cusparselt":
         raise UserError("cuSPARSELt compresses for the GPU it runs on: move the weight to CUDA")
-    return torch.from_numpy(skinny_layout.pack(to_numpy(w_NK), FORMATS[w_NK.dtype]))
+    pattern = next(pattern for pattern in PATTERNS if skinny_kernel(pattern) == kernel)
+    return pack_skinny(w_NK, pattern)
 
 
 def prepare_on_device(w_NK: torch.Tensor, kernel: str) -> torch.Tensor:
@@ -266,12 +283,6 @@ def prepare_on_device(w_NK: torch.Tensor, kernel: str) -> torch.Tensor:
     prepared = torch.empty(context.weight_bytes(problem), dtype=torch.uint8, device=w_NK.device)
     context.prepare_weight(problem, w_NK.data_ptr(), prepared.data_ptr(), _stream(w_NK))
     return prepared
-
-
-def unpack_skinny(packed_weight: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight [N, K] of a packed one, on the CPU."""
-    bits = skinny_layout.unpack(packed_weight.numpy(), out_features, in_features, FORMATS[dtype])
-    return from_numpy(bits, dtype)
 
 
 def _stream(tensor: torch.Tensor) -> int:

@@ -17,6 +17,7 @@ from torch import nn
 
 from plugins.common import numerics
 from plugins.common.defaults import MAX_SKINNY_TOKENS
+from plugins.common.patterns import PATTERNS, TENSOR_CORE, skinny_kernel
 from plugins.libtwofour import torch_ops
 from plugins.linear.torch_linear import InputQuantizer, Linear, Scales
 
@@ -25,18 +26,23 @@ Choices = Sequence[tuple[int, str]]
 
 LIMIT = MAX_SKINNY_TOKENS
 SKINNY_THEN_CUSPARSELT: Choices = ((LIMIT, "skinny"), (LIMIT + 1, "cusparselt"))
+SKINNY = {skinny_kernel(pattern): pattern for pattern in PATTERNS}
 DENSE: Choices = ((1, "cublaslt"),)
 
 
-def choices_of(tactics: Mapping[str, Any] | None, sparse: bool) -> Choices:
-    """The choices of one layer's entry in tactics.json; without an entry, or in a dense layer, the usual ones."""
-    if not sparse:
+def choices_of(tactics: Mapping[str, Any] | None, pattern: str | None) -> Choices:
+    """The choices of one layer's entry in tactics.json; without an entry, or in a dense layer, the usual ones.
+
+    `pattern` is that of the layer's packed weight, None in a dense layer.
+    """
+    if pattern is None:
         return DENSE
+    usual = _runnable(((LIMIT, skinny_kernel(pattern)),))
     if tactics is None:
-        return SKINNY_THEN_CUSPARSELT
+        return usual
     named = [(int(bucket["tokens"]), str(bucket["kernel"]).removeprefix("dense-")) for bucket in tactics["buckets"]]
     known = sorted((tokens, kernel) for tokens, kernel in named if kernel in torch_ops.OPERATORS)
-    return known or SKINNY_THEN_CUSPARSELT
+    return known or usual
 
 
 class Dense(NamedTuple):
@@ -73,7 +79,8 @@ class KernelLinear(Linear):
         self.operand = None if scales is None else w_NK.dtype
         self.quantizer = None if scales is None else InputQuantizer(scales.multiplier, _quantize_to(w_NK.dtype))
         self.out_features, self.in_features = w_NK.shape
-        self._tokens, self._kernels = _runnable(choices)
+        runnable = _runnable(choices)
+        self._tokens, self._kernels = [tokens for tokens, _ in runnable], [kernel for _, kernel in runnable]
         self.kernel = " or ".join(dict.fromkeys(self._kernels))
         w_NK = w_NK.to(dtype) if scales is None else w_NK
         self.weights = {kernel: torch_ops.prepare(w_NK, kernel) for kernel in dict.fromkeys(self._kernels)}
@@ -131,12 +138,20 @@ def _lengthen(x_MK: torch.Tensor, tokens: int) -> torch.Tensor:
     return longer
 
 
-def _runnable(choices: Choices) -> tuple[list[int], list[str]]:
-    """Tokens and kernels, with cuSPARSELt instead of the skinny kernel above the number of tokens that this takes."""
-    chosen = [(tokens, "cusparselt" if kernel == "skinny" and tokens > LIMIT else kernel) for tokens, kernel in choices]
-    if chosen[-1][1] == "skinny":
-        chosen.append((LIMIT + 1, "cusparselt"))
-    return [tokens for tokens, _ in chosen], [kernel for _, kernel in chosen]
+def _runnable(choices: Choices) -> Choices:
+    """The choices, with a kernel for many tokens above the number that a skinny kernel takes.
+
+    That is cuSPARSELt for 2:4, and for n:8, which has no such kernel, cuBLASLt on a dense copy of the weight.
+    """
+    chosen = [(tokens, _for_many(kernel) if tokens > LIMIT else kernel) for tokens, kernel in choices]
+    if chosen[-1][1] in SKINNY:
+        chosen.append((LIMIT + 1, _for_many(chosen[-1][1])))
+    return tuple(chosen)
+
+
+def _for_many(kernel: str) -> str:
+    pattern = SKINNY.get(kernel)
+    return kernel if pattern is None else "cusparselt" if pattern == TENSOR_CORE else "cublaslt"
 
 
 @cache  # one function a dtype: layers that share an input are known by it

@@ -31,9 +31,7 @@ class Declaration:
 
     layers: tuple[str, ...] = ()
     hybrid: dict[str, Segments] = field(default_factory=dict)
-    order: dict[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # of a block's `mlp`: channels; `self_attn`: KV heads
+    order: dict[str, tuple[int, ...]] = field(default_factory=dict)  # a block's `mlp`: channels; `self_attn`: KV heads
     method: str = ""
     pattern: Pattern = TENSOR_CORE
 

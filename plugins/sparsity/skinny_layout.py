@@ -24,13 +24,13 @@ ROWS, INPUTS, UNITS, LANES, CHUNK = 16, 256, 4, 32, 16
 
 def packed_bytes(out_features: int, in_features: int, format: str) -> int:
     """Bytes of the packed weight: 0.5625 of the dense ones at 16 bits, 0.625 at 8, sizes rounded up to whole blocks."""
-    return -(-out_features // ROWS) * -(-in_features // INPUTS) * _block_bytes(_width(format))
+    return -(-out_features // ROWS) * -(-in_features // INPUTS) * _block_bytes(checked_width(format))
 
 
 def pack(w_NK: Array, format: str) -> Array:
     """Packs a 2:4 weight w_NK [N, K]: uint8 [packed_bytes]. Raises UserError naming a group that is not."""
     n, k = w_NK.shape
-    width = _width(format)
+    width = checked_width(format)
     if w_NK.dtype.itemsize != width:
         raise UserError(f"a weight of {w_NK.dtype} is no {format} weight: its elements have {width} bytes")
     values, indices = pattern.pack(w_NK)
@@ -52,7 +52,7 @@ def pack(w_NK: Array, format: str) -> Array:
 
 def unpack(packed: Array, out_features: int, in_features: int, format: str) -> Array:
     """The dense weight of a packed one: unsigned integers [N, K] of the element's width, the bits of its elements."""
-    n, k, width = out_features, in_features, _width(format)
+    n, k, width = out_features, in_features, checked_width(format)
     if packed.dtype != np.uint8 or packed.size != packed_bytes(n, k, format):
         raise UserError(
             f"{packed.size} bytes of {packed.dtype} are not a packed {format} weight [{n}, {k}]: it has "
@@ -80,7 +80,7 @@ class _Places:
     counted row * 64 + group, that share each."""
 
     def __init__(self, format: str) -> None:
-        width = _width(format)
+        width = checked_width(format)
         bytes_of_group = 2 * width
         row, group = np.meshgrid(np.arange(ROWS), np.arange(INPUTS // 4), indexing="ij")
         unit, within = group // 16, group % 16
@@ -109,7 +109,8 @@ def _places(format: str) -> _Places:
     return _Places(format)
 
 
-def _width(format: str) -> int:
+def checked_width(format: str) -> int:
+    """Bytes of an element. Raises UserError for a format that has no packed form."""
     if format not in ("fp16", "bf16", "int8", "fp8"):
         raise UserError(f"no packed form for '{format}': fp16, bf16, int8 or fp8")
     return 2 if format in ("fp16", "bf16") else 1

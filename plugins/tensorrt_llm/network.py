@@ -84,9 +84,8 @@ class _SparseFP8(_Sparse):
         """x in e4m3; an attention layer before it may have rounded it already."""
         input_scale = raw(self, "activation_scaling_factor")
         if x.dtype != trt.fp8:
-            x = quantize(
-                cast(x, trt.float32), constant(input_scale), "fp8"
-            )  # the scale stays float32, as in the plugin
+            # the scale stays float32, as in the plugin
+            x = quantize(cast(x, trt.float32), constant(input_scale), "fp8")
         return x, input_scale * raw(self, "weights_scaling_factor")
 
 

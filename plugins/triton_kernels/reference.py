@@ -23,7 +23,7 @@ def rms_norm(
     multiplier: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See ops.rms_norm."""
+    """Adds `x_MK`, where given, to `residual_MK` in place; returns the RMSNorm [M, K] of the sum, rounded."""
     if x_MK is not None:
         residual_MK.add_(x_MK)
     return _round(normalize(residual_MK, weight_K, eps), multiplier, dtype)
@@ -36,7 +36,10 @@ def silu_mul(
     gate_first: int = 0,
     up_first: int = 0,
 ) -> torch.Tensor:
-    """See ops.silu_mul."""
+    """silu(gate) * up [M, N / 2], rounded, of gate and up side by side.
+
+    Their first `gate_first` and `up_first` columns come before all others: those of 2:4 weights (Linear.sparse_rows).
+    """
     width = gate_up_MN.shape[1] // 2
     gate, up = _take_apart(gate_up_MN, (width, width), (gate_first, up_first))
     return _round(torch.nn.functional.silu(gate) * up, multiplier, dtype)
@@ -59,7 +62,13 @@ def rope_and_cache(
     k_first: int = 0,
     v_first: int = 0,
 ) -> torch.Tensor:
-    """See ops.rope_and_cache."""
+    """Rotated queries [M, heads, D] of q, k and v side by side; writes token m's key and value at positions_M[m].
+
+    `q_norm_D` and `k_norm_D` normalize each head first. The cache [P, H, S, D] is contiguous; `table` int32
+    [M, pages] names the pages of S positions that hold token m's sequence; None: all of it lies in row m.
+    Multipliers [1] float32 (1 / scale) belong to an 8-bit cache. The first so many heads of q, k and v (`q_first`,
+    `k_first`, `v_first`) come before all others in `qkv_MN`: those of 2:4 weights (Linear.sparse_rows).
+    """
     first = (q_first, k_first, v_first)
     q_MHD, k_MHD, v_MHD = split_heads(qkv_MN, keys_PHSD.shape[1], keys_PHSD.shape[3], first)
     if q_norm_D is not None and k_norm_D is not None:
@@ -91,7 +100,11 @@ def decode_attention(
     multiplier: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See ops.decode_attention."""
+    """Attention [B, heads * D], rounded, of each request's query over its positions 0 to positions_B[b].
+
+    No position is `length` or more. `window`: only the last so many are seen. `scale` multiplies q k (a cache's
+    k_scale included), `v_scale` the result. The cache and `table` as `rope_and_cache` has them.
+    """
     requests, _, head_dim = q_BHD.shape
     k_seen, v_seen = (
         _as_floats(_sequences(cache, table, requests, length), q_BHD.dtype) for cache in (keys_PHSD, values_PHSD)

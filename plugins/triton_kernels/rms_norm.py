@@ -55,7 +55,7 @@ def rms_norm(
     multiplier: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See ops.rms_norm."""
+    """See reference.rms_norm."""
     rows, width = residual_MK.shape
     out_MK = torch.empty(rows, width, dtype=dtype, device=residual_MK.device)
     block = triton.next_power_of_2(width)

@@ -157,7 +157,7 @@ def rope_and_cache(
     k_first: int = 0,
     v_first: int = 0,
 ) -> torch.Tensor:
-    """See ops.rope_and_cache."""
+    """See reference.rope_and_cache."""
     tokens, width = qkv_MN.shape
     _, kv_heads, page_size, head_dim = keys_PHSD.shape
     heads = width // head_dim - 2 * kv_heads

@@ -54,7 +54,7 @@ def silu_mul(
     gate_first: int = 0,
     up_first: int = 0,
 ) -> torch.Tensor:
-    """See ops.silu_mul."""
+    """See reference.silu_mul."""
     rows, width = gate_up_MN.shape[0], gate_up_MN.shape[1] // 2
     out_MN = torch.empty(rows, width, dtype=dtype, device=gate_up_MN.device)
     _silu_mul[(rows, triton.cdiv(width, BLOCK))](

@@ -9,12 +9,12 @@ import pytest
 
 from benchmarks.config import Benchmark, Goodput, Workload
 from benchmarks.roofline import roofline
-from benchmarks.roofline.roofline import Layer
 from benchmarks.roofline.utilization import ModelCost, add_limits
 from benchmarks.serving.compare import compare
 from benchmarks.serving.records import Record
 from benchmarks.serving.summarize import Run, summarise
 from benchmarks.serving.workload import BenchRequest
+from plugins.common.linear_shape import LinearShape
 from tests.support.records import read_records
 
 WORKLOAD = Workload(input_tokens=8, output_tokens=5, requests=4, concurrency=(2, 4))
@@ -173,8 +173,8 @@ def points_at(seconds_per_token: float) -> list[dict[str, Any]]:
 
 
 COSTS = {
-    "dense": ModelCost([Layer(4096, 4096, "bf16", count=100)], 0),
-    "built": ModelCost([Layer(4096, 4096, "fp8", sparse=True, count=100)], 0),
+    "dense": ModelCost([LinearShape(4096, 4096)] * 100, 0),
+    "built": ModelCost([LinearShape(4096, 4096, "fp8", 1.0)] * 100, 0),
 }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serving import metrics
+from benchmarks.serving import request_metrics
 from benchmarks.serving.drivers import in_process
 from benchmarks.serving.workload import BenchRequest
 from tests.support.bench_requests import ask
@@ -86,24 +86,26 @@ def test_never_more_than_the_concurrency_is_in_the_engine(concurrency: int) -> N
 
 def test_times_in_process_are_those_of_the_engines_clock() -> None:
     record = drive(FakeEngine(Clock()), ask(requests=4)[:1], 1)[0]
-    assert metrics.time_to_first_token(record) == pytest.approx(110)
-    assert metrics.inter_token_latency(record) == pytest.approx(10)
-    assert metrics.request_latency(record) == pytest.approx(150)
+    assert request_metrics.time_to_first_token(record) == pytest.approx(110)
+    assert request_metrics.inter_token_latency(record) == pytest.approx(10)
+    assert request_metrics.request_latency(record) == pytest.approx(150)
 
 
 def test_a_closed_loop_counts_each_request_from_its_turn() -> None:
     records = drive(FakeEngine(Clock()), ask(), 1)
-    assert [metrics.request_latency(record) for record in records] == pytest.approx([150] * 6)
+    assert [request_metrics.request_latency(record) for record in records] == pytest.approx([150] * 6)
 
 
 def test_an_open_loop_counts_from_the_schedule_so_that_waiting_is_seen() -> None:
     clock = Clock()
     requests = [BenchRequest(str(index), (1,), 5, due=due) for index, due in enumerate((0.0, 0.01, 2.0))]
     records = drive(FakeEngine(clock), requests, 1)
-    assert metrics.time_to_first_token(records[0]) == pytest.approx(110)
-    assert metrics.time_to_first_token(records[1]) == pytest.approx(140 + 110)  # due at 10 ms, served after 150 ms
+    assert request_metrics.time_to_first_token(records[0]) == pytest.approx(110)
+    assert request_metrics.time_to_first_token(records[1]) == pytest.approx(
+        140 + 110
+    )  # due at 10 ms, served after 150 ms
     assert records[2].start == pytest.approx(102.0)  # the driver slept until it was due
-    assert metrics.time_to_first_token(records[2]) == pytest.approx(110)
+    assert request_metrics.time_to_first_token(records[2]) == pytest.approx(110)
 
 
 def test_a_request_that_ends_early_in_process_is_an_error() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serving import metrics
+from benchmarks.serving import request_metrics
 from benchmarks.serving.drivers import openai, triton
 from benchmarks.serving.drivers.http import Endpoint
 from benchmarks.serving.workload import BenchRequest
@@ -116,7 +116,7 @@ def test_openai_streams_are_timed_token_by_token(serve: Callable[[Script], Serve
     record = openai.run(Endpoint(server.url, "m"), ask(requests=4)[:1], 1)[0]
     assert record.error is None
     assert (record.input_tokens, record.output_tokens, len(record.token_times)) == (4, 5, 5)
-    latency = metrics.inter_token_latency(record)
+    latency = request_metrics.inter_token_latency(record)
     assert latency is not None
     assert latency >= GAP * 1e3 * 0.9
     path, body = server.asked[0]

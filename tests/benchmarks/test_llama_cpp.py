@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.pruning.accuracy import run_script
-from benchmarks.pruning.scripts.timing import Timer, nll
+from benchmarks.pruning.scripts.request_times import Timer, nll
 from builder.config import EngineConfig
 from builder.engines import registry
 from calibration.evaluation.evaluate import hf_logits, perplexity

@@ -8,37 +8,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.config import Goodput
-from benchmarks.serving import metrics
+from benchmarks.serving import request_metrics
 from benchmarks.serving.aiperf_export import export_aiperf
-from benchmarks.serving.metrics import METRICS, PER_REQUEST
 from benchmarks.serving.records import Record
+from benchmarks.serving.request_metrics import METRICS, PER_REQUEST
 
 RECORD = Record("a", 100, 5, start=10.0, token_times=(10.2, 10.3, 10.4, 10.5, 10.6))
 FAILED = Record("b", 100, 0, start=10.0, token_times=(), error="HTTP 500")
 
 
 def test_a_request_of_known_times() -> None:
-    assert metrics.time_to_first_token(RECORD) == pytest.approx(200)
-    assert metrics.request_latency(RECORD) == pytest.approx(600)
-    assert metrics.inter_token_latency(RECORD) == pytest.approx((600 - 200) / (5 - 1))
-    assert metrics.output_token_throughput_per_user(RECORD) == pytest.approx(10)
+    assert request_metrics.time_to_first_token(RECORD) == pytest.approx(200)
+    assert request_metrics.request_latency(RECORD) == pytest.approx(600)
+    assert request_metrics.inter_token_latency(RECORD) == pytest.approx((600 - 200) / (5 - 1))
+    assert request_metrics.output_token_throughput_per_user(RECORD) == pytest.approx(10)
 
 
 def test_chunks_of_several_tokens_count_as_tokens() -> None:
     chunked = Record("a", 100, 5, start=10.0, token_times=(10.2, 10.6))
-    assert metrics.inter_token_latency(chunked) == metrics.inter_token_latency(RECORD)
+    assert request_metrics.inter_token_latency(chunked) == request_metrics.inter_token_latency(RECORD)
 
 
 def test_one_token_has_no_inter_token_latency() -> None:
     single = Record("a", 1, 1, start=0.0, token_times=(0.5,))
-    assert metrics.inter_token_latency(single) is None
-    assert metrics.output_token_throughput_per_user(single) is None
-    assert metrics.time_to_first_token(single) == metrics.request_latency(single) == 500
+    assert request_metrics.inter_token_latency(single) is None
+    assert request_metrics.output_token_throughput_per_user(single) is None
+    assert request_metrics.time_to_first_token(single) == request_metrics.request_latency(single) == 500
 
 
 def test_rates_of_a_run_count_from_the_first_start_to_the_last_token() -> None:
     later = Record("c", 100, 5, start=10.5, token_times=(10.7, 11.0, 11.3, 11.6, 12.0))
-    totals = metrics.total([RECORD, later])
+    totals = request_metrics.total([RECORD, later])
     assert totals.seconds == pytest.approx(2.0)
     assert totals.output_token_throughput == pytest.approx(5.0)
     assert totals.request_throughput == pytest.approx(1.0)
@@ -47,14 +47,14 @@ def test_rates_of_a_run_count_from_the_first_start_to_the_last_token() -> None:
 
 def test_a_failed_request_takes_time_but_gives_no_tokens() -> None:
     early = Record("b", 100, 0, start=9.0, token_times=(), error="HTTP 500")
-    totals = metrics.total([early, RECORD])
+    totals = request_metrics.total([early, RECORD])
     assert (totals.requests, totals.output_tokens) == (1, 5)
     assert totals.seconds == pytest.approx(1.6)
 
 
 def test_a_run_without_a_success_has_no_rates() -> None:
     with pytest.raises(ValueError, match="no request"):
-        metrics.total([FAILED])
+        request_metrics.total([FAILED])
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_run_without_a_success_has_no_rates() -> None:
     ],
 )
 def test_goodput_counts_requests_that_meet_every_level(levels: Goodput, good: int) -> None:
-    totals = metrics.total([RECORD, FAILED], levels)
+    totals = request_metrics.total([RECORD, FAILED], levels)
     assert totals.good_requests == good
     assert totals.goodput == pytest.approx(good / 0.6)
 

@@ -5,22 +5,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.roofline import roofline
-from benchmarks.roofline.roofline import Layer, gpu
+from benchmarks.roofline.roofline import gpu
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import Pattern
 
 HIDDEN, INNER, KEYS, BLOCKS, VOCABULARY = 4096, 14336, 1024, 32, 128256
+HEAD = LinearShape(VOCABULARY, HIDDEN, name="lm_head")
 
 
-def llama_8b(format: str, sparse: bool = False, sparse_attention: bool | None = None) -> list[Layer]:
+def llama_8b(format: str, sparse: bool = False, sparse_attention: bool | None = None) -> list[LinearShape]:
     """Llama-3.1-8B: one format, lm_head in 16 bit; q, k, v and gate, up as one product each."""
     attention = sparse if sparse_attention is None else sparse_attention
-    return [
-        Layer(HIDDEN + 2 * KEYS, HIDDEN, format, attention, BLOCKS),
-        Layer(HIDDEN, HIDDEN, format, attention, BLOCKS),
-        Layer(2 * INNER, HIDDEN, format, sparse, BLOCKS),
-        Layer(HIDDEN, INNER, format, sparse, BLOCKS),
-        Layer(VOCABULARY, HIDDEN, "bf16", False, 1, last_token=True),
+    block = [
+        LinearShape(HIDDEN + 2 * KEYS, HIDDEN, format, attention),
+        LinearShape(HIDDEN, HIDDEN, format, attention),
+        LinearShape(2 * INNER, HIDDEN, format, sparse),
+        LinearShape(HIDDEN, INNER, format, sparse),
     ]
+    return block * BLOCKS + [HEAD]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +36,7 @@ def llama_8b(format: str, sparse: bool = False, sparse_attention: bool | None = 
         (llama_8b("fp8", sparse=True, sparse_attention=False), 5.92),
     ],
 )
-def test_bytes_that_llama_8b_reads_a_decode_step(layers: list[Layer], gigabytes: float) -> None:
+def test_bytes_that_llama_8b_reads_a_decode_step(layers: list[LinearShape], gigabytes: float) -> None:
     ceiling = roofline.decode_ceiling(gpu("H100"), layers, batch=1, context=0, kv_bytes_per_token=0)
     assert ceiling.weight_bytes / 1e9 == pytest.approx(gigabytes, abs=0.006)
 
@@ -53,27 +56,26 @@ def test_fp8_2_of_4_decodes_at_most_1_45_times_as_fast_as_fp8() -> None:
 
 @pytest.mark.parametrize(("format", "share"), [("bf16", 0.5625), ("fp16", 0.5625), ("int8", 0.625), ("fp8", 0.625)])
 def test_bytes_of_2_of_4_against_dense(format: str, share: float) -> None:
-    dense = roofline.weight_bytes(256, 512, format)
-    assert roofline.weight_bytes(256, 512, format, sparse=True) == share * dense
+    assert LinearShape(256, 512, format, 1.0).nbytes == share * LinearShape(256, 512, format).nbytes
 
 
 @pytest.mark.parametrize(("pattern", "share"), [("4:8", 5 / 8), ("5:8", 6 / 8), ("6:8", 7 / 8)])
-def test_n_of_8_saves_bytes_at_8_bit_and_no_multiplications(pattern: str, share: float) -> None:
-    dense = roofline.weight_bytes(256, 512, "int8")
-    assert roofline.weight_bytes(256, 512, "int8", sparse=1.0, pattern=pattern) == share * dense
-    assert roofline.weight_bytes(256, 512, "int8", 0.5, pattern) == (1 + share) / 2 * dense
-    many = (gpu("A100"), 32768, 8192, 8192, "int8")
-    assert roofline.gemm_time(*many, 1.0, pattern=pattern).seconds == roofline.gemm_time(*many).seconds
-    few = (gpu("A100"), 1, 65536, 65536, "int8")
-    saved = roofline.gemm_time(*few, 1.0, pattern=pattern).seconds / roofline.gemm_time(*few).seconds
-    assert saved == pytest.approx(share, rel=1e-2)
-    layer = Layer(65536, 65536, "int8", 1.0, pattern=pattern)
+def test_n_of_8_saves_bytes_at_8_bit_and_no_multiplications(pattern: Pattern, share: float) -> None:
+    dense = LinearShape(256, 512, "int8").nbytes
+    assert LinearShape(256, 512, "int8", 1.0, pattern).nbytes == share * dense
+    assert LinearShape(256, 512, "int8", 0.5, pattern).nbytes == (1 + share) / 2 * dense
+    many = [LinearShape(8192, 8192, "int8", fraction, pattern) for fraction in (0.0, 1.0)]
+    assert len({roofline.gemm_time(gpu("A100"), 32768, layer).seconds for layer in many}) == 1
+    few = [LinearShape(65536, 65536, "int8", fraction, pattern) for fraction in (1.0, 0.0)]
+    packed, dense = (roofline.gemm_time(gpu("A100"), 1, layer).seconds for layer in few)
+    assert packed / dense == pytest.approx(share, rel=1e-2)
+    layer = LinearShape(65536, 65536, "int8", 1.0, pattern)
     assert roofline.decode_ceiling(gpu("A100"), [layer], 1, 0, 0).weight_bytes == share * 65536**2
 
 
 def test_gemm_is_bound_by_memory_at_one_token_and_by_math_at_many() -> None:
     card = gpu("H100")
-    one, many = (roofline.gemm_time(card, tokens, 8192, 8192, "fp8") for tokens in (1, 16384))
+    one, many = (roofline.gemm_time(card, tokens, LinearShape(8192, 8192, "fp8")) for tokens in (1, 16384))
     assert (one.bound, many.bound) == ("memory", "math")
     launch = card.launch_us * 1e-6
     assert one.seconds == pytest.approx(launch + (8192 * 8192 + 8192 + 2 * 8192) / 3350e9)
@@ -85,15 +87,14 @@ def test_no_kernel_takes_less_than_a_launch_and_a_wave(card: str) -> None:
     """The smallest GEMM that is worth launching takes over a microsecond; 2:4 of a small weight gains nothing."""
     least = gpu(card).least_kernel_seconds
     assert 1e-6 < least < 3e-6
-    shape = (gpu(card), 1, 256, 256, "int8")
-    dense = roofline.gemm_time(*shape)
+    dense = roofline.gemm_time(gpu(card), 1, LinearShape(256, 256, "int8"))
     assert (dense.seconds, dense.bound) == (pytest.approx(least), "launch")
     if gpu(card).sparse_multiplier > 1:
-        assert roofline.gemm_time(*shape, sparse=True).seconds == dense.seconds
+        assert roofline.gemm_time(gpu(card), 1, LinearShape(256, 256, "int8", 1.0)).seconds == dense.seconds
 
 
 def test_small_layers_gain_no_time_in_a_whole_model() -> None:
-    small = [Layer(256, 256, "fp8", count=42)], [Layer(256, 256, "fp8", True, 42)]
+    small = [LinearShape(256, 256, "fp8")] * 42, [LinearShape(256, 256, "fp8", 1.0)] * 42
     dense, built = (roofline.decode_ceiling(gpu("H100"), layers, 1, 16, 512) for layers in small)
     assert dense.bound == built.bound == "launch"
     assert dense.seconds == built.seconds
@@ -101,7 +102,8 @@ def test_small_layers_gain_no_time_in_a_whole_model() -> None:
 
 
 def test_2_of_4_doubles_the_math_peak() -> None:
-    dense, sparse = (roofline.gemm_time(gpu("A100"), 32768, 8192, 8192, "bf16", s) for s in (False, True))
+    shapes = (LinearShape(8192, 8192, "bf16", fraction) for fraction in (0.0, 1.0))
+    dense, sparse = (roofline.gemm_time(gpu("A100"), 32768, layer) for layer in shapes)
     assert dense.bound == sparse.bound == "math"
     assert dense.seconds / sparse.seconds == pytest.approx(2, rel=1e-3)
 
@@ -115,10 +117,11 @@ def test_2_of_4_doubles_the_math_peak() -> None:
 def test_2_of_4_never_gains_more_than_its_bytes_or_twice_the_math(
     card: str, format: str, tokens: int, shape: tuple[int, int]
 ) -> None:
-    dense, sparse = (roofline.gemm_time(gpu(card), tokens, *shape, format, s) for s in (False, True))
+    weights = [LinearShape(*shape, format, fraction) for fraction in (0.0, 1.0)]
+    dense, sparse = (roofline.gemm_time(gpu(card), tokens, layer) for layer in weights)
     assert 1 <= dense.seconds / sparse.seconds <= 2 + 1e-9
     assert dense.flops == sparse.flops
-    assert roofline.gemm_time(gpu(card), tokens + 1, *shape, format).seconds >= dense.seconds
+    assert roofline.gemm_time(gpu(card), tokens + 1, weights[0]).seconds >= dense.seconds
 
 
 def test_kv_cache_lowers_the_decode_ceiling() -> None:
@@ -131,16 +134,15 @@ def test_kv_cache_lowers_the_decode_ceiling() -> None:
 
 def test_a_model_that_fits_the_l2_cache_is_not_bound_by_memory() -> None:
     small, large = (
-        roofline.decode_ceiling(gpu("H100"), [Layer(1024, 1024, count=count)], 1, 16, 512) for count in (10, 100)
+        roofline.decode_ceiling(gpu("H100"), [LinearShape(1024, 1024)] * count, 1, 16, 512) for count in (10, 100)
     )
     assert small.fits_l2
     assert not large.fits_l2
 
 
 def test_prefill_runs_the_last_token_only_through_lm_head() -> None:
-    head = Layer(VOCABULARY, HIDDEN, "bf16", last_token=True)
-    body = Layer(HIDDEN, HIDDEN, "bf16", count=32)
-    ceiling = roofline.prefill_ceiling(gpu("H100"), [body, head], tokens=2048, batch=4)
+    body = [LinearShape(HIDDEN, HIDDEN, "bf16")] * 32
+    ceiling = roofline.prefill_ceiling(gpu("H100"), [*body, HEAD], tokens=2048, batch=4)
     assert ceiling.flops == 32 * 2 * 4 * 2048 * HIDDEN * HIDDEN + 2 * 4 * VOCABULARY * HIDDEN
     assert ceiling.bound == "math"
     assert ceiling.seconds is not None
@@ -158,8 +160,8 @@ def test_prefill_runs_the_last_token_only_through_lm_head() -> None:
 )
 def test_a_card_refuses_what_it_has_no_tensor_cores_for(name: str, format: str, sparse: bool, fragment: str) -> None:
     with pytest.raises(UserError, match=fragment):
-        roofline.gemm_time(gpu(name), 1, 64, 64, format, sparse)
-    ceiling = roofline.decode_ceiling(gpu(name), [Layer(64, 64, format, sparse)], 1, 0, 0)
+        roofline.gemm_time(gpu(name), 1, LinearShape(64, 64, format, sparse))
+    ceiling = roofline.decode_ceiling(gpu(name), [LinearShape(64, 64, format, sparse)], 1, 0, 0)
     assert not ceiling.supported
     assert ceiling.seconds is ceiling.tokens_per_second is None
     assert fragment in str(ceiling.reason)
@@ -210,7 +212,7 @@ def test_an_unknown_card_is_quoted_and_the_known_ones_named() -> None:
 def test_two_kernels_take_two_launches_and_two_waves() -> None:
     """A layer that is 2:4 in part on the torch engine: where launches bound it, it takes longer than dense."""
     card, floor = gpu("H100"), gpu("H100").least_kernel_seconds
-    small, large = ((card, 1, size, size, "fp8", 0.5) for size in (256, 16384))
+    small, large = ((card, 1, LinearShape(size, size, "fp8", 0.5)) for size in (256, 16384))
     assert roofline.gemm_time(*small, kernels=2).seconds == pytest.approx(2 * floor)
     one, two = (roofline.gemm_time(*large, kernels=kernels).seconds for kernels in (1, 2))
     assert two - one == pytest.approx(card.launch_us * 1e-6)

@@ -3,7 +3,6 @@
 import itertools
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 
@@ -12,16 +11,14 @@ from builder.planning.compatibility import check, choose_backend
 from builder.planning.compatibility_rules import BACKENDS, FORMATS, PER_TOKEN, QUANTIZED_HEAD, Verdict
 from builder.planning.sharding import check_shards
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import Pattern
 
 
-@dataclass(frozen=True)
-class Layer:
-    name: str
-    out_features: int
-    in_features: int
-    sparse: bool = True
-    pattern: Pattern = "2:4"
+def layer(
+    name: str, out_features: int, in_features: int, fraction: float = 1.0, pattern: Pattern = "2:4"
+) -> LinearShape:
+    return LinearShape(out_features, in_features, "bf16", fraction, pattern, name)
 
 
 def test_every_combination_has_one_verdict_and_each_rejection_names_an_alternative():
@@ -112,35 +109,37 @@ def test_auto_selects_the_first_that_can_run_and_gives_the_reason():
 
 
 def test_row_parallel_cut_inside_a_group_is_refused_and_a_smaller_split_named():
-    layers = [Layer("model.layers.0.mlp.down_proj", 64, 24), Layer("model.layers.0.mlp.up_proj", 24, 64)]
+    layers = [layer("model.layers.0.mlp.down_proj", 64, 24), layer("model.layers.0.mlp.up_proj", 24, 64)]
     assert check_shards(layers, 2).ok
     verdict = check_shards(layers, 4)  # 24 / 4 = 6 columns a rank
     assert not verdict.ok
     assert "'model.layers.0.mlp.down_proj'" in verdict.reason
     assert "cuts a 2:4 group of 4" in verdict.reason
     assert verdict.instead == "use engine.tensor_parallel=3"  # 24 / 3 = 8; up_proj's 24 rows divide as well
-    assert check_shards([Layer("model.layers.0.mlp.down_proj", 64, 24, sparse=False)], 4).ok
-    verdict = check_shards([Layer("model.layers.0.mlp.down_proj", 64, 24, pattern="6:8")], 2)
+    assert check_shards([layer("model.layers.0.mlp.down_proj", 64, 24, fraction=0.0)], 4).ok
+    verdict = check_shards([layer("model.layers.0.mlp.down_proj", 64, 24, pattern="6:8")], 2)
     assert "cuts a 6:8 group of 8" in verdict.reason
 
 
 @pytest.mark.parametrize("pattern", ["4:8", "5:8", "6:8"])
-def test_n_of_8_runs_in_the_torch_engine_on_a_cpu_alone(pattern):
+def test_n_of_8_runs_in_the_torch_engine_alone(pattern):
     features = compatibility.features_of(False, False, pattern)
-    assert check("int8", True, "torch", features=features).ok
-    for backend, sm in (("tensorrt", None), ("pytorch", None), ("torch", 90)):
-        verdict = check("int8", True, backend, sm, features=features)
+    for sm in (None, 80, 90, 120):
+        assert check("int8", True, "torch", sm, features=features).ok
+        assert choose_backend("int8", True, sm, "1.2.1", features=features)[0] == "torch"
+    assert not check("fp8", True, "torch", 86, features=features).ok
+    for backend in ("tensorrt", "pytorch"):
+        verdict = check("int8", True, backend, features=features)
         assert not verdict.ok
         assert f"{pattern} weights" in verdict.reason
-        assert verdict.instead.startswith("use sparsity.pattern=2:4")
-    assert choose_backend("int8", True, None, "1.2.1", features=features)[0] == "torch"
-    with pytest.raises(UserError, match=f"no kernel on a GPU multiplies {pattern} weights"):
-        choose_backend("int8", True, 90, "1.2.1", features=features)
+        assert verdict.instead == "use sparsity.pattern=2:4, or engine.backend=torch"
+    with pytest.raises(UserError, match=f"the kernels of {pattern} weights need SM80"):
+        choose_backend("int8", True, 75, "1.2.1", features=features)
 
 
 def test_column_parallel_split_never_cuts_a_group():
-    assert check_shards([Layer("transformer.layers.0.attention.qkv", 12, 8)], 4).ok
-    assert not check_shards([Layer("model.layers.0.self_attn.q_proj", 10, 8)], 4).ok
+    assert check_shards([layer("transformer.layers.0.attention.qkv", 12, 8)], 4).ok
+    assert not check_shards([layer("model.layers.0.self_attn.q_proj", 10, 8)], 4).ok
 
 
 def test_architecture_that_no_backend_builds():

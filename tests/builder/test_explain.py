@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +13,8 @@ from builder.engines import predicted_tactics
 from builder.engines.predicted_tactics import BUCKETS, predict_bucket, predict_tactics
 from builder.engines.torch_backend import artifact
 from plugins.autotune import choice
-from plugins.autotune.choice import Shape, Timing
+from plugins.autotune.choice import Timing
+from plugins.common.linear_shape import LinearShape
 from tests.support.command import twofour
 from tests.support.models import random_model
 
@@ -28,7 +28,7 @@ def entry(notes: tuple[str, ...] = (), **times: tuple[float, float]) -> dict:
         choice.choose(int(name[1:]), [Timing("cublaslt", dense, notes=notes), Timing("skinny", sparse)])
         for name, (dense, sparse) in times.items()
     ]
-    return choice.entry(Shape(128, 64, "bf16"), made, "H100")
+    return choice.entry(LinearShape(128, 64, "bf16"), made, "H100")
 
 
 @pytest.fixture(scope="module")
@@ -109,23 +109,35 @@ def test_an_engine_without_tactics_is_refused_in_a_line(built: Path, tmp_path: P
     assert "tactics.json' is not a tactics file: device: Field required" in ended.stderr
 
 
-def test_no_time_is_predicted_for_n_of_8_on_a_gpu() -> None:
+def test_n_of_8_is_predicted_to_gain_by_its_bytes_up_to_64_tokens() -> None:
     card = roofline.gpu("H100")
-    layer = SimpleNamespace(
-        out_features=4096, in_features=4096, format="int8", sparse=True, fraction=1.0, pattern="6:8"
-    )
+    layer = LinearShape(4096, 4096, "int8", 1.0, "6:8")
     buckets = [predict_bucket(card, tokens, layer) for tokens in BUCKETS]
-    assert {(bucket["kernel"], bucket["sparse_us"]) for bucket in buckets} == {("none", None)}
-    assert "no kernel on a GPU multiplies 6:8 weights" in predicted_tactics.reason(card, True, buckets, "6:8")
+    assert [(bucket["tokens"], bucket["kernel"]) for bucket in buckets] == [
+        *((tokens, "skinny-6of8") for tokens in (1, 8, 64)),
+        *((tokens, "dense-cublaslt") for tokens in (512, 4096)),
+    ]
+    assert all(1.02 < bucket["ratio"] <= 8 / 7 + 0.001 for bucket in buckets[:3])
+    assert all(bucket["dense_us"] and bucket["sparse_us"] is None for bucket in buckets[3:])
+    why = predicted_tactics.reason(card, layer, buckets)
+    assert why.startswith("6:8 pays: predicted 1.1")
+    assert why.endswith("(roofline limits, not measured); dense above 64 tokens")
+
+
+def test_a_dense_layer_is_predicted_for_a_gpu_without_sparse_tensor_cores() -> None:
+    dense, pruned = (predict_bucket(roofline.gpu("T4"), 8, LinearShape(4096, 4096, "int8", f)) for f in (0.0, 1.0))
+    assert (dense["kernel"], dense["sparse_us"], dense["ratio"]) == ("dense-cublaslt", None, None)
+    assert dense["dense_us"] > 1
+    assert pruned["kernel"] == "none"
 
 
 def test_a_small_layer_is_not_predicted_to_gain() -> None:
     """A weight of 256 x 256 in 2:4: no kernel takes less than a launch and one wave of blocks."""
     card = roofline.gpu("H100")
-    layer = SimpleNamespace(out_features=256, in_features=256, format="fp8", sparse=True, fraction=1.0, pattern="2:4")
+    layer = LinearShape(256, 256, "fp8", 1.0)
     buckets = [predict_bucket(card, tokens, layer) for tokens in BUCKETS]
     assert {bucket["kernel"] for bucket in buckets} == {"dense-cublaslt"}
     assert max(bucket["ratio"] for bucket in buckets) < 1.02
-    why = predicted_tactics.reason(card, True, buckets)
+    why = predicted_tactics.reason(card, layer, buckets)
     assert why.startswith("stays dense: a kernel takes at least 1.72 us on H100 SXM 80GB")
     assert why.endswith("up to 512 tokens")

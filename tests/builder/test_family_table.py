@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from builder.checkpoint.config import Quantization
+from builder.checkpoint.checkpoint_config import Quantization
 from builder.checkpoint.layout import hf_tensors
 from builder.planning.compatibility import check_architecture
 from builder.planning.model_config import architecture

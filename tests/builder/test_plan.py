@@ -72,15 +72,15 @@ def test_the_parameters_of_the_example_are_the_tensors_of_its_file(docs_llama: P
     values = sum(rows * (columns[0] if columns else 1) for rows, *columns in shapes.values())
     plan = make_plan(recipe.load(str(docs_llama)))
     assert plan.dense_bytes == 2 * values
-    assert {f"{layer.name}.weight": (layer.out_features, layer.in_features) for layer in plan.layers} == {
-        name: shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name
+    assert {f"{shape.name}.weight": (shape.out_features, shape.in_features) for shape in plan.shapes} == {
+        name: sizes for name, sizes in shapes.items() if len(sizes) == 2 and "embed" not in name
     }
 
 
 def test_the_layers_of_llama_8b(tmp_path: Path) -> None:
     plan = planned(tmp_path, LLAMA_8B, "fp8-2of4-all")
     assert len(plan.layers) == 32 * 7 + 1
-    shapes = {layer.name: (layer.out_features, layer.in_features) for layer in plan.layers}
+    shapes = {shape.name: (shape.out_features, shape.in_features) for shape in plan.shapes}
     assert shapes["model.layers.31.self_attn.q_proj"] == (4096, 4096)
     assert shapes["model.layers.31.self_attn.k_proj"] == (1024, 4096)
     assert shapes["model.layers.31.mlp.up_proj"] == (14336, 4096)
@@ -110,7 +110,7 @@ def test_a_float32_weight_is_counted_as_it_is_packed(tmp_path: Path) -> None:
     values, indices = pack(np.tile(np.array([1, 0, 2, 0], np.float32), (8, 16)))
     share = (values.nbytes + indices.nbytes) / (8 * 64 * 4)
     assert plan.built_bytes == LLAMA_8B_LINEAR * 4 * share + 4 * LLAMA_8B_REST
-    assert sum(layer.bytes_saved_by_pruning for layer in plan.layers) == plan.dense_bytes - plan.built_bytes
+    assert sum(shape.bytes_saved_by_pruning for shape in plan.shapes) == plan.dense_bytes - plan.built_bytes
 
 
 def test_decode_is_predicted_from_the_bytes_that_it_reads(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_layers_are_chosen_by_globs(tmp_path: Path) -> None:
     )
     kinds = {layer.rsplit(".", 1)[1] for layer in plan.sparse_layers}
     assert kinds == {"gate_proj", "up_proj"}
-    reasons = {layer.name.rsplit(".", 1)[-1]: layer.reason for layer in plan.layers}
+    reasons = {layer.shape.name.rsplit(".", 1)[-1]: layer.reason for layer in plan.layers}
     assert reasons["down_proj"] == "excluded by the recipe"
     assert reasons["q_proj"] == "not among the recipe's layers"
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.report import render, summary, tables
+from benchmarks.report import render, summary, table_rows
 from benchmarks.report.schema import Report
 from benchmarks.report.svg import Scale, ticks
 from benchmarks.roofline import roofline
+from plugins.common.linear_shape import LinearShape
 from tests.support.report import MINIMAL, full
 
 
@@ -227,7 +228,7 @@ def test_the_verdict_claims_no_more_than_the_interval(ratio: float, interval: An
 
 def test_layers_are_grouped_over_blocks_and_bytes_add_up() -> None:
     layers = Report.model_validate(full() | {"predicted": None}).layers
-    groups = tables.group_layers(layers)
+    groups = table_rows.group_layers(layers)
     assert [(group.name, group.count) for group in groups] == [
         ("model.layers.*.mlp.up_proj", 6),
         ("model.layers.*.mlp.down_proj", 6),
@@ -239,21 +240,21 @@ def test_layers_are_grouped_over_blocks_and_bytes_add_up() -> None:
 def test_one_odd_layer_gets_a_row_of_its_own() -> None:
     report = full()
     report["layers"][3]["sparse"] = False
-    groups = tables.group_layers(Report.model_validate(report | {"predicted": None}).layers)
+    groups = table_rows.group_layers(Report.model_validate(report | {"predicted": None}).layers)
     assert [group.count for group in groups] == [5, 1, 6, 1]
     assert groups[1].name == "model.layers.3.mlp.up_proj"
 
 
 def test_a_gpu_that_lacks_the_format_gives_the_reason_instead_of_a_figure(tmp_path: Path) -> None:
     report, card = full(), roofline.gpu("A100")
-    report["predicted"]["decode"]["built"] = roofline.decode_ceiling(card, [roofline.Layer(64, 64, "fp8")], 1, 1, 1)
+    report["predicted"]["decode"]["built"] = roofline.decode_ceiling(card, [LinearShape(64, 64, "fp8")], 1, 1, 1)
     assert "fp8 needs SM89" in Page(html_of(report, tmp_path)).text
 
 
 def test_a_ceiling_of_a_model_that_fits_the_l2_cache_is_called_no_limit(tmp_path: Path) -> None:
     report, card = full(), roofline.gpu("H100")
     for side in ("dense", "built"):
-        report["predicted"]["decode"][side] = roofline.decode_ceiling(card, [roofline.Layer(4096, 4096)], 1, 1, 1)
+        report["predicted"]["decode"][side] = roofline.decode_ceiling(card, [LinearShape(4096, 4096)], 1, 1, 1)
     assert "fit the L2 cache, so this is not a real limit" in Page(html_of(report, tmp_path)).text
 
 

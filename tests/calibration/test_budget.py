@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from calibration.budget.allocation import Allocation, Allocator, allocator
+from calibration.budget.budget_search import search
 from calibration.budget.channel_prices import channel_prices, prune_each_alone
-from calibration.budget.search import search
 from calibration.config import Budget
 from calibration.data.windows import windows
 from calibration.evaluation.answer_loss import Answers

@@ -135,7 +135,7 @@ def test_damaged_tokenizer_files_are_refused_or_loaded(name: str, model: Path, t
 
 @pytest.mark.parametrize("kind", ["header", "cut", "anywhere"])
 def test_damaged_weights_are_refused_or_complete(kind: str, model: Path, tmp_path: Path) -> None:
-    from builder.engines.torch_backend.weights import open_tensors
+    from builder.engines.torch_backend.engine_weights import open_tensors
     from calibration.model.weights import Weights
 
     model = copy(model, tmp_path / "model")

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoTokenizer
 
 from builder.artifacts.cache import Cache
+from builder.console import Console
 from builder.context import BuildContext
 from builder.pipeline.build import resolve
 from builder.pipeline.questions_stage import QUESTIONS
-from builder.progress import Console
 from builder.recipe import load
 from calibration.data.encoding import encode_prompt
 from calibration.evaluation.exact_match import matches

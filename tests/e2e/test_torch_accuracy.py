@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from builder.engines.request import Request
-from builder.engines.torch_backend import artifact, weights
+from builder.engines.torch_backend import artifact, engine_weights
 from builder.engines.torch_backend.artifact import Limits, TorchEngine
 from builder.planning.model_config import architecture, read_config
 from calibration.config import Quantization
 from calibration.quantization import export, quantize
 from plugins.common.patterns import Pattern, bytes_per_weight, keep_and_group
+from plugins.common.request import Request
 from plugins.sparsity.declaration import Declaration
 from plugins.sparsity.torch_packing import PACKED
 
@@ -148,10 +148,8 @@ def test_engine_directory_matches_its_description(case: str, build: Callable[[st
     assert engine["max_seq_len"] == 512, "cut to the model's positions"
     assert "quantization_config" not in json.loads((directory / "config.json").read_text())
     assert (directory / "tokenizer.json").read_bytes() == (docs_llama / "tokenizer.json").read_bytes()
-    elements = sum(
-        x.out_features * x.in_features for x in architecture(read_config(docs_llama)).linears() if x.block is not None
-    )
-    tensors = weights.open_tensors(directory)
+    elements = sum(x.numel for x in architecture(read_config(docs_llama)).linears() if x.name != "lm_head")
+    tensors = engine_weights.open_tensors(directory)
     parts = tuple(f"_proj.{name}" for name in ("weight", *PACKED))
     stored = sum(tensors[name].nbytes for name in tensors if name.endswith(parts))
     assert stored == elements * (bytes_per_weight(pattern, 1) if pattern else 1)

@@ -68,3 +68,19 @@ def _record(test: str, outcome: str) -> None:
 def _line(report: pytest.TestReport) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     return (crash.message if crash is not None else str(report.longrepr)).splitlines()[0][:300]
+
+
+@pytest.fixture(autouse=True)
+def skip_formats_that_the_gpu_lacks(request: pytest.FixtureRequest) -> None:
+    import torch
+
+    dtype = request.node.callspec.params.get("dtype") if hasattr(request.node, "callspec") else None
+    if dtype is None:
+        return
+    from plugins.libtwofour import bindings
+
+    sm = bindings.context(0).info().sm
+    if dtype == torch.int8 and sm >= 100:
+        pytest.skip("int8 is being withdrawn from the libraries on SM 100 and newer")
+    if dtype == torch.float8_e4m3fn and sm < 89:
+        pytest.skip(f"SM {sm} has no fp8")

@@ -6,77 +6,22 @@ Each pair of kernel and format has an outcome of its own; fp8 comes first.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from plugins.autotune import choice, reuse, timing, tuner
+from plugins.autotune import reuse, timing, tuner
 from plugins.common import numerics
-from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
 from plugins.libtwofour import bindings, structures, torch_ops
 from plugins.sparsity import skinny_layout
 from plugins.sparsity.torch_packing import to_numpy
 from tests.support import c_api
+from tests.support.gpu_products import DEVICE, DTYPES, OPERATORS, check, out_of, refused
 
-OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
-    "skinny": torch_ops.skinny_linear,
-    "cusparselt": torch_ops.cusparselt_linear,
-    "cublaslt": torch_ops.dense_linear,
-}
-DEVICE = torch.device("cuda", 0)
-
-
-DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=torch_ops.FORMATS.get)
-each_kernel = pytest.mark.parametrize("kernel", OPERATORS)
+each_kernel = pytest.mark.parametrize("kernel", ["skinny", "cusparselt", "cublaslt"])
 each_sparse_kernel = pytest.mark.parametrize("kernel", ["skinny", "cusparselt"])
-
-
-@pytest.fixture(autouse=True)
-def skip_formats_that_the_gpu_lacks(request: pytest.FixtureRequest) -> None:
-    dtype = request.node.callspec.params.get("dtype") if hasattr(request.node, "callspec") else None
-    sm = bindings.context(0).info().sm
-    if dtype == torch.int8 and sm >= 100:
-        pytest.skip("int8 is being withdrawn from the libraries on SM 100 and newer")
-    if dtype == torch.float8_e4m3fn and sm < 89:
-        pytest.skip(f"SM {sm} has no fp8")
-
-
-def out_of(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-
-
-def refused(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except UserError as error:
-        return str(error)
-    raise AssertionError("nothing was refused")
-
-
-def check(kernel: str, dtype: torch.dtype, n: int, k: int, tokens: int, scaled: bool, biased: bool) -> None:
-    """One product against float64; integers against exact arithmetic."""
-    what = (kernel, dtype, n, k, tokens, scaled, biased)
-    w, x = timing.random_sparse(n, k, dtype, DEVICE), timing.random_operand(tokens, k, dtype, DEVICE)
-    out, eight_bit = out_of(dtype), dtype in (torch.int8, torch.float8_e4m3fn)
-    scale = 2.0**-9 if eight_bit else 1.0
-    scales = torch.rand(n, device=DEVICE) * scale if scaled and eight_bit else None
-    bias = torch.randn(n, device=DEVICE).to(out) if biased else None
-    y = OPERATORS[kernel](x, torch_ops.prepare(w, kernel), scale, scales, bias, n, out)
-    factor = torch.tensor(scale, device=DEVICE) if scales is None else scales
-    exact = x.double() @ w.double().T * factor.double()
-    if bias is not None:
-        exact = exact + bias.double()
-    if dtype == torch.int8 and (kernel != "cusparselt" or biased):  # our own epilogue: bit for bit
-        sums = (x.double() @ w.double().T).float()  # exact: below 2^53, and float rounds once as the kernel does
-        expected = sums * factor if bias is None else sums * factor + bias.float()
-        assert torch.equal(y, expected.to(out)), what
-        return
-    epsilon = 2.0 ** (-10 if out == torch.float16 else -7)
-    size = x.double().abs() @ w.double().abs().T * factor.double()
-    sums = 2.0**-10 if dtype == torch.float8_e4m3fn else 2.0**-17  # Hopper's own fp8 products keep about 14 bits
-    assert bool(((y.double() - exact).abs() <= epsilon * exact.abs() + sums * size + 1e-4).all()), what
 
 
 @each_dtype
@@ -245,7 +190,7 @@ def test_search_keeps_an_algorithm_and_counts_what_memory_left_out() -> None:
 
 
 def test_tuner_measures_and_its_tactics_are_taken_back() -> None:
-    actual = tuner.tune({"layer": choice.Shape(512, 1024, "bf16")}, buckets=(1, 64))
+    actual = tuner.tune({"layer": LinearShape(512, 1024, "bf16")}, buckets=(1, 64))
     for bucket in actual["layers"]["layer"]["buckets"]:
         assert bucket["measured"]
         assert bucket["dense_us"] > 0

@@ -7,7 +7,7 @@ import pytest
 from tests.messages.collect import SNAPSHOT, collect
 
 PARTS = {  # whose messages a caller completes with a file and the next step
-    "builder/engines/torch_backend/weights.py",
+    "builder/engines/torch_backend/engine_weights.py",
     "calibration/model/channel_order.py",
     "plugins/autotune/search.py",
     "plugins/sparsity/declaration.py",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from plugins.common import numerics
 from plugins.common.errors import UserError
+from plugins.common.patterns import OF_EIGHT, Pattern, cpu_kernel, skinny_kernel
 from plugins.linear.factory import build_linear, remarks, share_input
 from plugins.linear.kernel_linear import KernelLinear, choices_of
 from plugins.linear.torch_linear import InputQuantizer
@@ -42,10 +43,9 @@ def stored(kind: str, *, sparse: bool = False, bias: bool = True, smooth: bool =
     return tensors | {"weight": (w / scale[:, None]).round().to(torch.int8), "weight_scale": scale}
 
 
-def packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    values, indices, _ = pack(tensors["weight"])
+def packed(tensors: dict[str, torch.Tensor], pattern: Pattern = "2:4") -> dict[str, torch.Tensor]:
     rest = {name: tensor for name, tensor in tensors.items() if name != "weight"}
-    return rest | {"weight_values": values, "weight_indices": indices}
+    return rest | pack(tensors["weight"], pattern).stored()
 
 
 def expected(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -176,12 +176,28 @@ def test_weights_of_every_kernel_count_as_the_models_bytes() -> None:
 
 def test_choices_follow_the_tactics() -> None:
     tactics = {"buckets": [{"tokens": 512, "kernel": "dense-cublaslt"}, {"tokens": 8, "kernel": "skinny"}]}
-    assert choices_of(tactics, sparse=True) == [(8, "skinny"), (512, "cublaslt")]
-    assert choices_of(tactics, sparse=False) == ((1, "cublaslt"),)
+    assert choices_of(tactics, "2:4") == [(8, "skinny"), (512, "cublaslt")]
+    assert choices_of(tactics, None) == ((1, "cublaslt"),)
     for unknown in (None, {"buckets": [{"tokens": 8, "kernel": "reference"}]}):
-        kernels = [kernel for _, kernel in choices_of(unknown, sparse=True)]
+        kernels = [kernel for _, kernel in choices_of(unknown, "2:4")]
         assert kernels == ["skinny", "cusparselt"]
-    assert all(a[0] < b[0] for a, b in pairwise(choices_of(None, sparse=True)))
+    assert all(a[0] < b[0] for a, b in pairwise(choices_of(None, "2:4")))
+
+
+@pytest.mark.parametrize("pattern", OF_EIGHT)
+def test_n_of_8_runs_packed_up_to_64_tokens_and_dense_above(pattern: Pattern) -> None:
+    kernel = skinny_kernel(pattern)
+    timed_on_a_cpu = {"buckets": [{"tokens": 1, "kernel": cpu_kernel(pattern)}]}
+    for tactics in (None, timed_on_a_cpu):
+        assert choices_of(tactics, pattern) == ((64, kernel), (65, "cublaslt"))
+    long = {"buckets": [{"tokens": 8, "kernel": kernel}, {"tokens": 512, "kernel": kernel}]}
+    layer = build_linear(packed(stored("int8", sparse=True), pattern), torch.bfloat16, CPU, choices_of(long, pattern))
+    assert isinstance(layer, KernelLinear)
+    assert [layer.kernel_for(tokens) for tokens in (1, 8, 9, 512, 513)] == [kernel, kernel, *["cublaslt"] * 3]
+    dense = build_linear(packed(stored("int8", sparse=True), pattern), torch.bfloat16, CPU, ((1, "cublaslt"),))
+    for tokens in (1, 8, 100):
+        x = torch.randn(tokens, K).bfloat16()
+        assert torch.equal(layer(x), dense(x))
 
 
 def test_a_missing_scale_is_named() -> None:

@@ -88,7 +88,7 @@ def test_both_ranks_of_a_tensor_parallel_export_verify(exports, number_format):
     actual = checkpoint.read(exports[number_format] / "trtllm")
     assert actual.mapping.ranks == RANKS
     assert len(actual.sparse_layers) == 6 * 5
-    assert {layer.sparse for layer in actual.layers() if layer.name in actual.sparse_layers} == {True}
+    assert {layer.sparse for layer in actual.shapes() if layer.name in actual.sparse_layers} == {True}
 
 
 @pytest.mark.parametrize("number_format", FORMATS)

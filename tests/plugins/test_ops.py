@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from plugins.autotune import timing
 from plugins.common import numerics
 from plugins.common.errors import UserError
+from plugins.common.patterns import OF_EIGHT, skinny_kernel
 from plugins.libtwofour import bindings, structures, torch_ops
 from plugins.sparsity import skinny_layout
 from plugins.sparsity.torch_packing import to_numpy
@@ -46,6 +48,23 @@ def test_operators_pass_torchs_own_checks(dtype: torch.dtype) -> None:
     if dtype in (torch.int8, torch.float8_e4m3fn):
         quantize = (torch.randn(3, 16).bfloat16(), torch.rand(16), dtype)
         torch.library.opcheck(torch_ops.quantize, quantize, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", OF_EIGHT)
+def test_operators_of_n_of_8_are_the_dense_product(pattern: str, dtype: torch.dtype) -> None:
+    kernel, k = skinny_kernel(pattern), 256
+    w, cpu = timing.random_sparse(48, k, dtype, torch.device("cpu"), pattern=pattern), torch.device("cpu")
+    x, packed = timing.random_operand(5, k, dtype, cpu), torch_ops.prepare(w, kernel)
+    arguments = (0.5, torch.rand(48), torch.randn(48).half(), 48, torch.float16)
+    operator = torch_ops.OPERATORS[kernel]
+    assert torch.equal(operator(x, packed, *arguments), torch_ops.dense_linear(x, w, *arguments))
+    torch.library.opcheck(operator, (x, packed, *arguments), test_utils=CHECKS[:3])
+    with pytest.raises(UserError, match="65 tokens: the skinny kernel takes 1 to 64; use dense_linear"):
+        operator(x.expand(13, 5, k).reshape(65, k), packed, *arguments)
+    w[3, 8:16] = 1
+    with pytest.raises(UserError, match=rf"row 3, group 1 .* holds more than {pattern[0]} nonzeros"):
+        torch_ops.prepare(w, kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.kernels import gemm
-from plugins.autotune import choice, tactics, timing, tuner
+from benchmarks.kernels import gemm, pattern_times
+from plugins.autotune import tactics, timing, tuner
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
 from plugins.libtwofour import bindings, structures, torch_ops
 from tests.support.stand_in_gpu import CPU, use_times, use_torch
 
@@ -76,7 +77,7 @@ def test_memory_that_runs_out_for_a_calls_workspace_is_reported(
 def test_tuner_times_every_kernel(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """From shapes to tactics.json; every kernel takes as long as every other, so dense stays."""
     use_times(monkeypatch, lambda bench, kernel, tokens: 5.0)
-    layers = {"a": choice.Shape(64, 96, "bf16"), "b": choice.Shape(64, 96, "bf16"), "c": choice.Shape(100, 96, "int8")}
+    layers = {"a": LinearShape(64, 96, "bf16"), "b": LinearShape(64, 96, "bf16"), "c": LinearShape(100, 96, "int8")}
     actual = tactics.Tactics.model_validate(tuner.tune(layers, buckets=(8, 96)))
     assert actual.layers["a"] == actual.layers["b"]
     assert {b.kernel for b in actual.layers["a"].buckets} == {"dense-cublaslt"}
@@ -91,13 +92,30 @@ def test_tuner_times_every_kernel(torch_on_stand_in: bindings.Context, monkeypat
     assert actual.device.clocks == {"sm": 1980.0}
 
 
+def test_few_tokens_are_timed_by_pattern(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel of every pattern runs on operands that it takes; the ratio is to the fastest dense one."""
+    slow = {"cublaslt": 12.0, "torch": 10.0, "skinny-6of8": 8.0}
+    use_times(monkeypatch, lambda bench, kernel, tokens: slow.get(kernel, 5.0))
+    layer = LinearShape(64, 96, "bf16", name="down_proj")
+    rows = pattern_times.rows_of(layer, (1, 16), lambda: False, tuner.time_kernel, CPU)
+    assert [row["tokens"] for row in rows] == [1, 16]
+    for row in rows:
+        assert row["dense"] == {"kernel": "torch", "us": 10.0, "algorithm": None, "left_out": {}}
+        assert {pattern: cell["ratio"] for pattern, cell in row["patterns"].items()} == {
+            "2:4": 2.0, "4:8": 2.0, "5:8": 2.0, "6:8": 1.25,
+        }  # fmt: skip
+        assert not any(cell["left_out"] for cell in row["patterns"].values())
+        assert "6:8 8.00 (1.25x)" in pattern_times.line(row)
+    assert not any(row["patterns"] for row in pattern_times.rows_of(layer, (1,), lambda: True, device=CPU))
+
+
 def test_row_of_the_table_measures_errors(torch_on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "measure", lambda call, copies, *rounds: timing.Time(5.0, 5.0, 5.0))
     monkeypatch.setattr(tuner, "WORKSPACE", 1 << 20)
     for name in ("skinny", "cusparselt"):
         operator = partial(torch_ops.launch, name)
         monkeypatch.setattr(torch_ops, f"{name}_linear", operator)
-    bench = tuner.Bench(choice.Shape(64, 96, "bf16"), CPU, 16, 1 << 20)
+    bench = tuner.Bench(LinearShape(64, 96, "bf16"), CPU, 16, 1 << 20)
     row = gemm.row(bench, 16, gemm.Ceilings(1e9, {"bf16": 1e12}), peers=False, timer=tuner.time_kernel)
     assert set(row["kernels_us"]) == {"cublaslt", "torch", "cusparselt", "skinny"}
     assert 0 < row["error"]["sparse"] < 1.05 * row["error"]["dense"]

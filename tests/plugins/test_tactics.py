@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from plugins.autotune import choice, reuse, tactics, timing, tuner
-from plugins.autotune.choice import Shape, Timing
+from plugins.autotune.choice import Timing
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import PATTERNS, TENSOR_CORE, Pattern, cpu_kernel
 from plugins.libtwofour import bindings, structures
 
-SHAPE = Shape(4096, 14336, "fp8")
+SHAPE = LinearShape(4096, 14336, "fp8")
 
 
 def bucket(tokens: int, **us: float) -> dict:
@@ -95,7 +96,7 @@ def test_reasons_as_text() -> None:
     "pattern", [pytest.param(p, marks=[] if p == TENSOR_CORE else [pytest.mark.slow]) for p in PATTERNS]
 )
 def test_a_cpu_times_the_kernel_of_the_pattern_and_holds_its_weight_once(pattern: Pattern) -> None:
-    shapes = {"layer": Shape(64, 128, "int8", True, pattern=pattern)}
+    shapes = {"layer": LinearShape(64, 128, "int8", pattern=pattern)}
     timed = tuner.tune_cpu(shapes, buckets=(1, 4))["layers"]["layer"]
     assert {bucket["kernel"] for bucket in timed["buckets"]} <= {cpu_kernel(pattern), "dense-cpu"}
     assert all(bucket["sparse_us"] > 0 and bucket["dense_us"] > 0 for bucket in timed["buckets"])

@@ -101,22 +101,35 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
 
 namespace twofour {
 
-void skinny_configure() {}
-void skinny_launch(int type, const SkinnyProblem& problem, cudaStream_t) {
-  skinny_simulate(type, problem, packed_bytes(type, problem.out_features, problem.in_features));
+template <int kKeep>
+void skinny_configure_pattern() {}
+template <int kKeep>
+void skinny_launch_pattern(int type, const SkinnyProblem& problem, cudaStream_t) {
+  skinny_simulate({type, kKeep}, problem);
 }
-void streamed_configure(const Multiprocessors&) {}
-void streamed_launch(int type, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t) {
-  streamed_simulate(type, problem, plan);
+template <int kKeep>
+void streamed_configure_pattern(const Multiprocessors&) {}
+template <int kKeep>
+void streamed_launch_pattern(int type, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t) {
+  streamed_simulate({type, kKeep}, problem, plan);
 }
-int64_t first_violation_device(int type, int64_t n, int64_t k, const void* weight, cudaStream_t) {
-  return first_violation_host(type, n, k, weight);
+#define TWOFOUR_STAND_IN(keep)                                                                      \
+  template void skinny_configure_pattern<keep>();                                                   \
+  template void skinny_launch_pattern<keep>(int, const SkinnyProblem&, cudaStream_t);               \
+  template void streamed_configure_pattern<keep>(const Multiprocessors&);                           \
+  template void streamed_launch_pattern<keep>(int, const SkinnyProblem&, const StreamedPlan&, cudaStream_t)
+TWOFOUR_STAND_IN(2);
+TWOFOUR_STAND_IN(4);
+TWOFOUR_STAND_IN(5);
+TWOFOUR_STAND_IN(6);
+int64_t first_violation_device(Form form, int64_t n, int64_t k, const void* weight, cudaStream_t) {
+  return first_violation_host(form, n, k, weight);
 }
-void pack_device(int type, int64_t n, int64_t k, const void* weight, uint8_t* packed, cudaStream_t) {
-  pack_host(type, n, k, weight, packed);
+void pack_device(Form form, int64_t n, int64_t k, const void* weight, uint8_t* packed, cudaStream_t) {
+  pack_host(form, n, k, weight, packed);
 }
-void unpack_device(int type, int64_t n, int64_t k, const uint8_t* packed, void* weight, cudaStream_t) {
-  unpack_host(type, n, k, packed, weight);
+void unpack_device(Form form, int64_t n, int64_t k, const uint8_t* packed, void* weight, cudaStream_t) {
+  unpack_host(form, n, k, packed, weight);
 }
 void copy_canonical(int type, int64_t elements, const void* source, void* target, cudaStream_t) {
   const int size = element_bytes(type);

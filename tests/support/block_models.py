@@ -30,7 +30,8 @@ class Weights(RandomWeights):
     def of(self, module: str) -> dict[str, torch.Tensor]:
         own = module.rpartition(".")[2]
         generator = torch.Generator().manual_seed(zlib.crc32(module.encode()))
-        weight = torch.randn(self._shape(own), generator=generator) / 8
+        shape = self.shapes[module]
+        weight = torch.randn(shape.out_features, shape.in_features, generator=generator) / 8
         if own == "lm_head" or self.format == "bf16":
             stored = {"weight": weight}
         elif self.format == "int8":

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from builder.engines.request import Request
 from builder.engines.torch_backend import artifact
+from plugins.common.request import Request
 
 
 def check_greedy_tokens(out: Path) -> None:

@@ -12,6 +12,7 @@ from benchmarks.report import render
 from benchmarks.roofline import roofline
 from benchmarks.serving.records import Record
 from benchmarks.serving.summarize import Run, Side, summarise
+from plugins.common.linear_shape import LinearShape
 
 MINIMAL: dict[str, Any] = {"twofour": "0.1.0", "model": "examples/docs-llama"}
 
@@ -54,8 +55,8 @@ def full() -> dict[str, Any]:
 @functools.cache
 def _full() -> dict[str, Any]:
     card = roofline.gpu("H100")
-    shapes = [roofline.Layer(4096, 4096, "bf16", count=64), roofline.Layer(32000, 4096, last_token=True)]
-    sparse = [roofline.Layer(4096, 4096, "fp8", True, 64), roofline.Layer(32000, 4096, last_token=True)]
+    head = LinearShape(32000, 4096, name="lm_head")
+    shapes, sparse = [LinearShape(4096, 4096)] * 64 + [head], [LinearShape(4096, 4096, "fp8", 1.0)] * 64 + [head]
     return {
         **MINIMAL,
         "created": "2026-11-22T14:03:00Z",

@@ -21,13 +21,13 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from plugins.triton_kernels import attention, overlap, reference, rms_norm, rope, silu
+from plugins.triton_kernels import decode_attention, overlap, reference, rms_norm, rope, silu
 
 KERNELS = {
     "rms_norm": rms_norm.rms_norm,
     "silu_mul": silu.silu_mul,
     "rope_and_cache": rope.rope_and_cache,
-    "decode_attention": attention.decode_attention,
+    "decode_attention": decode_attention.decode_attention,
 }
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8e4nv": "float8_e4m3fn"}
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)

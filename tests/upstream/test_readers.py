@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from builder.config import EngineConfig
-from builder.engines.request import Request
 from builder.engines.torch_backend import artifact
 from calibration.quantization.export import copy_checkpoint
+from plugins.common.request import Request
 from plugins.sparsity.declaration import Declaration
 from tests.support.command import done
 from tests.support.models import cut_llama, random_model, write_recipe

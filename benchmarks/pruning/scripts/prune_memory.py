@@ -1,4 +1,4 @@
-"""python -m benchmarks.pruning.scripts.prune_memory METHOD WORK BLOCKS SAMPLES LENGTH VOCABULARY OUT
+"""python -m benchmarks.pruning.scripts.prune_memory METHOD WORK SAMPLES LENGTH VOCABULARY OUT
 
 Prunes WORK/model and writes its time and peak memory to OUT.
 """
@@ -12,20 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.pruning.accuracy import linear_layers
 from benchmarks.pruning.scripts.meter import status_bytes
 from calibration.config import Sparsity
 from calibration.pruning.sparsify import sparsify
 from plugins.sparsity.declaration import Declaration
 
 PRODUCTS = ("nn.linear", "addmm_", "scaled_dot_product_attention", "cholesky_ex", "solve_triangular")
-LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
 
-def main(method: str, work: str, blocks: str, samples: str, length: str, vocabulary: str, out: str) -> None:
+def main(method: str, work: str, samples: str, length: str, vocabulary: str, out: str) -> None:
     tokens = np.random.default_rng(0).integers(int(vocabulary), size=(int(samples), int(length)))
-    layers = [f"model.layers.{block}.{name}" for block in range(int(blocks)) for name in LINEARS]
-    target = Declaration(tuple(layers))
     config, directory = Sparsity.model_validate({"method": method}), Path(work)
+    target = Declaration(tuple(linear_layers(directory / "model")))
     profile, started = cProfile.Profile(), time.perf_counter()
     profile.enable()
     sparsify(directory / "model", tokens, config, target, directory / "out", directory / "work", lambda *_: None)

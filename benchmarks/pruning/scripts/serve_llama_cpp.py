@@ -13,7 +13,7 @@ import numpy as np
 from llama_cpp import Llama
 from numpy.typing import NDArray
 
-from benchmarks.pruning.scripts.timing import Timer, held_bytes, nll
+from benchmarks.pruning.scripts.request_times import Timer, held_bytes, nll
 
 
 def main(gguf: str, tokens: str, prompt: str, output: str) -> None:

@@ -1,6 +1,6 @@
 """python -m benchmarks.pruning.scripts.serve_twofour BUILD TOKENS PROMPT OUTPUT
 
-Prints, as JSON, what benchmarks.pruning.scripts.timing measures of one request on a build's torch engine.
+Prints, as JSON, what benchmarks.pruning.scripts.request_times measures of one request on a build's torch engine.
 """
 
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import twofour
 
-from benchmarks.pruning.scripts.timing import Timer, held_bytes, nll
+from benchmarks.pruning.scripts.request_times import Timer, held_bytes, nll
 from benchmarks.serving.workload import BenchRequest
 
 

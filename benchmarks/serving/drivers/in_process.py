@@ -9,17 +9,7 @@ from typing import Any, Protocol
 
 from benchmarks.serving.records import Record
 from benchmarks.serving.workload import BenchRequest
-
-
-class Token(Protocol):
-    """One generated token; `time` on the clock of the run."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def last(self) -> bool: ...
-    @property
-    def time(self) -> float: ...
+from plugins.common.request import Token
 
 
 class Engine(Protocol):

@@ -11,7 +11,7 @@ The dense baseline is the same engine, loaded from a 16-bit Hugging Face directo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from builder.artifacts.filesystem import checkpoint_digest
-from builder.engines.torch_backend import weights
+from builder.engines.torch_backend import engine_weights
 from builder.engines.torch_backend.decoder import Decoder
 from builder.engines.torch_backend.engine import TorchEngine
 from builder.engines.torch_backend.limits import Limits
@@ -27,7 +27,6 @@ from calibration.data.tokenizer_files import copy_tokenizer
 from plugins.common.errors import UserError
 from plugins.common.families import FAMILIES
 from plugins.common.json_files import read_json_object, write_json
-from plugins.common.patterns import ON_CPU_ONLY
 from plugins.sparsity.declaration import Declaration
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["LAYOUT", "Limits", "TorchEngine", "build", "load", "load_hf"]
 
 LAYOUT = 2  # of the engine directory; an engine of another layout is refused
+LIMITS = tuple(field.name for field in fields(Limits))
 
 
 def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: Mapping[str, Any] | None = None) -> None:
@@ -47,9 +47,9 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
     model_config = _read_json(checkpoint / "config.json", "a unified Hugging Face checkpoint")
     _check_architecture(checkpoint, model_config)
     declaration = Declaration.read(checkpoint)
-    tensors = weights.open_tensors(checkpoint)
+    tensors = engine_weights.open_tensors(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    weights.write(weights.packed(tensors, declaration), out)
+    engine_weights.write(engine_weights.packed(tensors, declaration), out)
     write_json(out / "config.json", {k: v for k, v in model_config.items() if k != "quantization_config"})
     copy_tokenizer(checkpoint, out)
     if tactics is not None:
@@ -57,20 +57,14 @@ def build(checkpoint: Path, out: Path, config: EngineConfig | Limits, tactics: M
     engine = {
         "backend": "torch",
         "layout": LAYOUT,
-        "format": weights.number_format(tensors),
+        "format": engine_weights.number_format(tensors),
         "kv_cache": _kv_cache(model_config, tensors),
         "sparse_layers": len(declaration.pruned),
         "pattern": declaration.pattern if declaration.pruned else None,
         "checkpoint_sha256": checkpoint_digest(checkpoint),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "max_batch_size": config.max_batch_size,
+        **{name: getattr(config, name) for name in LIMITS},
         "max_seq_len": _max_seq_len(config.max_seq_len, model_config),
-        "max_num_tokens": config.max_num_tokens,
-        "chunked_prefill": config.chunked_prefill,
-        "cuda_graphs": config.cuda_graphs,
-        "kv_cache_block_reuse": config.kv_cache_block_reuse,
-        "kv_cache_memory": config.kv_cache_memory,
-        "kv_cache_budget": config.kv_cache_budget,
     }
     write_json(out / "engine.json", engine)
 
@@ -79,8 +73,7 @@ def load(engine_dir: Path, *, device: str | None = None, dtype: torch.dtype | No
     """Opens an engine directory on `device` (the GPU where there is one), computing in `dtype`.
 
     `dtype` None is the model's own on a GPU, and on a CPU with AVX512-BF16 that of a bfloat16 model; else float32.
-    Raises UserError where the directory is missing, another backend's, or of another layout, and where no kernel of the
-    device multiplies its pattern.
+    Raises UserError where the directory is missing, another backend's, or of another layout.
     """
     engine = _read_json(engine_dir / "engine.json", "an engine directory")
     if engine.get("backend") != "torch":
@@ -89,39 +82,20 @@ def load(engine_dir: Path, *, device: str | None = None, dtype: torch.dtype | No
         raise UserError(
             f"'{engine_dir}' has layout {engine.get('layout')}, and this twofour reads {LAYOUT}: build the engine again"
         )
-    limits = [field.name for field in fields(Limits)]
-    missing = [name for name in (*limits, "kv_cache") if name not in engine]
+    missing = [name for name in (*LIMITS, "kv_cache") if name not in engine]
     if missing:
         raise UserError(f"'{engine_dir / 'engine.json'}' lacks '{missing[0]}': build the engine again")
-    if (pattern := engine.get("pattern")) in ON_CPU_ONLY and _device(device).type != "cpu":
-        raise UserError(
-            f"'{engine_dir}' has {pattern} weights, which only CPU kernels multiply, and this machine has a GPU",
-            "hide it (CUDA_VISIBLE_DEVICES=-1), or build with sparsity.pattern=2:4",
-        )
-    return _open(engine_dir, Limits(**{name: engine[name] for name in limits}), engine["kv_cache"], device, dtype)
+    return _open(engine_dir, Limits(**{name: engine[name] for name in LIMITS}), engine["kv_cache"], device, dtype)
 
 
 def load_hf(
-    model_dir: Path,
-    *,
-    max_batch_size: int = Limits.max_batch_size,
-    max_seq_len: int = Limits.max_seq_len,
-    max_num_tokens: int = Limits.max_num_tokens,
-    chunked_prefill: bool = Limits.chunked_prefill,
-    cuda_graphs: bool = Limits.cuda_graphs,
-    kv_cache_block_reuse: bool = Limits.kv_cache_block_reuse,
-    kv_cache_memory: int | float | None = None,
-    kv_cache_budget: int | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
+    model_dir: Path, *, device: str | None = None, dtype: torch.dtype | None = None, **limits: Any
 ) -> TorchEngine:
-    """The dense baseline: a 16-bit Hugging Face directory as an engine; the rest as `load` has it."""
-    length = _max_seq_len(max_seq_len, _read_json(model_dir / "config.json", "a Hugging Face model directory"))
-    limits = Limits(
-        max_batch_size, length, max_num_tokens, chunked_prefill, cuda_graphs, kv_cache_block_reuse, kv_cache_memory,
-        kv_cache_budget,
-    )  # fmt: skip
-    return _open(model_dir, limits, "none", device, dtype)
+    """The dense baseline: a 16-bit Hugging Face directory as an engine of these `Limits`; the rest as `load` has it."""
+    config = _read_json(model_dir / "config.json", "a Hugging Face model directory")
+    asked = Limits(**limits)
+    cut = replace(asked, max_seq_len=_max_seq_len(asked.max_seq_len, config))
+    return _open(model_dir, cut, "none", device, dtype)
 
 
 def _open(
@@ -136,7 +110,7 @@ def _open(
     with torch.inference_mode():
         model = Decoder(
             config,
-            weights.open_tensors(directory),
+            engine_weights.open_tensors(directory),
             dtype=dtype,
             device=device,
             positions=limits.max_seq_len,

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from builder.engines.torch_backend import cpu_attention
 from builder.engines.torch_backend.kv_cache import KVCache
-from builder.planning.kv_cache import BLOCK
+from builder.planning.kv_capacity import BLOCK
 
 NAME = "twofour"
 

@@ -15,7 +15,7 @@ import torch
 from builder.engines.torch_backend.kv_cache import blocks_for
 from builder.engines.torch_backend.limits import Limits
 from builder.hardware import machine
-from builder.planning.kv_cache import BLOCK, budget_bytes
+from builder.planning.kv_capacity import BLOCK, budget_bytes
 from plugins.common.errors import UserError
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from builder.engines.request import Request, Token
-from builder.engines.torch_backend.attention import Decode, Prefill, Whole, window_of
+from builder.engines.torch_backend.attention import Batch, Decode, Prefill, Whole, window_of
 from builder.engines.torch_backend.block_pool import BlockPool, free_bytes, pool_size
 from builder.engines.torch_backend.cuda_graphs import DecodeSteps
 from builder.engines.torch_backend.decoder import Decoder
@@ -29,8 +28,9 @@ from builder.engines.torch_backend.kv_cache import KVCache, blocks_for, table_of
 from builder.engines.torch_backend.limits import Limits
 from builder.engines.torch_backend.sampling import sample
 from builder.engines.torch_backend.scheduler import Scheduler, Sequence
-from builder.planning.kv_cache import BLOCK, check_eviction
+from builder.planning.kv_capacity import BLOCK, check_eviction
 from plugins.common.errors import UserError
+from plugins.common.request import Request, Token
 
 
 class TorchEngine:
@@ -175,31 +175,25 @@ class TorchEngine:
     def _decode(self, running: list[Sequence]) -> list[Token]:
         ids, positions = [sequence.tokens[-1] for sequence in running], [sequence.cached for sequence in running]
         blocks = [sequence.blocks for sequence in running]
-        if self._mass is not None:
-            logits = self._decode_weighed(ids, positions, [sequence.slots for sequence in running], blocks)
-        elif self._graphs is not None:
+        if self._graphs is not None:
             logits = self._graphs.run(ids, positions, blocks)
         else:
-            logits = self._decode_eagerly(ids, positions, blocks)
+            logits = self._decode_eagerly(ids, positions, [sequence.slots for sequence in running], blocks)
         for sequence in running:
             sequence.cached += 1
         return self._emit(logits, running)
 
-    def _decode_eagerly(self, ids: list[int], positions: list[int], blocks: list[list[int]]) -> torch.Tensor:
-        positions_B = self._tensor(positions)
-        length = max(positions) + 1
-        table = table_of(blocks, blocks_for(length)).to(self.model.device)
-        batch = Decode(self._cache, table, positions_B, length, ragged=min(positions) != max(positions))
-        hidden = self.model.hidden(self._tensor(ids)[:, None], positions_B[:, None], batch)
-        return self.model.logits(hidden[:, 0])
-
-    def _decode_weighed(
+    def _decode_eagerly(
         self, ids: list[int], positions: list[int], slots: list[int], blocks: list[list[int]]
     ) -> torch.Tensor:
-        assert self._mass is not None
-        length = max(slots) + 1
+        """`slots`: where in its blocks each token goes; the positions, unless tokens were evicted."""
+        slots_B, length = self._tensor(slots), max(slots) + 1
         table = table_of(blocks, blocks_for(length)).to(self.model.device)
-        batch = WeighedDecode(self._cache, self._mass, table, self._tensor(slots), length)
+        batch: Batch
+        if self._mass is not None:
+            batch = WeighedDecode(self._cache, self._mass, table, slots_B, length)
+        else:
+            batch = Decode(self._cache, table, slots_B, length, ragged=min(slots) != max(slots))
         hidden = self.model.hidden(self._tensor(ids)[:, None], self._tensor(positions)[:, None], batch)
         return self.model.logits(hidden[:, 0])
 

@@ -19,7 +19,7 @@ import torch
 
 from builder.engines.torch_backend.attention import Prefill, Slice
 from builder.engines.torch_backend.kv_cache import KVCache, blocks_for
-from builder.planning.kv_cache import BLOCK, SINKS
+from builder.planning.kv_capacity import BLOCK, SINKS
 
 QUERIES = 256  # whose attention is in memory at once
 MASS_BYTES = 4  # of a cached token in one layer and head
@@ -91,9 +91,8 @@ class AttentionMass:
             stay_HS = heaviest(mass_HS, count)
             mass[target] = mass_HS.gather(1, stay_HS).unflatten(1, (-1, BLOCK)).transpose(0, 1)
             for pages in (self._cache.keys[layer], self._cache.values[layer]):
-                pages = (
-                    pages.view(torch.uint8) if pages.element_size() == 1 else pages
-                )  # not all operators support float8
+                if pages.element_size() == 1:  # not all operators support float8
+                    pages = pages.view(torch.uint8)
                 slots_HSD = pages[index].transpose(0, 1).flatten(1, 2)
                 stay_HSD = slots_HSD.gather(1, stay_HS[:, :, None].expand(-1, -1, pages.shape[3]))
                 pages[target] = stay_HSD.unflatten(1, (-1, BLOCK)).transpose(0, 1)

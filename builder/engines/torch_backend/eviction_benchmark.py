@@ -23,10 +23,10 @@ from transformers import AutoTokenizer
 
 from benchmarks.environment import describe
 from benchmarks.pruning.accuracy import RESULTS, write_result
-from builder.engines.request import Request
 from builder.engines.torch_backend import artifact
 from builder.engines.torch_backend.artifact import TorchEngine
-from builder.planning.kv_cache import BLOCK
+from builder.planning.kv_capacity import BLOCK
+from plugins.common.request import Request
 
 BUDGETS = (None, 1024, 512, 256)  # tokens; None keeps all
 NEW_TOKENS = 24

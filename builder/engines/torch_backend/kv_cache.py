@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from builder.planning.kv_cache import BLOCK
+from builder.planning.kv_capacity import BLOCK
 from plugins.common import numerics
 from plugins.common.formats import EIGHT_BIT
 

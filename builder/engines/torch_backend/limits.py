@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from builder.engines.request import Request
 from plugins.common.errors import UserError
+from plugins.common.request import Request
 
 
 @dataclass(frozen=True)

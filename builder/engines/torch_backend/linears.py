@@ -58,17 +58,18 @@ class Kernels:
             self._problem = ""
         if not self._usable:
             return None
+        pattern = Packed.of(stored).pattern if sparse else None
         if self._on_cpu:
             from plugins.linear import cpu_linear
 
             if not cpu_linear.can_take(stored[VALUES if sparse else "weight"].dtype, self._dtype):
                 return None
-            return cpu_linear.choices_of(self._layers.get(name), Packed.of(stored).pattern if sparse else None)
+            return cpu_linear.choices_of(self._layers.get(name), pattern)
         if not (sparse or "weight_scale" in stored):
             return None
         from plugins.linear.kernel_linear import choices_of
 
-        return choices_of(self._layers.get(name), sparse)
+        return choices_of(self._layers.get(name), pattern)
 
     def runs_dense(self, name: str) -> bool:
         """Whether the two products of a layer that is sparse in part were timed on a GPU, and did not pay."""

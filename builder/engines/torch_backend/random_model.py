@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from builder.engines.torch_backend.decoder import Decoder
-from plugins.autotune import choice, timing
+from builder.planning.model_config import architecture
+from plugins.autotune import timing
+from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import TENSOR_CORE
 from plugins.linear.factory import share_input
 from plugins.linear.kernel_linear import DENSE, Choices, KernelLinear, choices_of
 from plugins.linear.torch_linear import Linear, Scales
@@ -21,12 +24,13 @@ class RandomWeights:
 
     def __init__(self, config: dict[str, Any], format: str, device: torch.device) -> None:
         self.config, self.format, self.device = config, format, device
+        self.shapes = {shape.name: shape for shape in architecture(config).linears()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(())
 
     def of(self, module: str) -> dict[str, torch.Tensor]:
-        shape = self._shape(module.rpartition(".")[2])
+        shape = (self.shapes[module].out_features, self.shapes[module].in_features)
         if module.endswith("lm_head") or self.format == "bf16":
             return {"weight": timing.random_sparse(*shape, torch.bfloat16, self.device).mul_(0.02)}
         weight = timing.random_sparse(*shape, torch.float8_e4m3fn, self.device)
@@ -38,21 +42,6 @@ class RandomWeights:
         if name.endswith("embed_tokens.weight"):
             return torch.randn(int(self.config["vocab_size"]), width, device=self.device, dtype=torch.bfloat16)
         return torch.ones(width, device=self.device, dtype=torch.bfloat16)  # norms
-
-    def _shape(self, layer: str) -> tuple[int, int]:
-        c = self.config
-        width, hidden = int(c["hidden_size"]), int(c["intermediate_size"])
-        q, kv = (int(c[name]) * int(c["head_dim"]) for name in ("num_attention_heads", "num_key_value_heads"))
-        return {
-            "q_proj": (q, width),
-            "k_proj": (kv, width),
-            "v_proj": (kv, width),
-            "o_proj": (width, q),
-            "gate_proj": (hidden, width),
-            "up_proj": (hidden, width),
-            "down_proj": (width, hidden),
-            "lm_head": (int(c["vocab_size"]), width),
-        }[layer]
 
 
 def decoder_of(config: dict[str, Any], format: str, device: torch.device, positions: int) -> Decoder:
@@ -70,7 +59,7 @@ def make_sparse(decoder: Decoder, tactics: dict[str, Any] | None) -> None:
     scales = Scales(*(torch.full((1,), scale, device=decoder.device) for scale in SCALES))
 
     def twin(layer: Linear) -> KernelLinear:
-        kernels: Choices = choices_of(layers.get(key(layer)), sparse=True)
+        kernels: Choices = choices_of(layers.get(key(layer)), TENSOR_CORE)
         return KernelLinear(layer.weights["cublaslt"], scales, layer.bias, decoder.dtype, kernels)
 
     replace(decoder, twin, sparse=True)
@@ -99,11 +88,10 @@ def kernel_layers(decoder: Decoder) -> list[KernelLinear]:
     return [layer for layer in decoder.linears.values() if isinstance(layer, KernelLinear)]
 
 
-def shapes_of(decoder: Decoder) -> dict[str, choice.Shape]:
+def shapes_of(decoder: Decoder) -> dict[str, LinearShape]:
     """Their shapes, each once."""
     return {
-        key(layer): choice.Shape(layer.out_features, layer.in_features, layer.format)
-        for layer in kernel_layers(decoder)
+        key(layer): LinearShape(layer.out_features, layer.in_features, layer.format) for layer in kernel_layers(decoder)
     }
 
 

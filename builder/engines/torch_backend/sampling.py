@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from builder.engines.request import Request
+from plugins.common.request import Request
 
 
 def sample(logits_BV: torch.Tensor, requests: Sequence[Request], indices: Sequence[int]) -> list[int]:
@@ -16,12 +16,20 @@ def sample(logits_BV: torch.Tensor, requests: Sequence[Request], indices: Sequen
     Temperature 0 takes the most probable token. Otherwise temperature, then top_k, then top_p (the smallest set of
     tokens whose probability reaches top_p, Holtzman et al., arXiv 1904.09751), then a draw, the same on every device.
     """
-    tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
+    tokens = _most_probable(logits_BV)
     drawn = [row for row, request in enumerate(requests) if request.temperature > 0]
     if drawn:
         choices = _draw(logits_BV[drawn].float(), [requests[row] for row in drawn], [indices[row] for row in drawn])
         for row, token in zip(drawn, choices, strict=True):
             tokens[row] = token
+    return tokens
+
+
+def _most_probable(logits_BV: torch.Tensor) -> list[int]:
+    """Of each row; the first of equal ones."""
+    on_cpu = logits_BV.device.type == "cpu"  # there torch takes 0.2 ms for 49,152 bfloat16 numbers, numpy a tenth of it
+    rows_B = logits_BV.float().numpy().argmax(1) if on_cpu else logits_BV.argmax(dim=-1)
+    tokens: list[int] = rows_B.tolist()
     return tokens
 
 

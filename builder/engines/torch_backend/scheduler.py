@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from builder.engines.request import Request
 from builder.engines.torch_backend.attention import Slice
 from builder.engines.torch_backend.block_pool import BlockPool, digests
 from builder.engines.torch_backend.kv_cache import blocks_for
-from builder.planning.kv_cache import BLOCK
+from builder.planning.kv_capacity import BLOCK
+from plugins.common.request import Request
 
 
 @dataclass

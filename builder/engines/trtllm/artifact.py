@@ -11,7 +11,7 @@ import yaml
 from builder.checkpoint import digest
 from builder.config import EngineConfig
 from builder.hardware import machine
-from builder.planning.kv_cache import SHARES, SINKS
+from builder.planning.kv_capacity import SHARES, SINKS
 from plugins.common.json_files import write_json
 
 

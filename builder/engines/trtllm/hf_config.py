@@ -43,7 +43,7 @@ def excluded_fused_layers(checkpoint: Checkpoint) -> list[str]:
     """
     if checkpoint.format not in EIGHT_BIT:
         return []
-    formats = {layer.name: layer.format for layer in checkpoint.layers()}
+    formats = {layer.name: layer.format for layer in checkpoint.shapes()}
     fused = []
     for last, parts in FUSED.items():
         for block in sorted({name.rpartition(".")[0] for name in formats if name.endswith(f".{parts[0]}")}):

@@ -91,7 +91,7 @@ def _check(checkpoint: Checkpoint, config: EngineConfig) -> None:
         features=checkpoint.features,
         tensorrt_llm=version_lock.installed("tensorrt_llm"),
     ).require()
-    sharding.check_shards(checkpoint.layers(), config.tensor_parallel).require()
+    sharding.check_shards(checkpoint.shapes(), config.tensor_parallel).require()
     sizes = (checkpoint.architecture.num_heads, checkpoint.architecture.num_blocks)
     sharding.check_mapping(*sizes, config.tensor_parallel, config.pipeline_parallel, "pytorch").require()
 

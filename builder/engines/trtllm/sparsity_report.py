@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from builder.checkpoint import Description
-from builder.engines.measured_tactics import Sized
 from builder.hardware import machine
 from plugins.autotune import tactics
 from plugins.common.json_files import read_json, write_json
+from plugins.common.linear_shape import LinearShape
 from plugins.common.nvidia_smi import gpus
 from plugins.tensorrt_llm import inspector
 from plugins.tensorrt_llm.inspector import SparseTactic
@@ -65,7 +65,7 @@ def read_rank(engine: Path, rank: int, held: range, blocks: int) -> Rank:
 
 
 def write(
-    engine: Path, checkpoint: Description, layers: Sequence[Sized], routes: Mapping[str, str]
+    engine: Path, checkpoint: Description, layers: Sequence[LinearShape], routes: Mapping[str, str]
 ) -> dict[str, Status]:
     """Writes both files from what the ranks left there, cuts their logs, and returns what became of each 2:4 layer."""
     ranks, blocks = range(checkpoint.ranks), checkpoint.architecture.num_blocks
@@ -111,7 +111,7 @@ def aliases(layer: str) -> tuple[str, ...]:
     return (layer, f"{block}.fused_fc") if block.endswith("mlp") and name in FUSED_MLP else (layer,)
 
 
-def describe(layers: Sequence[Sized], routes: Mapping[str, str], status: Mapping[str, Status]) -> dict[str, Any]:
+def describe(layers: Sequence[LinearShape], routes: Mapping[str, str], status: Mapping[str, Status]) -> dict[str, Any]:
     """tactics.json's content."""
 
     def reason(name: str) -> str:
@@ -127,9 +127,7 @@ def describe(layers: Sequence[Sized], routes: Mapping[str, str], status: Mapping
         "versions": machine.versions("tensorrt-llm", "tensorrt", "twofour"),
         "layers": {
             layer.name: {
-                "out_features": layer.out_features,
-                "in_features": layer.in_features,
-                "format": layer.format,
+                **layer.facts,
                 "sparse": layer.name in routes,
                 "reason": reason(layer.name),
                 "buckets": [],

@@ -15,23 +15,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 from builder.checkpoint import Description, read
 from builder.config import EngineConfig
 from builder.engines import measured_tactics
-from builder.engines.trtllm import (
-    artifact,
-    gpu_memory,
-    launch,
-    rank_processes,
-    sparsity_report,
-    version_lock,
-)
-from builder.engines.trtllm import (
-    checkpoint as trtllm_checkpoint,
-)
+from builder.engines.trtllm import artifact, gpu_memory, launch, rank_processes, sparsity_report, version_lock
+from builder.engines.trtllm import checkpoint as trtllm_checkpoint
 from builder.engines.trtllm.build_config import HOOKS, MODEL_CLASS, build_command, build_config, pages_context, routes
 from builder.planning import compatibility
 from calibration.data.tokenizer_files import copy_tokenizer
@@ -93,7 +84,7 @@ def build(
     plugin = plugin or _installed_plugin()
     if ratios is None:
         out_dtype = OF_DTYPE[opened.architecture.dtype]
-        ratios = measured_tactics.measure(read(checkpoint).layers(), config, out_dtype) if plugin else {}
+        ratios = measured_tactics.measure(read(checkpoint).shapes(), config, out_dtype) if plugin else {}
     chosen = routes(opened, ratios if given or opened.format == "int8" else None)
     status = _build_ranks(opened, out, config, chosen, tokenizer, plugin, progress)
     better = routes(opened, ratios, [layer for layer, word in status.items() if word == "picked"])
@@ -159,11 +150,11 @@ def _build_ranks(
     rank_processes.run_ranks(
         [_rank_command(opened.directory, out, rank) for rank in range(opened.ranks)],
         [out / f"build-rank{rank}.log" for rank in range(opened.ranks)],
-        [_rank_environment(out, rank, preload) for rank in range(opened.ranks)],
+        [_rank_environment(rank, preload) for rank in range(opened.ranks)],
         "building the TensorRT engine",
         progress,
     )
-    return sparsity_report.write(out, opened, read(opened.directory).layers(), chosen)
+    return sparsity_report.write(out, opened, read(opened.directory).shapes(), chosen)
 
 
 def _tokenizer(checkpoint: Path) -> Path:
@@ -231,19 +222,11 @@ def _place_plugin(plugin: Path | None, out: Path) -> Path:
 
 
 def _rank_command(checkpoint: Path, out: Path, rank: int) -> list[str]:
-    command: Sequence[object] = (
-        sys.executable,
-        "-m",
-        "plugins.tensorrt_llm.build_rank",
-        checkpoint,
-        out,
-        "--rank",
-        rank,
-    )
-    return [str(word) for word in command]
+    program = [sys.executable, "-m", "plugins.tensorrt_llm.build_rank"]
+    return [*program, str(checkpoint), str(out), "--rank", str(rank)]
 
 
-def _rank_environment(out: Path, rank: int, preload: Path | None) -> dict[str, str]:
+def _rank_environment(rank: int, preload: Path | None) -> dict[str, str]:
     """Each rank sees one GPU: its own where there are enough, for an engine can be built on any GPU of its kind."""
     environment = {"CUDA_VISIBLE_DEVICES": str(rank % len(gpus()))}
     return environment | ({"LD_PRELOAD": str(preload)} if preload else {})

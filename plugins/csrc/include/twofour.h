@@ -1,7 +1,8 @@
-/* libtwofour: GEMMs whose weight is 2:4 sparse. A C API with no CUDA types in it.
+/* libtwofour: GEMMs whose weight is sparse: 2:4, or 4:8, 5:8, 6:8. A C API with no CUDA types in it.
  *
  * Every function computes or prepares  y[tokens, out_features] = scale * (x[tokens, in_features] w^T) + bias
- * for a weight w[out_features, in_features] that holds at most 2 nonzeros in each aligned group of 4 inputs.
+ * for a weight w[out_features, in_features] in the pattern n:m of the kernel: at most n nonzeros in each aligned group of
+ * m inputs.
  * All matrices are row-major, and dense in memory but for x and y where the problem gives their pitches. Pointers are
  * device pointers, or host pointers where the context was made for TWOFOUR_HOST.
  *
@@ -22,13 +23,13 @@ extern "C" {
 #endif
 
 #define TWOFOUR_API __attribute__((visibility("default")))
-#define TWOFOUR_VERSION 101 /* 0.1.1 */
+#define TWOFOUR_VERSION 102 /* 0.1.2 */
 #define TWOFOUR_HOST (-1)   /* device number: runs the skinny kernel's own source on the CPU, thread by thread */
 
 typedef enum twofour_status {
   TWOFOUR_OK = 0,
   TWOFOUR_INVALID_ARGUMENT = 1,
-  TWOFOUR_NOT_2_4 = 2,              /* the weight breaks the pattern; the message names row and group */
+  TWOFOUR_NOT_2_4 = 2,              /* the weight breaks the kernel's pattern; the message names row and group */
   TWOFOUR_MISALIGNED = 3,           /* a size or pointer the kernel cannot take; the message names what works */
   TWOFOUR_NO_GPU = 4,
   TWOFOUR_SM_UNSUPPORTED = 5,       /* no sparse tensor cores, no fp8, or the library was not built for this GPU */
@@ -47,9 +48,12 @@ typedef enum twofour_status {
 typedef enum twofour_type { TWOFOUR_FP16 = 0, TWOFOUR_BF16 = 1, TWOFOUR_INT8 = 2, TWOFOUR_FP8 = 3 /* e4m3 */ } twofour_type;
 
 typedef enum twofour_kernel {
-  TWOFOUR_SKINNY = 0,     /* mma.sp, 1 to 64 tokens; weight packed by twofour, the same for every GPU */
+  TWOFOUR_SKINNY = 0,     /* 2:4 by mma.sp, 1 to 64 tokens; weight packed by twofour, the same for every GPU */
   TWOFOUR_CUSPARSELT = 1, /* weight compressed by cuSPARSELt, for this GPU and library version */
-  TWOFOUR_CUBLASLT = 2    /* weight dense */
+  TWOFOUR_CUBLASLT = 2,   /* weight dense */
+  TWOFOUR_SKINNY_4OF8 = 3, /* n:8, expanded in registers for dense mma, 1 to 64 tokens; packed by twofour, as above */
+  TWOFOUR_SKINNY_5OF8 = 4,
+  TWOFOUR_SKINNY_6OF8 = 5
 } twofour_kernel;
 
 typedef struct twofour_gemm {
@@ -95,7 +99,7 @@ TWOFOUR_API int twofour_version(void);
 TWOFOUR_API const char* twofour_status_name(twofour_status status);
 TWOFOUR_API const char* twofour_last_error(void);
 /* The version of the library that a kernel runs on, loaded without a GPU: 801 is cuSPARSELt 0.8.1. Returns an error
- * where it is missing or too old. For TWOFOUR_SKINNY it is the version of the packed layout. */
+ * where it is missing or too old. For the skinny kernels it is the version of the packed layout. */
 TWOFOUR_API twofour_status twofour_library_version(twofour_kernel kernel, int32_t* version);
 
 /* device: a CUDA ordinal, or TWOFOUR_HOST. */
@@ -114,7 +118,7 @@ TWOFOUR_API twofour_status twofour_check(twofour_context* context, twofour_type 
 TWOFOUR_API twofour_status twofour_weight_bytes(twofour_context* context, const twofour_gemm* gemm, size_t* bytes);
 TWOFOUR_API twofour_status twofour_prepare_weight(twofour_context* context, const twofour_gemm* gemm,
                                                   const void* weight, void* prepared, void* stream);
-/* TWOFOUR_SKINNY only: the packed form back to the dense weight. */
+/* The skinny kernels only: the packed form back to the dense weight. */
 TWOFOUR_API twofour_status twofour_unpack_weight(twofour_context* context, const twofour_gemm* gemm,
                                                  const void* prepared, void* weight, void* stream);
 TWOFOUR_API twofour_status twofour_get_stamp(twofour_context* context, const twofour_gemm* gemm, twofour_stamp* stamp);

@@ -86,11 +86,14 @@ twofour_status twofour_library_version(twofour_kernel kernel, int32_t* version) 
     require({version});
     *version = 0;
     switch (kernel) {
-      case TWOFOUR_SKINNY: *version = kLayoutVersion; return;
+      case TWOFOUR_SKINNY:
+      case TWOFOUR_SKINNY_4OF8:
+      case TWOFOUR_SKINNY_5OF8:
+      case TWOFOUR_SKINNY_6OF8: *version = kLayoutVersion; return;
       case TWOFOUR_CUSPARSELT: *version = cusparselt_version(); return;
       case TWOFOUR_CUBLASLT: *version = cublaslt_version(); return;
     }
-    fail(TWOFOUR_INVALID_ARGUMENT, "kernel %d is not one of skinny (0), cusparselt (1), cublaslt (2)", kernel);
+    fail(TWOFOUR_INVALID_ARGUMENT, "kernel %d is not one of %s", kernel, kKernels);
   });
 }
 
@@ -117,7 +120,7 @@ twofour_status twofour_check(twofour_context* context, twofour_type type, int64_
                              const void* weight, void* stream, int64_t* row, int64_t* group) {
   return guard(context, [&] {
     require({weight});
-    const int64_t first = context->first_violation(type, out_features, in_features, weight, as_stream(stream));
+    const int64_t first = context->first_violation({type, kKeep2of4}, out_features, in_features, weight, as_stream(stream));
     if (first < 0) return;
     const int64_t groups = in_features / 4;
     if (row != nullptr) *row = first / groups;

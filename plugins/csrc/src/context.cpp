@@ -79,73 +79,48 @@ twofour_context::BucketKey twofour_context::bucket_key(const twofour_gemm& g) {
   return {g.kernel, g.type, g.out_type, g.out_features, g.in_features, tokens_bucket(g.tokens)};
 }
 
-static void validate_pitch(const char* name, int64_t pitch, int64_t features, int bytes) {
-  if (pitch != 0 && (pitch < features || pitch * bytes % 16 != 0))
-    fail(TWOFOUR_MISALIGNED, "%s_pitch=%lld must be %lld or more, and a multiple of %d (16 bytes); copy it", name,
-         static_cast<long long>(pitch), static_cast<long long>(features), 16 / bytes);
-}
-
-void twofour_context::validate(const twofour_gemm& g) const {
-  if (g.kernel < TWOFOUR_SKINNY || g.kernel > TWOFOUR_CUBLASLT)
-    fail(TWOFOUR_INVALID_ARGUMENT, "kernel %d is not one of skinny (0), cusparselt (1), cublaslt (2)", g.kernel);
-  if (g.type < TWOFOUR_FP16 || g.type > TWOFOUR_FP8)
-    fail(TWOFOUR_INVALID_ARGUMENT, "type %d is not one of fp16 (0), bf16 (1), int8 (2), fp8 (3)", g.type);
-  if (g.out_type != TWOFOUR_FP16 && g.out_type != TWOFOUR_BF16)
-    fail(TWOFOUR_INVALID_ARGUMENT, "out_type %d is not fp16 (0) or bf16 (1)", g.out_type);
-  if (g.out_features < 1 || g.in_features < 1 || g.out_features > INT32_MAX || g.in_features > INT32_MAX)
-    fail(TWOFOUR_INVALID_ARGUMENT, "a weight cannot be [%lld, %lld]", static_cast<long long>(g.out_features),
-         static_cast<long long>(g.in_features));
-  if (g.accumulate != 0 && (g.accumulate != 1 || g.kernel != TWOFOUR_CUBLASLT))
-    fail(TWOFOUR_UNSUPPORTED, "accumulate=%d of %s: cublaslt alone adds to what y holds (1)", g.accumulate, kernel_name(g.kernel));
-  validate_pitch("x", g.x_pitch, g.in_features, element_bytes(g.type));
-  validate_pitch("y", g.y_pitch, g.out_features, 2);
-  if (g.kernel != TWOFOUR_SKINNY) return;
-  const int64_t multiple = 16 / element_bytes(g.type);
-  if (g.in_features % multiple != 0)
-    fail(TWOFOUR_MISALIGNED, "in_features=%lld is not a multiple of %lld (16 bytes of %s); pad x and the weight to %lld",
-         static_cast<long long>(g.in_features), static_cast<long long>(multiple), type_name(g.type),
-         static_cast<long long>(round_up(g.in_features, multiple)));
-  if (g.type == TWOFOUR_FP8 && !host() && info.sm < 89)
-    fail(TWOFOUR_SM_UNSUPPORTED, "fp8 needs compute capability 8.9 or newer, this GPU has %d.%d; use int8", info.sm / 10,
-         info.sm % 10);
-}
-
 size_t twofour_context::weight_bytes(const twofour_gemm& g) {
-  if (g.kernel == TWOFOUR_SKINNY) return packed_bytes(g.type, g.out_features, g.in_features);
+  if (is_skinny(g)) return packed_bytes(form_of(g), g.out_features, g.in_features);
   backend(g.kernel).validate(g);
   return backend(g.kernel).weight_bytes(g);
 }
 
-int64_t twofour_context::first_violation(int type, int64_t out_features, int64_t in_features, const void* weight,
+int64_t twofour_context::first_violation(Form form, int64_t out_features, int64_t in_features, const void* weight,
                                          cudaStream_t stream) {
-  if (in_features % 4 != 0)
-    fail(TWOFOUR_MISALIGNED, "in_features=%lld is not a multiple of 4: no 2:4 pattern", static_cast<long long>(in_features));
-  return host() ? first_violation_host(type, out_features, in_features, weight)
-                : first_violation_device(type, out_features, in_features, weight, stream);
+  const int group = group_inputs(form.keep);
+  if (in_features % group != 0)
+    fail(TWOFOUR_MISALIGNED, "in_features=%lld is not a multiple of %d: no %d:%d pattern",
+         static_cast<long long>(in_features), group, form.keep, group);
+  return host() ? first_violation_host(form, out_features, in_features, weight)
+                : first_violation_device(form, out_features, in_features, weight, stream);
 }
 
 void twofour_context::prepare_weight(const twofour_gemm& g, const void* weight, void* prepared, cudaStream_t stream) {
   if (g.kernel == TWOFOUR_CUBLASLT) return backend(g.kernel).prepare_weight(g, weight, prepared, stream);
-  const int64_t group = first_violation(g.type, g.out_features, g.in_features, weight, stream);
-  if (group >= 0)
-    fail(TWOFOUR_NOT_2_4, "the weight is not 2:4: row %lld, group %lld (inputs %lld to %lld) has more than 2 nonzeros",
-         static_cast<long long>(group / (g.in_features / 4)), static_cast<long long>(group % (g.in_features / 4)),
-         static_cast<long long>(group % (g.in_features / 4) * 4), static_cast<long long>(group % (g.in_features / 4) * 4 + 3));
+  const Form form = g.kernel == TWOFOUR_CUSPARSELT ? Form{g.type, kKeep2of4} : form_of(g);
+  const int64_t violation = first_violation(form, g.out_features, g.in_features, weight, stream);
+  if (violation >= 0) {
+    const int inputs = group_inputs(form.keep);
+    const int64_t row = violation / (g.in_features / inputs), group = violation % (g.in_features / inputs);
+    fail(TWOFOUR_NOT_2_4, "the weight is not %d:%d: row %lld, group %lld (inputs %lld to %lld) has more than %d nonzeros",
+         form.keep, inputs, static_cast<long long>(row), static_cast<long long>(group),
+         static_cast<long long>(group * inputs), static_cast<long long>(group * inputs + inputs - 1), form.keep);
+  }
   if (g.kernel == TWOFOUR_CUSPARSELT) {
     backend(g.kernel).validate(g);
     backend(g.kernel).prepare_weight(g, weight, prepared, stream);
   } else if (host()) {
-    pack_host(g.type, g.out_features, g.in_features, weight, static_cast<uint8_t*>(prepared));
+    pack_host(form_of(g), g.out_features, g.in_features, weight, static_cast<uint8_t*>(prepared));
   } else {
-    pack_device(g.type, g.out_features, g.in_features, weight, static_cast<uint8_t*>(prepared), stream);
+    pack_device(form_of(g), g.out_features, g.in_features, weight, static_cast<uint8_t*>(prepared), stream);
   }
 }
 
 void twofour_context::unpack_weight(const twofour_gemm& g, const void* prepared, void* weight, cudaStream_t stream) {
-  if (g.kernel != TWOFOUR_SKINNY)
-    fail(TWOFOUR_UNSUPPORTED, "only the skinny kernel's packed form can be unpacked, not %s's", kernel_name(g.kernel));
-  if (host()) unpack_host(g.type, g.out_features, g.in_features, static_cast<const uint8_t*>(prepared), weight);
-  else unpack_device(g.type, g.out_features, g.in_features, static_cast<const uint8_t*>(prepared), weight, stream);
+  if (!is_skinny(g))
+    fail(TWOFOUR_UNSUPPORTED, "only a skinny kernel's packed form can be unpacked, not %s's", kernel_name(g.kernel));
+  if (host()) unpack_host(form_of(g), g.out_features, g.in_features, static_cast<const uint8_t*>(prepared), weight);
+  else unpack_device(form_of(g), g.out_features, g.in_features, static_cast<const uint8_t*>(prepared), weight, stream);
 }
 
 twofour_stamp twofour_context::stamp(const twofour_gemm& g) {
@@ -160,7 +135,7 @@ twofour_stamp twofour_context::stamp(const twofour_gemm& g) {
 // An algorithm of the skinny kernel: splits of K, 0 staged or 1 streamed, and for the latter the members of
 // StreamedChoices after splits.
 int twofour_context::splits(const twofour_gemm& g) const {
-  const SkinnyGeometry geometry = skinny_geometry(g.type, g.tokens, g.out_features, g.in_features);
+  const SkinnyGeometry geometry = skinny_geometry(form_of(g), g.tokens, g.out_features, g.in_features);
   const auto chosen = algorithms_.find(bucket_key(g));
   if (chosen == algorithms_.end()) return default_splits(geometry, info.multiprocessors);
   return static_cast<int>(std::clamp<uint64_t>(chosen->second.words[0], 1, static_cast<uint64_t>(geometry.max_splits)));
@@ -170,14 +145,14 @@ std::optional<StreamedPlan> twofour_context::streamed(const twofour_gemm& g) con
   const auto chosen = algorithms_.find(bucket_key(g));
   if (chosen == algorithms_.end() || chosen->second.words[1] != 1) return std::nullopt;
   const uint64_t* words = chosen->second.words;
-  return streamed_plan(g.type, g.tokens, g.out_features, g.in_features, multiprocessors_,
+  return streamed_plan(form_of(g), g.tokens, g.out_features, g.in_features, multiprocessors_,
                        {static_cast<int>(words[0]), static_cast<int>(words[2]), static_cast<int>(words[3]),
                         static_cast<int>(words[4])});
 }
 
 void twofour_context::plan(const twofour_gemm& g) {
   if (g.tokens < 1) fail(TWOFOUR_INVALID_ARGUMENT, "tokens=%lld: at least 1", static_cast<long long>(g.tokens));
-  if (g.kernel != TWOFOUR_SKINNY) {
+  if (!is_skinny(g)) {
     const auto chosen = algorithms_.find(bucket_key(g));
     if (chosen != algorithms_.end()) {
       try {
@@ -190,18 +165,18 @@ void twofour_context::plan(const twofour_gemm& g) {
     return backend(g.kernel).plan(g, nullptr);
   }
   if (g.tokens > kMaxSkinnyTokens)
-    fail(TWOFOUR_UNSUPPORTED, "tokens=%lld: the skinny kernel takes 1 to %d; use cusparselt or cublaslt",
-         static_cast<long long>(g.tokens), kMaxSkinnyTokens);
+    fail(TWOFOUR_UNSUPPORTED, "tokens=%lld: the skinny kernel takes 1 to %d; use %scublaslt", static_cast<long long>(g.tokens),
+         kMaxSkinnyTokens, g.kernel == TWOFOUR_SKINNY ? "cusparselt or " : "");
 }
 
 size_t twofour_context::workspace_bytes(const twofour_gemm& g) {
-  if (g.kernel != TWOFOUR_SKINNY) {
+  if (!is_skinny(g)) {
     if (!backend(g.kernel).planned(g)) plan(g);
     return backend(g.kernel).workspace_bytes(g);
   }
   plan(g);
   if (const auto plan = streamed(g)) return plan->workspace_bytes;
-  return skinny_workspace_bytes(skinny_geometry(g.type, g.tokens, g.out_features, g.in_features), splits(g));
+  return skinny_workspace_bytes(skinny_geometry(form_of(g), g.tokens, g.out_features, g.in_features), splits(g));
 }
 
 static twofour_algorithm words_of(const StreamedPlan& plan) {
@@ -210,8 +185,8 @@ static twofour_algorithm words_of(const StreamedPlan& plan) {
 }
 
 std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g) {
-  if (g.kernel != TWOFOUR_SKINNY) return backend(g.kernel).algorithms(g);
-  const SkinnyGeometry geometry = skinny_geometry(g.type, g.tokens, g.out_features, g.in_features);
+  if (!is_skinny(g)) return backend(g.kernel).algorithms(g);
+  const SkinnyGeometry geometry = skinny_geometry(form_of(g), g.tokens, g.out_features, g.in_features);
   std::vector<twofour_algorithm> all;
   for (int s : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32})
     if (s <= geometry.max_splits) all.push_back({{static_cast<uint64_t>(s), 0, 0, 0, 0, 0, 0, 0}});
@@ -219,7 +194,7 @@ std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g
   std::set<std::tuple<int, int, int>> launches;
   for (int splits : {1, 2, 4})
     for (const auto& [share, blocks] : {std::pair(1, 1), std::pair(2, 1), std::pair(1, 2)}) {
-      const auto plan = streamed_plan(g.type, g.tokens, g.out_features, g.in_features, multiprocessors_,
+      const auto plan = streamed_plan(form_of(g), g.tokens, g.out_features, g.in_features, multiprocessors_,
                                       {splits, share, blocks, 0});
       if (plan && launches.insert({plan->splits, plan->blocks, plan->depth}).second) all.push_back(words_of(*plan));
     }
@@ -227,7 +202,7 @@ std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g
 }
 
 twofour_algorithm twofour_context::algorithm(const twofour_gemm& g) {
-  if (g.kernel == TWOFOUR_SKINNY) {
+  if (is_skinny(g)) {
     if (const auto plan = streamed(g)) return words_of(*plan);
     return {{static_cast<uint64_t>(splits(g)), 0, 0, 0, 0, 0, 0, 0}};
   }
@@ -236,7 +211,7 @@ twofour_algorithm twofour_context::algorithm(const twofour_gemm& g) {
 }
 
 void twofour_context::set_algorithm(const twofour_gemm& g, const twofour_algorithm& algorithm) {
-  if (g.kernel != TWOFOUR_SKINNY) backend(g.kernel).plan(g, &algorithm);  // throws where it does not fit
+  if (!is_skinny(g)) backend(g.kernel).plan(g, &algorithm);  // throws where it does not fit
   else if (algorithm.words[1] > 1)
     fail(TWOFOUR_INVALID_ARGUMENT, "variant %llu of the skinny kernel is not staged (0) or streamed (1)",
          static_cast<unsigned long long>(algorithm.words[1]));
@@ -267,18 +242,18 @@ void twofour_context::run_skinny(const twofour_gemm& g, const void* x, const voi
     problem.splits = plan->splits;
     problem.depth = plan->depth;
     problem.prefetch = plan->prefetch;
-    if (host()) streamed_simulate(g.type, problem, *plan);
-    else streamed_launch(g.type, problem, *plan, stream);
+    if (host()) streamed_simulate(form_of(g), problem, *plan);
+    else streamed_launch(form_of(g), problem, *plan, stream);
     return;
   }
   problem.splits = splits(g);
-  if (host()) skinny_simulate(g.type, problem, packed_bytes(g.type, g.out_features, g.in_features));
-  else skinny_launch(g.type, problem, stream);
+  if (host()) skinny_simulate(form_of(g), problem);
+  else skinny_launch(form_of(g), problem, stream);
 }
 
 void twofour_context::matmul(const twofour_gemm& g, const void* x, const void* prepared, void* y, void* workspace,
                              size_t bytes, cudaStream_t stream) {
-  if (g.kernel != TWOFOUR_SKINNY && !backend(g.kernel).planned(g)) {
+  if (!is_skinny(g) && !backend(g.kernel).planned(g)) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
     if (capture != cudaStreamCaptureStatusNone)
@@ -293,6 +268,6 @@ void twofour_context::matmul(const twofour_gemm& g, const void* x, const void* p
   for (const void* pointer : {x, prepared, static_cast<const void*>(y), static_cast<const void*>(workspace)})
     if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
       fail(TWOFOUR_MISALIGNED, "a tensor begins at %p, not at a multiple of 16 bytes; copy it", pointer);
-  if (g.kernel == TWOFOUR_SKINNY) run_skinny(g, x, prepared, y, workspace, stream);
+  if (is_skinny(g)) run_skinny(g, x, prepared, y, workspace, stream);
   else backend(g.kernel).matmul(g, x, prepared, y, static_cast<uint8_t*>(workspace), stream);
 }

@@ -23,7 +23,8 @@ struct twofour_context {
   size_t weight_bytes(const twofour_gemm& gemm);
   void prepare_weight(const twofour_gemm& gemm, const void* weight, void* prepared, cudaStream_t stream);
   void unpack_weight(const twofour_gemm& gemm, const void* prepared, void* weight, cudaStream_t stream);
-  int64_t first_violation(int type, int64_t out_features, int64_t in_features, const void* weight, cudaStream_t stream);
+  int64_t first_violation(twofour::Form form, int64_t out_features, int64_t in_features, const void* weight,
+                          cudaStream_t stream);
   twofour_stamp stamp(const twofour_gemm& gemm);
   void plan(const twofour_gemm& gemm);
   size_t workspace_bytes(const twofour_gemm& gemm);
@@ -50,7 +51,7 @@ struct twofour_context {
 
   std::map<BucketKey, twofour_algorithm> algorithms_;
   twofour::Multiprocessors multiprocessors_;
-  std::unique_ptr<twofour::Backend> backends_[3];
+  std::map<int, std::unique_ptr<twofour::Backend>> backends_;  // by twofour_kernel
   std::vector<unsigned> host_counters_;
   unsigned* counters_ = nullptr;  // of the skinny kernel's tiles
 };

@@ -4,46 +4,12 @@
 // thread by thread on a CPU. Both define namespace gpu.
 #pragma once
 
-#include "layout.h"
+#include "operands.cuh"
 #include "skinny_problem.h"
 
 namespace twofour {
 
-// The token (0..7) whose row of x a lane loads from.
-template <int kType>
-TWOFOUR_DEVICE int token_of_lane(int lane) {
-  return kType == TWOFOUR_FP8 ? lane / 4 : lane % 8;
-}
-
-template <int kType>
-TWOFOUR_DEVICE gpu::Fragment load_a(const uint8_t* tile, int unit, int step, int lane) {
-  if constexpr (kType != TWOFOUR_FP8) {
-    const int chunk = kType == TWOFOUR_INT8 ? unit : 2 * unit + step;
-    return gpu::load_16(tile + (chunk * kLanes + lane) * kChunkBytes);
-  } else {
-    const gpu::Pair packed = gpu::load_8(tile + (unit * kLanes + lane) * kChunkBytes + 8 * step);
-    return {{gpu::widen_fp8(packed.r[0]), gpu::widen_fp8(packed.r[0] >> 16), gpu::widen_fp8(packed.r[1]),
-             gpu::widen_fp8(packed.r[1] >> 16)}};
-  }
-}
-
-// x_row: where the 256 inputs of this block begin for the lane's token.
-template <int kType>
-TWOFOUR_DEVICE gpu::Fragment load_b(const uint8_t* x_row, int unit, int step, int lane) {
-  if constexpr (kType != TWOFOUR_FP8) {
-    const int column = (kType == TWOFOUR_INT8 ? unit : 2 * unit + step) * 64;  // bytes
-    return gpu::load_matrices(x_row + column + lane / 8 * kChunkBytes);
-  } else {
-    const int t = lane % 4;
-    const gpu::Fragment groups = gpu::load_16(x_row + unit * 64 + 32 * (t / 2) + 16 * step);
-    gpu::Fragment b;
-    TWOFOUR_UNROLL
-    for (int i = 0; i < 4; ++i) b.r[i] = gpu::widen_fp8(groups.r[i] >> (16 * (t % 2)));
-    return b;
-  }
-}
-
-// mma.sp instructions in a block of 256 inputs, for each tile of 8 tokens.
+// Steps in a block of 256 inputs: each multiplies by one mma.sp, or by two dense mma, for each tile of 8 tokens.
 template <int kType>
 constexpr int kSteps = kUnits * (kType == TWOFOUR_INT8 ? 1 : 2);
 template <int kType>
@@ -57,39 +23,40 @@ TWOFOUR_HD constexpr int step_of(int i) {
 
 // sums[r][n] += packed block r of `blocks` times the 8 tokens at x_rows[n]. A block beyond the weight's last row may hold
 // any values: its sums are discarded.
-template <int kType, int kTiles, int kTokenTiles, class Accumulator>
+template <int kType, int kKeep, int kTiles, int kTokenTiles, class Accumulator>
 TWOFOUR_DEVICE void multiply_blocks(const uint8_t* blocks, const uint8_t* const (&x_rows)[kTokenTiles], int lane,
                                     Accumulator (&sums)[kTiles][kTokenTiles][4]) {
-  gpu::Fragment metadata[kTiles];
+  constexpr Form kForm{kType, kKeep};
+  gpu::Fragment positions[kTiles];
   TWOFOUR_UNROLL
   for (int r = 0; r < kTiles; ++r)
-    metadata[r] = gpu::load_16(blocks + r * block_bytes(kType) + meta_offset(kType, lane, 0));
+    positions[r] = gpu::load_16(blocks + r * block_bytes(kForm) + positions_offset(kForm, lane, 0));
   TWOFOUR_UNROLL
   for (int i = 0; i < kSteps<kType>; ++i) {
     const int unit = unit_of<kType>(i), step = step_of<kType>(i);
     gpu::Fragment b[kTokenTiles];
     TWOFOUR_UNROLL
-    for (int n = 0; n < kTokenTiles; ++n) b[n] = load_b<kType>(x_rows[n], unit, step, lane);
+    for (int n = 0; n < kTokenTiles; ++n) b[n] = load_b<kType, kKeep>(x_rows[n], unit, step, lane);
     TWOFOUR_UNROLL
     for (int r = 0; r < kTiles; ++r) {
-      const gpu::Fragment a = load_a<kType>(blocks + r * block_bytes(kType), unit, step, lane);
+      const Operand<kKeep> a = load_a<kType, kKeep>(blocks + r * block_bytes(kForm), positions[r], unit, step, lane);
       TWOFOUR_UNROLL
-      for (int n = 0; n < kTokenTiles; ++n) gpu::mma_sp<kType>(sums[r][n], a, b[n], metadata[r].r[unit], step);
+      for (int n = 0; n < kTokenTiles; ++n) multiply_step<kType>(sums[r][n], a, b[n], step);
     }
   }
 }
 
 // The same for one block, with all of x in registers.
-template <int kType, int kTokenTiles, class Accumulator>
+template <int kType, int kKeep, int kTokenTiles, class Accumulator>
 TWOFOUR_DEVICE void multiply_block(const uint8_t* block, const gpu::Fragment (&x)[kSteps<kType>][kTokenTiles], int lane,
                                    Accumulator (&sums)[kTokenTiles][4]) {
-  const gpu::Fragment metadata = gpu::load_16(block + meta_offset(kType, lane, 0));
+  const gpu::Fragment positions = gpu::load_16(block + positions_offset(Form{kType, kKeep}, lane, 0));
   TWOFOUR_UNROLL
   for (int i = 0; i < kSteps<kType>; ++i) {
-    const gpu::Fragment a = load_a<kType>(block, unit_of<kType>(i), step_of<kType>(i), lane);
+    const int unit = unit_of<kType>(i), step = step_of<kType>(i);
+    const Operand<kKeep> a = load_a<kType, kKeep>(block, positions, unit, step, lane);
     TWOFOUR_UNROLL
-    for (int n = 0; n < kTokenTiles; ++n)
-      gpu::mma_sp<kType>(sums[n], a, x[i][n], metadata.r[unit_of<kType>(i)], step_of<kType>(i));
+    for (int n = 0; n < kTokenTiles; ++n) multiply_step<kType>(sums[n], a, x[i][n], step);
   }
 }
 

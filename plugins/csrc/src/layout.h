@@ -1,11 +1,12 @@
-// The packed form of a 2:4 weight that the skinny kernel reads, as index maps that host and device code share.
+// The packed forms of a weight that the skinny kernel reads, as index maps that host and device code share: here what
+// they have in common, and the form of 2:4; layout_of8.h has that of 4:8, 5:8 and 6:8.
 //
 // The unit is a *block*, 16 output features x 256 inputs, stored contiguously; blocks of one 16-row tile follow
 // each other along K, tiles along N. A block holds chunks of 16 bytes for each of the 32 lanes, chunk-major, so that
-// a warp reads 512 contiguous bytes at a time: first the values, in the order the lane feeds them to mma.sp, last one
-// chunk with four 32-bit words of metadata. Bytes against dense: 0.5625 at 16 bits, 0.625 at 8 bits.
+// a warp reads 512 contiguous bytes at a time: first the values, in the order the lane feeds them to mma, last one chunk
+// with four 32-bit words that give their positions. Bytes against dense: 0.5625 at 16 bits, 0.625 at 8 bits.
 //
-// The 256 inputs are four *units* of 64 inputs = 16 groups of 4. A unit is
+// In a 2:4 weight those words are the metadata of mma.sp. The 256 inputs are four *units* of 64 inputs = 16 groups of 4. A unit is
 //   fp16, bf16:  two mma.sp.m16n8k32 (steps), two chunks, one metadata word (selector 0 and 1)
 //   fp8:         the same two m16n8k32 on values widened to fp16 in registers, one chunk: only sm_89 and sm_120 have
 //                an fp8 mma.sp, elsewhere ptxas emulates it with these very conversions and a shuffle of the metadata
@@ -39,16 +40,37 @@ constexpr int kUnits = kBlockInputs / kUnitInputs;
 constexpr int kLanes = 32;
 constexpr int kChunkBytes = 16;
 
+// What a packed weight holds: elements of `type`, of each group the `keep` that its pattern allows (2 of 4; 4, 5, 6 of 8).
+struct Form {
+  int type, keep;
+};
+constexpr int kKeep2of4 = 2;
+constexpr int kPatterns[] = {kKeep2of4, 4, 5, 6};
+TWOFOUR_HD constexpr int group_inputs(int keep) { return keep == kKeep2of4 ? 4 : 8; }
+
+// 0: not a kernel that reads a packed form.
+TWOFOUR_HD constexpr int keep_of(int kernel) {
+  return kernel == TWOFOUR_SKINNY ? kKeep2of4
+         : kernel == TWOFOUR_SKINNY_4OF8 ? 4
+         : kernel == TWOFOUR_SKINNY_5OF8 ? 5
+         : kernel == TWOFOUR_SKINNY_6OF8 ? 6
+                                         : 0;
+}
+TWOFOUR_HD constexpr Form form_of(const twofour_gemm& g) { return {g.type, keep_of(g.kernel)}; }
+inline bool is_skinny(const twofour_gemm& g) { return keep_of(g.kernel) != 0; }
+
 TWOFOUR_HD constexpr int element_bytes(int type) { return type == TWOFOUR_FP16 || type == TWOFOUR_BF16 ? 2 : 1; }
-TWOFOUR_HD constexpr int value_chunks(int type) { return kUnits * element_bytes(type); }
-TWOFOUR_HD constexpr int chunks(int type) { return value_chunks(type) + 1; }
-TWOFOUR_HD constexpr int block_bytes(int type) { return chunks(type) * kLanes * kChunkBytes; }
+TWOFOUR_HD constexpr int value_chunks(Form form) {
+  return (form.keep == kKeep2of4 ? 4 : form.keep) * element_bytes(form.type);
+}
+TWOFOUR_HD constexpr int chunks(Form form) { return value_chunks(form) + 1; }
+TWOFOUR_HD constexpr int block_bytes(Form form) { return chunks(form) * kLanes * kChunkBytes; }
 
 TWOFOUR_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 TWOFOUR_HD constexpr int64_t row_tiles(int64_t out_features) { return ceil_div(out_features, kTileRows); }
 TWOFOUR_HD constexpr int64_t input_blocks(int64_t in_features) { return ceil_div(in_features, kBlockInputs); }
-TWOFOUR_HD constexpr size_t packed_bytes(int type, int64_t out_features, int64_t in_features) {
-  return static_cast<size_t>(row_tiles(out_features) * input_blocks(in_features)) * static_cast<size_t>(block_bytes(type));
+TWOFOUR_HD constexpr size_t packed_bytes(Form form, int64_t out_features, int64_t in_features) {
+  return static_cast<size_t>(row_tiles(out_features) * input_blocks(in_features)) * static_cast<size_t>(block_bytes(form));
 }
 
 // Elements from row to row of x and y. One row has none after it: its slice is dense.
@@ -79,12 +101,12 @@ TWOFOUR_HD constexpr Place place(int type, int unit, int meta_lane, int i) {
   return {g + 8 * high, unit_group(type, step, 4 * half + i % 4), 4 * g + i % 4, (2 * unit + step) * 4 * bytes + bytes * j};
 }
 
-// Offset in a block of byte `byte` of a lane's value chunks, and of its metadata word of a unit.
+// Offset in a block of byte `byte` of a lane's value chunks, and of its word of positions of a unit.
 TWOFOUR_HD constexpr int value_offset(int lane, int byte) {
   return (byte / kChunkBytes) * kLanes * kChunkBytes + lane * kChunkBytes + byte % kChunkBytes;
 }
-TWOFOUR_HD constexpr int meta_offset(int type, int lane, int unit) {
-  return value_chunks(type) * kLanes * kChunkBytes + lane * kChunkBytes + 4 * unit;
+TWOFOUR_HD constexpr int positions_offset(Form form, int lane, int unit) {
+  return value_chunks(form) * kLanes * kChunkBytes + lane * kChunkBytes + 4 * unit;
 }
 
 // The two kept positions of a group, ascending, as the 4 bits of metadata: i0 | i1 << 2. A group with fewer than two
@@ -114,8 +136,8 @@ TWOFOUR_HD unsigned load_element(int type, const void* w, int64_t index) {
   return element_bytes(type) == 2 ? static_cast<const uint16_t*>(w)[index] : static_cast<const uint8_t*>(w)[index];
 }
 
-// One metadata word of the packed form and the values of its 8 groups: all the work of packing is a loop over
-// `packed_words` of these. The weight is dense [n, k]; the packed form has zeros where it reaches beyond.
+// One word of positions and the values of its groups: all the work of packing is a loop over `packed_words` of these.
+// The weight is dense [n, k]; the packed form has zeros where it reaches beyond.
 struct Word {
   int64_t tile, block;
   int unit, lane;
@@ -129,9 +151,9 @@ TWOFOUR_HD constexpr Word word_at(int64_t index, int64_t k) {
           static_cast<int>(index % kLanes)};
 }
 
-TWOFOUR_HD void pack_word(int type, int64_t n, int64_t k, const void* weight, uint8_t* packed, int64_t index) {
+TWOFOUR_HD void pack_word_2of4(int type, int64_t n, int64_t k, const void* weight, uint8_t* packed, int64_t index) {
   const Word w = word_at(index, k);
-  uint8_t* block = packed + (w.tile * input_blocks(k) + w.block) * block_bytes(type);
+  uint8_t* block = packed + (w.tile * input_blocks(k) + w.block) * block_bytes({type, kKeep2of4});
   uint32_t metadata = 0;
   for (int i = 0; i < 8; ++i) {
     const Place at = place(type, w.unit, w.lane, i);
@@ -151,13 +173,13 @@ TWOFOUR_HD void pack_word(int type, int64_t n, int64_t k, const void* weight, ui
       if (element_bytes(type) == 2) values[2 * j + 1] = static_cast<uint8_t>(value >> 8);
     }
   }
-  *reinterpret_cast<uint32_t*>(block + meta_offset(type, w.lane, w.unit)) = metadata;
+  *reinterpret_cast<uint32_t*>(block + positions_offset({type, kKeep2of4}, w.lane, w.unit)) = metadata;
 }
 
-TWOFOUR_HD void unpack_word(int type, int64_t n, int64_t k, const uint8_t* packed, void* weight, int64_t index) {
+TWOFOUR_HD void unpack_word_2of4(int type, int64_t n, int64_t k, const uint8_t* packed, void* weight, int64_t index) {
   const Word w = word_at(index, k);
-  const uint8_t* block = packed + (w.tile * input_blocks(k) + w.block) * block_bytes(type);
-  const uint32_t metadata = *reinterpret_cast<const uint32_t*>(block + meta_offset(type, w.lane, w.unit));
+  const uint8_t* block = packed + (w.tile * input_blocks(k) + w.block) * block_bytes({type, kKeep2of4});
+  const uint32_t metadata = *reinterpret_cast<const uint32_t*>(block + positions_offset({type, kKeep2of4}, w.lane, w.unit));
   const int size = element_bytes(type);
   for (int i = 0; i < 8; ++i) {
     const Place at = place(type, w.unit, w.lane, i);
@@ -172,11 +194,13 @@ TWOFOUR_HD void unpack_word(int type, int64_t n, int64_t k, const uint8_t* packe
   }
 }
 
-// Whether row-major group `group` of 4 inputs holds more than 2 nonzeros.
-TWOFOUR_HD bool violates(int type, const void* weight, int64_t group) {
+// Whether a row-major group of 4 or 8 inputs holds more than `keep` nonzeros.
+TWOFOUR_HD bool violates(Form form, const void* weight, int64_t group) {
+  const int inputs = group_inputs(form.keep);
   int nonzeros = 0;
-  for (int i = 0; i < 4; ++i) nonzeros += is_zero(type, load_element(type, weight, 4 * group + i)) ? 0 : 1;
-  return nonzeros > 2;
+  for (int i = 0; i < inputs; ++i)
+    nonzeros += is_zero(form.type, load_element(form.type, weight, inputs * group + i)) ? 0 : 1;
+  return nonzeros > form.keep;
 }
 
 }  // namespace twofour

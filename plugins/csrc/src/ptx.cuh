@@ -142,6 +142,29 @@ TWOFOUR_DEVICE void mma_sp(int (&d)[4], const Fragment& a, const Fragment& b, ui
   TWOFOUR_MMA_SP("m16n8k64.row.col.s32.s8.s8.s32", "r", "0x0");
 }
 
+// Four of the eight bytes of `low` and `high` (number 4 on), as the low half bytes of `selector` (0 to 7) number them.
+TWOFOUR_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(selector));
+  return out;
+}
+
+#define TWOFOUR_MMA(shape_and_types, constraint)                                                                         \
+  asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"    \
+               : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]), "+" constraint(d[3])                \
+               : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]))
+
+// The same with dense operands: K = 16 for 16 bit (and fp8 widened to fp16), 32 for int8.
+template <int kType>
+TWOFOUR_DEVICE void mma(float (&d)[4], const Fragment& a, const Pair& b) {
+  if constexpr (kType == TWOFOUR_BF16) TWOFOUR_MMA("m16n8k16.row.col.f32.bf16.bf16.f32", "f");
+  else TWOFOUR_MMA("m16n8k16.row.col.f32.f16.f16.f32", "f");
+}
+template <int kType>
+TWOFOUR_DEVICE void mma(int (&d)[4], const Fragment& a, const Pair& b) {
+  TWOFOUR_MMA("m16n8k32.row.col.s32.s8.s8.s32", "r");
+}
+
 // Each operation rounds separately, without fusing: bit-identical to the reference in plugins/common/numerics.py.
 TWOFOUR_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 TWOFOUR_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }

@@ -47,6 +47,16 @@ inline uint32_t widen_fp8(uint32_t v) {
   return half(v & 0xFFu) | half(v >> 8 & 0xFFu) << 16;
 }
 
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  if (selector & 0x8888u) report("a selector that replicates a sign");
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned index = selector >> (4 * i) & 7u;
+    out |= ((index < 4 ? low : high) >> (8 * (index % 4)) & 0xFFu) << (8 * i);
+  }
+  return out;
+}
+
 template <int kType>
 inline double operand(uint32_t word, int index) {  // element `index` of a 32-bit register
   if (kType == TWOFOUR_INT8) return static_cast<int8_t>(word >> (8 * index) & 0xFFu);
@@ -88,18 +98,48 @@ inline void multiply_warp(Warp& w, int selector) {
     }
 }
 
-template <int kType, class T>
-inline void mma_sp(T (&d)[4], const Fragment& a, const Fragment& b, uint32_t metadata, int selector) {
+// The same of dense operands, of which B has two registers: K = 16 for 16-bit operands and 32 for int8.
+template <int kType>
+inline void multiply_warp_dense(Warp& w) {
+  constexpr int per_register = kType == TWOFOUR_INT8 ? 4 : 2, k = 8 * per_register;
+  double a[16][k], b[k][8];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < per_register; ++i)
+      for (int half = 0; half < 2; ++half) {  // of K
+        const int at = lane % 4 * per_register + i + half * k / 2;
+        b[at][lane / 4] = operand<kType>(w.b[lane].r[half], i);
+        for (int high = 0; high < 2; ++high) a[lane / 4 + 8 * high][at] = operand<kType>(w.a[lane].r[2 * half + high], i);
+      }
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 8; ++column) {
+      w.d[row][column] = 0;
+      for (int i = 0; i < k; ++i) w.d[row][column] += a[row][i] * b[i][column];
+    }
+}
+
+// Lets every lane of the warp arrive with its operands, multiplies, and adds each lane's four elements to d.
+template <class T, class F>
+inline void together(T (&d)[4], const Fragment& a, const Fragment& b, uint32_t metadata, F&& multiply) {
   const int lane = thread() % 32;
   Warp& w = warp();
   w.a[lane] = a;
   w.b[lane] = b;
   w.metadata[lane] = metadata;
   warp_sync();
-  if (lane == 0) multiply_warp<kType>(w, selector);
+  if (lane == 0) multiply(w);
   warp_sync();
   for (int i = 0; i < 4; ++i) d[i] += static_cast<T>(w.d[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2]);
   warp_sync();
+}
+
+template <int kType, class T>
+inline void mma_sp(T (&d)[4], const Fragment& a, const Fragment& b, uint32_t metadata, int selector) {
+  together(d, a, b, metadata, [&](Warp& w) { multiply_warp<kType>(w, selector); });
+}
+
+template <int kType, class T>
+inline void mma(T (&d)[4], const Fragment& a, const Pair& b) {
+  together(d, a, {{b.r[0], b.r[1]}}, 0, [](Warp& w) { multiply_warp_dense<kType>(w); });
 }
 
 }  // namespace gpu

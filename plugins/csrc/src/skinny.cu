@@ -1,41 +1,8 @@
-#include "ptx.cuh"
-#include "skinny.cuh"
-
-#include "cuda_check.h"
-#include "skinny.h"
-#include "skinny_dispatch.h"
+#include "skinny_kernel.cuh"
 
 namespace twofour {
 
-namespace {
-
-template <class C>
-__global__ void __launch_bounds__(C::threads) skinny_kernel(const SkinnyProblem problem) {
-  extern __shared__ __align__(16) uint8_t shared[];
-  skinny_block<C>(problem, shared);
-}
-
-}  // namespace
-
-void skinny_configure() {
-  for (int type : {TWOFOUR_FP16, TWOFOUR_BF16, TWOFOUR_INT8, TWOFOUR_FP8})
-    for (int tokens : {8, 16, 32})
-      dispatch_tokens<SkinnyChoice>(type, tokens, [](auto config) {
-        using C = decltype(config);
-        check(cudaFuncSetAttribute(skinny_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared_bytes),
-              "cudaFuncSetAttribute");
-      });
-}
-
-void skinny_launch(int type, const SkinnyProblem& problem, cudaStream_t stream) {
-  dispatch_tokens<SkinnyChoice>(type, problem.tokens, [&](auto config) {
-    using C = decltype(config);
-    const SkinnyGeometry g = skinny_geometry(type, problem.tokens, problem.out_features, problem.in_features);
-    const dim3 grid(static_cast<unsigned>(g.token_blocks), static_cast<unsigned>(g.row_blocks),
-                    static_cast<unsigned>(problem.splits));
-    skinny_kernel<C><<<grid, C::threads, C::shared_bytes, stream>>>(problem);
-    check(cudaGetLastError(), "skinny kernel launch");
-  });
-}
+template void skinny_configure_pattern<kKeep2of4>();
+template void skinny_launch_pattern<kKeep2of4>(int, const SkinnyProblem&, cudaStream_t);
 
 }  // namespace twofour

@@ -8,29 +8,42 @@
 // result does not depend on the order of arrival. The counters return to 0, so a CUDA graph may replay the launch.
 #pragma once
 
+#include <type_traits>
+
 #include "fragments.cuh"
 
 namespace twofour {
 
-template <int kType, int kTokenTiles, int kRowTiles, int kStages>
+constexpr int kMostShared = 99 * 1024;  // of a thread block on every GPU with sparse tensor cores
+
+template <int kType, int kTokenTiles, int kRowTiles, int kStages, int kKeep>
 struct SkinnyConfig {
-  static constexpr int type = kType, token_tiles = kTokenTiles, warp_tiles = kRowTiles, stages = kStages;
+  static constexpr int type = kType, keep = kKeep, token_tiles = kTokenTiles, warp_tiles = kRowTiles, stages = kStages;
+  static constexpr int packed_bytes = block_bytes({type, keep});  // of a block
   static constexpr int warps = 4, threads = warps * kLanes;
   static constexpr int tiles = warps * warp_tiles;
   static constexpr int tokens = 8 * token_tiles;
   static constexpr int x_bytes = kBlockInputs * element_bytes(type);
-  static constexpr int x_pitch = x_bytes + kChunkBytes;  // 16 bytes more: 8 rows of ldmatrix hit 8 different banks
-  static constexpr int weight_stage_bytes = tiles * block_bytes(type);
+  static constexpr int x_pitch = x_bytes + kRowPadding<type, keep>;
+  static constexpr int weight_stage_bytes = tiles * packed_bytes;
   static constexpr int stage_bytes = weight_stage_bytes + tokens * x_pitch;
   static constexpr int shared_bytes = stages * stage_bytes;
   static constexpr int accumulators = warp_tiles * token_tiles * 4;  // of a thread, 32 bits each
-  static_assert(shared_bytes <= 99 * 1024, "does not fit sm_86");
+  static_assert(shared_bytes <= kMostShared, "does not fit sm_86");
 };
 
-// The configuration for a tokens count: at most 99 KiB of shared memory, which every sparse-capable GPU has.
-template <int kType, int kTokenTiles>
-using SkinnyChoice = SkinnyConfig<kType, kTokenTiles, element_bytes(kType) == 2 || kTokenTiles == 1 ? 1 : 2,
-                                  kTokenTiles == 1 ? 4 : element_bytes(kType) == 2 && kTokenTiles == 4 ? 2 : 3>;
+// As many stages as fit, up to four.
+template <int kType, int kTokenTiles, int kKeep>
+constexpr int kStagesOf8 = SkinnyConfig<kType, kTokenTiles, 1, 1, kKeep>::stage_bytes * 4 <= kMostShared ? 4
+                           : SkinnyConfig<kType, kTokenTiles, 1, 1, kKeep>::stage_bytes * 3 <= kMostShared ? 3 : 2;
+
+// The configuration for a number of tokens.
+template <int kType, int kTokenTiles, int kKeep>
+using SkinnyChoice = std::conditional_t<
+    kKeep == kKeep2of4,
+    SkinnyConfig<kType, kTokenTiles, element_bytes(kType) == 2 || kTokenTiles == 1 ? 1 : 2,
+                 kTokenTiles == 1 ? 4 : element_bytes(kType) == 2 && kTokenTiles == 4 ? 2 : 3, kKeep>,
+    SkinnyConfig<kType, kTokenTiles, 1, kStagesOf8<kType, kTokenTiles, kKeep>, kKeep>>;
 
 template <class C>
 TWOFOUR_DEVICE void load_stage(const SkinnyProblem& p, uint8_t* stage, int64_t block) {
@@ -39,10 +52,10 @@ TWOFOUR_DEVICE void load_stage(const SkinnyProblem& p, uint8_t* stage, int64_t b
     const int tile = warp * C::warp_tiles + r;
     const int64_t global_tile = static_cast<int64_t>(gpu::block_y()) * C::tiles + tile;
     if (global_tile >= row_tiles(p.out_features)) break;
-    const uint8_t* source = p.weight + (global_tile * input_blocks(p.in_features) + block) * block_bytes(C::type);
-    uint8_t* target = stage + tile * block_bytes(C::type);
+    const uint8_t* source = p.weight + (global_tile * input_blocks(p.in_features) + block) * C::packed_bytes;
+    uint8_t* target = stage + tile * C::packed_bytes;
     TWOFOUR_UNROLL
-    for (int c = 0; c < chunks(C::type); ++c) {
+    for (int c = 0; c < chunks({C::type, C::keep}); ++c) {
       const int offset = (c * kLanes + lane) * kChunkBytes;
       gpu::copy_weight(target + offset, source + offset);
     }
@@ -67,8 +80,8 @@ TWOFOUR_DEVICE void multiply_stage(const uint8_t* stage, bool active,
   const uint8_t* x_rows[C::token_tiles];
   TWOFOUR_UNROLL
   for (int n = 0; n < C::token_tiles; ++n)
-    x_rows[n] = stage + C::weight_stage_bytes + (8 * n + token_of_lane<C::type>(lane)) * C::x_pitch;
-  multiply_blocks<C::type>(stage + warp * C::warp_tiles * block_bytes(C::type), x_rows, lane, sums);
+    x_rows[n] = stage + C::weight_stage_bytes + (8 * n + token_of_lane<C::type, C::keep>(lane)) * C::x_pitch;
+  multiply_blocks<C::type, C::keep>(stage + warp * C::warp_tiles * C::packed_bytes, x_rows, lane, sums);
 }
 
 template <class C, class Accumulator>

@@ -20,14 +20,20 @@ struct SkinnyGeometry {
   size_t split_bytes;  // of partial sums, for each split
 };
 
-SkinnyGeometry skinny_geometry(int type, int64_t tokens, int64_t out_features, int64_t in_features);
+SkinnyGeometry skinny_geometry(Form form, int64_t tokens, int64_t out_features, int64_t in_features);
 
 // The fewest splits with enough blocks to keep every multiprocessor loading.
 int default_splits(const SkinnyGeometry& geometry, int multiprocessors);
 size_t skinny_workspace_bytes(const SkinnyGeometry& geometry, int splits);
 
 void skinny_configure();  // once a device: raises the limit of shared memory
-void skinny_launch(int type, const SkinnyProblem& problem, cudaStream_t stream);
-void skinny_simulate(int type, const SkinnyProblem& problem, size_t packed_bytes);
+void skinny_launch(Form form, const SkinnyProblem& problem, cudaStream_t stream);
+void skinny_simulate(Form form, const SkinnyProblem& problem);
+
+// Of one pattern: compiled in skinny.cu for 2:4 and in skinny_of8.cu for the others.
+template <int kKeep>
+void skinny_configure_pattern();
+template <int kKeep>
+void skinny_launch_pattern(int type, const SkinnyProblem& problem, cudaStream_t stream);
 
 }  // namespace twofour

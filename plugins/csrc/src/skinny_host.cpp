@@ -8,9 +8,9 @@
 
 namespace twofour {
 
-SkinnyGeometry skinny_geometry(int type, int64_t tokens, int64_t out_features, int64_t in_features) {
+SkinnyGeometry skinny_geometry(Form form, int64_t tokens, int64_t out_features, int64_t in_features) {
   SkinnyGeometry g{};
-  dispatch_tokens<SkinnyChoice>(type, tokens, [&](auto config) {
+  dispatch<SkinnyChoice>(form, tokens, [&](auto config) {
     using C = decltype(config);
     g.token_blocks = static_cast<int>(ceil_div(tokens, C::tokens));
     g.row_blocks = ceil_div(row_tiles(out_features), C::tiles);
@@ -33,11 +33,12 @@ size_t skinny_workspace_bytes(const SkinnyGeometry& g, int splits) {
   return splits > 1 ? g.split_bytes * static_cast<size_t>(splits) : 0;
 }
 
-void skinny_simulate(int type, const SkinnyProblem& problem, size_t weight_bytes) {
-  const SkinnyGeometry g = skinny_geometry(type, problem.tokens, problem.out_features, problem.in_features);
-  dispatch_tokens<SkinnyChoice>(type, problem.tokens, [&](auto config) {
+void skinny_simulate(Form form, const SkinnyProblem& problem) {
+  const SkinnyGeometry g = skinny_geometry(form, problem.tokens, problem.out_features, problem.in_features);
+  dispatch<SkinnyChoice>(form, problem.tokens, [&](auto config) {
     using C = decltype(config);
-    const size_t x_bytes = x_extent(problem) * element_bytes(type);
+    const size_t x_bytes = x_extent(problem) * element_bytes(form.type);
+    const size_t weight_bytes = packed_bytes(form, problem.out_features, problem.in_features);
     std::vector<uint8_t> memory(C::shared_bytes + 16);
     uint8_t* shared = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16;
     // Splits in descending order: the block that reduces is not the one with the last range of K.

@@ -49,8 +49,8 @@ const char* type_name(int type) {
 }
 
 const char* kernel_name(int kernel) {
-  static const char* const names[] = {"skinny", "cusparselt", "cublaslt"};
-  return kernel >= 0 && kernel < 3 ? names[kernel] : "unknown kernel";
+  static const char* const names[] = {"skinny", "cusparselt", "cublaslt", "skinny-4of8", "skinny-5of8", "skinny-6of8"};
+  return kernel >= 0 && kernel < 6 ? names[kernel] : "unknown kernel";
 }
 
 }  // namespace twofour

@@ -15,13 +15,14 @@
 
 namespace twofour {
 
-template <int kType, int kTokenTiles, int kTiles>
+template <int kType, int kTokenTiles, int kTiles, int kKeep>
 struct StreamedConfig {
-  static constexpr int type = kType, token_tiles = kTokenTiles, tiles = kTiles;  // tiles of 16 rows in a group
+  static constexpr int type = kType, keep = kKeep, token_tiles = kTokenTiles;
+  static constexpr int tiles = kTiles;  // of 16 rows in a group
   static constexpr int warps = 8, threads = warps * kLanes;
   static constexpr int tokens = 8 * token_tiles;
   static constexpr int x_bytes = kBlockInputs * element_bytes(type);
-  static constexpr int slot_bytes = block_bytes(type);
+  static constexpr int slot_bytes = block_bytes({type, keep});
   static constexpr int tile_sums = token_tiles * 4 * kLanes;  // of 16 rows and all tokens
   static constexpr int group_sums = tiles * tile_sums;
   static constexpr int sums_bytes = warps * group_sums * 4;
@@ -34,15 +35,16 @@ struct StreamedConfig {
   TWOFOUR_HD static constexpr int64_t x_offset(int depth, int64_t blocks) {
     return x_barriers_offset(depth) + (blocks + 1) / 2 * 16;
   }
-  // 16 bytes more than the inputs: 8 rows of ldmatrix hit 8 different banks.
-  TWOFOUR_HD static constexpr int64_t x_pitch(int64_t blocks) { return blocks * x_bytes + kChunkBytes; }
+  TWOFOUR_HD static constexpr int64_t x_pitch(int64_t blocks) { return blocks * x_bytes + kRowPadding<type, keep>; }
   // Rows of x kept: the tokens', and one of zeros for all that are missing.
   TWOFOUR_HD static constexpr int x_rows(int tokens_here) { return tokens_here < tokens ? tokens_here + 1 : tokens; }
 };
 
 // As many tiles in a group as registers allow.
-template <int kType, int kTokenTiles>
-using StreamedChoice = StreamedConfig<kType, kTokenTiles, kTokenTiles == 4 ? 2 : 4>;
+template <int kType, int kTokenTiles, int kKeep>
+using StreamedChoice =
+    StreamedConfig<kType, kTokenTiles,
+                   kTokenTiles < 4 ? 4 : kKeep != kKeep2of4 && element_bytes(kType) == 2 ? 1 : 2, kKeep>;
 
 // The share of a thread block: 16-row tiles and 256-input blocks of the weight.
 struct Range {
@@ -64,8 +66,8 @@ template <class C>
 class Stream {
  public:
   TWOFOUR_DEVICE Stream(const SkinnyProblem& p, const Range& range, int warp)
-      : row_bytes_(input_blocks(p.in_features) * block_bytes(C::type)),
-        base_(p.weight + range.tile * row_bytes_ + range.block * block_bytes(C::type)),
+      : row_bytes_(input_blocks(p.in_features) * C::slot_bytes),
+        base_(p.weight + range.tile * row_bytes_ + range.block * C::slot_bytes),
         tiles_(range.tiles), blocks_(range.blocks), warp_(warp), block_(warp), tile_(warp < blocks_ ? 0 : tiles_) {
     begin_group(tile_);
   }
@@ -78,7 +80,7 @@ class Stream {
     block_ += C::warps;
     if (block_ < blocks_) {
       tile_ = begin_;
-      source_ = base_ + begin_ * row_bytes_ + static_cast<int64_t>(block_) * block_bytes(C::type);
+      source_ = base_ + begin_ * row_bytes_ + static_cast<int64_t>(block_) * C::slot_bytes;
     } else {
       block_ = warp_;
       begin_group(tile_);
@@ -89,7 +91,7 @@ class Stream {
   TWOFOUR_DEVICE void begin_group(int tile) {
     begin_ = tile;
     end_ = tile + C::tiles < tiles_ ? tile + C::tiles : tiles_;
-    source_ = base_ + begin_ * row_bytes_ + static_cast<int64_t>(block_) * block_bytes(C::type);
+    source_ = base_ + begin_ * row_bytes_ + static_cast<int64_t>(block_) * C::slot_bytes;
   }
 
   int64_t row_bytes_;
@@ -219,7 +221,7 @@ TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
   const uint8_t* x_tokens[C::token_tiles];
   TWOFOUR_UNROLL
   for (int n = 0; n < C::token_tiles; ++n) {
-    const int token = 8 * n + token_of_lane<C::type>(lane);
+    const int token = 8 * n + token_of_lane<C::type, C::keep>(lane);
     x_tokens[n] = x + (token < tokens_here ? token : tokens_here) * pitch;
   }
 
@@ -235,13 +237,13 @@ TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
       for (int i = 0; i < kSteps<C::type>; ++i) {
         TWOFOUR_UNROLL
         for (int n = 0; n < C::token_tiles; ++n)
-          b[i][n] = load_b<C::type>(x_tokens[n] + block * C::x_bytes, unit_of<C::type>(i), step_of<C::type>(i), lane);
+          b[i][n] = load_b<C::type, C::keep>(x_tokens[n] + block * C::x_bytes, unit_of<C::type>(i), step_of<C::type>(i), lane);
       }
       TWOFOUR_UNROLL
       for (int r = 0; r < C::tiles; ++r) {
         if (r >= active) break;
         gpu::wait_phase(barriers + slot, parity);
-        multiply_block<C::type>(ring + slot * C::slot_bytes, b, lane, own[r]);
+        multiply_block<C::type, C::keep>(ring + slot * C::slot_bytes, b, lane, own[r]);
         gpu::warp_sync();  // all lanes have read it
         fill(slot);
         if (++slot == p.depth) slot = 0, parity ^= 1u;

@@ -38,11 +38,17 @@ struct StreamedPlan {
 };
 
 // The plan with the fewest splits from choices.splits on that fits; none where x is too large for the shared memory.
-std::optional<StreamedPlan> streamed_plan(int type, int64_t tokens, int64_t out_features, int64_t in_features,
+std::optional<StreamedPlan> streamed_plan(Form form, int64_t tokens, int64_t out_features, int64_t in_features,
                                           const Multiprocessors& gpu, const StreamedChoices& choices);
 
 void streamed_configure(const Multiprocessors& gpu);  // once a device: raises the limit of shared memory
-void streamed_launch(int type, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t stream);
-void streamed_simulate(int type, const SkinnyProblem& problem, const StreamedPlan& plan);
+void streamed_launch(Form form, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t stream);
+void streamed_simulate(Form form, const SkinnyProblem& problem, const StreamedPlan& plan);
+
+// Of one pattern: compiled in streamed.cu for 2:4 and in streamed_4of8.cu to streamed_6of8.cu for the others, in parallel.
+template <int kKeep>
+void streamed_configure_pattern(const Multiprocessors& gpu);
+template <int kKeep>
+void streamed_launch_pattern(int type, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t stream);
 
 }  // namespace twofour

@@ -56,16 +56,16 @@ std::optional<StreamedPlan> fit(int64_t tokens, int64_t out_features, int64_t in
 template <class C>
 int64_t cost(const StreamedPlan& plan, int64_t out_features, int64_t in_features) {
   const int64_t tiles = ceil_div(row_tiles(out_features), plan.blocks / plan.splits);
-  const int64_t bytes = tiles * ceil_div(input_blocks(in_features), plan.splits) * block_bytes(C::type);
+  const int64_t bytes = tiles * ceil_div(input_blocks(in_features), plan.splits) * C::slot_bytes;
   return bytes * plan.per_multiprocessor + (plan.splits > 1 ? kBytesWhileAdding : 0);
 }
 
 }  // namespace
 
-std::optional<StreamedPlan> streamed_plan(int type, int64_t tokens, int64_t out_features, int64_t in_features,
+std::optional<StreamedPlan> streamed_plan(Form form, int64_t tokens, int64_t out_features, int64_t in_features,
                                           const Multiprocessors& gpu, const StreamedChoices& choices) {
   std::optional<StreamedPlan> best;
-  dispatch_tokens<StreamedChoice>(type, tokens, [&](auto config) {
+  dispatch<StreamedChoice>(form, tokens, [&](auto config) {
     using C = decltype(config);
     const int64_t most = std::min<int64_t>(kMaxSplits, input_blocks(in_features));
     const int first = static_cast<int>(std::clamp<int64_t>(choices.splits, 1, most));
@@ -79,11 +79,11 @@ std::optional<StreamedPlan> streamed_plan(int type, int64_t tokens, int64_t out_
   return best;
 }
 
-void streamed_simulate(int type, const SkinnyProblem& problem, const StreamedPlan& plan) {
-  dispatch_tokens<StreamedChoice>(type, problem.tokens, [&](auto config) {
+void streamed_simulate(Form form, const SkinnyProblem& problem, const StreamedPlan& plan) {
+  dispatch<StreamedChoice>(form, problem.tokens, [&](auto config) {
     using C = decltype(config);
-    const size_t x_bytes = x_extent(problem) * element_bytes(type);
-    const size_t weight_bytes = packed_bytes(type, problem.out_features, problem.in_features);
+    const size_t x_bytes = x_extent(problem) * element_bytes(form.type);
+    const size_t weight_bytes = packed_bytes(form, problem.out_features, problem.in_features);
     std::vector<uint8_t> memory(plan.shared_bytes + 128);
     uint8_t* shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
     // In descending order: the block that adds the splits is not the one with the last range of inputs.

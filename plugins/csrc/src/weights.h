@@ -1,22 +1,22 @@
-// Dense weights: the 2:4 check, the packed form, and the epilogue of kernels that leave raw sums.
+// Dense weights: the check of their pattern, the packed form, and the epilogue of kernels that leave raw sums.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "layout.h"
+#include "layout_of8.h"
 
 namespace twofour {
 
-// Row-major index of the first group of 4 with more than 2 nonzeros, or -1.
-int64_t first_violation_host(int type, int64_t out_features, int64_t in_features, const void* weight);
-int64_t first_violation_device(int type, int64_t out_features, int64_t in_features, const void* weight,
+// Row-major index of the first group with more nonzeros than the pattern allows, or -1.
+int64_t first_violation_host(Form form, int64_t out_features, int64_t in_features, const void* weight);
+int64_t first_violation_device(Form form, int64_t out_features, int64_t in_features, const void* weight,
                                cudaStream_t stream);
 
-void pack_host(int type, int64_t out_features, int64_t in_features, const void* weight, uint8_t* packed);
-void pack_device(int type, int64_t out_features, int64_t in_features, const void* weight, uint8_t* packed,
+void pack_host(Form form, int64_t out_features, int64_t in_features, const void* weight, uint8_t* packed);
+void pack_device(Form form, int64_t out_features, int64_t in_features, const void* weight, uint8_t* packed,
                  cudaStream_t stream);
-void unpack_host(int type, int64_t out_features, int64_t in_features, const uint8_t* packed, void* weight);
-void unpack_device(int type, int64_t out_features, int64_t in_features, const uint8_t* packed, void* weight,
+void unpack_host(Form form, int64_t out_features, int64_t in_features, const uint8_t* packed, void* weight);
+void unpack_device(Form form, int64_t out_features, int64_t in_features, const uint8_t* packed, void* weight,
                    cudaStream_t stream);
 
 // target = source with every -0.0 as 0; cuSPARSELt's compression takes -0.0 for a nonzero.

@@ -26,7 +26,7 @@ from checkpoint_files import (
 )
 
 from builder.checkpoint import Code, VerificationError, Violation
-from builder.checkpoint.checks import check_values
+from builder.checkpoint.tensor_checks import check_values
 from builder.verify import verify
 from plugins.common.safetensors_file import read_header
 from plugins.sparsity.segments import Segments

@@ -54,14 +54,15 @@ def test_a_dense_16_bit_model_verifies(docs_llama: Path) -> None:
     ("int8-trt", "transformer.layers.1.mlp.gate", 768 * 256 + 768 * 4 + 2 * 4 + 2 * 2 * 256),
 ])  # fmt: skip
 def test_facts_about_a_layer(exports: Path, name: str, layer: str, bytes_a_layer: int) -> None:
-    facts = {facts.name: facts for facts in read(exports / name).layers()}
+    facts = {facts.shape.name: facts for facts in read(exports / name).layers()}
     assert len(facts) == (11 if "trt" in name else 15)
     actual = facts[layer]
-    assert (actual.out_features, actual.in_features, actual.sparse) == (768, 256, True)
+    shape = actual.shape
+    assert (shape.out_features, shape.in_features, shape.sparse) == (768, 256, True)
     assert actual.zeros == pytest.approx(0.5, abs=0.01)
     assert actual.bytes == bytes_a_layer
     assert actual.packed_bytes == bytes_a_layer - 768 * 256 + 0.625 * 768 * 256
-    head = facts["lm_head"]
+    head = facts["lm_head"].shape
     assert (head.out_features, head.in_features, head.format, head.sparse) == (4096, 256, "bf16", False)
 
 

@@ -120,7 +120,7 @@ def test_a_large_tensor_is_read_in_little_memory(path: Path) -> None:
     script = """
 import resource, sys
 from pathlib import Path
-from builder.checkpoint.checks import check_values
+from builder.checkpoint.tensor_checks import check_values
 from plugins.common.safetensors_file import Tensor
 from plugins.sparsity.segments import Segments
 tensor = Tensor("w", "BF16", (16384, 16384), Path(sys.argv[1]), 8)

@@ -10,10 +10,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from builder.engines.request import Request
 from builder.engines.torch_backend import artifact
 from builder.engines.torch_backend.engine import TorchEngine
 from plugins.common.patterns import Pattern, keep_and_group
+from plugins.common.request import Request
 from plugins.libtwofour import cpu
 from plugins.linear.hybrid_tensors import split
 from plugins.sparsity.segments import Segments

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from builder.engines.request import Request
 from builder.engines.torch_backend import artifact
 from builder.engines.torch_backend.artifact import TorchEngine
 from builder.engines.torch_backend.eviction import attend, heaviest
-from builder.planning.kv_cache import BLOCK
+from builder.planning.kv_capacity import BLOCK
 from plugins.common.errors import UserError
+from plugins.common.request import Request
 from tests.support.torch_models import make_model, prompt
 
 BUDGET = 4 * BLOCK

@@ -14,9 +14,10 @@ from benchmarks.kernels import gemm
 from benchmarks.kernels.model_shapes import MODELS, Model
 from builder.engines.torch_backend import benchmark
 from builder.engines.torch_backend import decoder as torch_model
-from plugins.autotune.choice import Shape, Timing
+from plugins.autotune.choice import Timing
 from plugins.autotune.timing import Time
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
 from plugins.libtwofour import bindings
 from plugins.linear.kernel_linear import DENSE
 from plugins.sparsity import skinny_layout
@@ -42,7 +43,7 @@ def test_sparse_twin_computes_what_the_dense_model_does(monkeypatch: pytest.Monk
         steps = [benchmark.prefill_step(decoder, 96), benchmark.decode_step(decoder, 3, 8)]
         before = [step() for step in steps]
         shapes = benchmark.shapes_of(decoder)
-        assert shapes["256x128"] == Shape(256, 128, "fp8")
+        assert shapes["256x128"] == LinearShape(256, 128, "fp8")
         buckets = [{"tokens": 64, "kernel": "skinny"}, {"tokens": 2048, "kernel": "dense-cublaslt"}]
         benchmark.make_sparse(decoder, {"layers": {key: {"buckets": buckets} for key in shapes}})
         layer = decoder.blocks[0].mlp.up_proj
@@ -73,7 +74,7 @@ def test_row_of_the_kernel_table(monkeypatch: pytest.MonkeyPatch) -> None:
         return Timing(kernel, {"cublaslt": 20.0, "torch": 18.0, "skinny": 12.0}[kernel])
 
     monkeypatch.setattr(gemm, "error_of", lambda bench, kernel, tokens: {"torch": 2e-4, "skinny": 1e-4}[kernel])
-    bench = SimpleNamespace(shape=Shape(14336, 4096, "fp8"))
+    bench = SimpleNamespace(shape=LinearShape(14336, 4096, "fp8"))
     ceilings = gemm.Ceilings(3e12, {"fp8": 1.4e15})
     row = gemm.row(bench, 8, ceilings, peers=False, timer=timer)
     assert row["kernels_us"] == {"cublaslt": 20.0, "torch": 18.0, "skinny": 12.0}
@@ -90,17 +91,17 @@ def test_row_of_the_kernel_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_products_are_held_against_the_math_ceiling() -> None:
-    speeds = gemm.speeds(Shape(28672, 8192, "fp8"), 4096, 1e-3, gemm.Ceilings(3e12, {"fp8": 1.4e15}))
+    speeds = gemm.speeds(LinearShape(28672, 8192, "fp8"), 4096, 1e-3, gemm.Ceilings(3e12, {"fp8": 1.4e15}))
     assert (speeds["limit"], speeds["tflops"]) == ("math", pytest.approx(2 * 4096 * 28672 * 8192 / 1e-3 / 1e12, 1e-3))
 
 
 def test_shapes_are_the_published_models() -> None:
-    assert MODELS["llama-3.1-8b"].layers() == {
-        "qkv_proj": (6144, 4096),
-        "o_proj": (4096, 4096),
-        "gate_up_proj": (28672, 4096),
-        "down_proj": (4096, 14336),
-    }
+    assert MODELS["llama-3.1-8b"].layers("fp8") == [
+        LinearShape(6144, 4096, "fp8", name="qkv_proj"),
+        LinearShape(4096, 4096, "fp8", name="o_proj"),
+        LinearShape(28672, 4096, "fp8", name="gate_up_proj"),
+        LinearShape(4096, 14336, "fp8", name="down_proj"),
+    ]
 
 
 def test_table_begins_with_the_largest_layers_and_keeps_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +129,8 @@ def test_table_begins_with_the_largest_layers_and_keeps_every_row(monkeypatch: p
 def test_peers_that_cannot_run_report_why_in_a_line(format: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    bench = gemm.tuner.Bench(Shape(64, 64, format), CPU, 8, 1 << 20)
+    bench = gemm.tuner.Bench(LinearShape(64, 64, format), CPU, 8, 1 << 20)
+    assert (bench.channel_scales is not None) == (format == "int8")
     for peer in gemm.PEERS.values():
         reason = peer(bench, 8)
         assert isinstance(reason, str)
@@ -178,7 +180,13 @@ def test_engines_measurement_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize(
-    "module", ["benchmarks.kernels.gpu_suite", "benchmarks.kernels.gemm", "builder.engines.torch_backend.benchmark"]
+    "module",
+    [
+        "benchmarks.kernels.gpu_suite",
+        "benchmarks.kernels.gemm",
+        "benchmarks.kernels.pattern_times",
+        "builder.engines.torch_backend.benchmark",
+    ],
 )
 def test_without_a_gpu_the_commands_end_with_a_line(module: str) -> None:
     if torch.cuda.is_available():
@@ -196,7 +204,7 @@ def test_commands_need_no_pydantic() -> None:
         "for name in ('pydantic', 'ml_dtypes', 'modelopt', 'click', 'rich', 'jinja2', 'hypothesis',\n"
         "             'accelerate', 'datasets', 'psutil'): sys.modules[name] = None\n"
         "import plugins.libtwofour.compiler, benchmarks.kernels.gpu_suite, benchmarks.kernels.gpu_machine\n"
-        "import benchmarks.kernels.sanitizer, benchmarks.kernels.gemm\n"
-        "import builder.engines.torch_backend.benchmark, tests.gpu.test_kernels"
+        "import benchmarks.kernels.sanitizer, benchmarks.kernels.gemm, benchmarks.kernels.pattern_times\n"
+        "import builder.engines.torch_backend.benchmark, tests.gpu.test_kernels, tests.gpu.test_kernels_of_8"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from builder.engines.torch_backend import artifact, weights
+from builder.engines.torch_backend import artifact, engine_weights
 from builder.engines.torch_backend.artifact import Limits
 from plugins.common.errors import UserError
 from tests.support.torch_models import YARN, prompt
@@ -38,14 +38,14 @@ def test_built_engine_is_the_checkpoint(tiny: Path, tmp_path: Path, monkeypatch:
     """Packed, and in several shards."""
     checkpoint = sparse_checkpoint(tiny, tmp_path / "checkpoint")
     dense = artifact.load_hf(checkpoint)
-    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(engine_weights, "SHARD_BYTES", 20_000)
     artifact.build(checkpoint, tmp_path / "engine", Limits(max_batch_size=2), {"layers": {}})
     assert len(list((tmp_path / "engine").glob("model-0000?-of-0000?.safetensors"))) > 1
     engine = artifact.load(tmp_path / "engine")
     ids = torch.tensor([prompt(40)])
     assert torch.equal(engine.logits(ids), dense.logits(ids))
     assert json.loads((tmp_path / "engine" / "tactics.json").read_text()) == {"layers": {}}
-    names = set(weights.open_tensors(tmp_path / "engine"))
+    names = set(engine_weights.open_tensors(tmp_path / "engine"))
     assert "model.layers.0.mlp.up_proj.weight_values" in names
     assert "model.layers.0.mlp.up_proj.weight" not in names
 
@@ -83,7 +83,9 @@ def truncate(directory: Path) -> None:
 
 def lose_shard(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "model-00001.safetensors")
-    (directory / weights.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00002.safetensors"}}))
+    (directory / engine_weights.INDEX).write_text(
+        json.dumps({"weight_map": {"lm_head.weight": "model-00002.safetensors"}})
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_the_engine_needs_no_pydantic(tiny: Path) -> None:
         "import sys; sys.modules['pydantic'] = sys.modules['ml_dtypes'] = sys.modules['modelopt'] = None\n"
         "from pathlib import Path\n"
         "from builder.engines.torch_backend import artifact\n"
-        "from builder.engines.request import Request\n"
+        "from plugins.common.request import Request\n"
         f"engine = artifact.load_hf(Path({str(tiny)!r}))\n"
         "print(len(list(engine.generate([Request('a', (3, 4), 3, ignore_eos=True)]))))"
     )

@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 
-from builder.engines.request import Request, Token
 from builder.engines.torch_backend import artifact
 from builder.engines.torch_backend.artifact import TorchEngine
 from builder.engines.torch_backend.cuda_graphs import DecodeSteps
-from builder.planning.kv_cache import BLOCK
+from builder.planning.kv_capacity import BLOCK
 from plugins.common.errors import UserError
+from plugins.common.request import Request, Token
 from tests.support.torch_models import FAMILIES, make_model, prompt
 
 WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}

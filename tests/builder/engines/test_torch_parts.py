@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.engines.request import Request
 from builder.engines.torch_backend.block_pool import BlockPool, pool_size
 from builder.engines.torch_backend.kv_cache import KVCache
 from builder.engines.torch_backend.limits import Limits
 from builder.engines.torch_backend.sampling import sample
 from builder.engines.torch_backend.scheduler import Scheduler
-from builder.planning.kv_cache import BLOCK
+from builder.planning.kv_capacity import BLOCK
 from plugins.common.errors import UserError
+from plugins.common.request import Request
 from tests.support.examples import examples
 
 

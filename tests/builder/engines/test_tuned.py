@@ -13,17 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from builder.checkpoint import LayerFacts
 from builder.config import EngineConfig
 from builder.engines import measured_tactics, registry
 from builder.engines.torch_backend.linears import Kernels
 from builder.pipeline import layer_selection
-from builder.planning.plan import LayerPlan
 from plugins.autotune import choice, tactics, tuner
 from plugins.common.errors import UserError
+from plugins.common.linear_shape import LinearShape
+from plugins.common.patterns import OF_EIGHT, Pattern, keep_and_group, skinny_kernel
 from plugins.common.processor import processor
 from plugins.common.progress import Progress
 from plugins.libtwofour import bindings, structures
+from plugins.linear.factory import build_linear
 from plugins.sparsity.segments import Segments
+from plugins.sparsity.torch_packing import pack
 from tests.support.models import random_model
 from tests.support.stand_in_gpu import by_kernel, open_gpu, use_machine, use_times, use_torch
 
@@ -31,20 +35,24 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 CONFIG = EngineConfig(max_batch_size=2, max_seq_len=64, max_num_tokens=16)
 FAST = {"cublaslt": 10.0, "torch": 11.0, "cusparselt": 8.0, "skinny": 5.0}
 CUDA = torch.device("cuda", 0)
-STORED = {"weight_values": torch.empty(0)}  # what a 2:4 layer's tensors are known by
+STORED = pack(torch.zeros(4, 8)).stored()  # what a 2:4 layer's tensors are known by
+
+
+def checkpoint_of(directory: Path, pattern: Pattern) -> Path:
+    """A folder of checkpoints whose model has two layers of `pattern`, of two shapes."""
+    hf = random_model(directory / "checkpoints" / "hf", "Llama", hidden_size=64, intermediate_size=96)
+    tensors, (keep, group) = load_file(hf / "model.safetensors"), keep_and_group(pattern)
+    for name in (UP, DOWN):
+        groups = tensors[f"{name}.weight"].view(-1, group)
+        groups.scatter_(-1, groups.abs().topk(group - keep, largest=False).indices, 0)
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    (hf / "sparsity.json").write_text(json.dumps({"pattern": pattern, "method": "magnitude", "layers": [UP, DOWN]}))
+    return hf.parent
 
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Path:
-    """A folder of checkpoints whose model has two 2:4 layers of two shapes."""
-    hf = random_model(tmp_path / "checkpoints" / "hf", "Llama", hidden_size=64, intermediate_size=96)
-    tensors = load_file(hf / "model.safetensors")
-    for name in (UP, DOWN):
-        groups = tensors[f"{name}.weight"].view(-1, 4)
-        groups.scatter_(-1, groups.abs().topk(2, largest=False).indices, 0)
-    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
-    (hf / "sparsity.json").write_text(json.dumps({"pattern": "2:4", "method": "magnitude", "layers": [UP, DOWN]}))
-    return hf.parent
+    return checkpoint_of(tmp_path, "2:4")
 
 
 @pytest.fixture
@@ -90,6 +98,40 @@ def test_torch_engine_is_tuned_on_a_gpu_and_obeys(
     assert kernels.remarks == []
     problem = structures.gemm("cublaslt", "bf16", "bf16", 64, 96, 8)
     assert gpu.algorithm(problem) == read.layers[DOWN].buckets[1].algorithm
+
+
+@pytest.mark.parametrize("pattern", OF_EIGHT)
+def test_n_of_8_is_tuned_on_a_gpu_without_cusparselt_and_runs_its_kernel(
+    gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pattern: Pattern
+) -> None:
+    """Above 64 tokens the layer has the dense kernel, as the reason states; what the engine makes of it multiplies."""
+    monkeypatch.setattr(bindings, "version", lambda kernel: pytest.fail(f"{kernel} is not needed"))
+    kernel = skinny_kernel(pattern)
+    use_times(monkeypatch, by_kernel({"cublaslt": 10.0, "torch": 11.0, kernel: 8.0}))
+    config = EngineConfig(max_batch_size=2, max_seq_len=64, max_num_tokens=128)
+    registry.build("torch", checkpoint_of(tmp_path, pattern), tmp_path / "engine", config, "H100-SXM")
+    actual = json.loads((tmp_path / "engine" / "tactics.json").read_text())
+    assert sources(actual) == {("measured", True)}
+    for name in (UP, DOWN):
+        layer = actual["layers"][name]
+        assert [(b["tokens"], b["kernel"], b["ratio"]) for b in layer["buckets"]] == [
+            *((tokens, kernel, 1.25) for tokens in (1, 8, 16, 32, 64)),
+            (128, "dense-cublaslt", None),
+        ]
+        assert layer["reason"].startswith(f"{pattern} is faster on Stand-in: 1.25x at 1, 1.25x at 8")
+        assert layer["reason"].endswith("; dense at 128")
+
+    kernels, stored = Kernels(actual, torch.bfloat16, CUDA), load_file(tmp_path / "engine" / "model.safetensors")
+    for name in (UP, DOWN):
+        own = {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
+        choices = kernels.choices(name, own)
+        assert choices is not None
+        assert [kernel for _, kernel in choices] == [kernel] * 5 + ["cublaslt"]
+        layer = build_linear(own, torch.bfloat16, torch.device("cpu"), choices)
+        assert (layer.kernel, layer.pattern, layer.refused) == (f"{kernel} or cublaslt", pattern, None)
+        problem = structures.gemm(kernel, "bf16", "bf16", layer.out_features, layer.in_features, 8)
+        assert list(gpu.algorithm(problem)) == actual["layers"][name]["buckets"][1]["algorithm"]
+    assert kernels.remarks == []
 
 
 def test_without_a_gpu_the_torch_engine_is_timed_on_the_cpu(checkpoints: Path, tmp_path: Path) -> None:
@@ -206,33 +248,21 @@ def test_memory_that_runs_out_while_timing_is_a_line(
 
 def test_a_model_without_2to4_layers_needs_no_kernels(gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bindings, "context", None)
-    layer = SimpleNamespace(
-        name="lm_head",
-        out_features=8,
-        in_features=8,
-        format="fp8",
-        sparse=False,
-        fraction=0.0,
-        segments=None,
-        pattern="2:4",
-    )
-    actual = measured_tactics.tactics([layer], CONFIG, "bfloat16")
+    head = in_part("lm_head", 8, 8, None, sparse=False)
+    actual = measured_tactics.tactics([head], CONFIG, "bfloat16")
     assert (actual["source"], actual["device"]["name"], actual["layers"]["lm_head"]["buckets"]) == (
         "measured",
         "Stand-in",
         [],
     )
-    wide = SimpleNamespace(
-        name=UP, out_features=8, in_features=8, format="fp32", sparse=True, fraction=1.0, segments=None, pattern="2:4"
-    )
+    wide = LayerFacts(LinearShape(8, 8, "fp32", 1.0, name=UP), 0, 0, ())
     reason = measured_tactics.tactics([wide], CONFIG, "float32")["layers"][UP]["reason"]
-    assert reason == "stays dense: the model computes in float32, and the 2:4 kernels in 16 bit"
+    assert reason == "stays dense: the model computes in float32, and the sparse kernels in 16 bit"
 
 
-def in_part(name: str, rows: int, columns: int, segments: Segments | None, sparse: bool = True) -> Any:
-    facts = {"out_features": rows, "in_features": columns, "format": "fp8", "sparse": sparse, "segments": segments}
-    facts["pattern"] = "2:4"
-    return SimpleNamespace(name=name, fraction=segments.fraction if segments else float(sparse), **facts)
+def in_part(name: str, rows: int, columns: int, segments: Segments | None, sparse: bool = True) -> LayerFacts:
+    fraction = segments.fraction if segments else float(sparse)
+    return LayerFacts(LinearShape(rows, columns, "fp8", fraction, name=name), 0, 0, (), segments)
 
 
 def test_both_products_of_a_layer_that_is_2of4_in_part_are_timed(
@@ -304,8 +334,8 @@ def test_the_second_product_of_a_half_is_timed(gpu: bindings.Context, monkeypatc
     assert measured_tactics.seconds_of_second_product(layers, 8, "float32") is None
 
 
-def plan_layer(name: str, n: int, k: int, format: str = "fp8") -> LayerPlan:
-    return LayerPlan(name, n, k, format, True, 1.0, 0, 0, "prune", "pruned to 2:4")
+def plan_layer(name: str, n: int, k: int, format: str = "fp8") -> LinearShape:
+    return LinearShape(n, k, format, 1.0, name=name)
 
 
 def test_shapes_are_those_that_a_rank_multiplies() -> None:
@@ -313,14 +343,10 @@ def test_shapes_are_those_that_a_rank_multiplies() -> None:
     layers = {f"{block}.{name}": plan_layer(f"{block}.{name}", n, 64) for name, n in (("q_proj", 64), ("k_proj", 32))}
     layers |= {f"{block}.v_proj": plan_layer(f"{block}.v_proj", 32, 64, "int8")}
     q = layers[f"{block}.q_proj"]
-    assert measured_tactics.shape(q, 1, "bfloat16") == choice.Shape(64, 64, "fp8", False, "bf16")
-    assert measured_tactics.shape(q, 2, "bfloat16", layers) == choice.Shape(
-        (64 + 32 + 32) // 2, 64, "fp8", False, "bf16"
-    )
-    assert measured_tactics.shape(layers[f"{block}.v_proj"], 1, "float16") == choice.Shape(32, 64, "int8", True, "fp16")
-    assert measured_tactics.shape(plan_layer(DOWN, 64, 96, "bf16"), 2, "float16", layers) == choice.Shape(
-        64, 48, "fp16", False, "fp16"
-    )
+    assert measured_tactics.shape(q, 1, "bfloat16") == LinearShape(64, 64, "fp8")
+    assert measured_tactics.shape(q, 2, "bfloat16", layers) == LinearShape((64 + 32 + 32) // 2, 64, "fp8")
+    assert measured_tactics.shape(layers[f"{block}.v_proj"], 1, "float16") == LinearShape(32, 64, "int8")
+    assert measured_tactics.shape(plan_layer(DOWN, 64, 96, "bf16"), 2, "float16", layers) == LinearShape(64, 48, "fp16")
     del layers[f"{block}.k_proj"]  # one part dense: TensorRT-LLM's product is dense, and each part stands for itself
     assert measured_tactics.shape(q, 1, "bfloat16", layers).out_features == 64
 
@@ -330,7 +356,7 @@ def test_selection_weighs_measured_times_where_there_are_any(docs_llama: Path, m
     layers = (plan_layer(UP, 96, 64), plan_layer(DOWN, 64, 96))
     load = SimpleNamespace(concurrency=(1, 16))
     context = SimpleNamespace(
-        plan=SimpleNamespace(layers=layers, predicted={"gpu": "H100-SXM"}),
+        plan=SimpleNamespace(predicted={"gpu": "H100-SXM"}),
         recipe=SimpleNamespace(benchmark=SimpleNamespace(workloads=(load,))),
         model=docs_llama,
     )
@@ -339,8 +365,8 @@ def test_selection_weighs_measured_times_where_there_are_any(docs_llama: Path, m
 
     asked = []
 
-    def tune(shapes: dict[str, choice.Shape], buckets: tuple[int, ...], progress: Progress) -> dict[str, Any]:
-        asked.append((list(shapes), buckets))
+    def tune(shapes: dict[str, LinearShape], buckets: tuple[int, ...], progress: Progress, out: str) -> dict[str, Any]:
+        asked.append((list(shapes), buckets, out))
         times = {UP: {"cublaslt": 20.0, "skinny": 13.0}, DOWN: {"cublaslt": 10.0, "skinny": 11.0}}
         made = {name: choice.choose(16, [choice.Timing(k, us) for k, us in times[name].items()]) for name in shapes}
         return {"layers": {name: {"buckets": [bucket]} for name, bucket in made.items()}}
@@ -350,7 +376,7 @@ def test_selection_weighs_measured_times_where_there_are_any(docs_llama: Path, m
     monkeypatch.setattr(tuner, "tune", tune)
     measured_tactics._whole_layers.cache_clear()
     assert layer_selection._seconds_saved(context, layers) == {UP: pytest.approx(7e-6), DOWN: 0.0}
-    assert asked == [([UP, DOWN], (16,))], "timed once, at the workload's decode batch"
+    assert asked == [([UP, DOWN], (16,), "bf16")], "timed once, at the workload's decode batch"
 
 
 def test_stage_keys_change_with_what_times_depend_on(

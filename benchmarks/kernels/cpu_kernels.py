@@ -1,6 +1,6 @@
 """Speed of libtwofour_cpu's products: their share of this machine's read bandwidth, and sparse against dense.
 
-    python -m benchmarks.kernels.cpu --threads 1,2 --out benchmarks/results/cpu-kernels.json
+    python -m benchmarks.kernels.cpu_kernels --threads 1,2 --out benchmarks/results/cpu-kernels.json
 
 All linear layers of a model's blocks are multiplied one after another, each block with its own weights, so that the
 weights come from memory as in a decode step. The read bandwidth is measured in the same run: the sum of a buffer larger
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
+from benchmarks.kernels.model_shapes import Model
 from plugins.autotune.timing import random_sparse
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
@@ -29,10 +30,9 @@ from plugins.linear.cpu_linear import DENSE, TYPES, CpuLinear
 from plugins.linear.torch_linear import Scales
 from plugins.sparsity.torch_packing import pack
 
-# (out_features, in_features) of a block's products: q, k and v; o; gate and up; down
-SHAPES = {
-    "smollm2-135m": (30, ((960, 576), (576, 576), (3072, 576), (576, 1536))),
-    "llama-3.2-1b": (16, ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192))),
+MODELS = {
+    "smollm2-135m": Model(576, 1536, 9, 3, 30, 49152, head_dim=64),
+    "llama-3.2-1b": Model(2048, 8192, 32, 8, 16, 128256, head_dim=64),
 }
 KINDS: dict[str, tuple[torch.dtype, Pattern | None]] = {  # what is measured: the weight's dtype and pattern
     **{f"int8 {pattern}": (torch.int8, pattern) for pattern in PATTERNS},
@@ -63,15 +63,15 @@ def read_bandwidth() -> float:
 
 def layers_of(model: str, kind: str) -> list[CpuLinear]:
     """The model's linear layers, with random weights."""
-    blocks, shapes = SHAPES[model]
     dtype, pattern = KINDS[kind]
     choices = ((1, cpu_kernel(pattern) if pattern else DENSE),)
     layers = []
-    for rows, columns in shapes:
-        w_NK = random_sparse(rows, columns, dtype, torch.device("cpu"), pattern=pattern or TENSOR_CORE)
+    for shape in MODELS[model].layers():
+        rows = shape.out_features
+        w_NK = random_sparse(rows, shape.in_features, dtype, torch.device("cpu"), pattern=pattern or TENSOR_CORE)
         scales = Scales(torch.full((rows,), 0.01), torch.tensor([0.05])) if dtype == torch.int8 else None
         kept = pack(w_NK, pattern) if pattern else w_NK
-        for _ in range(blocks):
+        for _ in range(MODELS[model].num_hidden_layers):
             layers.append(CpuLinear(kept, scales, None, torch.bfloat16, choices))
     return layers
 
@@ -166,7 +166,7 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", choices=sorted(SHAPES), default="smollm2-135m")
+    parser.add_argument("--model", choices=sorted(MODELS), default="smollm2-135m")
     parser.add_argument("--threads", default="1,2", metavar="N,N,...")
     parser.add_argument("--kinds", default=",".join(KINDS), metavar="KIND,KIND,...")
     parser.add_argument("--tokens", default="1,4,16,128", metavar="M,M,...")

@@ -10,41 +10,24 @@ from typing import Any
 from benchmarks.report.schema import Layer, Report
 
 
-@dataclass(frozen=True)
-class LayerGroup:
-    """Layers that differ only in their block: `name` has `*` for the block's number. Bytes are of all `count`."""
+def group_layers(layers: list[Layer]) -> list[Layer]:
+    """One row for the layers of equal shape, format, sparsity, kernel and reason, in the order of their first one.
 
-    name: str
-    count: int
-    first: Layer
-    zeros: float | None
-    dense_bytes: int | None
-    built_bytes: int | None
-
-
-def group_layers(layers: list[Layer]) -> list[LayerGroup]:
-    """Groups the layers of equal shape, format, sparsity, kernel and reason, in the order of their first one."""
+    Its name has `*` for the block's number; its bytes are of all `count` layers.
+    """
     groups: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
     for layer in layers:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
         key = (pattern, layer.out_features, layer.in_features, layer.format, layer.sparse, layer.kernel, layer.reason)
         groups[key].append(layer)
-    return [
-        LayerGroup(
-            name=str(key[0]) if len(members) > 1 else members[0].name,
-            count=len(members),
-            first=members[0],
-            zeros=_mean([layer.zeros for layer in members]),
-            dense_bytes=_sum([layer.dense_bytes for layer in members]),
-            built_bytes=_sum([layer.built_bytes for layer in members]),
-        )
-        for key, members in groups.items()
-    ]
-
-
-def single_layers(layers: list[Layer]) -> list[LayerGroup]:
-    """Each layer as a group of one."""
-    return [LayerGroup(x.name, 1, x, x.zeros, x.dense_bytes, x.built_bytes) for x in layers]
+    rows = []
+    for (name, *_), members in groups.items():
+        row: dict[str, Any] = {"name": name if len(members) > 1 else members[0].name, "count": len(members)}
+        row["zeros"] = _mean([layer.zeros for layer in members])
+        row["dense_bytes"] = _sum([layer.dense_bytes for layer in members])
+        row["built_bytes"] = _sum([layer.built_bytes for layer in members])
+        rows.append(members[0].model_copy(update=row))
+    return rows
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -33,9 +33,7 @@ def budget_bytes(budget: int | float | None, free: int, backend: str) -> int:
 
 def capacity(engine: EngineConfig, backend: str, token_bytes: int, free: int, max_seq_len: int) -> Capacity:
     """Of one device; `token_bytes` are a token's there and `free` what the weights leave."""
-    further = min(
-        engine.kv_cache_budget or max_seq_len, max_seq_len
-    )  # the other sequences' own tokens, besides a shared prefix
+    further = min(engine.kv_cache_budget or max_seq_len, max_seq_len)  # each other sequence's, besides a shared prefix
     most = max_seq_len + (engine.max_batch_size - 1) * further
     tokens = min(most, max(0, budget_bytes(engine.kv_cache_memory, free, backend)) // token_bytes)
     return Capacity(tokens, max(0, 1 + (tokens - max_seq_len) // further))

@@ -170,7 +170,7 @@ def decode_attention(
     multiplier: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See ops.decode_attention."""
+    """See reference.decode_attention."""
     requests, heads, head_dim = q_BHD.shape
     kv_heads, page_size = keys_PHSD.shape[1:3]
     group = heads // kv_heads

@@ -1,4 +1,4 @@
-"""python -m benchmarks.pruning.scripts.recover MODEL PRUNED DATA LENGTH MINUTES OUT REPORT
+"""python -m benchmarks.pruning.scripts.recover_twofour MODEL PRUNED DATA LENGTH MINUTES OUT REPORT
 
 Recovers a pruned model on all of the text, and writes what that took to REPORT.
 """

@@ -1,0 +1,24 @@
+// From a weight's form to the compiled kernels of its pattern.
+#include "skinny.h"
+#include "skinny_dispatch.h"
+#include "streamed.h"
+
+namespace twofour {
+
+void skinny_configure() {
+  for (int keep : kPatterns) dispatch_keep(keep, [](auto k) { skinny_configure_pattern<decltype(k)::value>(); });
+}
+
+void skinny_launch(Form form, const SkinnyProblem& problem, cudaStream_t stream) {
+  dispatch_keep(form.keep, [&](auto k) { skinny_launch_pattern<decltype(k)::value>(form.type, problem, stream); });
+}
+
+void streamed_configure(const Multiprocessors& gpu) {
+  for (int keep : kPatterns) dispatch_keep(keep, [&](auto k) { streamed_configure_pattern<decltype(k)::value>(gpu); });
+}
+
+void streamed_launch(Form form, const SkinnyProblem& problem, const StreamedPlan& plan, cudaStream_t stream) {
+  dispatch_keep(form.keep, [&](auto k) { streamed_launch_pattern<decltype(k)::value>(form.type, problem, plan, stream); });
+}
+
+}  // namespace twofour

@@ -1,0 +1,8 @@
+#include "streamed_kernel.cuh"
+
+namespace twofour {
+
+template void streamed_configure_pattern<4>(const Multiprocessors&);
+template void streamed_launch_pattern<4>(int, const SkinnyProblem&, const StreamedPlan&, cudaStream_t);
+
+}  // namespace twofour

@@ -1,0 +1,35 @@
+// What a problem must hold whatever its kernel, and for the skinny kernels.
+#include "context.h"
+
+using namespace twofour;
+
+static void validate_pitch(const char* name, int64_t pitch, int64_t features, int bytes) {
+  if (pitch != 0 && (pitch < features || pitch * bytes % 16 != 0))
+    fail(TWOFOUR_MISALIGNED, "%s_pitch=%lld must be %lld or more, and a multiple of %d (16 bytes); copy it", name,
+         static_cast<long long>(pitch), static_cast<long long>(features), 16 / bytes);
+}
+
+void twofour_context::validate(const twofour_gemm& g) const {
+  if (g.kernel < TWOFOUR_SKINNY || g.kernel > TWOFOUR_SKINNY_6OF8)
+    fail(TWOFOUR_INVALID_ARGUMENT, "kernel %d is not one of %s", g.kernel, kKernels);
+  if (g.type < TWOFOUR_FP16 || g.type > TWOFOUR_FP8)
+    fail(TWOFOUR_INVALID_ARGUMENT, "type %d is not one of fp16 (0), bf16 (1), int8 (2), fp8 (3)", g.type);
+  if (g.out_type != TWOFOUR_FP16 && g.out_type != TWOFOUR_BF16)
+    fail(TWOFOUR_INVALID_ARGUMENT, "out_type %d is not fp16 (0) or bf16 (1)", g.out_type);
+  if (g.out_features < 1 || g.in_features < 1 || g.out_features > INT32_MAX || g.in_features > INT32_MAX)
+    fail(TWOFOUR_INVALID_ARGUMENT, "a weight cannot be [%lld, %lld]", static_cast<long long>(g.out_features),
+         static_cast<long long>(g.in_features));
+  if (g.accumulate != 0 && (g.accumulate != 1 || g.kernel != TWOFOUR_CUBLASLT))
+    fail(TWOFOUR_UNSUPPORTED, "accumulate=%d of %s: cublaslt alone adds to what y holds (1)", g.accumulate, kernel_name(g.kernel));
+  validate_pitch("x", g.x_pitch, g.in_features, element_bytes(g.type));
+  validate_pitch("y", g.y_pitch, g.out_features, 2);
+  if (!is_skinny(g)) return;
+  const int64_t multiple = 16 / element_bytes(g.type);
+  if (g.in_features % multiple != 0)
+    fail(TWOFOUR_MISALIGNED, "in_features=%lld is not a multiple of %lld (16 bytes of %s); pad x and the weight to %lld",
+         static_cast<long long>(g.in_features), static_cast<long long>(multiple), type_name(g.type),
+         static_cast<long long>(round_up(g.in_features, multiple)));
+  if (g.type == TWOFOUR_FP8 && !host() && info.sm < 89)
+    fail(TWOFOUR_SM_UNSUPPORTED, "fp8 needs compute capability 8.9 or newer, this GPU has %d.%d; use int8", info.sm / 10,
+         info.sm % 10);
+}
