@@ -17,6 +17,7 @@ from calibration.data.documents import read_documents
 from calibration.data.encoding import encode_prompt, encode_text
 from calibration.data.tokenizer import load_tokenizer
 from calibration.evaluation.answer_loss import Answers, questions_needed
+from calibration.evaluation.evaluate import to_compute_dtype
 from plugins.common.errors import UserError
 from plugins.common.progress import Progress
 
@@ -79,8 +80,7 @@ def ask(model: Any, questions: Sequence[Question], directory: Path, compute: str
 
     `compute`: as `accuracy.compute`. float32 casts a CPU's model in place: of close logits 16 bit makes equal ones.
     """
-    if compute == "float32" and model.device.type == "cpu":
-        model.float()
+    to_compute_dtype(model, compute)
     right, margins, tokenizer = list[bool](), list[list[float]](), load_tokenizer(directory)
     for number, question in enumerate(questions, start=1):
         tokens, each = _greedy(model, question)
