@@ -170,7 +170,7 @@ class _Builds:
         return measured
 
     def _measure(self, allocation: Allocation) -> dict[str, Any]:
-        from calibration.evaluation.evaluate import evaluate, hf_logits, to_compute_dtype
+        from calibration.evaluation.evaluate import evaluate, hf_logits, in_precision
         from calibration.evaluation.exact_match import ask
         from calibration.quantization.quantize import load_model, quantize
 
@@ -178,13 +178,13 @@ class _Builds:
         model = load_model(self._prune(self.allocator.declare(allocation, "")))
         if config.wanted:
             model = quantize(model, config, self.context.plan.quantized_layers, self.tokens)
-        dense, held_out, compute = load_model(self.context.model), self.held_out, self.context.recipe.accuracy.compute
-        for each in (dense, model):
-            to_compute_dtype(each, compute)  # the gate's, or a build within the budget would exceed it
+        compute = self.context.recipe.accuracy.compute
+        model, dense = (in_precision(each, compute) for each in (model, load_model(self.context.model)))
+        held_out = self.held_out
         accuracy = evaluate(hf_logits(dense), hf_logits(model), held_out.tokens, held_out.documents, progress)
         if self.answers is None:
             return accuracy.to_dict()
-        answers = ask(model, questions_of(self.context), self.context.model, compute, progress)
+        answers = ask(model, questions_of(self.context), self.context.model, progress)
         return {**accuracy.to_dict(), **compare_answers(self.answers.right, answers.right)}
 
     def _prune(self, target: Declaration) -> Path:

@@ -65,11 +65,12 @@ def _read(output: CachedOutput) -> Answers:
 
 def _run_questions(context: BuildContext, outputs: Outputs, out: Path, work: Path) -> None:
     """answers.json: the dense model's answers."""
+    from calibration.evaluation.evaluate import in_precision
     from calibration.evaluation.exact_match import ask
     from calibration.quantization.quantize import load_model
 
-    model, compute = load_model(context.model), context.recipe.accuracy.compute
-    answers = ask(model, questions_of(context), context.model, compute, context.console.progress)
+    model = in_precision(load_model(context.model), context.recipe.accuracy.compute)
+    answers = ask(model, questions_of(context), context.model, context.console.progress)
     write_json(out / "answers.json", vars(answers))
 
 
@@ -93,6 +94,6 @@ QUESTIONS = Stage(
     inputs=lambda context, outputs: {"model": context.model_digest, "questions": questions_digest(context)},
     config=lambda context, outputs: context.recipe.accuracy.compute,
     run=_run_questions,
-    code=("calibration.evaluation.exact_match",),
+    code=("calibration.evaluation.evaluate", "calibration.evaluation.exact_match"),
     after=_check_answers,
 )

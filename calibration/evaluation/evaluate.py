@@ -143,6 +143,14 @@ def hf_logits(model: Any) -> Logits:
     return logits
 
 
+def in_precision(model: Any, compute: str) -> Any:
+    """A transformers model that computes as `accuracy.compute`: on a CPU float32 casts it, in place.
+
+    In 16 bit close logits become equal ones, and a search would not measure what the engines' evaluation does.
+    """
+    return model.float() if compute == "float32" and model.device.type == "cpu" else model
+
+
 def gates(accuracy: Accuracy, limits: config.Accuracy) -> list[Gate]:
     """The results of the recipe's limits: one {name, limit, value, passed, message} for each limit that is set."""
     rows: list[Gate] = []

@@ -75,12 +75,8 @@ def read_questions(data: str, model: Path, length: int, limit: float) -> list[Qu
 
 
 @torch.inference_mode()
-def ask(model: Any, questions: Sequence[Question], directory: Path, compute: str, progress: Progress) -> Answers:
-    """A transformers model's answers. `directory` holds its tokenizer.
-
-    `compute`: as `accuracy.compute`. float32 casts a CPU's model in place: of close logits 16 bit makes equal ones.
-    """
-    to_compute_dtype(model, compute)
+def ask(model: Any, questions: Sequence[Question], directory: Path, progress: Progress) -> Answers:
+    """A transformers model's answers. `directory` holds its tokenizer."""
     right, margins, tokenizer = list[bool](), list[list[float]](), load_tokenizer(directory)
     for number, question in enumerate(questions, start=1):
         tokens, each = _greedy(model, question)

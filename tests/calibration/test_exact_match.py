@@ -49,7 +49,7 @@ def test_margins_are_those_of_the_answers_own_logits(docs_llama: Path) -> None:
         tuple(prompt[0].tolist()), answer, len(tokenizer(answer, add_special_tokens=False)["input_ids"])
     )
     wrong = Question(expected.prompt, "xyzzy", 2)
-    answers = ask(model, [expected, wrong], docs_llama, "float32", lambda *_: None)
+    answers = ask(model, [expected, wrong], docs_llama, lambda *_: None)
     assert answers.right == [True, False]
     assert expected.max_new_tokens == expected.tokens + SPARE
     with torch.inference_mode():
