@@ -127,12 +127,6 @@ def perplexity(model: Logits, tokens: Tokens) -> float:
     return math.exp(min(loss / count, LARGEST))
 
 
-def to_compute_dtype(model: Any, compute: str) -> None:
-    """Casts a transformers model in place to the dtype that `accuracy.compute` gives its engine on this device."""
-    if compute == "float32" and model.device.type == "cpu":
-        model.float()
-
-
 def hf_logits(model: Any) -> Logits:
     """A transformers causal language model as a callable to float32 logits."""
 

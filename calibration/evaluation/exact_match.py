@@ -17,7 +17,6 @@ from calibration.data.documents import read_documents
 from calibration.data.encoding import encode_prompt, encode_text
 from calibration.data.tokenizer import load_tokenizer
 from calibration.evaluation.answer_loss import Answers, questions_needed
-from calibration.evaluation.evaluate import to_compute_dtype
 from plugins.common.errors import UserError
 from plugins.common.progress import Progress
 
