@@ -86,8 +86,8 @@ def gates(
         budget = context.recipe.sparsity and context.recipe.sparsity.budget
         if budget:
             value, limit = budget.loss(report["accuracy"]), budget.largest_loss
-            found = exact_match_change(report["accuracy"]) if budget.questions else budget.describe(value)
-            text = f"{found} under a budget of {budget.describe(limit)}"
+            change = exact_match_change(report["accuracy"]) if budget.questions else budget.describe(value)
+            text = f"{change} under a budget of {budget.describe(limit)}"
             rows.append({"name": "budget", "limit": limit, "value": value, "passed": value <= limit, "message": text})
     benchmark = context.recipe.benchmark
     if benchmark and benchmark.min_speedup and benchmark_reached and "benchmark" not in outputs:

@@ -32,7 +32,7 @@ from calibration.pruning.solvers.masks import apply
 from calibration.recovery.job import Job, save_tokens
 from plugins.common.errors import GateError, UserError
 from plugins.common.json_files import read_json, write_json
-from plugins.common.progress import Progress
+from plugins.common.progress import Progress, silent
 
 log = logging.getLogger(__name__)
 
@@ -214,4 +214,4 @@ def _held_out_kl(dense: nn.Module, student: nn.Module, work: Path) -> float:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    train(Path(sys.argv[1]), lambda *_: None)
+    train(Path(sys.argv[1]), silent)

@@ -27,7 +27,7 @@ import torch
 
 from plugins.common import numerics
 from plugins.common.errors import UserError
-from plugins.common.patterns import OF_EIGHT, PATTERNS, TENSOR_CORE, short_name, skinny_kernel
+from plugins.common.patterns import OF_EIGHT, PATTERNS, TENSOR_CORE, skinny_kernel
 from plugins.libtwofour import bindings, cpu_forms, structures
 from plugins.libtwofour.cpu_forms import pack_skinny, reference_linear, skinny_product
 
@@ -42,24 +42,14 @@ def quantize(x: torch.Tensor, multiplier: torch.Tensor, dtype: torch.dtype) -> t
     return rounded(x.float(), multiplier)
 
 
-@torch.library.custom_op("twofour::skinny_linear", mutates_args=(), device_types="cpu")
-def skinny_linear(
-    x_MK: torch.Tensor,
-    packed_weight: torch.Tensor,
-    scale: float,
-    channel_scales: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_features: int,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """The skinny kernel; `packed_weight` as plugins/sparsity/skinny_layout.py. Raises UserError above 64 tokens."""
-    return skinny_product(TENSOR_CORE, x_MK, packed_weight, scale, channel_scales, bias, out_features, out_dtype)
+def _skinny(pattern: str) -> Any:
+    """The skinny kernel's operator; the packed weight as skinny_layout.py and, of n:8, skinny_layout_of8.py lay it out.
 
+    It raises UserError above 64 tokens.
+    """
+    name = skinny_kernel(pattern).replace("-", "_")
 
-def _skinny_of8(pattern: str) -> Any:
-    """The operator of an n:8 pattern; its packed weight as plugins/sparsity/skinny_layout_of8.py."""
-
-    @torch.library.custom_op(f"twofour::skinny_{short_name(pattern)}_linear", mutates_args=(), device_types="cpu")
+    @torch.library.custom_op(f"twofour::{name}_linear", mutates_args=(), device_types="cpu")
     def multiply(
         x_MK: torch.Tensor,
         packed_weight: torch.Tensor,
@@ -72,6 +62,9 @@ def _skinny_of8(pattern: str) -> Any:
         return skinny_product(pattern, x_MK, packed_weight, scale, channel_scales, bias, out_features, out_dtype)
 
     return multiply
+
+
+skinny_linear = _skinny(TENSOR_CORE)
 
 
 @torch.library.custom_op("twofour::cusparselt_linear", mutates_args=(), device_types="cpu")
@@ -106,7 +99,7 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "skinny": skinny_linear,
     "cusparselt": cusparselt_linear,
     "cublaslt": dense_linear,
-    **{skinny_kernel(pattern): _skinny_of8(pattern) for pattern in OF_EIGHT},
+    **{skinny_kernel(pattern): _skinny(pattern) for pattern in OF_EIGHT},
 }
 
 

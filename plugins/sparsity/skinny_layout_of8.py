@@ -43,10 +43,10 @@ def pack(w_NK: Array, format: str, pattern: str) -> Array:
     packed = np.zeros((tiles, blocks, _block_bytes(width, pattern)), np.uint8)
     packed[:, :, places.values] = value_bytes.reshape(tiles, ROWS, blocks, GROUPS, keep, width).swapaxes(1, 2)
     by_group = kept.reshape(tiles, ROWS, blocks, GROUPS).swapaxes(1, 2)[:, :, places.rows, places.groups]
-    words = np.zeros((tiles, blocks, LANES, UNITS), "<u4")
+    dropped = np.zeros((tiles, blocks, LANES, UNITS), "<u4")
     for j in range(4):
-        words |= _SPREAD[~by_group[..., j]] << np.uint32(j)
-    packed[:, :, places.positions :] = words.view(np.uint8).reshape(tiles, blocks, -1)
+        dropped |= _SPREAD[~by_group[..., j]] << np.uint32(j)
+    packed[:, :, places.positions :] = dropped.view(np.uint8).reshape(tiles, blocks, -1)
     return packed.reshape(-1)
 
 
@@ -62,10 +62,12 @@ def unpack(packed: Array, out_features: int, in_features: int, format: str, patt
     places = _places(format, pattern)
     block_major = packed.reshape(tiles, blocks, -1)
     values = np.ascontiguousarray(block_major[:, :, places.values]).view(f"u{width}")[..., 0]
-    words = np.ascontiguousarray(block_major[:, :, places.positions :]).view("<u4").reshape(tiles, blocks, LANES, UNITS)
+    dropped = (
+        np.ascontiguousarray(block_major[:, :, places.positions :]).view("<u4").reshape(tiles, blocks, LANES, UNITS)
+    )
     kept = np.empty((tiles, blocks, ROWS, GROUPS, 8), bool)
     for j in range(4):
-        bits = words[..., None] >> np.arange(j, 32, 4, dtype=np.uint32) & 1 == 0
+        bits = dropped[..., None] >> np.arange(j, 32, 4, dtype=np.uint32) & 1 == 0
         kept[:, :, places.rows[..., j], places.groups[..., j]] = bits
     if (kept.sum(-1) != keep).any():
         raise UserError(f"a group does not keep {keep} of 8: the weight is damaged, build the engine again")

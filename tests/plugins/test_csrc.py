@@ -13,7 +13,18 @@ from plugins.libtwofour import bindings, structures
 from plugins.sparsity import skinny_layout
 from tests.support import c_api, native
 from tests.support.examples import examples
-from tests.support.skinny import DTYPES, OUT, in_features, matmul, pack, poison, random_values, shapes
+from tests.support.skinny import (
+    DTYPES,
+    OUT,
+    SCALE,
+    check_product,
+    in_features,
+    matmul,
+    pack,
+    poison,
+    random_values,
+    shapes,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,20 +104,8 @@ def test_simulated_kernel_against_float64(
     scales = rng.uniform(1e-3, 2e-3, n).astype(np.float32) if seed % 2 else None
     bias = native.aligned(rng.standard_normal(n).astype(OUT[out])) if seed % 3 else None
     packed = native.aligned(skinny_layout.pack(w_NK, format))
-    y_MN = matmul(host, x_MK, packed, format, out, n, 2e-3, scales, bias, algorithm)
-
-    factor = np.float32(2e-3) if scales is None else scales
-    shift = np.float32(0) if bias is None else bias.astype(np.float32)
-    if format == "int8":  # exact: int32 sums, then one rounding each for scale, bias and output
-        sums = x_MK.astype(np.int64) @ w_NK.astype(np.int64).T
-        expected = (sums.astype(np.float32) * factor + shift).astype(OUT[out])
-        np.testing.assert_array_equal(y_MN.view(np.uint16), expected.view(np.uint16))
-        return
-    x, w = x_MK.astype(np.float64), w_NK.astype(np.float64)
-    expected = x @ w.T * factor + shift
-    size = np.abs(x) @ np.abs(w).T * factor + np.abs(shift)
-    epsilon = 2.0 ** (-10 if out == "fp16" else -7)
-    assert (np.abs(y_MN.astype(np.float64) - expected) <= epsilon * np.abs(expected) + 2.0**-20 * size + 1e-7).all()
+    y_MN = matmul(host, x_MK, packed, format, out, n, SCALE, scales, bias, algorithm)
+    check_product(y_MN, x_MK, w_NK, (format, out), scales, bias)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])

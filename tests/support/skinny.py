@@ -12,6 +12,8 @@ from tests.support import native
 DTYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
 OUT = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
+SCALE = 2e-3  # of a product that has none for each channel
+
 
 def random_values(shape: tuple[int, ...], format: str, rng: np.random.Generator) -> np.ndarray:
     if format == "int8":
@@ -62,6 +64,30 @@ def matmul(
     workspace = native.aligned(np.full(host.workspace_bytes(problem), 0xCD, np.uint8))
     host.matmul(problem, x.ctypes.data, packed.ctypes.data, y.ctypes.data, (workspace.ctypes.data, workspace.nbytes))
     return y
+
+
+def check_product(
+    y_MN: np.ndarray,
+    x_MK: np.ndarray,
+    w_NK: np.ndarray,
+    formats: tuple[str, str],
+    scales: np.ndarray | None,
+    bias: np.ndarray | None,
+) -> None:
+    """y against float64, int8 bit for bit. `formats`: of the operands and of y."""
+    format, out = formats
+    factor = np.float32(SCALE) if scales is None else scales
+    shift = np.float32(0) if bias is None else bias.astype(np.float32)
+    if format == "int8":  # exact: int32 sums, then one rounding each for scale, bias and output
+        sums = x_MK.astype(np.int64) @ w_NK.astype(np.int64).T
+        expected = (sums.astype(np.float32) * factor + shift).astype(OUT[out])
+        np.testing.assert_array_equal(y_MN.view(np.uint16), expected.view(np.uint16))
+        return
+    x, w = x_MK.astype(np.float64), w_NK.astype(np.float64)
+    expected = x @ w.T * factor + shift
+    size = np.abs(x) @ np.abs(w).T * factor + np.abs(shift)
+    epsilon = 2.0 ** (-10 if out == "fp16" else -7)
+    assert (np.abs(y_MN.astype(np.float64) - expected) <= epsilon * np.abs(expected) + 2.0**-20 * size + 1e-7).all()
 
 
 shapes = {

@@ -16,6 +16,7 @@ from benchmarks.pruning.accuracy import linear_layers
 from benchmarks.pruning.scripts.meter import status_bytes
 from calibration.config import Sparsity
 from calibration.pruning.sparsify import sparsify
+from plugins.common.progress import silent
 from plugins.sparsity.declaration import Declaration
 
 PRODUCTS = ("nn.linear", "addmm_", "scaled_dot_product_attention", "cholesky_ex", "solve_triangular")
@@ -27,7 +28,7 @@ def main(method: str, work: str, samples: str, length: str, vocabulary: str, out
     target = Declaration(tuple(linear_layers(directory / "model")))
     profile, started = cProfile.Profile(), time.perf_counter()
     profile.enable()
-    sparsify(directory / "model", tokens, config, target, directory / "out", directory / "work", lambda *_: None)
+    sparsify(directory / "model", tokens, config, target, directory / "out", directory / "work", silent)
     profile.disable()
     seconds = time.perf_counter() - started
     rows = pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibration.config import Sparsity
 from calibration.pruning.sparsify import sparsify
+from plugins.common.progress import silent
 from plugins.sparsity.declaration import Declaration
 
 BATCH = 8  # windows
@@ -33,9 +34,7 @@ def main(method: str, source: str, tokens: str, layers: str, out: str, metered: 
     ids = np.load(tokens)
     if kind not in ("blocks", "channels"):
         target = Declaration(tuple(json.loads(layers)), pattern=kind)  # type: ignore[arg-type]  # also no recipe's
-        sparsify(
-            Path(source), ids, Sparsity(method="sparsegpt"), target, Path(out), Path(f"{out}.work"), lambda *_: None
-        )
+        sparsify(Path(source), ids, Sparsity(method="sparsegpt"), target, Path(out), Path(f"{out}.work"), silent)
         left_out = None
     else:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.pruning.scripts.meter import load_code, meter
 from calibration.config import Sparsity
 from calibration.pruning.sparsify import sparsify
+from plugins.common.progress import silent
 from plugins.sparsity.declaration import Declaration
 
 
@@ -20,7 +21,7 @@ def main(method: str, model: str, tokens: str, layers: str, out: str, metered: s
     with meter(metered, ["torch", "transformers"]):
         config = Sparsity.model_validate({"method": method})
         target, work = Declaration(tuple(json.loads(layers))), Path(f"{out}.work")
-        sparsify(Path(model), np.load(tokens), config, target, Path(out), work, lambda *_: None)
+        sparsify(Path(model), np.load(tokens), config, target, Path(out), work, silent)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from pathlib import Path
 from calibration.config import Recovery
 from calibration.data.windows import windows
 from calibration.recovery.recover import recover
+from plugins.common.progress import silent
 
 
 def main(model: str, pruned: str, data: str, length: str, minutes: str, out: str, report: str) -> None:
     text, work = windows(data, Path(model), int(length)), Path(f"{out}.work")
     config = Recovery(minutes=float(minutes))
-    recovered = recover(Path(model), Path(pruned), text.tokens, config, Path(out), work, lambda *_: None)
+    recovered = recover(Path(model), Path(pruned), text.tokens, config, Path(out), work, silent)
     measured = {**asdict(recovered), "documents": len(set(text.documents)), "sha256": text.sha256}
     Path(report).write_text(json.dumps(measured))
 
