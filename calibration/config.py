@@ -80,11 +80,16 @@ class Budget(Config):
     def describe(self, loss: float) -> str:
         """One sentence for a person."""
         return {
-            "perplexity_increase": f"perplexity {loss:+.2%}",
+            "perplexity_increase": f"perplexity {_percent(loss)}",
             "kl": f"KL {loss:.4f} nats",
             "top1_agreement": f"top-1 agreement {1 - loss:.2%}",
             "exact_match_loss": f"exact match {-loss:+.2%}",
         }[self.limit]
+
+
+def _percent(change: float) -> str:
+    """Two decimals, or one significant digit where those would read as no change."""
+    return f"{100 * change:+.1g}%" if 0 < abs(change) < 0.5e-4 else f"{change:+.2%}"
 
 
 class Sparsity(Config):

@@ -231,7 +231,7 @@ def test_a_budget_that_nothing_meets(docs_llama: Path, tmp_path: Path) -> None:
     assert ended.stdout == ""
     actual = re.fullmatch(
         r"failed: nothing fits under sparsity.budget \(perplexity \+0.00%\): the smallest loss reached is "
-        r"perplexity \+(\d+\.\d+)% with \d+% of the weights 2:4; raise the budget, or remove sparsity\n",
+        r"perplexity \+([\d.e-]+)% with \d+% of the weights 2:4; raise the budget, or remove sparsity\n",
         ended.stderr,
     )
     assert actual
