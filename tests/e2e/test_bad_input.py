@@ -223,7 +223,7 @@ def test_calibration_text_that_looks_wrong_for_the_model(model: Path, tmp_path: 
 
 
 def test_a_budget_that_nothing_meets(docs_llama: Path, tmp_path: Path) -> None:
-    budget = ("--set", "sparsity.budget={perplexity_increase: 0%}", "--set", "sparsity.layers=['*.0.mlp.*']")
+    budget = ("--set", "sparsity.budget={perplexity_increase: 0%}", "--set", "sparsity.layers=['*.3.mlp.*']")
     where = ("--out", tmp_path / "out", "--store", tmp_path / "store", "--json")
     options = (*FEW_TOKENS, *FAST, *budget, "--set", "accuracy.samples=16", *where)
     ended = twofour("build", docs_llama, "--preset", "2of4-all", *options)
