@@ -25,7 +25,7 @@ test: $(READY) check
 	$(BIN)/pytest
 
 test-fast: $(READY)
-	$(BIN)/pytest --fast -m "not (slow or gpu)"
+	$(BIN)/pytest --fast -m "not (slow or gpu)" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check
