@@ -7,17 +7,15 @@ own sparse tactics against its dense ones by itself, but cannot time our plugin 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from builder.config import EngineConfig
+from builder.engines.product_shapes import DTYPES, hybrids, kernel_format, shape, shape_on_cpu
 from builder.planning import sharding
 from plugins.common.defaults import SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.common.files import sha256
-from plugins.common.formats import KERNEL_OUTPUTS
-from plugins.common.fused_layers import fused_name, fused_parts
 from plugins.common.linear_shape import LinearShape
 from plugins.common.nvidia_smi import gpus
 from plugins.common.patterns import TENSOR_CORE
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from builder.checkpoint.reading import LayerFacts
     from plugins.autotune.choice import Hybrid
     from plugins.sparsity.segments import Axis
-
-DTYPES = {format.dtype: format.value for format in KERNEL_OUTPUTS}  # config.json's name -> ours
 
 
 def can_measure_cpu() -> bool:
@@ -84,25 +80,17 @@ def cpu_tactics(
     from plugins.autotune import cpu_bench, tuner
 
     formats = cpu_bench.DTYPES if dtype == "bfloat16" else {}
-    sparse = [layer for layer in layers if layer.shape.sparse and _kernel_format(layer.shape, dtype) in formats]
+    sparse = [
+        layer
+        for layer in layers
+        if layer.shape.sparse
+        and kernel_format(layer.shape, dtype) in formats
+        and (layer.segments is None or layer.segments.in_two)
+    ]
     most = max(config.max_num_tokens, config.max_batch_size)
     buckets = [tokens for tokens in cpu_bench.BUCKETS if tokens <= most]
-    timed = tuner.tune_cpu({layer.shape.name: _sparse_part(layer, dtype) for layer in sparse}, buckets, progress)
+    timed = tuner.tune_cpu({layer.shape.name: shape_on_cpu(layer, dtype) for layer in sparse}, buckets, progress)
     return _with_all_layers(timed, layers, f"stays dense: no CPU kernel takes it in a model of {dtype}")
-
-
-def _sparse_part(layer: LayerFacts, dtype: str) -> LinearShape:
-    """What a kernel of sparse weights multiplies: all of the layer, or its sparse rows or inputs."""
-    whole = shape(layer.shape, 1, dtype)
-    if layer.segments is None:
-        return whole
-    size = _sparse_size(layer, layer.segments.axis)
-    return replace(whole, out_features=size) if layer.segments.axis == "rows" else replace(whole, in_features=size)
-
-
-def _kernel_format(layer: LinearShape, dtype: str) -> str:
-    """The number format of the weight that a kernel takes, in a model of `dtype`."""
-    return layer.format if layer.format in ("int8", "fp8") else DTYPES.get(dtype, dtype)
 
 
 def tactics(
@@ -135,33 +123,6 @@ def tactics(
     return _with_all_layers(table, layers, untimed)
 
 
-def hybrids(layers: Sequence[LayerFacts], dtype: str) -> dict[str, Hybrid]:
-    """The products of layers that are 2:4 in part, under the name of each 2:4 layer that the engine joins in them."""
-    from plugins.autotune.choice import Hybrid
-
-    groups: dict[str, list[LayerFacts]] = {}
-    for layer in layers:
-        groups.setdefault(fused_name(layer.shape.name), []).append(layer)
-    timed: dict[str, Hybrid] = {}
-    for members in groups.values():
-        cuts = [member.segments for member in members if member.segments]
-        if not cuts or not all(cut.in_two for cut in cuts):
-            continue
-        shapes = [member.shape for member in members]
-        whole = replace(shape(shapes[0], 1, dtype), out_features=sum(each.out_features for each in shapes))
-        size = sum(_sparse_size(member, cuts[0].axis) for member in members)
-        timed |= {each.name: Hybrid.of(whole, cuts[0].axis, size) for each in shapes if each.sparse}
-    return timed
-
-
-def _sparse_size(layer: LayerFacts, axis: Axis) -> int:
-    """How many of a layer's rows or inputs are sparse."""
-    if layer.segments is not None:
-        return sum(part.size for part in layer.segments.sparse)
-    whole = layer.shape
-    return (whole.out_features if axis == "rows" else whole.in_features) if whole.sparse else 0
-
-
 def _with_all_layers(table: dict[str, Any], layers: Sequence[LayerFacts], untimed: str) -> dict[str, Any]:
     """Measured tactics with the layers that were not timed, in the checkpoint's order."""
     from plugins.autotune.tactics import Tactics
@@ -188,8 +149,7 @@ def _reason(layer: LayerFacts, timed: Mapping[str, Any]) -> str:
     reason = str(timed["reason"])
     if layer.segments is None:
         return reason
-    kernels = "" if "products" in timed else ", whose kernels"
-    return f"{layer.shape.pattern} in part ({layer.segments.fraction:.0%}){kernels}: {reason}"
+    return f"{layer.shape.pattern} in part ({layer.segments.fraction:.0%}): {reason}"
 
 
 def seconds_saved(layers: Iterable[LinearShape], tokens: int, dtype: str) -> Mapping[str, float] | None:
@@ -263,19 +223,6 @@ def ratios(tactics: Mapping[str, Any], tokens: int) -> dict[str, float]:
     return kept
 
 
-def shape(layer: LinearShape, ranks: int, dtype: str, fused: Mapping[str, LinearShape] | None = None) -> LinearShape:
-    """What one rank multiplies. With `fused`, the sparse layers by name: all that TensorRT-LLM makes one product of."""
-    rows, columns = layer.out_features, layer.in_features
-    members = fused_parts(fused_name(layer.name))
-    if fused and all(member in fused for member in members):
-        rows = sum(fused[member].out_features for member in members)
-    if sharding.is_row_parallel(layer.name):
-        columns //= ranks
-    else:
-        rows //= ranks
-    return LinearShape(rows, columns, _kernel_format(layer, dtype), pattern=layer.pattern)
-
-
 def _tune(
     shapes: Mapping[str, LinearShape | Hybrid], buckets: Sequence[int], dtype: str, progress: Progress = silent
 ) -> dict[str, Any]:
@@ -287,13 +234,15 @@ def _tune(
     if not shapes:
         device = {"name": gpu.name, "sm": gpu.sm, "driver": gpu.driver}
         return {"device": device, "source": "measured", "gpu": gpu.name, "versions": {}, "layers": {}}
-    patterns = " and ".join(sorted({shape.pattern for shape in shapes.values()}))
+    patterns = sorted({shape.pattern for shape in shapes.values()})
     try:
         if TENSOR_CORE in patterns:
             bindings.version("cusparselt")  # raises where it is missing or too old: dense would win by default
         return tuner.tune(shapes, buckets, progress=progress, out=DTYPES[dtype])
     except UserError as error:
-        raise UserError(f"the {patterns} kernels of this machine's {gpu.name} cannot be timed: {error}") from None
+        raise UserError(
+            f"the {' and '.join(patterns)} kernels of this machine's {gpu.name} cannot be timed: {error}"
+        ) from None
 
 
 def _is_dense(bucket: Mapping[str, Any]) -> bool:

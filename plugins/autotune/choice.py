@@ -44,6 +44,10 @@ class Hybrid:
     def pattern(self) -> Pattern:
         return self.sparse.pattern
 
+    @property
+    def axis(self) -> Axis:
+        return "rows" if self.sparse.in_features == self.whole.in_features else "inputs"
+
     def __str__(self) -> str:
         return f"{self.whole}, {self.sparse.pattern} in [{self.sparse.out_features}, {self.sparse.in_features}]"
 
@@ -81,17 +85,21 @@ def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
 
 
 def choose_hybrid(
-    buckets: Sequence[dict[str, Any]], rest: Sequence[Timing], whole: Sequence[Timing]
+    buckets: Sequence[dict[str, Any]], both: Sequence[Timing], whole: Sequence[Timing]
 ) -> list[dict[str, Any]]:
     """The buckets of a hybrid layer from those of its sparse part: both products against the dense layer's one.
 
-    Where both are faster by LEAST_GAIN at no number of tokens the layer runs dense, as one product.
+    The algorithm of `both` is that of the dense part. Where both products are faster by LEAST_GAIN at no number of
+    tokens the layer runs dense, as one product.
     """
     chosen = []
-    for bucket, other, dense in zip(buckets, rest, whole, strict=True):
-        both = other.us + bucket["sparse_us" if bucket["kernel"] in SPARSE_KERNELS else "dense_us"]
-        times = {"dense_us": round(dense.us, 3), "sparse_us": round(both, 3), "ratio": round(dense.us / both, 4)}
-        chosen.append({**bucket, **times, "rest_algorithm": _listed(other.algorithm)})
+    for bucket, parts, dense in zip(buckets, both, whole, strict=True):
+        times = {
+            "dense_us": round(dense.us, 3),
+            "sparse_us": round(parts.us, 3),
+            "ratio": round(dense.us / parts.us, 4),
+        }
+        chosen.append({**bucket, **times, "rest_algorithm": _listed(parts.algorithm)})
     if _pays(chosen):
         return chosen
     for bucket, dense in zip(chosen, whole, strict=True):
@@ -145,6 +153,11 @@ def reason(buckets: Sequence[dict[str, Any]], gpu: str, pattern: str = TENSOR_CO
     slower = [f"{b['ratio']:.2f}x at {b['tokens']}" for b in held]
     kept = f"; {pattern} regardless, so that the weight is held once: {', '.join(slower)}" if held else ""
     return f"{pattern} is faster on {gpu}: {', '.join(gains)} tokens{dense}{kept}"
+
+
+def chosen_us(bucket: Mapping[str, Any]) -> float:
+    """The time of a bucket's kernel, in microseconds."""
+    return float(bucket["sparse_us" if bucket["kernel"] in SPARSE_KERNELS else "dense_us"])
 
 
 def hold_once(buckets: list[dict[str, Any]]) -> list[dict[str, Any]]:

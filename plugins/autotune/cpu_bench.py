@@ -20,8 +20,9 @@ from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import cpu_kernel
 from plugins.common.processor import last_level_cache_bytes, processor
 from plugins.libtwofour import cpu
-from plugins.linear.cpu_linear import DENSE, TYPES, CpuLinear
+from plugins.linear.cpu_linear import DENSE, TYPES, CpuLinear, join_parts
 from plugins.linear.torch_linear import DenseLinear, Int8Linear, Scales
+from plugins.sparsity.segments import Axis
 from plugins.sparsity.torch_packing import pack
 
 BUCKETS = (1, 4, 16, 64, 256)  # more tokens change no choice: a product is then bounded by its arithmetic
@@ -52,23 +53,13 @@ class CpuBench:
 
     def microseconds(self, kernel: str, tokens: int) -> float:
         """The least time of one call over rounds: what else runs on this machine only adds."""
-        layer, copies = self._prepared(kernel)
+        layer, copies = self.prepared(kernel)
         x_MK = self.x[:tokens]
-        call = _call_torch(layer, copies, x_MK) if kernel == "torch" else _call_ours(layer, copies, x_MK)
-        call(0)
-        times: list[float] = []
-        end = time.perf_counter() + SECONDS
-        position = 0
-        while len(times) < LEAST_ROUNDS or time.perf_counter() < end:
-            begin = time.perf_counter()
-            calls = min(len(copies), 8)
-            for _ in range(calls):
-                call(position % len(copies))
-                position += 1
-            times.append((time.perf_counter() - begin) / calls)
-        return 1e6 * min(times)
+        if kernel == "torch":
+            return _least_time(_call_torch(layer, copies, x_MK), len(copies))
+        return _least_time(_call_ours(_problems(layer, copies), x_MK, self.shape.out_features), len(copies))
 
-    def _prepared(self, kernel: str) -> tuple[Any, list[torch.Tensor]]:
+    def prepared(self, kernel: str) -> tuple[Any, list[torch.Tensor]]:
         """The layer, and copies of its weight that fill the cache twice."""
         if kernel not in self.layers:
             if kernel == "torch":
@@ -87,14 +78,47 @@ class CpuBench:
         return self.layers[kernel], self.copies[kernel]
 
 
-def _call_ours(layer: CpuLinear, copies: Sequence[torch.Tensor], x_MK: torch.Tensor) -> Callable[[int], object]:
-    y_MN = x_MK.new_empty(x_MK.shape[0], layer.out_features)
+def microseconds_of_both(sparse: CpuBench, rest: CpuBench, axis: Axis, kernel: str, tokens: int) -> float:
+    """The least time of one call for both parts of a hybrid layer; `kernel` multiplies the sparse part."""
+    first, other = (_problems(*bench.prepared(name)) for bench, name in ((sparse, kernel), (rest, DENSE)))
+    count = max(len(first), len(other))
+    problems = [join_parts(first[i % len(first)], other[i % len(other)], axis) for i in range(count)]
+    if axis == "rows":
+        x_MK, out_features = sparse.x[:tokens], sparse.shape.out_features + rest.shape.out_features
+    else:
+        x_MK, out_features = torch.cat((sparse.x[:tokens], rest.x[:tokens]), 1), sparse.shape.out_features
+    return _least_time(_call_ours(problems, x_MK, out_features), count)
+
+
+def _least_time(call: Callable[[int], object], copies: int) -> float:
+    """Microseconds of one call: the least over rounds, because what else runs on this machine only adds."""
+    call(0)
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
+    position = 0
+    while len(times) < LEAST_ROUNDS or time.perf_counter() < end:
+        begin = time.perf_counter()
+        calls = min(copies, 8)
+        for _ in range(calls):
+            call(position % copies)
+            position += 1
+        times.append((time.perf_counter() - begin) / calls)
+    return 1e6 * min(times)
+
+
+def _problems(layer: CpuLinear, copies: Sequence[torch.Tensor]) -> list[cpu.Linear]:
+    """The layer as the library takes it, once for each copy of its weight."""
     problems = []
     for weight in copies:
         problem = cpu.Linear()
         ctypes.memmove(byref(problem), byref(layer.problem(1)), ctypes.sizeof(problem))
         problem.weight = weight.data_ptr()
         problems.append(problem)
+    return problems
+
+
+def _call_ours(problems: Sequence[cpu.Linear], x_MK: torch.Tensor, out_features: int) -> Callable[[int], object]:
+    y_MN = x_MK.new_empty(x_MK.shape[0], out_features)
     apply, kind = cpu.load().twofour_cpu_apply, TYPES[x_MK.dtype]
 
     def call(i: int) -> object:

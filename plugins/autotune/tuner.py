@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import torch
 
 from plugins.autotune import search, timing
-from plugins.autotune.choice import Hybrid, Timing, choose, choose_hybrid, entry, hold_once
+from plugins.autotune.choice import Hybrid, Timing, choose, choose_hybrid, chosen_us, entry, hold_once
 from plugins.autotune.reuse import versions
 from plugins.common import numerics
-from plugins.common.defaults import MAX_SKINNY_TOKENS
+from plugins.common.defaults import MAX_SKINNY_TOKENS, SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
-from plugins.common.patterns import TENSOR_CORE, skinny_kernel
+from plugins.common.patterns import TENSOR_CORE, cpu_kernel, skinny_kernel
 from plugins.common.progress import Progress, silent
 from plugins.libtwofour import bindings, torch_ops
 
@@ -96,7 +96,12 @@ def tune(
         if isinstance(shape, Hybrid):
             for part in {shape.rest, shape.whole} - dense.keys():
                 dense[part] = _measure_dense(part, *given)
-            measured[shape] = choose_hybrid(_measure(shape.sparse, *given), dense[shape.rest], dense[shape.whole])
+            own = _measure(shape.sparse, *given)
+            both = [
+                replace(rest, us=rest.us + chosen_us(bucket))
+                for bucket, rest in zip(own, dense[shape.rest], strict=True)
+            ]
+            measured[shape] = choose_hybrid(own, both, dense[shape.whole])
         else:
             measured[shape] = _measure(shape, *given)
         clocks = timing.device_facts(device)["clocks"]  # while the GPU is still warm
@@ -152,7 +157,7 @@ def search_dense(shapes: Iterable[LinearShape], buckets: Sequence[int], device: 
 
 
 def tune_cpu(
-    layers: Mapping[str, LinearShape],
+    layers: Mapping[str, LinearShape | Hybrid],
     buckets: Sequence[int] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -165,12 +170,10 @@ def tune_cpu(
     facts, made_for = cpu_bench.device_facts(), cpu_bench.versions()
     buckets = sorted(buckets or cpu_bench.BUCKETS)
     unique = list(dict.fromkeys(layers.values()))
-    measured: dict[LinearShape, list[dict[str, Any]]] = {}
+    measured: dict[LinearShape | Hybrid, list[dict[str, Any]]] = {}
     for done, shape in enumerate(unique):
         progress("time kernels", done, len(unique))
-        bench = cpu_bench.CpuBench(shape, buckets[-1])
-        kernels = bench.kernels()
-        measured[shape] = hold_once([bucket_of(bench, tokens, _time_on_cpu, kernels) for tokens in buckets])
+        measured[shape] = _measure_on_cpu(shape, buckets)
     progress("time kernels", len(unique), len(unique))
     name = facts["name"]
     return {
@@ -180,6 +183,25 @@ def tune_cpu(
         "versions": made_for,
         "layers": {layer: entry(shape, measured[shape], name) for layer, shape in layers.items()},
     }
+
+
+def _measure_on_cpu(shape: LinearShape | Hybrid, buckets: Sequence[int]) -> list[dict[str, Any]]:
+    """The shape's buckets. Both parts of a hybrid layer are one call, and are timed as one."""
+    from plugins.autotune.cpu_bench import CpuBench, microseconds_of_both
+    from plugins.linear.cpu_linear import DENSE
+
+    if isinstance(shape, LinearShape):
+        bench = CpuBench(shape, buckets[-1])
+        kernels = bench.kernels()
+        return hold_once([bucket_of(bench, tokens, _time_on_cpu, kernels) for tokens in buckets])
+    sparse, rest, whole = (CpuBench(part, buckets[-1]) for part in (shape.sparse, shape.rest, shape.whole))
+    own = hold_once([bucket_of(sparse, tokens, _time_on_cpu, (DENSE, cpu_kernel(shape.pattern))) for tokens in buckets])
+    both, dense = list[Timing](), list[Timing]()
+    for bucket in own:
+        kernel = bucket["kernel"] if bucket["kernel"] in SPARSE_KERNELS else DENSE
+        both.append(Timing(kernel, microseconds_of_both(sparse, rest, shape.axis, kernel, bucket["tokens"])))
+        dense.append(_time_on_cpu(whole, DENSE, bucket["tokens"]))
+    return choose_hybrid(own, both, dense)
 
 
 def _time_on_cpu(bench: Any, kernel: str, tokens: int) -> Timing:

@@ -11,12 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from builder.engines.torch_backend.linears import Kernels
 from plugins.autotune import choice, reuse, tactics, timing, tuner
-from plugins.autotune.choice import Timing
+from plugins.autotune.choice import Hybrid, Timing
+from plugins.common.defaults import LEAST_GAIN
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import PATTERNS, TENSOR_CORE, Pattern, cpu_kernel
 from plugins.libtwofour import bindings, structures
+from plugins.sparsity.segments import Axis
 
 SHAPE = LinearShape(4096, 14336, "fp8")
 
@@ -105,6 +108,32 @@ def test_a_cpu_times_the_kernel_of_the_pattern_and_holds_its_weight_once(pattern
     assert [each["kernel"] for each in choice.hold_once(buckets)] == [kernel, kernel]
     entry = choice.entry(shapes["layer"], buckets, "a CPU")
     assert entry["reason"].startswith(f"{pattern} is faster on a CPU: 2.00x at 1 tokens; {pattern} regardless")
+
+
+@pytest.mark.parametrize("axis", ["rows", "inputs"])
+def test_a_cpu_times_both_parts_of_a_layer_in_one_call(axis: Axis) -> None:
+    whole = LinearShape(256, 256, "int8", pattern=TENSOR_CORE)
+    timed = tuner.tune_cpu({"layer": Hybrid.of(whole, axis, 128)}, buckets=(1, 4))["layers"]["layer"]
+    assert [bucket["tokens"] for bucket in timed["buckets"]] == [1, 4]
+    pays = any(bucket["ratio"] >= LEAST_GAIN for bucket in timed["buckets"])
+    parts = [[128, 256], [128, 256]] if axis == "rows" else [[256, 128], [256, 128]]
+    assert timed["products"] == (parts if pays else None)
+    for bucket in timed["buckets"]:
+        assert bucket["dense_us"] > 0
+        assert bucket["ratio"] == pytest.approx(bucket["dense_us"] / bucket["sparse_us"], rel=1e-3)
+        assert pays or bucket["kernel"] == "dense-cpu"
+
+
+def test_a_layer_in_part_that_does_not_pay_runs_dense_on_a_cpu() -> None:
+    whole = LinearShape(256, 256, "int8", pattern=TENSOR_CORE)
+    own = [bucket(1, **{"cpu-dense": 6.0, "cpu-2of4": 4.0})]
+    dense = [Timing("cpu-dense", 10.0)]
+    for both, kernel, products in ((9.0, "cpu-2of4", [[64, 256], [192, 256]]), (10.0, "dense-cpu", None)):
+        buckets = choice.choose_hybrid(own, [Timing("cpu-2of4", both)], dense)
+        entry = {**choice.entry(Hybrid.of(whole, "rows", 64), buckets, "a CPU"), "fraction": 0.25}
+        assert (entry["buckets"][0]["kernel"], entry["products"]) == (kernel, products)
+        kernels = Kernels({"layers": {"layer": entry}}, torch.bfloat16, torch.device("cpu"))
+        assert kernels.runs_dense("layer") == (products is None)
 
 
 def measured() -> dict:
