@@ -41,16 +41,22 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
 
 
 @click.command(
-    short_help="Measure speed against the dense baseline.",
+    short_help="Measure speed against the dense model or another build.",
     epilog=example("twofour bench build/docs-llama --input-tokens 128 --output-tokens 64 --concurrency 1,8"),
 )
 @click.argument("artifact", type=PATH)
 @click.option("--model", help="Compare with this dense model.  [default: the build's own]")
+@click.option(
+    "--baseline",
+    type=PATH,
+    metavar="BUILD",
+    help="Compare with this build of the same model instead, such as one with the same quantization and no sparsity.",
+)
 @click.option("--input-tokens", default=128, help="Send prompts of this length.")
 @click.option("--output-tokens", default=64, help="Generate this many tokens per request.")
 @click.option("--concurrency", default="1,4", metavar="N,N,...", help="Run these numbers of requests at a time.")
 @click.option("--requests", default=8, help="Send this many requests per round at each concurrency.")
-@click.option("--rounds", default=defaults.ROUNDS, help="Run this many interleaved rounds of dense and built.")
+@click.option("--rounds", default=defaults.ROUNDS, help="Run this many interleaved rounds of both sides.")
 @click.option("--url", help="Measure this OpenAI-compatible endpoint instead of the engine in process.")
 @click.option("--dense-url", help="Compare with the dense baseline at this endpoint, with --url.")
 @click.option("--out", type=PATH, help="Write performance.json and records.jsonl to this directory.")
@@ -58,25 +64,32 @@ def engine(checkpoint: Path, out: Path, backend: str, overrides: tuple[str, ...]
 def bench(
     artifact: Path,
     model: str | None,
+    baseline: Path | None,
     url: str | None,
     dense_url: str | None,
     out: Path | None,
     as_json: bool,
     **load: Any,
 ) -> None:
-    """Measure a build's throughput and latency against the dense baseline, interleaved, with intervals."""
+    """Measure a build's throughput and latency against the dense model or another build.
+
+    The rounds of both sides are interleaved; means and ratios come with intervals.
+    """
     from builder.cli import tables
     from builder.console import Console
     from builder.pipeline import rebuild
 
     config = rebuild.benchmark_config(**load)
     with Console(quiet=as_json) as console:
-        points = rebuild.bench(artifact, model, config, url, dense_url, out, console)
+        if url is None:
+            points = rebuild.bench(artifact, model, baseline, config, out, console)
+        else:
+            points = rebuild.bench_endpoints(artifact, model, baseline, config, url, dense_url, out, console)
     if as_json:
         tables.as_json(points)
     else:
         for point in points:
-            click.echo(tables.speed(point))
+            click.echo(tables.speed(point, "dense" if baseline is None else "baseline"))
 
 
 @click.command(

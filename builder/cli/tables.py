@@ -184,12 +184,12 @@ def summary(report: dict[str, Any], out: Path) -> None:
     click.echo(f"\nin {out}: {' '.join(f'{part}/' for part in parts)} report/report.html")
 
 
-def speed(point: dict[str, Any]) -> str:
-    """One workload point as a line: tokens a second of both sides, and the ratio with its interval."""
+def speed(point: dict[str, Any], baseline: str = "dense") -> str:
+    """One workload point as a line: tokens a second of `baseline` and the build, and the ratio with its interval."""
     name, load = "output_token_throughput", point["workload"]
     dense, built, ratio = point["dense"][name], point["built"][name], point["speedup"][name]
     return (
-        f"dense {dense['mean']:.0f} {interval(dense['interval'], '.0f')}, "
+        f"{baseline} {dense['mean']:.0f} {interval(dense['interval'], '.0f')}, "
         f"built {built['mean']:.0f} {interval(built['interval'], '.0f')} tokens/s: "
         f"{ratio['ratio']:.2f}x {interval(ratio['interval'], '.2f')} "
         f"({load['input_tokens']}+{load['output_tokens']} tokens, concurrency {point['concurrency']}{_errors(point)})"

@@ -67,15 +67,18 @@ def _right(engine: Engine, questions: Sequence[Question], model: Path) -> list[b
     return [matches(text, each.answer) for text, each in zip(texts, questions, strict=True)]
 
 
-def performance(model: Path, engine: Path, config: Benchmark, out: Path, progress: Progress) -> list[dict[str, Any]]:
+def performance(
+    model: Path, engine: Path, config: Benchmark, out: Path, progress: Progress, baseline: Path | None = None
+) -> list[dict[str, Any]]:
     """Writes performance.json (the report's `performance`), records.jsonl and engines.json (how both sides ran) into
-    `out`; returns the points."""
+    `out`; returns the points. The side "dense" is the dense model on the engine's backend, or the engine `baseline`."""
     from benchmarks.serving.compare import compare
 
-    dense, built = registry.load_dense(model, engine), registry.load(engine)
+    dense = registry.load(baseline) if baseline else registry.load_dense(model, engine)
+    built = registry.load(engine)
     measured = compare(dense, built, config, _vocabulary(model), progress)
     write_json(out / "engines.json", {"dense": dense.describe(), "built": built.describe()})
-    if (costs := _costs(model, engine)) and (card := _this_gpu()):
+    if (costs := _costs(model, engine, baseline)) and (card := _this_gpu()):
         add_limits(measured.points, costs, card)
     return _write(measured, out)
 
@@ -88,19 +91,27 @@ def _this_gpu() -> Gpu | None:
         return None  # a card that gpus.yaml does not describe: no share is computed
 
 
-def _costs(model: Path, engine: Path) -> dict[str, ModelCost]:
+def _costs(model: Path, engine: Path, baseline: Path | None) -> dict[str, ModelCost]:
     """What one decode step of each side moves and multiplies, from the engine's tactics and the model's config."""
-    tactics = read_tactics(engine)
-    shapes = architecture(read_config(model))
-    if tactics is None:
+    built = _cost(model, engine)
+    if built is None:
         return {}
-    built = [LinearShape.from_facts(name, facts) for name, facts in tactics["layers"].items()]
-    dense = [dataclasses.replace(layer, format="bf16", fraction=0.0) for layer in built]
+    if baseline is None:
+        values = architecture(read_config(model)).kv_values_per_token
+        layers = [dataclasses.replace(layer, format="bf16", fraction=0.0) for layer in built.layers]
+        return {"dense": ModelCost(layers, 2.0 * values), "built": built}
+    other = _cost(model, baseline)
+    return {} if other is None else {"dense": other, "built": built}
+
+
+def _cost(model: Path, engine: Path) -> ModelCost | None:
+    """Of an engine's decode step; None where it has no tactics."""
+    tactics = read_tactics(engine)
+    if tactics is None:
+        return None
+    layers = [LinearShape.from_facts(name, facts) for name, facts in tactics["layers"].items()]
     kv_bytes = 1 if registry.engine_facts(engine).get("kv_cache", "none") != "none" else 2
-    return {
-        "dense": ModelCost(dense, 2.0 * shapes.kv_values_per_token),
-        "built": ModelCost(built, float(kv_bytes * shapes.kv_values_per_token)),
-    }
+    return ModelCost(layers, float(kv_bytes * architecture(read_config(model)).kv_values_per_token))
 
 
 def _write(measured: Comparison, out: Path) -> list[dict[str, Any]]:

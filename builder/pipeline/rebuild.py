@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +60,57 @@ def benchmark_config(input_tokens: int, output_tokens: int, concurrency: str, re
 
 
 def bench(
-    artifact: Path, model: str | None, config: Benchmark, url: str | None, dense_url: str | None, out: Path | None,
-    console: Console,
+    artifact: Path, model: str | None, baseline: Path | None, config: Benchmark, out: Path | None, console: Console
+) -> list[dict[str, Any]]:
+    """Measures an engine in process against the dense model or the engine of `baseline`, another build.
+
+    Writes the raw records into `out`. Raises UserError for a baseline that is a build of another model.
+    """
+    engine = _engine(artifact)
+    version_lock.require(engine)
+    other = None if baseline is None else _baseline_engine(artifact, baseline, model)
+    dense = _dense(_recipe(artifact), model)
+    with _folder(out) as place:
+        return measure.performance(dense, engine, config, place, console.progress, other)
+
+
+def bench_endpoints(
+    artifact: Path, model: str | None, baseline: Path | None, config: Benchmark, url: str, dense_url: str | None,
+    out: Path | None, console: Console,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Measures an engine in process, or two OpenAI-compatible endpoints; writes the raw records into `out`."""
-    built = _recipe(artifact)
-    engine = artifact
-    if url is None:
-        engine = _engine(artifact)
-        version_lock.require(engine)
+    """Measures two OpenAI-compatible endpoints; writes the raw records into `out`."""
+    if baseline is not None:
+        raise UserError(
+            f"--baseline '{baseline}' excludes --url: serve that build, and give its endpoint with --dense-url"
+        )
+    if dense_url is None:
+        raise UserError(f"--url '{url}' is measured against the dense baseline: give its endpoint with --dense-url")
+    with _folder(out) as place:
+        return measure.endpoints(dense_url, url, _dense(_recipe(artifact), model), config, place, console.progress)
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    """`out`, or a temporary directory."""
     with tempfile.TemporaryDirectory() as scratch:
         place = out or Path(scratch)
         place.mkdir(parents=True, exist_ok=True)
-        if url is None:
-            return measure.performance(_dense(built, model), engine, config, place, console.progress)
-        if dense_url is None:
-            raise UserError(f"--url '{url}' is measured against the dense baseline: give its endpoint with --dense-url")
-        return measure.endpoints(dense_url, url, _dense(built, model), config, place, console.progress)
+        yield place
+
+
+def _baseline_engine(artifact: Path, baseline: Path, model: str | None) -> Path:
+    """The engine of the build that --baseline names. Raises UserError where no comparison with it is fair."""
+    if model is not None:
+        raise UserError(f"--baseline '{baseline}' and --model '{model}' exclude each other: give one of them")
+    engine = _engine(baseline)
+    version_lock.require(engine)
+    digests = {source_digest(each, "model") for each in (artifact, baseline)}
+    if len(digests) > 1 or None in digests:
+        raise UserError(
+            f"--baseline '{baseline}' and '{artifact}' are not builds of the same model",
+            "build both from one model",
+        )
+    return engine
 
 
 def build_engine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import click
 import pytest
 
 from builder.cli.commands import cli
-from tests.support.command import done, twofour
+from tests.support.command import done, refused, twofour
 from tests.support.models import cut_llama, write_recipe
 
 HEAVY = ("torch", "transformers", "modelopt", "matplotlib", "datasets", "safetensors.torch")
@@ -203,6 +204,28 @@ def test_bench_measures_and_keeps_the_records(built: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "bench" / "performance.json").read_text()) == points
     records = (tmp_path / "bench" / "records.jsonl").read_text().splitlines()
     assert len(records) == 2 * 2 * 2 * 2  # levels, rounds, sides, requests
+
+
+BRIEF = ("--input-tokens", 4, "--output-tokens", 3, "--concurrency", "1", "--requests", 2, "--rounds", 2)
+
+
+def test_bench_compares_two_builds_of_one_model(built: Path, tmp_path: Path) -> None:
+    folder, other = built.parent, tmp_path / "dense"
+    done("build", folder / "recipe.yaml", "--preset", "fp8", "--set", "quantization.kv_cache=int8", "--until", "engine",
+         "--out", other, "--store", folder / "store")  # fmt: skip
+    printed = done("bench", built, "--baseline", other, *BRIEF, "--out", tmp_path / "bench").stdout
+    assert re.match(r"baseline \d+ \[\d+, \d+\], built \d+ ", printed)
+    engines = json.loads((tmp_path / "bench" / "engines.json").read_text())
+    assert (engines["dense"]["kv_cache"], engines["built"]["kv_cache"]) == ("int8", "none")
+
+
+def test_bench_refuses_a_baseline_that_is_not_comparable(built: Path, tmp_path: Path) -> None:
+    assert "is neither a build nor an engine" in refused("bench", built, "--baseline", tmp_path)
+    assert "are not builds of the same model" in refused("bench", built, "--baseline", built / "engine")
+    assert "exclude each other" in refused("bench", built, "--baseline", built, "--model", "any/model")
+    assert "give its endpoint with --dense-url" in refused(
+        "bench", built, "--baseline", built, "--url", "http://localhost:1"
+    )
 
 
 def test_deploy_writes_the_repository_that_is_asked_for(built: Path) -> None:
