@@ -160,12 +160,14 @@ def _smollm2(file: File) -> str:
     device, variants = result["device"], result["variants"]
     first = next(iter(variants.values()))
     columns = [column for number in range(len(first["performance"])) for column in _columns(first, number)]
+    paired = any(values.get("over_first") for values in variants.values())
+    titles = [title for title, *_ in columns] + [f"each later token, over {next(iter(variants))}"] * paired
     rows = [
         f"| {name} | {values['accuracy']['perplexity_increase']:+.1%} "
         f"| {values['other_text']['perplexity_increase']:+.1%} "
         f"| {values['size']['built_bytes'] / 1e6:.0f} MB "
         + "".join(f"| {values['performance'][at]['speedup'][metric]['ratio']:.2f}x " for _, at, metric in columns)
-        + "|\n"
+        + (f"| {_over(values['over_first'])} |\n" if paired else "|\n")
         for name, values in variants.items()
     ]
     return SMOLLM2.format(
@@ -175,10 +177,19 @@ def _smollm2(file: File) -> str:
         dense_mb=first["size"]["dense_bytes"] / 1e6,
         tokens=first["performance"][0]["dense"]["output_token_throughput"]["mean"],
         path=path,
-        columns=" | ".join(title for title, *_ in columns),
-        lines="|".join(["---"] * len(columns)),
+        columns=" | ".join(titles),
+        lines="|".join(["---"] * len(titles)),
         rows="".join(rows),
     )
+
+
+def _over(points: list[dict[str, Any]]) -> str:
+    """A build against the first variant's, at one request, in one run."""
+    if not points:
+        return ""
+    ratio = points[0]["speedup"]["inter_token_latency"]
+    low, high = ratio["interval"]
+    return f"{ratio['ratio']:.2f}x [{low:.2f}, {high:.2f}]"
 
 
 def _columns(variant: dict[str, Any], number: int) -> list[tuple[str, int, str]]:

@@ -3,14 +3,17 @@
     python examples/smollm2/make_model.py build/smollm2
     python -m benchmarks.pruning.smollm2 [--store build/store]
 
-Builds examples/smollm2/recipe.yaml with each variant up to its benchmark, compares it with the dense bfloat16 model,
-and evaluates each build again on text of a kind that the calibration text lacks. Run it on an idle machine. It writes
+Builds examples/smollm2/recipe.yaml with each variant up to its benchmark, compares it with the dense bfloat16 model and
+with the first variant's build (INT8 alone: what sparsity adds), and evaluates each build again on text of a kind that
+the calibration text lacks. Run it on an idle machine. It writes
 to `benchmarks/results/`; `make docs` copies the result into README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ from typing import Any
 
 from benchmarks.environment import describe
 from benchmarks.pruning.accuracy import RESULTS, write_result
-from benchmarks.pruning.fractions import build, summary
+from benchmarks.pruning.fractions import COMMAND, build, summary
 from plugins.common.errors import UserError
 
 RECIPE = Path("examples/smollm2/recipe.yaml")
@@ -37,17 +40,22 @@ WORKLOADS = (
     "{input_tokens: 128, output_tokens: 32, concurrency: [16], requests: 16}",
     "{input_tokens: 512, output_tokens: 8, concurrency: [1], requests: 4}",
 )
+BENCH = ("--input-tokens", "128", "--output-tokens", "32", "--concurrency", "1,4", "--requests", "4", "--rounds", "8")
 METRICS = ("output_token_throughput", "time_to_first_token", "inter_token_latency")
 
 
 def run(chosen: Sequence[str], store: Path | None) -> dict[str, Any]:
-    """Accuracy on both texts, size and speed of each variant. Raises UserError where a build fails."""
+    """Accuracy on both texts, size and speed of each variant, the speed also against the first variant's.
+
+    Raises UserError where a build fails.
+    """
     variants: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="twofour-smollm2-") as work:
         for number, (name, overrides) in enumerate((name, VARIANTS[name]) for name in chosen):
             overrides = [*overrides, f"benchmark.workloads=[{', '.join(WORKLOADS)}]"]
-            report = build(RECIPE, overrides, Path(work) / f"{number}", store, until="benchmark")
+            out, first = Path(work) / f"{number}", Path(work) / "0"
+            report = build(RECIPE, overrides, out, store, until="benchmark")
             other = build(
                 RECIPE,
                 [*overrides, f"accuracy.data={OTHER}", f"accuracy.samples={OTHER_WINDOWS}"],
@@ -59,10 +67,21 @@ def run(chosen: Sequence[str], store: Path | None) -> dict[str, Any]:
                 "other_text": summary(other),
                 "size": report["size"],
                 "performance": [_point(point) for point in report["performance"]],
+                "over_first": [_point(point) for point in bench(out, first)] if number else [],
                 "gates": report["gates"],
             }
             facts = facts or {"model": report["model"], "recipe": report["recipe"], "device": report["device"]}
     return {"environment": describe(), **facts, "variants": variants}
+
+
+def bench(out: Path, baseline: Path) -> list[dict[str, Any]]:
+    """The speed of a build against another one, in interleaved rounds. Raises UserError where it cannot be measured."""
+    command = [*COMMAND, "bench", str(out), "--baseline", str(baseline), *BENCH, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"'{out}' cannot be compared with '{baseline}': {done.stderr.strip().splitlines()[-1]}")
+    points: list[dict[str, Any]] = json.loads(done.stdout)
+    return points
 
 
 def _point(point: dict[str, Any]) -> dict[str, Any]:
