@@ -25,7 +25,7 @@ from plugins.autotune.timing import random_sparse
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
 from plugins.common.patterns import PATTERNS, TENSOR_CORE, Pattern, cpu_kernel
-from plugins.libtwofour import cpu
+from plugins.libtwofour import cpu, weight_memory
 from plugins.linear.cpu_linear import DENSE, TYPES, CpuLinear
 from plugins.linear.torch_linear import Scales
 from plugins.sparsity.torch_packing import pack
@@ -57,7 +57,7 @@ def least_seconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 def read_bandwidth() -> float:
     """Bytes a second that the threads in use read together."""
-    buffer = torch.ones(BUFFER, dtype=torch.uint8)
+    buffer = weight_memory.allocate(BUFFER).fill_(1)  # on the pages that weights are on
     return BUFFER / least_seconds(lambda: cpu.load().twofour_cpu_read(buffer.data_ptr(), BUFFER), 7)
 
 

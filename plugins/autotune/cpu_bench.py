@@ -19,7 +19,7 @@ from plugins.autotune import timing
 from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import cpu_kernel
 from plugins.common.processor import last_level_cache_bytes, processor
-from plugins.libtwofour import cpu
+from plugins.libtwofour import cpu, weight_memory
 from plugins.linear.cpu_linear import DENSE, TYPES, CpuLinear, join_parts
 from plugins.linear.torch_linear import DenseLinear, Int8Linear, Scales
 from plugins.sparsity.segments import Axis
@@ -56,8 +56,10 @@ class CpuBench:
         layer, copies = self.prepared(kernel)
         x_MK = self.x[:tokens]
         if kernel == "torch":
-            return _least_time(_call_torch(layer, copies, x_MK), len(copies))
-        return _least_time(_call_ours(_problems(layer, copies), x_MK, self.shape.out_features), len(copies))
+            call = _call_torch(layer, copies, x_MK)
+        else:
+            call = _call_ours(_problems(layer, copies), x_MK, self.shape.out_features)
+        return _least_times([(call, len(copies))])[0]
 
     def prepared(self, kernel: str) -> tuple[Any, list[torch.Tensor]]:
         """The layer, and copies of its weight that fill the cache twice."""
@@ -74,36 +76,47 @@ class CpuBench:
             weight = layer.weight if kernel == "torch" else layer.weights[kernel]
             count = timing.copies_to_fill(weight.nbytes, last_level_cache_bytes())
             self.layers[kernel] = layer
-            self.copies[kernel] = [weight, *(weight.clone() for _ in range(count - 1))]
+            copy = torch.clone if kernel == "torch" else weight_memory.clone
+            self.copies[kernel] = [weight, *(copy(weight) for _ in range(count - 1))]
         return self.layers[kernel], self.copies[kernel]
 
 
-def microseconds_of_both(sparse: CpuBench, rest: CpuBench, axis: Axis, kernel: str, tokens: int) -> float:
-    """The least time of one call for both parts of a hybrid layer; `kernel` multiplies the sparse part."""
+def times_of_hybrid(
+    sparse: CpuBench, rest: CpuBench, whole: CpuBench, axis: Axis, kernel: str, tokens: int
+) -> tuple[float, float]:
+    """Microseconds of one call for both parts of a hybrid layer, and of one dense product of the layer.
+
+    `kernel` multiplies the sparse part. Rounds of both calls alternate, because the speed of memory drifts.
+    """
     first, other = (_problems(*bench.prepared(name)) for bench, name in ((sparse, kernel), (rest, DENSE)))
     count = max(len(first), len(other))
-    problems = [join_parts(first[i % len(first)], other[i % len(other)], axis) for i in range(count)]
-    if axis == "rows":
-        x_MK, out_features = sparse.x[:tokens], sparse.shape.out_features + rest.shape.out_features
-    else:
-        x_MK, out_features = torch.cat((sparse.x[:tokens], rest.x[:tokens]), 1), sparse.shape.out_features
-    return _least_time(_call_ours(problems, x_MK, out_features), count)
+    joined = [join_parts(first[i % len(first)], other[i % len(other)], axis) for i in range(count)]
+    dense, x_MK, out_features = _problems(*whole.prepared(DENSE)), whole.x[:tokens], whole.shape.out_features
+    both, alone = _least_times(
+        [(_call_ours(problems, x_MK, out_features), len(problems)) for problems in (joined, dense)]
+    )
+    return both, alone
 
 
-def _least_time(call: Callable[[int], object], copies: int) -> float:
-    """Microseconds of one call: the least over rounds, because what else runs on this machine only adds."""
-    call(0)
-    times: list[float] = []
-    end = time.perf_counter() + SECONDS
-    position = 0
-    while len(times) < LEAST_ROUNDS or time.perf_counter() < end:
-        begin = time.perf_counter()
-        calls = min(copies, 8)
-        for _ in range(calls):
-            call(position % copies)
-            position += 1
-        times.append((time.perf_counter() - begin) / calls)
-    return 1e6 * min(times)
+def _least_times(calls: Sequence[tuple[Callable[[int], object], int]]) -> list[float]:
+    """Microseconds of each call, which takes the number of a copy: the least over rounds, in which the calls alternate.
+
+    What else runs on this machine only adds.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    positions = [0] * len(calls)
+    end = time.perf_counter() + SECONDS * len(calls)
+    for call, _ in calls:
+        call(0)
+    while len(times[0]) < LEAST_ROUNDS or time.perf_counter() < end:
+        for which, (call, copies) in enumerate(calls):
+            repeats = min(copies, 8)
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                call(positions[which] % copies)
+                positions[which] += 1
+            times[which].append((time.perf_counter() - begin) / repeats)
+    return [1e6 * min(each) for each in times]
 
 
 def _problems(layer: CpuLinear, copies: Sequence[torch.Tensor]) -> list[cpu.Linear]:

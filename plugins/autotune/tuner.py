@@ -187,7 +187,7 @@ def tune_cpu(
 
 def _measure_on_cpu(shape: LinearShape | Hybrid, buckets: Sequence[int]) -> list[dict[str, Any]]:
     """The shape's buckets. Both parts of a hybrid layer are one call, and are timed as one."""
-    from plugins.autotune.cpu_bench import CpuBench, microseconds_of_both
+    from plugins.autotune.cpu_bench import CpuBench, times_of_hybrid
     from plugins.linear.cpu_linear import DENSE
 
     if isinstance(shape, LinearShape):
@@ -199,8 +199,9 @@ def _measure_on_cpu(shape: LinearShape | Hybrid, buckets: Sequence[int]) -> list
     both, dense = list[Timing](), list[Timing]()
     for bucket in own:
         kernel = bucket["kernel"] if bucket["kernel"] in SPARSE_KERNELS else DENSE
-        both.append(Timing(kernel, microseconds_of_both(sparse, rest, shape.axis, kernel, bucket["tokens"])))
-        dense.append(_time_on_cpu(whole, DENSE, bucket["tokens"]))
+        parts, alone = times_of_hybrid(sparse, rest, whole, shape.axis, kernel, bucket["tokens"])
+        both.append(Timing(kernel, parts))
+        dense.append(Timing(DENSE, alone))
     return choose_hybrid(own, both, dense)
 
 

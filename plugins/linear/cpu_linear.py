@@ -21,7 +21,7 @@ from torch import nn
 
 from plugins.common import numerics
 from plugins.common.patterns import cpu_kernel, short_name
-from plugins.libtwofour import cpu
+from plugins.libtwofour import cpu, weight_memory
 from plugins.linear.torch_linear import Linear, Scales
 from plugins.sparsity.torch_packing import VALUES, Packed, unpack
 
@@ -170,7 +170,7 @@ def _packed(form: str, kept: torch.Tensor | Packed) -> torch.Tensor:
     if values.dtype == torch.float8_e4m3fn:  # every e4m3 number is a bfloat16
         values = numerics.fp8_values(values).to(torch.bfloat16)
     values, shape = values.contiguous(), (kept.shape[0], kept.shape[1])
-    packed = torch.empty(cpu.weight_bytes(form, *shape), dtype=torch.uint8)
+    packed = weight_memory.allocate(cpu.weight_bytes(form, *shape))
     cpu.pack(form, shape, values.data_ptr(), _address(positions) or 0, packed.data_ptr())
     return packed
 
