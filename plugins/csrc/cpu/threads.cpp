@@ -18,8 +18,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-constexpr int kSpins = 4000;                    // about 40 us of pauses before a worker sleeps
-constexpr int kSpinsBeforeYield = 2000;         // of a caller that waits for a chunk
+constexpr microseconds kAwake{100};             // that a worker spins before it sleeps
+constexpr microseconds kBeforeYield{20};        // of a caller that waits for a chunk
+constexpr int kLooks = 256;                     // between two pauses
 constexpr microseconds kPatience{300};          // a wait longer than this and than two chunks: a worker is stopped
 constexpr microseconds kFirstPause{10'000}, kLongestPause{320'000};  // how long the caller then works alone
 
@@ -27,6 +28,19 @@ inline void pause_cpu() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
+}
+
+// Looks until `done`, at most so long, and returns whether it is. Mostly loads: a hypervisor takes the processor from a
+// virtual machine that pauses many times in a row.
+template <class Done>
+bool spin(microseconds longest, const Done& done) {
+  const auto until = Clock::now() + longest;
+  do {
+    for (int look = 0; look < kLooks; ++look)
+      if (done()) return true;
+    pause_cpu();
+  } while (Clock::now() < until);
+  return false;
 }
 
 int allowed_processors() {
@@ -86,8 +100,9 @@ class Pool {
 
   void wait_for(uint32_t chunks, uint32_t own, Clock::time_point begin) {
     const auto from = Clock::now();
-    for (int spins = 0; done_.load(std::memory_order_acquire) != chunks; ++spins)
-      spins < kSpinsBeforeYield ? pause_cpu() : static_cast<void>(sched_yield());
+    const auto ended = [&] { return done_.load(std::memory_order_acquire) == chunks; };
+    if (!spin(kBeforeYield, ended))
+      while (!ended()) sched_yield();
     const auto waited = Clock::now() - from, chunk_time = (from - begin) / std::max(1u, own);
     if (waited > kPatience && waited > 2 * chunk_time) {
       pause_ = std::min(std::max(kFirstPause, 2 * pause_), kLongestPause);
@@ -101,7 +116,7 @@ class Pool {
   void serve(int index) {
     uint32_t seen = 0;
     for (;;) {
-      for (int spins = 0; phase_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins) pause_cpu();
+      spin(kAwake, [&] { return phase_.load(std::memory_order_acquire) != seen; });
       while (phase_.load() == seen) {
         sleepers_.fetch_add(1);
         if (phase_.load() == seen) syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
