@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,6 +11,7 @@ from builder.artifacts.manifest import now
 from builder.context import BuildContext, Outputs
 from builder.engines.predicted_tactics import read_tactics
 from builder.hardware import machine
+from builder.report.explain import runs_sparse
 from calibration.evaluation.answer_loss import exact_match_change
 from calibration.quantization.trtllm_config import trtllm_name
 from plugins.common.json_files import read_json
@@ -20,6 +22,11 @@ ON_CPU = (
 )
 ON_GPU = "The gain on a GPU is predicted above, never measured here."
 CPU_FIGURES = "The speeds are of this CPU alone and do not transfer to a GPU."
+IN_VAIN = (
+    "{count} of {pruned} {pattern} layers run dense here at any number of tokens, because no sparse kernel is faster: "
+    "their zeros cost accuracy and save no time. twofour explain gives the reason for each layer; sparsity.exclude "
+    "keeps layers dense."
+)
 ADAPTER = (
     "The adapter of rank {rank} recovers {share:.0%} of the squared output error of pruning in the median layer. The "
     "engine does not apply it, and all reported numbers exclude it: it is for a server that loads LoRA adapters."
@@ -160,6 +167,7 @@ def _notes(context: BuildContext, outputs: Outputs) -> list[str]:
         notes.append(ELSEWHERE.format(backend=context.plan.backend))
     notes += [f"The model: {note}." for note in context.plan.source_notes]
     notes += [f"The engine: {remark}." for remark in _remarks(context, outputs)]
+    notes += [] if "engine" not in outputs else pruned_in_vain(read_tactics(outputs["engine"].path), pattern)
     if machine.device()["type"] == "cpu":
         if context.recipe.sparsity:
             notes.append(ON_CPU.format(pattern=pattern, gpu=ON_GPU))
@@ -174,6 +182,15 @@ def _notes(context: BuildContext, outputs: Outputs) -> list[str]:
         share = median(layer["taken_back"] for layer in _read(adapter.path / "layers.json"))
         notes.append(ADAPTER.format(rank=adapter.record["config"]["rank"], share=share))
     return notes
+
+
+def pruned_in_vain(tactics: Mapping[str, Any] | None, pattern: str) -> list[str]:
+    """The note on pruned layers that were timed on this machine and run dense; none where each has a sparse kernel."""
+    if tactics is None or tactics["source"] != "measured":
+        return []
+    pruned = [layer for layer in tactics["layers"].values() if layer["sparse"]]
+    count = sum(not runs_sparse(layer) for layer in pruned)
+    return [IN_VAIN.format(count=count, pruned=len(pruned), pattern=pattern)] if count else []
 
 
 def _outcome_note(layer: dict[str, Any]) -> str:

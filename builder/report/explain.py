@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None, why_dense:
         "format": tactic["format"],
         "sparse": tactic["sparse"],
         "pattern": tactic.get("pattern", TENSOR_CORE),
-        "runs_dense": not (cannot or _runs_sparse(tactic)),
+        "runs_dense": not (cannot or runs_sparse(tactic)),
         "reason": reason if tactic["sparse"] or why_dense is None else f"dense: {why_dense}",
         "buckets": tactic["buckets"],
     }
@@ -96,7 +97,7 @@ def _row(name: str, tactic: dict[str, Any], facts: LayerFacts | None, why_dense:
     return row
 
 
-def _runs_sparse(tactic: dict[str, Any]) -> bool:
+def runs_sparse(tactic: Mapping[str, Any]) -> bool:
     """Whether a sparse kernel takes the layer at any number of tokens."""
     by_buckets = any(bucket["kernel"] in SPARSE_KERNELS for bucket in tactic["buckets"])
     return by_buckets if tactic.get("runs_sparse") is None else bool(tactic["runs_sparse"])

@@ -12,6 +12,7 @@ from builder.config import EngineConfig
 from builder.engines import predicted_tactics
 from builder.engines.predicted_tactics import BUCKETS, predict_bucket, predict_tactics
 from builder.engines.torch_backend import artifact
+from builder.report.assemble import pruned_in_vain
 from plugins.autotune import choice
 from plugins.autotune.choice import Timing
 from plugins.common.linear_shape import LinearShape
@@ -87,6 +88,16 @@ def test_layers_of_one_kind_with_different_reasons_stand_apart(built: Path) -> N
     assert [row["runs_dense"] for row in rows] == [False, True]
     assert "2:4: TensorRT picked it" in printed
     assert "1 of 2 layers run dense" in printed
+
+
+def test_a_report_counts_the_pruned_layers_that_run_dense() -> None:
+    pays, in_vain = entry(t8=(10.0, 5.0)), entry(t8=(10.0, 12.0))
+    dense = {**entry(t8=(10.0, 12.0)), "sparse": False}
+    measured = {"source": "measured", "layers": {"a": pays, "b": in_vain, "c": dense}}
+    (note,) = pruned_in_vain(measured, "2:4")
+    assert note.startswith("1 of 2 2:4 layers run dense here")
+    assert pruned_in_vain({**measured, "layers": {"a": pays, "c": dense}}, "2:4") == []
+    assert pruned_in_vain({**measured, "source": "predicted"}, "2:4") == pruned_in_vain(None, "2:4") == []
 
 
 def test_predicted_times_never_stand_for_measured_ones(built: Path) -> None:
