@@ -1,7 +1,7 @@
 """The hybrid kernel's form of a dense weight, in numpy: what libtwofour packs on a GPU.
 
-`plugins/csrc/src/layout_of8.h` gives each byte's place and why. In short: blocks of 16 rows x 256 inputs, with the values
-in the order in which the 32 lanes of a warp feed them to mma. The form is the same on every GPU.
+`plugins/csrc/src/layout_of8.h` gives each byte's place and why. In short: blocks of 16 rows x 256 inputs, with the
+values in the order in which the 32 lanes of a warp feed them to mma. The form is the same on every GPU.
 
 Legend: N out_features, K in_features.
 """

@@ -1,4 +1,4 @@
-"""libtwofour's hybrid kernels, one launch for a sparse part and a dense one: packing against numpy, simulated products."""
+"""libtwofour's hybrid kernels, one launch for both parts of a weight: packing against numpy, simulated products."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_simulated_kernel_against_float64(
 def test_boundaries_at_the_least_multiple_on_either_side(
     host: bindings.Context, pattern: str, format: str, axis: int, tokens: int
 ) -> None:
-    """Segments are multiples of 32: all but 32 rows or inputs dense, and all but 32 sparse; also as chosen by default."""
+    """Segments are multiples of 32: all but 32 rows or inputs dense, and all but 32 sparse; and by default."""
     shape = (96, 512) if axis == 0 else (48, 800)
     for sparse in (32, shape[axis] - 32):
         case = Case(pattern, format, shape, axis, sparse, np.random.default_rng(sparse))
