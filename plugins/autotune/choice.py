@@ -100,6 +100,8 @@ def choose_hybrid(
             runs = {"kernel": launch.kernel, "algorithm": _listed(launch.algorithm), "notes": notes}
             runs["rest_algorithm"] = None
             us = launch.us
+        elif launch is not None:
+            runs["notes"] = [*bucket["notes"], f"one launch takes {launch.us:.3f} us"]
         times = {"dense_us": round(dense.us, 3), "sparse_us": round(us, 3), "ratio": round(dense.us / us, 4)}
         chosen.append({**bucket, **times, **runs})
     if _pays(chosen):

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks.kernels import hybrid_times
 from plugins.autotune import choice, timing, tuner
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
@@ -193,6 +194,8 @@ def test_tuner_times_one_launch_against_two_products_and_dense(
             assert entry["reason"].startswith(
                 "dense time over that of both products, in one launch at 8, on Stand-in: 1.50x"
             )
+        elif hybrid_us > 17:
+            assert first["notes"] == ["one launch takes 20.000 us"]
     assert ("hybrid", 8) in asked
     assert ("hybrid", 128) not in asked
 
@@ -209,3 +212,19 @@ def test_a_pattern_or_gpu_without_the_kernel_is_tuned_without_it(
         bindings.LibraryError, match=r"hybrid needs compute capability 9\.0 or newer, this GPU has 8\.9"
     ):
         bindings.Context(0).weight_bytes(problem)
+
+
+def test_ways_to_multiply_a_hybrid_layer_are_timed(
+    on_stand_in: bindings.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_times(monkeypatch, lambda bench, kernel, tokens: 8.0 if kernel == "hybrid" else TIMES[kernel])
+    for name, part in (("gate_up_proj", {"rows": 32}), ("down_proj", {"inputs": 64})):
+        layer = LinearShape(64, 128, "fp8", name=name)
+        rows = hybrid_times.rows_of(layer, 0.5, (1, 16), lambda: False, tuner.time_kernel, CPU)
+        assert [row["tokens"] for row in rows] == [1, 16]
+        for row in rows:
+            assert {key: row[key] for key in part} == part
+            assert hybrid_times.line(row).endswith(
+                "us: dense 12.00, one launch 8.00, two products 17.00, sparse in all 5.00"
+            )
+    assert "dense" not in hybrid_times.rows_of(layer, 0.5, (1,), lambda: True, device=CPU)[0]
