@@ -12,7 +12,7 @@ from typing import Any
 from plugins.common.defaults import LEAST_GAIN, SPARSE_KERNELS
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
-from plugins.common.patterns import TENSOR_CORE, Pattern
+from plugins.common.patterns import HYBRID, TENSOR_CORE, Pattern, hybrid_kernel
 from plugins.sparsity.segments import Axis
 
 HELD_ONCE = 0.15  # of time: what a second, dense copy of a weight must save on a CPU
@@ -85,21 +85,22 @@ def choose(tokens: int, timings: Iterable[Timing]) -> dict[str, Any]:
 
 
 def choose_hybrid(
-    buckets: Sequence[dict[str, Any]], both: Sequence[Timing], whole: Sequence[Timing]
+    buckets: Sequence[dict[str, Any]],
+    both: Sequence[Timing],
+    whole: Sequence[Timing],
+    one: Sequence[Timing | None] = (),
 ) -> list[dict[str, Any]]:
-    """The buckets of a hybrid layer from those of its sparse part: both products against the dense layer's one.
+    """The buckets of a hybrid layer from those of its sparse part: both products, or where it is faster `one` launch
+    for both, against the dense layer's product.
 
-    The algorithm of `both` is that of the dense part. Where both products are faster by LEAST_GAIN at no number of
+    The algorithm of `both` is that of the dense part. Where neither is faster than dense by LEAST_GAIN at any number of
     tokens the layer runs dense, as one product.
     """
     chosen = []
-    for bucket, parts, dense in zip(buckets, both, whole, strict=True):
-        times = {
-            "dense_us": round(dense.us, 3),
-            "sparse_us": round(parts.us, 3),
-            "ratio": round(dense.us / parts.us, 4),
-        }
-        chosen.append({**bucket, **times, "rest_algorithm": _listed(parts.algorithm)})
+    for bucket, parts, dense, launch in zip(buckets, both, whole, one or [None] * len(buckets), strict=True):
+        us, runs = _faster(bucket["notes"], parts, launch)
+        times = {"dense_us": round(dense.us, 3), "sparse_us": round(us, 3), "ratio": round(dense.us / us, 4)}
+        chosen.append({**bucket, **times, **runs})
     if _pays(chosen):
         return chosen
     for bucket, dense in zip(chosen, whole, strict=True):
@@ -108,8 +109,20 @@ def choose_hybrid(
     return chosen
 
 
+def _faster(notes: Sequence[str], parts: Timing, launch: Timing | None) -> tuple[float, dict[str, Any]]:
+    """Microseconds of two products or of one launch, and what of the bucket follows from that."""
+    if launch is None:
+        return parts.us, {"rest_algorithm": _listed(parts.algorithm)}
+    if launch.us < parts.us:
+        notes = [*notes, f"both products take {parts.us:.3f} us", *launch.notes]
+        algorithm = _listed(launch.algorithm)
+        return launch.us, {"kernel": launch.kernel, "algorithm": algorithm, "rest_algorithm": None, "notes": notes}
+    notes = [*notes, f"one launch takes {launch.us:.3f} us"]
+    return parts.us, {"rest_algorithm": _listed(parts.algorithm), "notes": notes}
+
+
 def _pays(buckets: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether both products of a hybrid layer are faster than one dense product, at any number of tokens."""
+    """Whether a hybrid layer is faster than one dense product, at any number of tokens."""
     return any(bucket["ratio"] >= LEAST_GAIN for bucket in buckets)
 
 
@@ -123,7 +136,9 @@ def entry(shape: LinearShape | Hybrid, buckets: Sequence[dict[str, Any]], gpu: s
         products = [[part.out_features, part.in_features] for part in (shape.sparse, shape.rest)]
         pays = _pays(buckets)
         ratios = ", ".join(f"{bucket['ratio']:.2f}x at {bucket['tokens']}" for bucket in buckets)
-        why = f"dense time over that of both products on {gpu}: {ratios} tokens"
+        at_once = [str(bucket["tokens"]) for bucket in buckets if bucket["kernel"] in map(hybrid_kernel, HYBRID)]
+        both = f"both products, in one launch at {', '.join(at_once)}," if at_once else "both products"
+        why = f"dense time over that of {both} on {gpu}: {ratios} tokens"
         why = why if pays else f"runs dense, as one product: {why}"
         return {**entry(shape.whole, buckets, gpu), "products": products if pays else None, "reason": why}
     return {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from plugins.common.patterns import HYBRID, hybrid_kernel
 from plugins.libtwofour import bindings, structures
 
 log = logging.getLogger(__name__)
@@ -26,23 +27,35 @@ def apply(tactics: Mapping[str, Any], out: str = "bf16", device: int = 0) -> str
         return problem
     for layer in tactics["layers"].values():
         format = out if layer["format"] in ("fp16", "bf16") else layer["format"]
-        for kernel, sizes, algorithm in _algorithms(layer):
+        for product, algorithm in _algorithms(layer, format, out):
             try:
-                context.set_algorithm(structures.gemm(kernel, format, out, *sizes), algorithm)
+                context.set_algorithm(product, algorithm)
             except bindings.LibraryError as error:
-                log.info("%s keeps its default algorithm at %d tokens: %s", kernel, sizes[2], error)
+                kernel = structures.KERNELS[product.kernel]
+                log.info("%s keeps its default algorithm at %d tokens: %s", kernel, product.tokens, error)
     return None
 
 
-def _algorithms(layer: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int, int], tuple[int, ...]]]:
-    """Kernel, (out_features, in_features, tokens) and algorithm of each product of a layer of tactics.json."""
-    (rows, columns), *rest = layer.get("products") or [(layer["out_features"], layer["in_features"])]
+def _algorithms(layer: Mapping[str, Any], format: str, out: str) -> Iterator[tuple[structures.Gemm, tuple[int, ...]]]:
+    """Each product of a layer of tactics.json and its algorithm."""
+    first, *rest = layer.get("products") or [(layer["out_features"], layer["in_features"])]
     for bucket in layer["buckets"]:
-        kernel = bucket["kernel"].removeprefix("dense-")
+        kernel, tokens = bucket["kernel"].removeprefix("dense-"), bucket["tokens"]
         if bucket.get("algorithm") is not None and kernel in structures.KERNELS:
-            yield kernel, (rows, columns, bucket["tokens"]), tuple(bucket["algorithm"])
+            (rows, columns), sparse = first, (0, 0)
+            if kernel in map(hybrid_kernel, HYBRID):
+                (rows, columns), sparse = _in_one(first, rest[0], layer["in_features"])
+            yield structures.gemm(kernel, format, out, rows, columns, tokens, sparse=sparse), tuple(bucket["algorithm"])
         if bucket.get("rest_algorithm") is not None:
-            yield "cublaslt", (*rest[0], bucket["tokens"]), tuple(bucket["rest_algorithm"])
+            rows, columns = rest[0]
+            yield structures.gemm("cublaslt", format, out, rows, columns, tokens), tuple(bucket["rest_algorithm"])
+
+
+def _in_one(sparse: Sequence[int], rest: Sequence[int], in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The whole layer of two products [N, K], and its sparse rows and inputs, one of which is 0."""
+    if sparse[1] == in_features:
+        return (sparse[0] + rest[0], in_features), (sparse[0], 0)
+    return (sparse[0], in_features), (0, sparse[1])
 
 
 def check_device(tactics: Mapping[str, Any], name: str, sm: int, here: Mapping[str, Any]) -> str | None:

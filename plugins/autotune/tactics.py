@@ -17,8 +17,8 @@ from plugins.common.json_files import write_json
 from plugins.common.patterns import TENSOR_CORE, Pattern
 
 Kernel = Literal[
-    "dense-cublaslt", "cusparselt", "skinny", "skinny-4of8", "skinny-5of8", "skinny-6of8", "dense-cpu", "cpu-2of4",
-    "cpu-4of8", "cpu-5of8", "cpu-6of8", "reference", "none",
+    "dense-cublaslt", "cusparselt", "skinny", "skinny-4of8", "skinny-5of8", "skinny-6of8", "hybrid", "hybrid-4of8",
+    "dense-cpu", "cpu-2of4", "cpu-4of8", "cpu-5of8", "cpu-6of8", "reference", "none",
 ]  # fmt: skip
 
 
@@ -32,7 +32,7 @@ class Bucket(Config):
     ratio: float | None = None
     measured: bool
     algorithm: tuple[int, ...] | None = None  # of the kernel, as libtwofour's search chose it for this GPU and version
-    rest_algorithm: tuple[int, ...] | None = None  # of the dense product, where the layer is 2:4 in part
+    rest_algorithm: tuple[int, ...] | None = None  # of the dense product, where a layer is sparse in part and has two
     notes: tuple[str, ...] = ()  # limits of the times: algorithms skipped for lack of memory
 
 

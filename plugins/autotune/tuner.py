@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from plugins.autotune import search, timing
+from plugins.autotune.bench import Bench as Bench
+from plugins.autotune.bench import HybridBench, workspace_of
 from plugins.autotune.choice import Hybrid, Timing, choose, choose_hybrid, chosen_us, entry, hold_once
 from plugins.autotune.reuse import versions
 from plugins.common import numerics
@@ -24,42 +27,13 @@ from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import TENSOR_CORE, cpu_kernel, skinny_kernel
 from plugins.common.progress import Progress, silent
-from plugins.libtwofour import bindings, torch_ops
+from plugins.libtwofour import bindings, hybrid_ops
 
 log = logging.getLogger(__name__)
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 PADDED = (16, 32)  # tokens that a dense FP8 product is also timed with
 WORKSPACE = 128 << 20  # in addition to the raw sums that our epilogue finishes
-
-
-@dataclass
-class Bench:
-    """Operands of one shape on the GPU, made once for all buckets and freed with it."""
-
-    shape: LinearShape
-    device: torch.device
-    most_tokens: int
-    l2_bytes: int
-    out: str = "bf16"  # what the product of 8-bit weights is written in
-    weights: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        s, dtype = self.shape, torch_ops.DTYPES[self.shape.format]
-        self.dense = timing.random_sparse(s.out_features, s.in_features, dtype, self.device, pattern=s.pattern)
-        self.x = timing.random_operand(self.most_tokens, s.in_features, dtype, self.device)
-        self.out_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch_ops.DTYPES[self.out]
-        self.scale = 1.0 if self.out_dtype == dtype else 2.0**-10
-        rows = torch.full((s.out_features,), self.scale, device=self.device)
-        self.channel_scales = rows if s.format == "int8" else None
-
-    def copies(self, kernel: str) -> list[torch.Tensor]:
-        """As many copies of the prepared weight as defeat the L2 cache."""
-        if kernel not in self.weights:
-            first = torch_ops.prepare(self.dense, kernel)
-            count = timing.copies_to_fill(first.nbytes, self.l2_bytes)
-            self.weights[kernel] = [first, *(first.clone() for _ in range(count - 1))]
-        return self.weights[kernel]
 
 
 Timed = TypeVar("Timed")
@@ -90,18 +64,23 @@ def tune(
     def bench(shape: LinearShape) -> Bench:
         return Bench(shape, place, most_tokens, info.l2_bytes, out)
 
+    def hybrid_bench(cut: hybrid_ops.Cut, shape: LinearShape) -> Bench:
+        return HybridBench(shape, place, most_tokens, info.l2_bytes, out, cut=cut)
+
     for done, shape in enumerate(unique):
         progress("time kernels", done, len(unique))
         given = (sorted(buckets), bench)
         if isinstance(shape, Hybrid):
             for part in {shape.rest, shape.whole} - dense.keys():
                 dense[part] = _measure_dense(part, *given)
+            cut = hybrid_ops.cut_of(shape.whole, shape.sparse)
+            one = _measure_one_launch(shape.whole, cut, sorted(buckets), partial(hybrid_bench, cut))
             own = _measure(shape.sparse, *given)
             both = [
                 replace(rest, us=rest.us + chosen_us(bucket))
                 for bucket, rest in zip(own, dense[shape.rest], strict=True)
             ]
-            measured[shape] = choose_hybrid(own, both, dense[shape.whole])
+            measured[shape] = choose_hybrid(own, both, dense[shape.whole], one)
         else:
             measured[shape] = _measure(shape, *given)
         clocks = timing.device_facts(device)["clocks"]  # while the GPU is still warm
@@ -136,6 +115,23 @@ def _timed(shape: LinearShape, times: Callable[[Bench], list[Timed]], make: Make
 def _measure_dense(shape: LinearShape, buckets: Sequence[int], make: MakeBench) -> list[Timing]:
     """The dense part of a hybrid layer, timed by itself, as the engine launches its parts in turn."""
     return _timed(shape, lambda bench: [_dense_time(bench, tokens) for tokens in buckets], make)
+
+
+def _measure_one_launch(
+    shape: LinearShape, cut: hybrid_ops.Cut, buckets: Sequence[int], make: MakeBench
+) -> list[Timing | None]:
+    """Both parts of a hybrid layer in one launch; None where no kernel takes them."""
+    if not hybrid_ops.supports(cut.pattern):
+        return [None] * len(buckets)
+    return _timed(shape, lambda bench: [_one_launch_time(bench, cut.kernel, tokens) for tokens in buckets], make)
+
+
+def _one_launch_time(bench: Bench, kernel: str, tokens: int) -> Timing | None:
+    try:
+        return time_kernel(bench, kernel, tokens) if tokens <= MAX_SKINNY_TOKENS else None
+    except UserError as error:
+        log.info("%s at %d tokens excludes %s: %s", bench.shape, tokens, kernel, _line(error))
+        return None
 
 
 def _dense_time(bench: Bench, tokens: int) -> Timing:
@@ -258,10 +254,10 @@ def time_kernel(bench: Bench, kernel: str, tokens: int) -> Timing:
     weights = bench.copies(kernel)
     context = bindings.context(bench.device.index)
     s = bench.shape
-    problem = torch_ops.describe(kernel, x_MK, s.out_features, bench.out_dtype, bench.scale, bench.channel_scales)
+    problem = bench.problem(kernel, x_MK)
     y_MN = torch.empty(tokens, s.out_features, dtype=bench.out_dtype, device=bench.device)
     sums = 4 * tokens * s.out_features if bench.channel_scales is not None or s.format == "int8" else 0
-    workspace, notes = _workspace(bench.device, WORKSPACE + sums)
+    workspace, notes = workspace_of(bench.device, WORKSPACE + sums)
     place = (workspace.data_ptr(), workspace.nbytes)
 
     def call(i: int) -> None:
@@ -292,18 +288,3 @@ def torch_dense(bench: Bench, x_MK: torch.Tensor) -> Callable[[torch.Tensor], to
 def _line(error: Exception) -> str:
     """An error's first line; its kind where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _workspace(device: torch.device, required: int) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """`required` bytes, or the free memory: then algorithms that need more are skipped, with a note."""
-    size = required
-    while True:
-        try:
-            workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        except torch.OutOfMemoryError:
-            if size <= 1 << 20:
-                raise UserError("no GPU memory is left for a workspace: free memory, or tune a smaller model") from None
-            size //= 2
-        else:
-            short = (f"only {size >> 20} MiB of GPU memory for a workspace",) if size < required else ()
-            return workspace, short

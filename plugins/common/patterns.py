@@ -11,6 +11,7 @@ from typing import Literal, get_args
 Pattern = Literal["2:4", "4:8", "5:8", "6:8"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 TENSOR_CORE: Pattern = "2:4"  # what sparse tensor cores multiply
+HYBRID: tuple[Pattern, ...] = ("2:4", "4:8")  # that a GPU multiplies beside dense weights in one launch
 OF_EIGHT = tuple(pattern for pattern in PATTERNS if pattern != TENSOR_CORE)
 
 
@@ -37,6 +38,11 @@ def short_name(pattern: str) -> str:
 def skinny_kernel(pattern: str) -> str:
     """The skinny kernel of a GPU, as libtwofour and tactics.json name it: "skinny-6of8", of 2:4 "skinny"."""
     return "skinny" if pattern == TENSOR_CORE else f"skinny-{short_name(pattern)}"
+
+
+def hybrid_kernel(pattern: str) -> str:
+    """A GPU's kernel for a weight that is sparse in part, by its pattern: "hybrid-4of8", of 2:4 "hybrid"."""
+    return "hybrid" if pattern == TENSOR_CORE else f"hybrid-{short_name(pattern)}"
 
 
 def cpu_kernel(pattern: str) -> str:

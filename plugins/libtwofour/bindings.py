@@ -25,7 +25,7 @@ from plugins.libtwofour.structures import (
 )
 
 HOST = -1
-VERSION = 102  # TWOFOUR_VERSION of the header that structures.py mirrors
+VERSION = 103  # TWOFOUR_VERSION of the header that structures.py mirrors
 OLDEST_CUSPARSELT = 801  # 0.8.1; TWOFOUR_CUSPARSELT_OLDEST=800 accepts an older one for measuring, never for shipping
 MAX_ALGORITHMS = 512  # of one problem; cuSPARSELt has about 80
 STATUSES = (

@@ -14,6 +14,8 @@ KERNELS = (
     "skinny-4of8",
     "skinny-5of8",
     "skinny-6of8",
+    "hybrid",
+    "hybrid-4of8",
 )  # in the order of twofour_kernel
 FORMATS = tuple(format.value for format in Format if format.twofour_type is not None)  # in the order of twofour_type
 
@@ -34,6 +36,8 @@ class Gemm(Structure):
         ("bias", c_void_p),
         ("x_pitch", c_int64),
         ("y_pitch", c_int64),
+        ("sparse_rows", c_int64),
+        ("sparse_inputs", c_int64),
     )
 
 
@@ -91,8 +95,12 @@ def gemm(
     bias: int = 0,
     pitches: tuple[int, int] = (0, 0),
     accumulate: bool = False,
+    sparse: tuple[int, int] = (0, 0),
 ) -> Gemm:
-    """A problem from names; `channel_scales` and `bias` are addresses or 0, `pitches` those of x and y."""
+    """A problem from names; `channel_scales` and `bias` are addresses or 0, `pitches` those of x and y.
+
+    `sparse`: of a hybrid kernel, how many of the first rows, or of the first inputs, are sparse; the other is 0.
+    """
     types = (FORMATS.index(format), FORMATS.index(out))
     sizes = (tokens, out_features, in_features)
-    return Gemm(KERNELS.index(kernel), *types, accumulate, *sizes, scale, channel_scales, bias, *pitches)
+    return Gemm(KERNELS.index(kernel), *types, accumulate, *sizes, scale, channel_scales, bias, *pitches, *sparse)

@@ -173,14 +173,20 @@ def launch_into(
     if x_MK.shape[0] == 0:
         return
     problem = describe(kernel, x_MK, y_MN.shape[1], y_MN.dtype, scale, channel_scales, bias)
-    problem.x_pitch, problem.y_pitch = _pitch(x_MK), _pitch(y_MN)
     problem.accumulate = accumulate
+    run(problem, x_MK, weight, y_MN)
+
+
+def run(problem: structures.Gemm, x_MK: torch.Tensor, weight: torch.Tensor, y_MN: torch.Tensor) -> None:
+    """One call of libtwofour on torch's current stream. x and y may be slices."""
+    problem.x_pitch, problem.y_pitch = _pitch(x_MK), _pitch(y_MN)
     context = bindings.context(x_MK.device.index)
     # From torch's allocator: inside a CUDA graph it comes from the graph's own pool.
     needed = context.workspace_bytes(problem)
     try:
         workspace = torch.empty(needed, dtype=torch.uint8, device=x_MK.device)
     except torch.OutOfMemoryError:
+        kernel = structures.KERNELS[problem.kernel]
         raise UserError(
             f"no GPU memory for the {needed >> 20} MiB of workspace that {kernel} needs at {x_MK.shape[0]} tokens: "
             "lower engine.max_num_tokens, or free memory"
@@ -268,10 +274,11 @@ def prepare(w_NK: torch.Tensor, kernel: str) -> torch.Tensor:
     return pack_skinny(w_NK, pattern)
 
 
-def prepare_on_device(w_NK: torch.Tensor, kernel: str) -> torch.Tensor:
-    """`prepare` by libtwofour."""
+def prepare_on_device(w_NK: torch.Tensor, kernel: str, sparse: tuple[int, int] = (0, 0)) -> torch.Tensor:
+    """`prepare` by libtwofour; `sparse`: rows and inputs of a hybrid kernel's weight."""
     out = "fp16" if w_NK.dtype == torch.float16 else "bf16"
-    problem = structures.gemm(kernel, FORMATS[w_NK.dtype], out, *w_NK.shape)
+    rows, columns = w_NK.shape
+    problem = structures.gemm(kernel, FORMATS[w_NK.dtype], out, rows, columns, sparse=sparse)
     context = bindings.context(w_NK.device.index)
     prepared = torch.empty(context.weight_bytes(problem), dtype=torch.uint8, device=w_NK.device)
     context.prepare_weight(problem, w_NK.data_ptr(), prepared.data_ptr(), _stream(w_NK))

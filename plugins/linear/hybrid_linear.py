@@ -1,4 +1,5 @@
-"""The linear layer that is sparse in part: two layers, each on the kernel of its kind, of slices of x or of y.
+"""The linear layer that is sparse in part: two layers, each on the kernel of its kind, of slices of x or of y; where it
+was the fastest on a GPU, one launch for both (one_launch.py).
 
 Legend: M tokens, N out_features, K in_features.
 """
@@ -6,6 +7,7 @@ Legend: M tokens, N out_features, K in_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,13 +17,17 @@ from plugins.linear.hybrid_tensors import Tensors, common, decode, join, parts_o
 from plugins.linear.torch_linear import InputQuantizer, Linear
 from plugins.sparsity.segments import Segments
 
+if TYPE_CHECKING:
+    from plugins.linear.one_launch import Choices, OneLaunch
+
 Build = Callable[[Tensors], Linear]
 
 
-def build_hybrid(tensors: Tensors, build: Build, dense: bool = False) -> Linear:
+def build_hybrid(tensors: Tensors, build: Build, dense: bool = False, one_launch: Choices = ()) -> Linear:
     """The layer that `tensors` (hybrid_tensors.py) describe; `build` makes each part from its own tensors.
 
-    If the parts are not slices, or `dense` is requested, the layer is one dense one.
+    If the parts are not slices, or `dense` is requested, the layer is one dense one. `one_launch`: at which numbers of
+    tokens one launch multiplies both parts.
     """
     joined = tuple(tensors["weight_joined"].tolist()) if "weight_joined" in tensors else ()
     cut = None if dense else parts_of(tensors)
@@ -35,6 +41,8 @@ def build_hybrid(tensors: Tensors, build: Build, dense: bool = False) -> Linear:
         parts[1].pop("bias", None)  # it is added once
     hybrid = HybridLinear([build(stored) for stored in parts], segments)
     hybrid.sparse_rows = joined
+    if one_launch:
+        hybrid.multiply_at_once(join(tensors), one_launch)
     return hybrid
 
 
@@ -56,7 +64,17 @@ class HybridLinear(Linear):
         self.in_features = parts[0].in_features if by_row else sum(part.in_features for part in parts)
         self.quantizer = _common_quantizer(self.sparse_part, self.dense_part, by_row)
         self.operand = None if self.quantizer is None else self.sparse_part.operand
+        self.one_launch: OneLaunch | None = None
         self._problems: dict[tuple[int, int], cpu.Linear] = {}
+
+    def multiply_at_once(self, w_NK: torch.Tensor, choices: Choices) -> None:
+        """Multiplies by the whole weight [N, K] in one launch where `choices` has it and a kernel can."""
+        from plugins.linear import one_launch
+
+        parts = [self.sparse_part, self.dense_part]
+        self.one_launch = one_launch.build(w_NK, self.segments, parts, self.operand, choices)
+        if self.one_launch is not None:
+            self.kernel = f"{self.one_launch.cut.kernel} or {self.kernel}"
 
     @property
     def on_cpu_kernels(self) -> bool:
@@ -86,6 +104,9 @@ class HybridLinear(Linear):
         return y_MN
 
     def write(self, y_MN: torch.Tensor, x_MK: torch.Tensor, add: bool = False) -> None:
+        if not add and self.one_launch is not None and self.one_launch.takes(x_MK.shape[0]):
+            self.one_launch.write(y_MN, x_MK)
+            return
         first, rest = (part.slice for part in self.segments.parts)
         if self.segments.axis == "rows":
             self._write(self.sparse_part, y_MN[:, first], x_MK, add)

@@ -80,15 +80,20 @@ def unpack(packed: Array, out_features: int, in_features: int, format: str, patt
 _SPREAD = np.array([sum((byte >> i & 1) << (4 * i) for i in range(8)) for byte in range(256)], "<u4")
 
 
+def group_places(format: str) -> tuple[Array, ...]:
+    """Lane, unit and number of each of the four groups of each lane and unit, and their rows and groups: [32, 4, 4]."""
+    lane, unit, j = np.meshgrid(np.arange(LANES), np.arange(UNITS), np.arange(4), indexing="ij")
+    half = 2 * (lane % 4) + j // 2 if format == "int8" else 4 * (j // 2) + lane % 4
+    return lane, unit, j, lane // 4 + 8 * (j % 2), 8 * unit + half
+
+
 class _Places:
     """Byte offsets in a block: `values` [16, 32, n, width] of each row's groups, and where `positions` begin; the row
     and the group of the four groups of each lane and unit, [32, 4, 4]."""
 
     def __init__(self, format: str, pattern: str) -> None:
         width, keep = checked_width(format), keep_and_group(pattern)[0]
-        lane, unit, j = np.meshgrid(np.arange(LANES), np.arange(UNITS), np.arange(4), indexing="ij")
-        half = 2 * (lane % 4) + j // 2 if format == "int8" else 4 * (j // 2) + lane % 4
-        self.rows, self.groups = lane // 4 + 8 * (j % 2), 8 * unit + half
+        lane, unit, j, self.rows, self.groups = group_places(format)
         index, plane = np.meshgrid(np.arange(keep), np.arange(width), indexing="ij")
         first = CHUNK * unit[..., None, None] + 4 * j[..., None, None] + index
         rest = 4 * CHUNK + (keep - 4) * (4 * unit + j)[..., None, None] + index - 4

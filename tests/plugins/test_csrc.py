@@ -222,7 +222,7 @@ def test_problem_that_cannot_run(host: bindings.Context, problem: structures.Gem
 
 
 def test_unknown_numbers_are_refused(host: bindings.Context) -> None:
-    for field, value in (("kernel", 6), ("type", 4), ("out_type", 2)):
+    for field, value in (("kernel", 8), ("type", 4), ("out_type", 2)):
         problem = gemm()
         setattr(problem, field, value)
         with pytest.raises(bindings.LibraryError, match=f"{value} is not"):

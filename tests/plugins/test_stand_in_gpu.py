@@ -38,7 +38,8 @@ class Layer:
     def problem(self, kernel: str, scale: float = 1.0, scaled: bool = False, biased: bool = False) -> structures.Gemm:
         sizes = (self.n, self.k, self.tokens)
         addresses = (self.scales.ctypes.data if scaled else 0, self.bias.ctypes.data if biased else 0)
-        return structures.gemm(kernel, self.format, self.out, *sizes, scale, *addresses)
+        halves = (self.n // 2, 0)  # what the hybrid kernels take for sparse; the whole weight is
+        return structures.gemm(kernel, self.format, self.out, *sizes, scale, *addresses, sparse=halves)
 
     def prepare(self, gpu: bindings.Context, kernel: str) -> np.ndarray:
         problem = self.problem(kernel)

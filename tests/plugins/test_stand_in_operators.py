@@ -11,7 +11,7 @@ from benchmarks.kernels import gemm, pattern_times
 from plugins.autotune import tactics, timing, tuner
 from plugins.common.errors import UserError
 from plugins.common.linear_shape import LinearShape
-from plugins.libtwofour import bindings, structures, torch_ops
+from plugins.libtwofour import bindings, torch_ops
 from tests.support.stand_in_gpu import CPU, use_times, use_torch
 
 
@@ -23,7 +23,7 @@ def torch_on_stand_in(gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("dtype", list(torch_ops.FORMATS))
-@pytest.mark.parametrize("kernel", structures.KERNELS)
+@pytest.mark.parametrize("kernel", torch_ops.OPERATORS)
 def test_operators_hand_over_what_libtwofour_needs(
     torch_on_stand_in: bindings.Context, kernel: str, dtype: torch.dtype
 ) -> None:
@@ -41,7 +41,7 @@ def test_operators_hand_over_what_libtwofour_needs(
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 20])
-@pytest.mark.parametrize("kernel", structures.KERNELS)
+@pytest.mark.parametrize("kernel", torch_ops.OPERATORS)
 def test_operators_hand_over_slices(torch_on_stand_in: bindings.Context, kernel: str, tokens: int) -> None:
     w = timing.random_sparse(64, 96, torch.int8, CPU)
     wide_x, y = timing.random_operand(tokens, 192, torch.int8, CPU), torch.ones(tokens, 128).bfloat16()

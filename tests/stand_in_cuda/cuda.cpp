@@ -8,6 +8,8 @@
 #include <cstring>
 #include <map>
 
+#include "hybrid.h"
+#include "hybrid_problem.h"
 #include "simt.h"
 #include "skinny.h"
 #include "skinny_problem.h"
@@ -122,14 +124,24 @@ TWOFOUR_STAND_IN(2);
 TWOFOUR_STAND_IN(4);
 TWOFOUR_STAND_IN(5);
 TWOFOUR_STAND_IN(6);
-int64_t first_violation_device(Form form, int64_t n, int64_t k, const void* weight, cudaStream_t) {
-  return first_violation_host(form, n, k, weight);
+template <int kKeep>
+void hybrid_configure_pattern(const Multiprocessors&) {}
+template <int kKeep>
+void hybrid_launch_pattern(int type, const HybridProblem& problem, const StreamedPlan& plan, cudaStream_t) {
+  hybrid_simulate({type, kKeep}, problem, plan);
 }
-void pack_device(Form form, int64_t n, int64_t k, const void* weight, uint8_t* packed, cudaStream_t) {
-  pack_host(form, n, k, weight, packed);
+template void hybrid_configure_pattern<2>(const Multiprocessors&);
+template void hybrid_configure_pattern<4>(const Multiprocessors&);
+template void hybrid_launch_pattern<2>(int, const HybridProblem&, const StreamedPlan&, cudaStream_t);
+template void hybrid_launch_pattern<4>(int, const HybridProblem&, const StreamedPlan&, cudaStream_t);
+int64_t first_violation_device(Form form, const Extent& extent, const void* weight, cudaStream_t) {
+  return first_violation_host(form, extent, weight);
 }
-void unpack_device(Form form, int64_t n, int64_t k, const uint8_t* packed, void* weight, cudaStream_t) {
-  unpack_host(form, n, k, packed, weight);
+void pack_device(Form form, const Extent& extent, const void* weight, uint8_t* packed, cudaStream_t) {
+  pack_host(form, extent, weight, packed);
+}
+void unpack_device(Form form, const Extent& extent, const uint8_t* packed, void* weight, cudaStream_t) {
+  unpack_host(form, extent, packed, weight);
 }
 void copy_canonical(int type, int64_t elements, const void* source, void* target, cudaStream_t) {
   const int size = element_bytes(type);

@@ -16,7 +16,7 @@ import torch
 from builder.engines import measured_tactics
 from plugins.autotune import choice, timing, tuner
 from plugins.common.nvidia_smi import Gpu
-from plugins.libtwofour import bindings, compiler, torch_ops
+from plugins.libtwofour import bindings, compiler, hybrid_ops, torch_ops
 from tests.support import native
 
 HERE = Path(__file__).parents[1] / "stand_in_cuda"
@@ -72,6 +72,9 @@ def use_torch(monkeypatch: pytest.MonkeyPatch, context: bindings.Context) -> Non
     monkeypatch.setattr(bindings, "context", lambda device: context)
     monkeypatch.setattr(
         torch_ops, "prepare", lambda w, kernel: w if kernel == "cublaslt" else torch_ops.prepare_on_device(w, kernel)
+    )
+    monkeypatch.setattr(
+        hybrid_ops, "prepare", lambda w, cut: torch_ops.prepare_on_device(w.contiguous(), cut.kernel, cut.sizes)
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: FACTS["name"])

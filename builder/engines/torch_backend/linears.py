@@ -71,6 +71,14 @@ class Kernels:
 
         return choices_of(self._layers.get(name), pattern)
 
+    def one_launch(self, name: str, stored: Mapping[str, torch.Tensor]) -> Sequence[tuple[int, bool]]:
+        """At which numbers of tokens one launch multiplies both parts of a layer that is sparse in part."""
+        if not self._usable or self._on_cpu:
+            return ()
+        from plugins.linear.one_launch import choices_of
+
+        return choices_of(self._layers.get(name), Packed.of(stored).pattern)
+
     def runs_dense(self, name: str) -> bool:
         """Whether the two products of a layer that is sparse in part were timed, and did not pay."""
         entry = self._layers.get(name, {})
@@ -193,7 +201,11 @@ class _Loader:
             return build_linear(tensors, self._dtype, self._device, self._kernels.choices(name, tensors))
 
         in_part = "weight_segments" in stored
-        layer = build_hybrid(stored, build, dense=self._kernels.runs_dense(name)) if in_part else build(stored)
+        if in_part:
+            dense, one_launch = self._kernels.runs_dense(name), self._kernels.one_launch(name, stored)
+            layer = build_hybrid(stored, build, dense, one_launch)
+        else:
+            layer = build(stored)
         modules = [self._model.get_submodule(part) for part in parts]
         rows, columns = sum(module.out_features for module in modules), modules[0].in_features
         if (layer.out_features, layer.in_features) != (rows, columns):

@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 #define TWOFOUR_API __attribute__((visibility("default")))
-#define TWOFOUR_VERSION 102 /* 0.1.2 */
+#define TWOFOUR_VERSION 103 /* 0.1.3 */
 #define TWOFOUR_HOST (-1)   /* device number: runs the skinny kernel's own source on the CPU, thread by thread */
 
 typedef enum twofour_status {
@@ -53,7 +53,9 @@ typedef enum twofour_kernel {
   TWOFOUR_CUBLASLT = 2,   /* weight dense */
   TWOFOUR_SKINNY_4OF8 = 3, /* n:8, expanded in registers for dense mma, 1 to 64 tokens; packed by twofour, as above */
   TWOFOUR_SKINNY_5OF8 = 4,
-  TWOFOUR_SKINNY_6OF8 = 5
+  TWOFOUR_SKINNY_6OF8 = 5,
+  TWOFOUR_HYBRID = 6,      /* 2:4 in its first rows or inputs, dense in the others, in one launch: 1 to 64 tokens, SM90 */
+  TWOFOUR_HYBRID_4OF8 = 7  /* the same with 4:8 */
 } twofour_kernel;
 
 typedef struct twofour_gemm {
@@ -66,6 +68,8 @@ typedef struct twofour_gemm {
   const float* channel_scales; /* [out_features] or NULL */
   const void* bias;            /* [out_features] of out_type, or NULL */
   int64_t x_pitch, y_pitch;    /* elements from row to row, where x or y is a slice of a wider matrix; 0: dense */
+  int64_t sparse_rows, sparse_inputs; /* of the hybrid kernels: how many of the first rows, or of the first inputs, hold the
+                                         pattern; one of the two is 0 */
 } twofour_gemm;
 
 /* The inputs that a prepared weight depends on; store the stamp with the weight and check it before use. */
@@ -118,7 +122,7 @@ TWOFOUR_API twofour_status twofour_check(twofour_context* context, twofour_type 
 TWOFOUR_API twofour_status twofour_weight_bytes(twofour_context* context, const twofour_gemm* gemm, size_t* bytes);
 TWOFOUR_API twofour_status twofour_prepare_weight(twofour_context* context, const twofour_gemm* gemm,
                                                   const void* weight, void* prepared, void* stream);
-/* The skinny kernels only: the packed form back to the dense weight. */
+/* The skinny and the hybrid kernels only: the packed form back to the dense weight. */
 TWOFOUR_API twofour_status twofour_unpack_weight(twofour_context* context, const twofour_gemm* gemm,
                                                  const void* prepared, void* weight, void* stream);
 TWOFOUR_API twofour_status twofour_get_stamp(twofour_context* context, const twofour_gemm* gemm, twofour_stamp* stamp);

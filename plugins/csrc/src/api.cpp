@@ -89,7 +89,9 @@ twofour_status twofour_library_version(twofour_kernel kernel, int32_t* version) 
       case TWOFOUR_SKINNY:
       case TWOFOUR_SKINNY_4OF8:
       case TWOFOUR_SKINNY_5OF8:
-      case TWOFOUR_SKINNY_6OF8: *version = kLayoutVersion; return;
+      case TWOFOUR_SKINNY_6OF8:
+      case TWOFOUR_HYBRID:
+      case TWOFOUR_HYBRID_4OF8: *version = kLayoutVersion; return;
       case TWOFOUR_CUSPARSELT: *version = cusparselt_version(); return;
       case TWOFOUR_CUBLASLT: *version = cublaslt_version(); return;
     }
@@ -120,7 +122,7 @@ twofour_status twofour_check(twofour_context* context, twofour_type type, int64_
                              const void* weight, void* stream, int64_t* row, int64_t* group) {
   return guard(context, [&] {
     require({weight});
-    const int64_t first = context->first_violation({type, kKeep2of4}, out_features, in_features, weight, as_stream(stream));
+    const int64_t first = context->first_violation({type, kKeep2of4}, {out_features, in_features, in_features}, weight, as_stream(stream));
     if (first < 0) return;
     const int64_t groups = in_features / 4;
     if (row != nullptr) *row = first / groups;

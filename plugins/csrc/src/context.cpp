@@ -6,9 +6,8 @@
 #include "cublaslt.h"
 #include "cuda_check.h"
 #include "cusparselt.h"
+#include "hybrid_problem.h"
 #include "skinny.h"
-#include "skinny_problem.h"
-#include "weights.h"
 
 namespace twofour {
 
@@ -17,6 +16,16 @@ int64_t tokens_bucket(int64_t tokens) {
   int64_t bucket = 8;
   while (bucket < tokens) bucket *= 2;
   return bucket;
+}
+
+twofour_algorithm words_of(const StreamedPlan& plan) {
+  return {{static_cast<uint64_t>(plan.splits), 1, static_cast<uint64_t>(plan.share),
+           static_cast<uint64_t>(plan.per_multiprocessor), static_cast<uint64_t>(plan.prefetch), 0, 0, 0}};
+}
+
+StreamedChoices choices_of(const twofour_algorithm& algorithm) {
+  const uint64_t* words = algorithm.words;
+  return {static_cast<int>(words[0]), static_cast<int>(words[2]), static_cast<int>(words[3]), static_cast<int>(words[4])};
 }
 
 DeviceScope::DeviceScope(int device) : device_(device) {
@@ -58,7 +67,10 @@ twofour_context::twofour_context(int device) {
   const DeviceScope scope(device);
   multiprocessors_ = {properties.multiProcessorCount, properties.sharedMemPerMultiprocessor, properties.sharedMemPerBlockOptin};
   skinny_configure();
-  if (can_stream()) streamed_configure(multiprocessors_);
+  if (can_stream()) {
+    streamed_configure(multiprocessors_);
+    hybrid_configure(multiprocessors_);
+  }
   check(cudaMalloc(reinterpret_cast<void**>(&counters_), kSkinnyCounters * sizeof(unsigned)), "cudaMalloc");
   check(cudaMemset(counters_, 0, kSkinnyCounters * sizeof(unsigned)), "cudaMemset");
 }
@@ -76,64 +88,11 @@ Backend& twofour_context::backend(int kernel) {
 }
 
 twofour_context::BucketKey twofour_context::bucket_key(const twofour_gemm& g) {
-  return {g.kernel, g.type, g.out_type, g.out_features, g.in_features, tokens_bucket(g.tokens)};
+  const bool in_part = is_hybrid(g);
+  return {g.kernel, g.type, g.out_type, g.out_features, g.in_features, in_part ? g.sparse_rows : 0,
+          in_part ? g.sparse_inputs : 0, tokens_bucket(g.tokens)};
 }
 
-size_t twofour_context::weight_bytes(const twofour_gemm& g) {
-  if (is_skinny(g)) return packed_bytes(form_of(g), g.out_features, g.in_features);
-  backend(g.kernel).validate(g);
-  return backend(g.kernel).weight_bytes(g);
-}
-
-int64_t twofour_context::first_violation(Form form, int64_t out_features, int64_t in_features, const void* weight,
-                                         cudaStream_t stream) {
-  const int group = group_inputs(form.keep);
-  if (in_features % group != 0)
-    fail(TWOFOUR_MISALIGNED, "in_features=%lld is not a multiple of %d: no %d:%d pattern",
-         static_cast<long long>(in_features), group, form.keep, group);
-  return host() ? first_violation_host(form, out_features, in_features, weight)
-                : first_violation_device(form, out_features, in_features, weight, stream);
-}
-
-void twofour_context::prepare_weight(const twofour_gemm& g, const void* weight, void* prepared, cudaStream_t stream) {
-  if (g.kernel == TWOFOUR_CUBLASLT) return backend(g.kernel).prepare_weight(g, weight, prepared, stream);
-  const Form form = g.kernel == TWOFOUR_CUSPARSELT ? Form{g.type, kKeep2of4} : form_of(g);
-  const int64_t violation = first_violation(form, g.out_features, g.in_features, weight, stream);
-  if (violation >= 0) {
-    const int inputs = group_inputs(form.keep);
-    const int64_t row = violation / (g.in_features / inputs), group = violation % (g.in_features / inputs);
-    fail(TWOFOUR_NOT_2_4, "the weight is not %d:%d: row %lld, group %lld (inputs %lld to %lld) has more than %d nonzeros",
-         form.keep, inputs, static_cast<long long>(row), static_cast<long long>(group),
-         static_cast<long long>(group * inputs), static_cast<long long>(group * inputs + inputs - 1), form.keep);
-  }
-  if (g.kernel == TWOFOUR_CUSPARSELT) {
-    backend(g.kernel).validate(g);
-    backend(g.kernel).prepare_weight(g, weight, prepared, stream);
-  } else if (host()) {
-    pack_host(form_of(g), g.out_features, g.in_features, weight, static_cast<uint8_t*>(prepared));
-  } else {
-    pack_device(form_of(g), g.out_features, g.in_features, weight, static_cast<uint8_t*>(prepared), stream);
-  }
-}
-
-void twofour_context::unpack_weight(const twofour_gemm& g, const void* prepared, void* weight, cudaStream_t stream) {
-  if (!is_skinny(g))
-    fail(TWOFOUR_UNSUPPORTED, "only a skinny kernel's packed form can be unpacked, not %s's", kernel_name(g.kernel));
-  if (host()) unpack_host(form_of(g), g.out_features, g.in_features, static_cast<const uint8_t*>(prepared), weight);
-  else unpack_device(form_of(g), g.out_features, g.in_features, static_cast<const uint8_t*>(prepared), weight, stream);
-}
-
-twofour_stamp twofour_context::stamp(const twofour_gemm& g) {
-  twofour_stamp s{g.kernel, g.type, g.out_features, g.in_features, 0, kLayoutVersion};
-  if (g.kernel == TWOFOUR_CUSPARSELT) {
-    s.sm = info.sm;
-    s.version = backend(g.kernel).version();
-  }
-  return s;
-}
-
-// An algorithm of the skinny kernel: splits of K, 0 staged or 1 streamed, and for the latter the members of
-// StreamedChoices after splits.
 int twofour_context::splits(const twofour_gemm& g) const {
   const SkinnyGeometry geometry = skinny_geometry(form_of(g), g.tokens, g.out_features, g.in_features);
   const auto chosen = algorithms_.find(bucket_key(g));
@@ -144,15 +103,12 @@ int twofour_context::splits(const twofour_gemm& g) const {
 std::optional<StreamedPlan> twofour_context::streamed(const twofour_gemm& g) const {
   const auto chosen = algorithms_.find(bucket_key(g));
   if (chosen == algorithms_.end() || chosen->second.words[1] != 1) return std::nullopt;
-  const uint64_t* words = chosen->second.words;
-  return streamed_plan(form_of(g), g.tokens, g.out_features, g.in_features, multiprocessors_,
-                       {static_cast<int>(words[0]), static_cast<int>(words[2]), static_cast<int>(words[3]),
-                        static_cast<int>(words[4])});
+  return streamed_plan(form_of(g), g.tokens, g.out_features, g.in_features, multiprocessors_, choices_of(chosen->second));
 }
 
 void twofour_context::plan(const twofour_gemm& g) {
   if (g.tokens < 1) fail(TWOFOUR_INVALID_ARGUMENT, "tokens=%lld: at least 1", static_cast<long long>(g.tokens));
-  if (!is_skinny(g)) {
+  if (!is_packed(g)) {
     const auto chosen = algorithms_.find(bucket_key(g));
     if (chosen != algorithms_.end()) {
       try {
@@ -165,26 +121,23 @@ void twofour_context::plan(const twofour_gemm& g) {
     return backend(g.kernel).plan(g, nullptr);
   }
   if (g.tokens > kMaxSkinnyTokens)
-    fail(TWOFOUR_UNSUPPORTED, "tokens=%lld: the skinny kernel takes 1 to %d; use %scublaslt", static_cast<long long>(g.tokens),
-         kMaxSkinnyTokens, g.kernel == TWOFOUR_SKINNY ? "cusparselt or " : "");
+    fail(TWOFOUR_UNSUPPORTED, "tokens=%lld: the %s kernel takes 1 to %d; use %scublaslt", static_cast<long long>(g.tokens),
+         is_hybrid(g) ? "hybrid" : "skinny", kMaxSkinnyTokens, g.kernel == TWOFOUR_SKINNY ? "cusparselt or " : "");
 }
 
 size_t twofour_context::workspace_bytes(const twofour_gemm& g) {
-  if (!is_skinny(g)) {
+  if (!is_packed(g)) {
     if (!backend(g.kernel).planned(g)) plan(g);
     return backend(g.kernel).workspace_bytes(g);
   }
   plan(g);
+  if (is_hybrid(g)) return hybrid(g).launch.workspace_bytes;
   if (const auto plan = streamed(g)) return plan->workspace_bytes;
   return skinny_workspace_bytes(skinny_geometry(form_of(g), g.tokens, g.out_features, g.in_features), splits(g));
 }
 
-static twofour_algorithm words_of(const StreamedPlan& plan) {
-  return {{static_cast<uint64_t>(plan.splits), 1, static_cast<uint64_t>(plan.share),
-           static_cast<uint64_t>(plan.per_multiprocessor), static_cast<uint64_t>(plan.prefetch), 0, 0, 0}};
-}
-
 std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g) {
+  if (is_hybrid(g)) return hybrid_algorithms(g);
   if (!is_skinny(g)) return backend(g.kernel).algorithms(g);
   const SkinnyGeometry geometry = skinny_geometry(form_of(g), g.tokens, g.out_features, g.in_features);
   std::vector<twofour_algorithm> all;
@@ -202,6 +155,7 @@ std::vector<twofour_algorithm> twofour_context::algorithms(const twofour_gemm& g
 }
 
 twofour_algorithm twofour_context::algorithm(const twofour_gemm& g) {
+  if (is_hybrid(g)) return words_of(hybrid(g).launch);
   if (is_skinny(g)) {
     if (const auto plan = streamed(g)) return words_of(*plan);
     return {{static_cast<uint64_t>(splits(g)), 0, 0, 0, 0, 0, 0, 0}};
@@ -211,7 +165,10 @@ twofour_algorithm twofour_context::algorithm(const twofour_gemm& g) {
 }
 
 void twofour_context::set_algorithm(const twofour_gemm& g, const twofour_algorithm& algorithm) {
-  if (!is_skinny(g)) backend(g.kernel).plan(g, &algorithm);  // throws where it does not fit
+  if (!is_packed(g)) backend(g.kernel).plan(g, &algorithm);  // throws where it does not fit
+  else if (is_hybrid(g) && algorithm.words[1] != 1)
+    fail(TWOFOUR_INVALID_ARGUMENT, "variant %llu of the hybrid kernel: it is streamed (1)",
+         static_cast<unsigned long long>(algorithm.words[1]));
   else if (algorithm.words[1] > 1)
     fail(TWOFOUR_INVALID_ARGUMENT, "variant %llu of the skinny kernel is not staged (0) or streamed (1)",
          static_cast<unsigned long long>(algorithm.words[1]));
@@ -221,7 +178,7 @@ void twofour_context::set_algorithm(const twofour_gemm& g, const twofour_algorit
   algorithms_[bucket_key(g)] = algorithm;
 }
 
-void twofour_context::run_skinny(const twofour_gemm& g, const void* x, const void* prepared, void* y, void* workspace,
+void twofour_context::run_packed(const twofour_gemm& g, const void* x, const void* prepared, void* y, void* workspace,
                                  cudaStream_t stream) {
   SkinnyProblem problem{};
   problem.x = static_cast<const uint8_t*>(x);
@@ -238,6 +195,13 @@ void twofour_context::run_skinny(const twofour_gemm& g, const void* x, const voi
   problem.y_pitch = y_pitch(g);
   problem.partials = static_cast<uint32_t*>(workspace);
   problem.counters = counters_;
+  if (is_hybrid(g)) {
+    const HybridPlan plan = hybrid(g);
+    const Form sparse{g.type, hybrid_keep(g.kernel)};
+    if (host()) hybrid_simulate(sparse, hybrid_problem(g, plan, problem), plan.launch);
+    else hybrid_launch(sparse, hybrid_problem(g, plan, problem), plan.launch, stream);
+    return;
+  }
   if (const auto plan = streamed(g)) {
     problem.splits = plan->splits;
     problem.depth = plan->depth;
@@ -253,7 +217,7 @@ void twofour_context::run_skinny(const twofour_gemm& g, const void* x, const voi
 
 void twofour_context::matmul(const twofour_gemm& g, const void* x, const void* prepared, void* y, void* workspace,
                              size_t bytes, cudaStream_t stream) {
-  if (!is_skinny(g) && !backend(g.kernel).planned(g)) {
+  if (!is_packed(g) && !backend(g.kernel).planned(g)) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
     if (capture != cudaStreamCaptureStatusNone)
@@ -268,6 +232,6 @@ void twofour_context::matmul(const twofour_gemm& g, const void* x, const void* p
   for (const void* pointer : {x, prepared, static_cast<const void*>(y), static_cast<const void*>(workspace)})
     if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
       fail(TWOFOUR_MISALIGNED, "a tensor begins at %p, not at a multiple of 16 bytes; copy it", pointer);
-  if (is_skinny(g)) run_skinny(g, x, prepared, y, workspace, stream);
+  if (is_packed(g)) run_packed(g, x, prepared, y, workspace, stream);
   else backend(g.kernel).matmul(g, x, prepared, y, static_cast<uint8_t*>(workspace), stream);
 }

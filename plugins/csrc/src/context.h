@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "hybrid.h"
 #include "streamed.h"
 
 struct twofour_context {
@@ -23,8 +24,7 @@ struct twofour_context {
   size_t weight_bytes(const twofour_gemm& gemm);
   void prepare_weight(const twofour_gemm& gemm, const void* weight, void* prepared, cudaStream_t stream);
   void unpack_weight(const twofour_gemm& gemm, const void* prepared, void* weight, cudaStream_t stream);
-  int64_t first_violation(twofour::Form form, int64_t out_features, int64_t in_features, const void* weight,
-                          cudaStream_t stream);
+  int64_t first_violation(twofour::Form form, const twofour::Extent& extent, const void* weight, cudaStream_t stream);
   twofour_stamp stamp(const twofour_gemm& gemm);
   void plan(const twofour_gemm& gemm);
   size_t workspace_bytes(const twofour_gemm& gemm);
@@ -42,11 +42,17 @@ struct twofour_context {
   int splits(const twofour_gemm& gemm) const;
   std::optional<twofour::StreamedPlan> streamed(const twofour_gemm& gemm) const;  // none: the staged kernel runs
   bool can_stream() const { return host() || info.sm >= twofour::kStreamedSm; }
-  void run_skinny(const twofour_gemm& gemm, const void* x, const void* prepared, void* y, void* workspace,
+  void validate_hybrid(const twofour_gemm& gemm) const;
+  twofour::HybridPlan hybrid(const twofour_gemm& gemm) const;
+  std::vector<twofour_algorithm> hybrid_algorithms(const twofour_gemm& gemm) const;
+  void require_pattern(twofour::Form form, const twofour::Extent& extent, const void* weight, cudaStream_t stream);
+  void pack(twofour::Form form, const twofour::Extent& extent, const void* weight, uint8_t* packed, cudaStream_t stream);
+  void unpack(twofour::Form form, const twofour::Extent& extent, const uint8_t* packed, void* weight, cudaStream_t stream);
+  void run_packed(const twofour_gemm& gemm, const void* x, const void* prepared, void* y, void* workspace,
                   cudaStream_t stream);
 
-  // kernel, type, out_type, out_features, in_features, bucket
-  using BucketKey = std::tuple<int, int, int, int64_t, int64_t, int64_t>;
+  // kernel, type, out_type, out_features, in_features, sparse_rows, sparse_inputs, bucket
+  using BucketKey = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
   static BucketKey bucket_key(const twofour_gemm& gemm);
 
   std::map<BucketKey, twofour_algorithm> algorithms_;
@@ -57,6 +63,13 @@ struct twofour_context {
 };
 
 namespace twofour {
+
+// Whether the product is our own, of a weight that we pack.
+inline bool is_packed(const twofour_gemm& g) { return is_skinny(g) || is_hybrid(g); }
+
+// A plan as an algorithm: splits of K, 0 staged or 1 streamed, and for the latter the members of StreamedChoices after splits.
+twofour_algorithm words_of(const StreamedPlan& plan);
+StreamedChoices choices_of(const twofour_algorithm& algorithm);
 
 // Token counts that share an algorithm: 1, then up to 8, 16, 32, ...
 int64_t tokens_bucket(int64_t tokens);

@@ -50,7 +50,7 @@ TWOFOUR_DEVICE void multiply_blocks(const uint8_t* blocks, const uint8_t* const 
 template <int kType, int kKeep, int kTokenTiles, class Accumulator>
 TWOFOUR_DEVICE void multiply_block(const uint8_t* block, const gpu::Fragment (&x)[kSteps<kType>][kTokenTiles], int lane,
                                    Accumulator (&sums)[kTokenTiles][4]) {
-  const gpu::Fragment positions = gpu::load_16(block + positions_offset(Form{kType, kKeep}, lane, 0));
+  const gpu::Fragment positions = load_positions<kType, kKeep>(block, lane);
   TWOFOUR_UNROLL
   for (int i = 0; i < kSteps<kType>; ++i) {
     const int unit = unit_of<kType>(i), step = step_of<kType>(i);

@@ -40,11 +40,12 @@ constexpr int kUnits = kBlockInputs / kUnitInputs;
 constexpr int kLanes = 32;
 constexpr int kChunkBytes = 16;
 
-// What a packed weight holds: elements of `type`, of each group the `keep` that its pattern allows (2 of 4; 4, 5, 6 of 8).
+// What a packed weight holds: elements of `type`, of each group the `keep` that its pattern allows (2 of 4; 4, 5, 6 of 8;
+// all 8 of a dense weight).
 struct Form {
   int type, keep;
 };
-constexpr int kKeep2of4 = 2;
+constexpr int kKeep2of4 = 2, kKeepAll = 8;
 constexpr int kPatterns[] = {kKeep2of4, 4, 5, 6};
 TWOFOUR_HD constexpr int group_inputs(int keep) { return keep == kKeep2of4 ? 4 : 8; }
 
@@ -63,7 +64,7 @@ TWOFOUR_HD constexpr int element_bytes(int type) { return type == TWOFOUR_FP16 |
 TWOFOUR_HD constexpr int value_chunks(Form form) {
   return (form.keep == kKeep2of4 ? 4 : form.keep) * element_bytes(form.type);
 }
-TWOFOUR_HD constexpr int chunks(Form form) { return value_chunks(form) + 1; }
+TWOFOUR_HD constexpr int chunks(Form form) { return value_chunks(form) + (form.keep == kKeepAll ? 0 : 1); }
 TWOFOUR_HD constexpr int block_bytes(Form form) { return chunks(form) * kLanes * kChunkBytes; }
 
 TWOFOUR_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -136,14 +137,19 @@ TWOFOUR_HD unsigned load_element(int type, const void* w, int64_t index) {
   return element_bytes(type) == 2 ? static_cast<const uint16_t*>(w)[index] : static_cast<const uint8_t*>(w)[index];
 }
 
+// A row-major weight [n, k] in memory, with `pitch` elements from row to row.
+struct Extent {
+  int64_t n, k, pitch;
+};
+
 // One word of positions and the values of its groups: all the work of packing is a loop over `packed_words` of these.
-// The weight is dense [n, k]; the packed form has zeros where it reaches beyond.
+// The packed form has zeros where it reaches beyond the weight.
 struct Word {
   int64_t tile, block;
   int unit, lane;
 };
-TWOFOUR_HD constexpr int64_t packed_words(int64_t n, int64_t k) {
-  return row_tiles(n) * input_blocks(k) * kUnits * kLanes;
+TWOFOUR_HD constexpr int64_t packed_words(const Extent& e) {
+  return row_tiles(e.n) * input_blocks(e.k) * kUnits * kLanes;
 }
 TWOFOUR_HD constexpr Word word_at(int64_t index, int64_t k) {
   const int64_t block = index / (kUnits * kLanes);
@@ -151,16 +157,16 @@ TWOFOUR_HD constexpr Word word_at(int64_t index, int64_t k) {
           static_cast<int>(index % kLanes)};
 }
 
-TWOFOUR_HD void pack_word_2of4(int type, int64_t n, int64_t k, const void* weight, uint8_t* packed, int64_t index) {
-  const Word w = word_at(index, k);
-  uint8_t* block = packed + (w.tile * input_blocks(k) + w.block) * block_bytes({type, kKeep2of4});
+TWOFOUR_HD void pack_word_2of4(int type, const Extent& e, const void* weight, uint8_t* packed, int64_t index) {
+  const Word w = word_at(index, e.k);
+  uint8_t* block = packed + (w.tile * input_blocks(e.k) + w.block) * block_bytes({type, kKeep2of4});
   uint32_t metadata = 0;
   for (int i = 0; i < 8; ++i) {
     const Place at = place(type, w.unit, w.lane, i);
     const int64_t row = w.tile * kTileRows + at.row, column = w.block * kBlockInputs + w.unit * kUnitInputs + 4 * at.group;
     unsigned bits[4] = {0, 0, 0, 0}, mask = 0;
     for (int j = 0; j < 4; ++j) {
-      if (row < n && column + j < k) bits[j] = load_element(type, weight, row * k + column + j);
+      if (row < e.n && column + j < e.k) bits[j] = load_element(type, weight, row * e.pitch + column + j);
       if (is_zero(type, bits[j])) bits[j] = 0;  // -0.0 too
       else mask |= 1u << j;
     }
@@ -176,9 +182,9 @@ TWOFOUR_HD void pack_word_2of4(int type, int64_t n, int64_t k, const void* weigh
   *reinterpret_cast<uint32_t*>(block + positions_offset({type, kKeep2of4}, w.lane, w.unit)) = metadata;
 }
 
-TWOFOUR_HD void unpack_word_2of4(int type, int64_t n, int64_t k, const uint8_t* packed, void* weight, int64_t index) {
-  const Word w = word_at(index, k);
-  const uint8_t* block = packed + (w.tile * input_blocks(k) + w.block) * block_bytes({type, kKeep2of4});
+TWOFOUR_HD void unpack_word_2of4(int type, const Extent& e, const uint8_t* packed, void* weight, int64_t index) {
+  const Word w = word_at(index, e.k);
+  const uint8_t* block = packed + (w.tile * input_blocks(e.k) + w.block) * block_bytes({type, kKeep2of4});
   const uint32_t metadata = *reinterpret_cast<const uint32_t*>(block + positions_offset({type, kKeep2of4}, w.lane, w.unit));
   const int size = element_bytes(type);
   for (int i = 0; i < 8; ++i) {
@@ -187,19 +193,19 @@ TWOFOUR_HD void unpack_word_2of4(int type, int64_t n, int64_t k, const uint8_t* 
     const uint8_t* values = block + value_offset(at.lane, at.byte);
     const int first = static_cast<int>(metadata >> (4 * i) & 3u), second = static_cast<int>(metadata >> (4 * i + 2) & 3u);
     for (int j = 0; j < 4; ++j) {
-      if (row >= n || column + j >= k) continue;
-      uint8_t* target = static_cast<uint8_t*>(weight) + (row * k + column + j) * size;
+      if (row >= e.n || column + j >= e.k) continue;
+      uint8_t* target = static_cast<uint8_t*>(weight) + (row * e.pitch + column + j) * size;
       for (int b = 0; b < size; ++b) target[b] = j == first ? values[b] : j == second ? values[size + b] : uint8_t{0};
     }
   }
 }
 
-// Whether a row-major group of 4 or 8 inputs holds more than `keep` nonzeros.
-TWOFOUR_HD bool violates(Form form, const void* weight, int64_t group) {
+// Whether group `group` of 4 or 8 inputs, counted along the rows, holds more than `keep` nonzeros.
+TWOFOUR_HD bool violates(Form form, const Extent& e, const void* weight, int64_t group) {
   const int inputs = group_inputs(form.keep);
+  const int64_t groups = e.k / inputs, first = group / groups * e.pitch + group % groups * inputs;
   int nonzeros = 0;
-  for (int i = 0; i < inputs; ++i)
-    nonzeros += is_zero(form.type, load_element(form.type, weight, inputs * group + i)) ? 0 : 1;
+  for (int i = 0; i < inputs; ++i) nonzeros += is_zero(form.type, load_element(form.type, weight, first + i)) ? 0 : 1;
   return nonzeros > form.keep;
 }
 

@@ -1,4 +1,5 @@
-// The packed form of a weight in the pattern 4:8, 5:8 or 6:8: n values of each group of 8 inputs, and a bit for each input.
+// The packed form of a weight in the pattern 4:8, 5:8 or 6:8: n values of each group of 8 inputs, and a bit for each input;
+// and that of a dense weight, which keeps all 8 and has no bits.
 //
 // The kernel expands a group in registers and multiplies it by a dense mma (m16n8k32 for int8, m16n8k16 for 16 bit and
 // for fp8 widened to fp16). With g = lane / 4 and t = lane % 4, register j of A holds row g + 8 (j & 1); its columns are
@@ -13,6 +14,8 @@
 //
 // The word of a unit gives the positions: bit 4 i + j is set where group j drops input i. Shifted by j and masked, each
 // half byte of the word is 0 or 1, and one multiplication turns them into the index of each input's value.
+//
+// A dense weight has its values in the order of the registers of A: two chunks a step, of fp8, which is widened, one.
 #pragma once
 
 #include "layout.h"
@@ -28,8 +31,18 @@ TWOFOUR_HD constexpr GroupPlace group_place(int type, int lane, int j) {
   return {lane / 4 + 8 * (j & 1), type == TWOFOUR_INT8 ? 16 * t + 8 * (j / 2) : 32 * (j / 2) + 8 * t};
 }
 
-// The byte, among a lane's value chunks, of byte `plane` of value `index` (0 to n - 1) of group j of a unit.
-TWOFOUR_HD constexpr int value_byte(int keep, int unit, int j, int index, int plane) {
+// The byte, among a lane's value chunks, of byte `plane` of input `index` of group j of a unit of a dense weight.
+TWOFOUR_HD constexpr int dense_byte(int type, int unit, int j, int index, int plane) {
+  const int high = j & 1, step = 2 * unit + j / 2;
+  if (type == TWOFOUR_INT8) return kChunkBytes * step + 4 * (high + 2 * (index / 4)) + index % 4;
+  if (type == TWOFOUR_FP8) return kChunkBytes * step + 4 * (2 * high + index / 4) + index % 4;
+  return kChunkBytes * (2 * step + index / 4) + 4 * (high + 2 * (index / 2 % 2)) + 2 * (index % 2) + plane;
+}
+
+// The same of value `index` (0 to n - 1) of a form.
+TWOFOUR_HD constexpr int value_byte(Form form, int unit, int j, int index, int plane) {
+  const int keep = form.keep;
+  if (keep == kKeepAll) return dense_byte(form.type, unit, j, index, plane);
   const int rest = (keep - 4) * (4 * unit + j) + index - 4;
   return kChunkBytes * keep * plane + (index < 4 ? kChunkBytes * unit + 4 * j + index : 4 * kChunkBytes + rest);
 }
@@ -46,16 +59,16 @@ TWOFOUR_HD constexpr unsigned kept_inputs(unsigned nonzeros, int keep) {
   return nonzeros;
 }
 
-TWOFOUR_HD void pack_word_of8(Form form, int64_t n, int64_t k, const void* weight, uint8_t* packed, int64_t index) {
-  const Word w = word_at(index, k);
-  uint8_t* block = packed + (w.tile * input_blocks(k) + w.block) * block_bytes(form);
+TWOFOUR_HD void pack_word_of8(Form form, const Extent& e, const void* weight, uint8_t* packed, int64_t index) {
+  const Word w = word_at(index, e.k);
+  uint8_t* block = packed + (w.tile * input_blocks(e.k) + w.block) * block_bytes(form);
   uint32_t dropped = 0;
   for (int j = 0; j < 4; ++j) {
     const GroupPlace at = group_place(form.type, w.lane, j);
     const int64_t row = w.tile * kTileRows + at.row, column = w.block * kBlockInputs + w.unit * kUnitInputs + at.input;
     unsigned bits[8] = {}, nonzeros = 0;
     for (int i = 0; i < 8; ++i) {
-      if (row < n && column + i < k) bits[i] = load_element(form.type, weight, row * k + column + i);
+      if (row < e.n && column + i < e.k) bits[i] = load_element(form.type, weight, row * e.pitch + column + i);
       if (is_zero(form.type, bits[i])) bits[i] = 0;  // -0.0 too
       else nonzeros |= 1u << i;
     }
@@ -66,41 +79,42 @@ TWOFOUR_HD void pack_word_of8(Form form, int64_t n, int64_t k, const void* weigh
         continue;
       }
       for (int plane = 0; plane < element_bytes(form.type); ++plane)
-        block[value_offset(w.lane, value_byte(form.keep, w.unit, j, value, plane))] =
+        block[value_offset(w.lane, value_byte(form, w.unit, j, value, plane))] =
             static_cast<uint8_t>(bits[i] >> (8 * plane) & 0xFFu);
       ++value;
     }
   }
-  *reinterpret_cast<uint32_t*>(block + positions_offset(form, w.lane, w.unit)) = dropped;
+  if (form.keep != kKeepAll) *reinterpret_cast<uint32_t*>(block + positions_offset(form, w.lane, w.unit)) = dropped;
 }
 
-TWOFOUR_HD void unpack_word_of8(Form form, int64_t n, int64_t k, const uint8_t* packed, void* weight, int64_t index) {
-  const Word w = word_at(index, k);
-  const uint8_t* block = packed + (w.tile * input_blocks(k) + w.block) * block_bytes(form);
-  const uint32_t dropped = *reinterpret_cast<const uint32_t*>(block + positions_offset(form, w.lane, w.unit));
+TWOFOUR_HD void unpack_word_of8(Form form, const Extent& e, const uint8_t* packed, void* weight, int64_t index) {
+  const Word w = word_at(index, e.k);
+  const uint8_t* block = packed + (w.tile * input_blocks(e.k) + w.block) * block_bytes(form);
+  uint32_t dropped = 0;
+  if (form.keep != kKeepAll) dropped = *reinterpret_cast<const uint32_t*>(block + positions_offset(form, w.lane, w.unit));
   const int size = element_bytes(form.type);
   for (int j = 0; j < 4; ++j) {
     const GroupPlace at = group_place(form.type, w.lane, j);
     const int64_t row = w.tile * kTileRows + at.row, column = w.block * kBlockInputs + w.unit * kUnitInputs + at.input;
     for (int i = 0, value = 0; i < 8; ++i) {
       const bool kept = ((dropped >> (4 * i + j)) & 1u) == 0;
-      if (row < n && column + i < k) {
-        uint8_t* target = static_cast<uint8_t*>(weight) + (row * k + column + i) * size;
+      if (row < e.n && column + i < e.k) {
+        uint8_t* target = static_cast<uint8_t*>(weight) + (row * e.pitch + column + i) * size;
         for (int b = 0; b < size; ++b)
-          target[b] = kept ? block[value_offset(w.lane, value_byte(form.keep, w.unit, j, value, b))] : uint8_t{0};
+          target[b] = kept ? block[value_offset(w.lane, value_byte(form, w.unit, j, value, b))] : uint8_t{0};
       }
       value += kept ? 1 : 0;
     }
   }
 }
 
-TWOFOUR_HD void pack_word(Form form, int64_t n, int64_t k, const void* weight, uint8_t* packed, int64_t index) {
-  if (form.keep == kKeep2of4) pack_word_2of4(form.type, n, k, weight, packed, index);
-  else pack_word_of8(form, n, k, weight, packed, index);
+TWOFOUR_HD void pack_word(Form form, const Extent& e, const void* weight, uint8_t* packed, int64_t index) {
+  if (form.keep == kKeep2of4) pack_word_2of4(form.type, e, weight, packed, index);
+  else pack_word_of8(form, e, weight, packed, index);
 }
-TWOFOUR_HD void unpack_word(Form form, int64_t n, int64_t k, const uint8_t* packed, void* weight, int64_t index) {
-  if (form.keep == kKeep2of4) unpack_word_2of4(form.type, n, k, packed, weight, index);
-  else unpack_word_of8(form, n, k, packed, weight, index);
+TWOFOUR_HD void unpack_word(Form form, const Extent& e, const uint8_t* packed, void* weight, int64_t index) {
+  if (form.keep == kKeep2of4) unpack_word_2of4(form.type, e, packed, weight, index);
+  else unpack_word_of8(form, e, packed, weight, index);
 }
 
 }  // namespace twofour

@@ -105,9 +105,39 @@ TWOFOUR_DEVICE Operand<kKeep> load_of8(const uint8_t* block, uint32_t positions,
   return out;
 }
 
+template <int kType>
+TWOFOUR_DEVICE Operand<kKeepAll> load_dense(const uint8_t* block, int unit, int step, int lane) {
+  const auto chunk = [&](int c) { return gpu::load_16(block + (c * kLanes + lane) * kChunkBytes); };
+  if constexpr (kType == TWOFOUR_INT8) {
+    return {{chunk(2 * unit), chunk(2 * unit + 1)}, 0};
+  } else if constexpr (kType != TWOFOUR_FP8) {
+    return {{chunk(4 * unit + 2 * step), chunk(4 * unit + 2 * step + 1)}, 0};
+  } else {
+    const gpu::Fragment packed = chunk(2 * unit + step);
+    Operand<kKeepAll> out{};
+    TWOFOUR_UNROLL
+    for (int half = 0; half < 2; ++half) {  // rows g, rows g + 8
+      TWOFOUR_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const gpu::Pair four = widen_four(packed.r[2 * half + i]);
+        out.a[i].r[half] = four.r[0], out.a[i].r[half + 2] = four.r[1];
+      }
+    }
+    return out;
+  }
+}
+
+// Of one block, the positions of all units.
+template <int kType, int kKeep>
+TWOFOUR_DEVICE gpu::Fragment load_positions(const uint8_t* block, int lane) {
+  if constexpr (kKeep == kKeepAll) return {};
+  else return gpu::load_16(block + positions_offset(Form{kType, kKeep}, lane, 0));
+}
+
 template <int kType, int kKeep>
 TWOFOUR_DEVICE Operand<kKeep> load_a(const uint8_t* block, const gpu::Fragment& positions, int unit, int step, int lane) {
   if constexpr (kKeep == kKeep2of4) return load_2of4<kType>(block, positions.r[unit], unit, step, lane);
+  else if constexpr (kKeep == kKeepAll) return load_dense<kType>(block, unit, step, lane);
   else return load_of8<kType, kKeep>(block, positions.r[unit], unit, step, lane);
 }
 

@@ -49,8 +49,9 @@ const char* type_name(int type) {
 }
 
 const char* kernel_name(int kernel) {
-  static const char* const names[] = {"skinny", "cusparselt", "cublaslt", "skinny-4of8", "skinny-5of8", "skinny-6of8"};
-  return kernel >= 0 && kernel < 6 ? names[kernel] : "unknown kernel";
+  static const char* const names[] = {"skinny", "cusparselt", "cublaslt", "skinny-4of8", "skinny-5of8", "skinny-6of8",
+                                      "hybrid", "hybrid-4of8"};
+  return kernel >= 0 && kernel < 8 ? names[kernel] : "unknown kernel";
 }
 
 }  // namespace twofour

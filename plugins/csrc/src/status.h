@@ -19,6 +19,8 @@ const char* last_error();
 const char* status_name(twofour_status status);
 const char* type_name(int type);
 const char* kernel_name(int kernel);
-constexpr char kKernels[] = "skinny (0), cusparselt (1), cublaslt (2), skinny-4of8 (3), skinny-5of8 (4), skinny-6of8 (5)";
+constexpr char kKernels[] =
+    "skinny (0), cusparselt (1), cublaslt (2), skinny-4of8 (3), skinny-5of8 (4), "
+    "skinny-6of8 (5), hybrid (6), hybrid-4of8 (7)";
 
 }  // namespace twofour

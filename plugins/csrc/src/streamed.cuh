@@ -11,7 +11,7 @@
 // depends neither on the order of arrival nor on the number of multiprocessors. No thread block waits for another one.
 #pragma once
 
-#include "fragments.cuh"
+#include "ring.cuh"
 
 namespace twofour {
 
@@ -73,6 +73,7 @@ class Stream {
   }
   TWOFOUR_DEVICE bool ended() const { return tile_ >= tiles_; }
   TWOFOUR_DEVICE const uint8_t* source() const { return source_; }
+  TWOFOUR_DEVICE static constexpr int bytes() { return C::slot_bytes; }
   TWOFOUR_DEVICE void advance() {
     ++tile_;
     source_ += row_bytes_;
@@ -100,16 +101,17 @@ class Stream {
   int tiles_, blocks_, warp_, block_, tile_, begin_, end_;  // of the thread block; of the group: begin_ and end_
 };
 
-// x of this thread block's tokens and a warp's inputs, with zeros beyond either. No other warp reads them.
+// x of this thread block's tokens and a warp's inputs, `first_block` and every eighth block after it, with zeros beyond
+// either. No other warp reads them.
 template <class C>
-TWOFOUR_DEVICE void load_x(const SkinnyProblem& p, const Range& range, int tokens_here, int warp, int lane, uint8_t* x,
+TWOFOUR_DEVICE void load_x(const SkinnyProblem& p, const Range& range, int tokens_here, int first_block, int lane, uint8_t* x,
                            int64_t pitch, uint64_t* barriers) {
   constexpr int kChunks = C::x_bytes / kChunkBytes;  // of a token and a block
   const int64_t row_bytes = p.in_features * element_bytes(C::type), row_pitch = p.x_pitch * element_bytes(C::type);
   const uint8_t* source = p.x + gpu::block_y() * C::tokens * row_pitch;
   // All thread blocks read the same lines: each starts at another line, so that they do not queue at one L2 slice.
   const int chunks = C::x_rows(tokens_here) * kChunks, first = gpu::block_x() * kLanes % chunks + lane;
-  for (int block = warp; block < range.blocks; block += C::warps) {
+  for (int block = first_block; block < range.blocks; block += C::warps) {
     const int64_t first_byte = (range.block + block) * C::x_bytes;
     for (int n = lane, i = first; n < chunks; n += kLanes, i += kLanes) {
       if (i >= chunks) i -= chunks;
@@ -119,6 +121,43 @@ TWOFOUR_DEVICE void load_x(const SkinnyProblem& p, const Range& range, int token
                         inside);
     }
     gpu::arrive_when_copied(barriers + block);
+  }
+}
+
+// The tokens that a thread block has, of the 8 to 32 of its configuration.
+template <class C>
+TWOFOUR_DEVICE int tokens_of_block(const SkinnyProblem& p) {
+  const int left = p.tokens - gpu::block_y() * C::tokens;
+  return left < C::tokens ? left : C::tokens;
+}
+
+// Where x is in shared memory for the tokens that a lane loads.
+template <class C>
+TWOFOUR_DEVICE void locate_x(const uint8_t* x, int tokens_here, int64_t pitch, int lane,
+                             const uint8_t* (&x_tokens)[C::token_tiles]) {
+  TWOFOUR_UNROLL
+  for (int n = 0; n < C::token_tiles; ++n) {
+    const int token = 8 * n + token_of_lane<C::type, C::keep>(lane);
+    x_tokens[n] = x + (token < tokens_here ? token : tokens_here) * pitch;
+  }
+}
+
+// Multiplies the inputs at `block`, a block of x that is there, by the next packed block of each of the `active` tiles.
+template <class C, class WarpRing, class Accumulator>
+TWOFOUR_DEVICE void multiply_tiles(WarpRing& ring, const uint8_t* const (&x_tokens)[C::token_tiles], int block, int active,
+                                   int lane, Accumulator (&own)[C::tiles][C::token_tiles][4]) {
+  gpu::Fragment b[kSteps<C::type>][C::token_tiles];
+  TWOFOUR_UNROLL
+  for (int i = 0; i < kSteps<C::type>; ++i) {
+    TWOFOUR_UNROLL
+    for (int n = 0; n < C::token_tiles; ++n)
+      b[i][n] = load_b<C::type, C::keep>(x_tokens[n] + block * C::x_bytes, unit_of<C::type>(i), step_of<C::type>(i), lane);
+  }
+  TWOFOUR_UNROLL
+  for (int r = 0; r < C::tiles; ++r) {
+    if (r >= active) break;
+    multiply_block<C::type, C::keep>(ring.wait(), b, lane, own[r]);
+    ring.release();
   }
 }
 
@@ -136,15 +175,20 @@ TWOFOUR_DEVICE uint32_t* partials_of(const SkinnyProblem& p, int split, int64_t 
   return p.partials + ((split * token_blocks + gpu::block_y()) * row_tiles(p.out_features) + tile) * C::tile_sums;
 }
 
-// Adds the warps' sums of a group of tiles, and stores y or this split's part of it.
+// Adds the warps' sums of a group of tiles, by way of shared memory, and stores y or this split's part of it.
 template <class C, class Accumulator>
-TWOFOUR_DEVICE void add_warps(const SkinnyProblem& p, const Accumulator* sums, int64_t first_tile, int tiles) {
+TWOFOUR_DEVICE void add_warps(const SkinnyProblem& p, const Accumulator (&own)[C::tiles][C::token_tiles][4],
+                              Accumulator* sums, int warp, int lane, int64_t first_tile, int tiles) {
+  TWOFOUR_UNROLL
+  for (int i = 0; i < C::group_sums / kLanes; ++i)
+    sums[warp * C::group_sums + i * kLanes + lane] = own[i / (4 * C::token_tiles)][i / 4 % C::token_tiles][i % 4];
+  gpu::block_sync();
   TWOFOUR_UNROLL
   for (int first = 0; first < C::group_sums; first += C::threads) {
     const int i = first + gpu::thread(), r = i / C::tile_sums, at = i % C::tile_sums;
     Accumulator sum = sums[i];
     TWOFOUR_UNROLL
-    for (int warp = 1; warp < C::warps; ++warp) sum += sums[warp * C::group_sums + i];
+    for (int other = 1; other < C::warps; ++other) sum += sums[other * C::group_sums + i];
     if (r >= tiles) continue;
     if (p.splits == 1) store_tile_sum<C>(p, first_tile + r, at, sum);
     else gpu::store_partial(partials_of<C>(p, gpu::block_x() % p.splits, first_tile + r) + at, sum);
@@ -187,74 +231,35 @@ TWOFOUR_DEVICE void streamed_block(const SkinnyProblem& p, uint8_t* shared) {
   using Accumulator = typename gpu::Accumulator<C::type>::Type;
   const int warp = gpu::thread() / kLanes, lane = gpu::thread() % kLanes;
   const Range range = range_of(p, gpu::block_x(), gpu::grid_x());
-  uint8_t* const ring = shared + warp * p.depth * C::slot_bytes;
-  Accumulator* const sums = reinterpret_cast<Accumulator*>(shared + C::sums_offset(p.depth));
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + C::barriers_offset(p.depth)) + warp * p.depth;
   uint64_t* const x_barriers = reinterpret_cast<uint64_t*>(shared + C::x_barriers_offset(p.depth));
   uint8_t* const x = shared + C::x_offset(p.depth, range.blocks);
 
-  Stream<C> ahead(p, range, warp);  // the next block to copy
-  const auto fill = [&](int slot) {
-    if (ahead.ended()) return;
-    if (lane == 0) {
-      gpu::expect_bytes(barriers + slot, C::slot_bytes);
-      gpu::bulk_copy(ring + slot * C::slot_bytes, ahead.source(), C::slot_bytes, barriers + slot);
-    }
-    ahead.advance();
-  };
   if (lane == 0) {
     for (int slot = 0; slot < p.depth; ++slot) gpu::init_barrier(barriers + slot, 1);
     for (int block = warp; block < range.blocks; block += C::warps) gpu::init_barrier(x_barriers + block, kLanes);
     gpu::publish_barriers();
   }
   gpu::warp_sync();
-  for (int slot = 0; slot < p.depth; ++slot) fill(slot);
-  Stream<C> further = ahead;
-  for (int i = 0; i < p.prefetch && !further.ended(); ++i, further.advance())
-    if (lane == 0) gpu::prefetch_to_l2(further.source(), C::slot_bytes);
+  Ring<Stream<C>, C::slot_bytes> ring(Stream<C>(p, range, warp), shared + warp * p.depth * C::slot_bytes, barriers, p.depth, lane);
+  ring.start(p.prefetch);
   gpu::let_next_kernel_start();
   gpu::wait_for_previous_kernel();  // that kernel may write x and read y's memory
 
-  const int tokens_left = p.tokens - gpu::block_y() * C::tokens, tokens_here = tokens_left < C::tokens ? tokens_left : C::tokens;
+  const int tokens_here = tokens_of_block<C>(p);
   const int64_t pitch = C::x_pitch(range.blocks);
   load_x<C>(p, range, tokens_here, warp, lane, x, pitch, x_barriers);
   const uint8_t* x_tokens[C::token_tiles];
-  TWOFOUR_UNROLL
-  for (int n = 0; n < C::token_tiles; ++n) {
-    const int token = 8 * n + token_of_lane<C::type, C::keep>(lane);
-    x_tokens[n] = x + (token < tokens_here ? token : tokens_here) * pitch;
-  }
-
-  int slot = 0;
-  unsigned parity = 0;  // of the phase of its barrier; flips with each turn of the ring
+  locate_x<C>(x, tokens_here, pitch, lane, x_tokens);
   for (int tile = 0; tile < range.tiles; tile += C::tiles) {
     const int active = range.tiles - tile < C::tiles ? range.tiles - tile : C::tiles;
     Accumulator own[C::tiles][C::token_tiles][4] = {};
     for (int block = warp; block < range.blocks; block += C::warps) {
       gpu::wait_phase(x_barriers + block, 0);
-      gpu::Fragment b[kSteps<C::type>][C::token_tiles];
-      TWOFOUR_UNROLL
-      for (int i = 0; i < kSteps<C::type>; ++i) {
-        TWOFOUR_UNROLL
-        for (int n = 0; n < C::token_tiles; ++n)
-          b[i][n] = load_b<C::type, C::keep>(x_tokens[n] + block * C::x_bytes, unit_of<C::type>(i), step_of<C::type>(i), lane);
-      }
-      TWOFOUR_UNROLL
-      for (int r = 0; r < C::tiles; ++r) {
-        if (r >= active) break;
-        gpu::wait_phase(barriers + slot, parity);
-        multiply_block<C::type, C::keep>(ring + slot * C::slot_bytes, b, lane, own[r]);
-        gpu::warp_sync();  // all lanes have read it
-        fill(slot);
-        if (++slot == p.depth) slot = 0, parity ^= 1u;
-      }
+      multiply_tiles<C>(ring, x_tokens, block, active, lane, own);
     }
     if (tile > 0) gpu::block_sync();  // the sums of the group before have been read
-    TWOFOUR_UNROLL
-    for (int i = 0; i < C::group_sums / kLanes; ++i)
-      sums[warp * C::group_sums + i * kLanes + lane] = own[i / (4 * C::token_tiles)][i / 4 % C::token_tiles][i % 4];
-    gpu::block_sync();
-    add_warps<C>(p, sums, range.tile + tile, active);
+    add_warps<C>(p, own, reinterpret_cast<Accumulator*>(shared + C::sums_offset(p.depth)), warp, lane, range.tile + tile, active);
   }
   if (p.splits > 1 && range.tiles > 0) add_splits<C>(p, range, reinterpret_cast<unsigned*>(shared));
 }

@@ -14,6 +14,8 @@ struct SkinnyProblem;
 constexpr int kStreamedSm = 90;  // the first with bulk copies and programmatic dependent launch
 constexpr int kMaxBlocksPerMultiprocessor = 8;
 constexpr int kMaxPrefetch = 64;
+constexpr int64_t kEnoughInFlight = 48 * 1024;    // bytes on the way to a multiprocessor at full bandwidth
+constexpr int64_t kBytesWhileAdding = 24 * 1024;  // that a multiprocessor reads in the microsecond that adding splits takes
 
 // The limits of a launch.
 struct Multiprocessors {
@@ -36,6 +38,9 @@ struct StreamedPlan {
   int depth, prefetch;       // slots in a warp's ring; packed blocks beyond it
   size_t shared_bytes, workspace_bytes;
 };
+
+// Bytes of shared memory that each of `per_multiprocessor` thread blocks may take.
+int64_t streamed_budget(const Multiprocessors& gpu, int share, int per_multiprocessor);
 
 // The plan with the fewest splits from choices.splits on that fits; none where x is too large for the shared memory.
 std::optional<StreamedPlan> streamed_plan(Form form, int64_t tokens, int64_t out_features, int64_t in_features,

@@ -6,14 +6,11 @@
 
 #include "skinny_dispatch.h"
 #include "streamed.h"
+#include "streamed_simulate.h"
 
 namespace twofour {
 
 namespace {
-
-constexpr size_t kReservedShared = 1024;           // of each thread block, by the driver
-constexpr int64_t kEnoughInFlight = 48 * 1024;     // bytes on the way to a multiprocessor at full bandwidth
-constexpr int64_t kBytesWhileAdding = 24 * 1024;   // that a multiprocessor reads in the microsecond that adding splits takes
 
 // The plan with these splits and this share of the shared memory; none where not even two slots a warp fit.
 template <class C>
@@ -21,8 +18,7 @@ std::optional<StreamedPlan> fit(int64_t tokens, int64_t out_features, int64_t in
                                 int splits, int share, int per_multiprocessor, int prefetch) {
   const int64_t inputs = ceil_div(input_blocks(in_features), splits);
   const int64_t x = C::x_rows(static_cast<int>(std::min<int64_t>(tokens, C::tokens))) * C::x_pitch(inputs);
-  const auto budget = static_cast<int64_t>(
-      std::min(gpu.block_shared_bytes, gpu.shared_bytes / static_cast<size_t>(share * per_multiprocessor) - kReservedShared));
+  const int64_t budget = streamed_budget(gpu, share, per_multiprocessor);
   const int64_t slots_of_warps = C::x_offset(1, inputs) - C::x_offset(0, inputs), rest = C::x_offset(0, inputs) + x;
   const int64_t used = row_tiles(out_features) * ceil_div(inputs, C::warps);  // a warp has no more packed blocks than that
   const int64_t depth = std::min((budget - rest) / slots_of_warps, used);
@@ -62,6 +58,12 @@ int64_t cost(const StreamedPlan& plan, int64_t out_features, int64_t in_features
 
 }  // namespace
 
+int64_t streamed_budget(const Multiprocessors& gpu, int share, int per_multiprocessor) {
+  constexpr size_t kReserved = 1024;  // of each thread block, by the driver
+  const size_t each = gpu.shared_bytes / static_cast<size_t>(share * per_multiprocessor) - kReserved;
+  return static_cast<int64_t>(std::min(gpu.block_shared_bytes, each));
+}
+
 std::optional<StreamedPlan> streamed_plan(Form form, int64_t tokens, int64_t out_features, int64_t in_features,
                                           const Multiprocessors& gpu, const StreamedChoices& choices) {
   std::optional<StreamedPlan> best;
@@ -84,21 +86,11 @@ void streamed_simulate(Form form, const SkinnyProblem& problem, const StreamedPl
     using C = decltype(config);
     const size_t x_bytes = x_extent(problem) * element_bytes(form.type);
     const size_t weight_bytes = packed_bytes(form, problem.out_features, problem.in_features);
-    std::vector<uint8_t> memory(plan.shared_bytes + 128);
-    uint8_t* shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
-    // In descending order: the block that adds the splits is not the one with the last range of inputs.
-    for (int x = plan.blocks - 1; x >= 0; --x)
-      for (int y = 0; y < plan.token_blocks; ++y) {
-        std::fill(memory.begin(), memory.end(), uint8_t{0xCD});
-        gpu::Block block{};
-        block.x = x, block.y = y, block.grid_x = plan.blocks;
-        block.threads = C::threads;
-        block.x_range = {problem.x, problem.x + x_bytes};
-        block.readable = {block.x_range, {problem.weight, problem.weight + weight_bytes}};
-        block.early = true;
-        block.body = [&] { streamed_block<C>(problem, shared); };
-        gpu::run_block(block, static_cast<unsigned>(x + 3 * y));
-      }
+    gpu::Block block{};
+    block.grid_x = plan.blocks, block.threads = C::threads, block.early = true;
+    block.x_range = {problem.x, problem.x + x_bytes};
+    block.readable = {block.x_range, {problem.weight, problem.weight + weight_bytes}};
+    simulate_streamed(plan, block, [&](uint8_t* shared) { streamed_block<C>(problem, shared); });
   });
 }
 

@@ -21,19 +21,19 @@ __device__ int64_t first_index() { return static_cast<int64_t>(blockIdx.x) * kTh
 __device__ int64_t stride() { return static_cast<int64_t>(gridDim.x) * kThreads; }
 
 __global__ void __launch_bounds__(kThreads)
-    check_kernel(Form form, const void* weight, int64_t groups, unsigned long long* first) {
+    check_kernel(Form form, const Extent extent, const void* weight, int64_t groups, unsigned long long* first) {
   for (int64_t i = first_index(); i < groups; i += stride())
-    if (violates(form, weight, i)) atomicMin(first, static_cast<unsigned long long>(i));
+    if (violates(form, extent, weight, i)) atomicMin(first, static_cast<unsigned long long>(i));
 }
 
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(Form form, int64_t n, int64_t k, const void* weight, uint8_t* packed, int64_t words) {
-  for (int64_t i = first_index(); i < words; i += stride()) pack_word(form, n, k, weight, packed, i);
+    pack_kernel(Form form, const Extent extent, const void* weight, uint8_t* packed, int64_t words) {
+  for (int64_t i = first_index(); i < words; i += stride()) pack_word(form, extent, weight, packed, i);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    unpack_kernel(Form form, int64_t n, int64_t k, const uint8_t* packed, void* weight, int64_t words) {
-  for (int64_t i = first_index(); i < words; i += stride()) unpack_word(form, n, k, packed, weight, i);
+    unpack_kernel(Form form, const Extent extent, const uint8_t* packed, void* weight, int64_t words) {
+  for (int64_t i = first_index(); i < words; i += stride()) unpack_word(form, extent, packed, weight, i);
 }
 
 template <class T>
@@ -110,14 +110,13 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(int type, const uint
 
 }  // namespace
 
-int64_t first_violation_device(Form form, int64_t out_features, int64_t in_features, const void* weight,
-                               cudaStream_t stream) {
-  const int64_t groups = out_features * in_features / group_inputs(form.keep);
+int64_t first_violation_device(Form form, const Extent& extent, const void* weight, cudaStream_t stream) {
+  const int64_t groups = extent.n * (extent.k / group_inputs(form.keep));
   unsigned long long first = ~0ull, *device_first = nullptr;
   check(cudaMalloc(&device_first, sizeof first), "cudaMalloc");
   const auto run = [&] {
     check(cudaMemcpyAsync(device_first, &first, sizeof first, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
-    check_kernel<<<grid_for(groups), kThreads, 0, stream>>>(form, weight, groups, device_first);
+    check_kernel<<<grid_for(groups), kThreads, 0, stream>>>(form, extent, weight, groups, device_first);
     check(cudaGetLastError(), "check kernel launch");
     check(cudaMemcpyAsync(&first, device_first, sizeof first, cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync");
     check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
@@ -132,18 +131,16 @@ int64_t first_violation_device(Form form, int64_t out_features, int64_t in_featu
   return first == ~0ull ? -1 : static_cast<int64_t>(first);
 }
 
-void pack_device(Form form, int64_t out_features, int64_t in_features, const void* weight, uint8_t* packed,
-                 cudaStream_t stream) {
-  const int64_t words = packed_words(out_features, in_features);
-  pack_kernel<<<grid_for(words), kThreads, 0, stream>>>(form, out_features, in_features, weight, packed, words);
+void pack_device(Form form, const Extent& extent, const void* weight, uint8_t* packed, cudaStream_t stream) {
+  const int64_t words = packed_words(extent);
+  pack_kernel<<<grid_for(words), kThreads, 0, stream>>>(form, extent, weight, packed, words);
   check(cudaGetLastError(), "pack kernel launch");
   check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");  // a product on another stream may read the weight
 }
 
-void unpack_device(Form form, int64_t out_features, int64_t in_features, const uint8_t* packed, void* weight,
-                   cudaStream_t stream) {
-  const int64_t words = packed_words(out_features, in_features);
-  unpack_kernel<<<grid_for(words), kThreads, 0, stream>>>(form, out_features, in_features, packed, weight, words);
+void unpack_device(Form form, const Extent& extent, const uint8_t* packed, void* weight, cudaStream_t stream) {
+  const int64_t words = packed_words(extent);
+  unpack_kernel<<<grid_for(words), kThreads, 0, stream>>>(form, extent, packed, weight, words);
   check(cudaGetLastError(), "unpack kernel launch");
 }
 

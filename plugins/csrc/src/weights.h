@@ -7,17 +7,14 @@
 
 namespace twofour {
 
-// Row-major index of the first group with more nonzeros than the pattern allows, or -1.
-int64_t first_violation_host(Form form, int64_t out_features, int64_t in_features, const void* weight);
-int64_t first_violation_device(Form form, int64_t out_features, int64_t in_features, const void* weight,
-                               cudaStream_t stream);
+// Index, counted along the rows, of the first group with more nonzeros than the pattern allows, or -1.
+int64_t first_violation_host(Form form, const Extent& extent, const void* weight);
+int64_t first_violation_device(Form form, const Extent& extent, const void* weight, cudaStream_t stream);
 
-void pack_host(Form form, int64_t out_features, int64_t in_features, const void* weight, uint8_t* packed);
-void pack_device(Form form, int64_t out_features, int64_t in_features, const void* weight, uint8_t* packed,
-                 cudaStream_t stream);
-void unpack_host(Form form, int64_t out_features, int64_t in_features, const uint8_t* packed, void* weight);
-void unpack_device(Form form, int64_t out_features, int64_t in_features, const uint8_t* packed, void* weight,
-                   cudaStream_t stream);
+void pack_host(Form form, const Extent& extent, const void* weight, uint8_t* packed);
+void pack_device(Form form, const Extent& extent, const void* weight, uint8_t* packed, cudaStream_t stream);
+void unpack_host(Form form, const Extent& extent, const uint8_t* packed, void* weight);
+void unpack_device(Form form, const Extent& extent, const uint8_t* packed, void* weight, cudaStream_t stream);
 
 // target = source with every -0.0 as 0; cuSPARSELt's compression takes -0.0 for a nonzero.
 void copy_canonical(int type, int64_t elements, const void* source, void* target, cudaStream_t stream);

@@ -66,6 +66,7 @@ class Whole(Hybrid):
 class GpuKernels:
     """The engine's choice of kernels on a GPU without tactics, but for cuSPARSELt, which no CPU has."""
 
+    at_once = False  # as where one launch was the fastest
     dense = False  # as where the two products of each layer do not pay
 
     def __init__(self, tactics: object, dtype: torch.dtype, device: torch.device) -> None:
@@ -76,6 +77,9 @@ class GpuKernels:
         if self._usable and "weight_values" in stored:
             return (64, "skinny"), (65, "cublaslt")
         return DENSE if self._usable and "weight_scale" in stored else None
+
+    def one_launch(self, name: str, stored: dict[str, torch.Tensor]) -> tuple[tuple[int, bool], ...]:
+        return ((64, True),) if self.at_once else ()
 
     def runs_dense(self, name: str) -> bool:
         return self.dense
@@ -132,8 +136,12 @@ def test_family_computes_as_the_dense_layers_of_the_same_weights(
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "fp8"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_few_kernels_give_the_numbers_of_layers_by_themselves(family: str, format: str) -> None:
+@pytest.mark.parametrize("at_once", [False, True], ids=["", "one launch"])
+def test_few_kernels_give_the_numbers_of_layers_by_themselves(
+    family: str, format: str, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Up to the order of float32 sums, which the width of a product may change."""
+    monkeypatch.setattr(GpuKernels, "at_once", at_once)
     models = [decoder(Hybrid(CONFIG | FAMILIES[family], format, CPU), fused) for fused in (True, False)]
     for out, expected in zip(*map(outputs, models), strict=True):
         assert (out - expected).abs().max() <= 2**-6 * expected.abs().max()
@@ -159,6 +167,13 @@ def test_a_block_decodes_a_token_with_fourteen_launches(format: str) -> None:
     assert counts.total() == 14, counts
     assert sum(counts[name] for name in ("linear_into", "mm", "addmm_")) == 8
     assert of_a_block(Whole, format).total() == 10
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "fp8"])
+def test_a_block_whose_parts_run_in_one_launch_has_ten(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GpuKernels, "at_once", True)
+    counts = of_a_block(Hybrid, format)
+    assert (counts.total(), counts["hybrid_into"]) == (10, 4), counts
 
 
 def test_a_block_whose_second_products_do_not_pay_has_ten(monkeypatch: pytest.MonkeyPatch) -> None:

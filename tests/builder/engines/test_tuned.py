@@ -304,6 +304,34 @@ def test_both_products_of_a_layer_that_is_2of4_in_part_are_timed(
     assert (whole[DOWN]["reason"], whole[DOWN]["products"]) == ("2:4 in part: not timed", None)
 
 
+def test_both_parts_run_in_one_launch_where_that_is_the_fastest(
+    gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of gate and up a third of the rows, of down two thirds of the inputs."""
+    gate = UP.replace("up_proj", "gate_proj")
+    split = {gate: Segments.split("rows", 96, 32), DOWN: Segments.split("inputs", 96, 64)}
+    layers = [in_part(gate, 96, 64, split[gate]), in_part(UP, 96, 64, split[gate]), in_part(DOWN, 64, 96, split[DOWN])]
+
+    def us(bench: tuner.Bench, kernel: str, tokens: int) -> float:
+        slow = kernel == "hybrid" and tokens == 1  # there two products are faster
+        size = bench.shape.out_features * bench.shape.in_features
+        return 1 + 9 * slow + size / {"skinny": 2048, "hybrid": 1536}.get(kernel, 1024)
+
+    use_times(monkeypatch, us)
+    tactics = measured_tactics.tactics(layers, CONFIG, "bfloat16", fused=True, in_part=True)
+    fresh = bindings.Context(0)
+    monkeypatch.setattr(bindings, "context", lambda device: fresh)
+    kernels = Kernels(tactics, torch.bfloat16, CUDA)
+    for name, sizes, sparse in (("model.layers.0.mlp.gate_up_proj", (192, 64), (64, 0)), (DOWN, (64, 96), (0, 64))):
+        entry = tactics["layers"][DOWN if name == DOWN else gate]
+        assert [bucket["kernel"] for bucket in entry["buckets"]] == ["skinny", "hybrid", "hybrid"]
+        assert kernels.one_launch(name, STORED) == [(1, False), (8, True), (16, True)]
+        assert not kernels.runs_dense(name)
+        problem = structures.gemm("hybrid", "fp8", "bf16", *sizes, 8, sparse=sparse)
+        assert list(fresh.algorithm(problem)) == list(entry["buckets"][1]["algorithm"])
+    assert Kernels(None, torch.bfloat16, CUDA).one_launch(DOWN, STORED) == ()
+
+
 def test_a_layer_whose_two_products_do_not_pay_runs_dense(
     gpu: bindings.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
