@@ -31,6 +31,7 @@ from benchmarks.kernels.gpu_suite import RESULTS, results_file
 from benchmarks.kernels.model_shapes import MODELS
 from benchmarks.kernels.torch_sparse import PEERS
 from plugins.autotune import choice, reuse, timing, tuner
+from plugins.autotune.bench import Bench
 from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
@@ -57,7 +58,7 @@ def measure_ceilings(formats: Iterable[str], device: int = 0) -> Ceilings:
     bandwidth = read_rate(where)
     flops = {}
     for format in formats:
-        bench = tuner.Bench(LinearShape(8192, 8192, format), where, 8192, l2)
+        bench = Bench(LinearShape(8192, 8192, format), where, 8192, l2)
         times = []
         for kernel in ("cublaslt", "torch"):
             with contextlib.suppress(UserError, RuntimeError):  # a kernel that refuses this product sets no limit
@@ -69,7 +70,7 @@ def measure_ceilings(formats: Iterable[str], device: int = 0) -> Ceilings:
     return Ceilings(bandwidth, flops)
 
 
-def row(bench: tuner.Bench, tokens: int, ceilings: Ceilings, peers: bool, timer: tuner.Timer) -> dict[str, Any]:
+def row(bench: Bench, tokens: int, ceilings: Ceilings, peers: bool, timer: tuner.Timer) -> dict[str, Any]:
     """One line of the table: every kernel's time in microseconds, and what follows from them."""
     times, left_out = {}, {}
     for kernel in ("cublaslt", "torch", "cusparselt", "skinny"):
@@ -112,7 +113,7 @@ def speeds(shape: LinearShape, tokens: int, seconds: float, ceilings: Ceilings) 
     }
 
 
-def error_of(bench: tuner.Bench, kernel: str, tokens: int) -> float:
+def error_of(bench: Bench, kernel: str, tokens: int) -> float:
     """The kernel's relative error (root mean square) against float64, on the first rows and a sample of features."""
     x_MK, n = bench.x[:tokens], bench.shape.out_features
     if kernel == "torch":
@@ -153,7 +154,7 @@ def table(
     report(HEADER)
     for format in formats:
         for shape in sorted(MODELS[model].layers(format), key=lambda shape: -shape.numel):
-            bench = tuner.Bench(shape, torch.device("cuda", device), max(*tokens, *tuner.PADDED), l2)
+            bench = Bench(shape, torch.device("cuda", device), max(*tokens, *tuner.PADDED), l2)
             for count in tokens:
                 if expired():
                     report(f"out of time before {format} {shape.name} at {count} tokens")

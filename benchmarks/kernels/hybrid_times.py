@@ -21,7 +21,7 @@ from benchmarks.kernels import gemm
 from benchmarks.kernels.model_shapes import MODELS
 from benchmarks.kernels.pattern_times import DENSE, fastest
 from plugins.autotune import timing, tuner
-from plugins.autotune.bench import HybridBench
+from plugins.autotune.bench import Bench, HybridBench
 from plugins.autotune.choice import Hybrid
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
@@ -57,7 +57,7 @@ def rows_of(
         ("whole", layer, True),
     )
     for way, shape, sparse in ways:
-        kind = HybridBench(shape, place, most, l2, cut=cut) if way == "one" else tuner.Bench(shape, place, most, l2)
+        kind = HybridBench(shape, place, most, l2, cut=cut) if way == "one" else Bench(shape, place, most, l2)
         for row in rows:
             if expired():
                 return rows

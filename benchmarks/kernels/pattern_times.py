@@ -21,6 +21,7 @@ import torch
 from benchmarks.kernels import gemm
 from benchmarks.kernels.model_shapes import MODELS
 from plugins.autotune import timing, tuner
+from plugins.autotune.bench import Bench
 from plugins.common.errors import UserError
 from plugins.common.json_files import write_json
 from plugins.common.linear_shape import LinearShape
@@ -33,7 +34,7 @@ FORMATS = ("fp8", "int8", "bf16")
 DENSE = ("cublaslt", "torch")
 
 
-def fastest(bench: tuner.Bench, kernels: Sequence[str], tokens: int, timer: tuner.Timer) -> dict[str, Any]:
+def fastest(bench: Bench, kernels: Sequence[str], tokens: int, timer: tuner.Timer) -> dict[str, Any]:
     """The fastest of `kernels` with its microseconds and algorithm, and why others were left out."""
     times, left_out = [], {}
     for kernel in kernels:
@@ -59,7 +60,7 @@ def rows_of(
     facts = {"format": layer.format, "layer": layer.name, **sizes}
     rows: list[dict[str, Any]] = [{**facts, "tokens": count, "patterns": {}} for count in tokens]
     for pattern in PATTERNS:
-        bench = tuner.Bench(replace(layer, pattern=pattern), place, max(*tokens, *tuner.PADDED), l2)
+        bench = Bench(replace(layer, pattern=pattern), place, max(*tokens, *tuner.PADDED), l2)
         for row in rows:
             if expired():
                 return rows

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import torch
 
-from plugins.autotune import tuner
+from plugins.autotune.bench import Bench
 
 CALLS = 20
 
 
-def cslt(bench: tuner.Bench, tokens: int) -> float | str:
+def cslt(bench: Bench, tokens: int) -> float | str:
     """torch._cslt_sparse_mm with the algorithm that torch's own search finds."""
 
     def prepare() -> Callable[[], object]:
@@ -27,7 +27,7 @@ def cslt(bench: tuner.Bench, tokens: int) -> float | str:
     return _time(prepare)
 
 
-def cutlass(bench: tuner.Bench, tokens: int) -> float | str:
+def cutlass(bench: Bench, tokens: int) -> float | str:
     """torch.sparse's semi-structured tensor on torch's CUTLASS kernels."""
 
     def prepare() -> Callable[[], object]:
@@ -38,7 +38,7 @@ def cutlass(bench: tuner.Bench, tokens: int) -> float | str:
     return _time(prepare)
 
 
-PEERS: dict[str, Callable[[tuner.Bench, int], float | str]] = {"torch-cusparselt": cslt, "torch-cutlass": cutlass}
+PEERS: dict[str, Callable[[Bench, int], float | str]] = {"torch-cusparselt": cslt, "torch-cutlass": cutlass}
 
 
 def _time(prepare: Callable[[], Callable[[], object]]) -> float | str:

@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from plugins.autotune import search, timing
-from plugins.autotune.bench import Bench as Bench
-from plugins.autotune.bench import HybridBench, workspace_of
+from plugins.autotune.bench import Bench, HybridBench, workspace_of
 from plugins.autotune.choice import Hybrid, Timing, choose, choose_hybrid, chosen_us, entry, hold_once
 from plugins.autotune.reuse import versions
 from plugins.common import numerics

@@ -13,6 +13,7 @@ import torch
 
 from builder.engines.torch_backend.linears import Kernels
 from plugins.autotune import choice, reuse, tactics, timing, tuner
+from plugins.autotune.bench import workspace_of
 from plugins.autotune.choice import Hybrid, Timing
 from plugins.common.defaults import LEAST_GAIN
 from plugins.common.errors import UserError
@@ -224,11 +225,11 @@ def test_workspace_shrinks_with_memory_and_notes_it(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch, "empty", small)
     limit = 40 << 20
-    workspace, notes = tuner._workspace(torch.device("cpu"), tuner.WORKSPACE)
+    workspace, notes = workspace_of(torch.device("cpu"), tuner.WORKSPACE)
     assert (workspace.nbytes, notes) == (32 << 20, ("only 32 MiB of GPU memory for a workspace",))
     limit = 100
     with pytest.raises(UserError, match="no GPU memory is left for a workspace"):
-        tuner._workspace(torch.device("cpu"), tuner.WORKSPACE)
+        workspace_of(torch.device("cpu"), tuner.WORKSPACE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
