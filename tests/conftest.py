@@ -29,6 +29,7 @@ TIERS = {  # what `make test-fast` leaves out, beside single tests marked `slow`
     "gpu": ("gpu",),
     "native": (
         "builder/engines/test_tuned.py",
+        "builder/engines/test_tuned_hybrid.py",
         "plugins/test_cpu_kernels.py",
         "plugins/test_cpu_threads.py",
         "plugins/test_csrc.py",
