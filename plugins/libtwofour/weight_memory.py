@@ -25,7 +25,7 @@ def allocate(count: int) -> torch.Tensor:
     """uint8 [count], aligned to 64 bytes, uninitialised. A block is unmapped when no tensor of it is left."""
     global _free
     size = -(-count // ALIGNMENT) * ALIGNMENT
-    with _lock:
+    with _lock, torch.inference_mode(False):  # a block that is mapped in inference mode could not be written outside it
         if size > len(_free):
             _free = _map(max(size, BLOCK))
         taken, _free = _free[:count], _free[size:]

@@ -26,6 +26,14 @@ def test_threads_get_slices_of_their_own() -> None:
     assert all(bool((piece == number).all()) for number, piece in enumerate(slices))
 
 
+def test_a_block_that_is_mapped_in_inference_mode_can_be_written_outside_it() -> None:
+    with torch.inference_mode():
+        inside = weight_memory.allocate(weight_memory.BLOCK - 64).fill_(1)
+    outside = weight_memory.allocate(64).fill_(2)  # from the same block
+    inside.fill_(3)
+    assert (int(inside[-1]), int(outside[0])) == (3, 2)
+
+
 def test_a_clone_has_memory_of_its_own() -> None:
     first = torch.arange(200, dtype=torch.uint8)
     copy = weight_memory.clone(first)
