@@ -107,7 +107,7 @@ def test_shapes_are_the_published_models() -> None:
 def test_table_begins_with_the_largest_layers_and_keeps_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "measure_ceilings", lambda formats, device: gemm.Ceilings(3e12, {"fp8": 1.4e15}))
     monkeypatch.setattr(bindings, "context", lambda device: SimpleNamespace(info=lambda: SimpleNamespace(l2_bytes=1)))
-    monkeypatch.setattr(gemm.tuner, "Bench", lambda shape, *_: SimpleNamespace(shape=shape))
+    monkeypatch.setattr(gemm, "Bench", lambda shape, *_: SimpleNamespace(shape=shape))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     row = {"kernels_us": {"cublaslt": 20.0}, "dense": "cublaslt", "sparse": None, "ratio": None, "error": {}}
     row["peers_us"] = {"torch-cusparselt": 15.0, "torch-cutlass": "no fp8"}
@@ -129,7 +129,7 @@ def test_table_begins_with_the_largest_layers_and_keeps_every_row(monkeypatch: p
 def test_peers_that_cannot_run_report_why_in_a_line(format: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    bench = gemm.tuner.Bench(LinearShape(64, 64, format), CPU, 8, 1 << 20)
+    bench = gemm.Bench(LinearShape(64, 64, format), CPU, 8, 1 << 20)
     assert (bench.channel_scales is not None) == (format == "int8")
     for peer in gemm.PEERS.values():
         reason = peer(bench, 8)
