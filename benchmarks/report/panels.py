@@ -15,6 +15,8 @@ SIDES = ("dense", "built")
 LATENCIES = ("time_to_first_token", "inter_token_latency", "request_latency")
 COMPARED = ("output_token_throughput", *LATENCIES)
 
+LABEL_WIDTH = 34.0  # of a ratio below an axis, with its margin
+
 
 def speedups(report: Report) -> Markup:
     """The paired ratio at each point with its interval, and the line of no change; one panel a metric."""
@@ -40,8 +42,9 @@ def _speedup(points: Sequence[Point], name: str, domain: tuple[float, float], wi
     canvas = Canvas(width, bottom + 26)
     x = Scale(*domain, left, right, log=True)
     canvas.text(0, 13, formatting.TITLES[name], "title")
-    for tick in _ratio_ticks(x.low, x.high):
+    for tick in (shown := _ratio_ticks(x.low, x.high)):
         canvas.line(x(tick), top - 8, x(tick), bottom, "even" if tick == 1 else "grid")
+    for tick in _apart(shown, x):
         canvas.text(x(tick), bottom + 16, f"{tick:g}x", "tick", "middle")
     canvas.text(x(1) - 5, top - 9, "slower", "label", "end")
     canvas.text(x(1) + 5, top - 9, "faster", "label")
@@ -65,6 +68,15 @@ def _ratio_ticks(low: float, high: float) -> list[float]:
     if len(inside) > 7 or not inside:
         inside = [tick for tick in wide if low <= tick <= high]
     return sorted({*inside, 1.0})
+
+
+def _apart(ratios: Sequence[float], x: Scale) -> list[float]:
+    """Those whose labels do not touch: 1, then the others by their distance from it."""
+    labelled = [1.0]
+    for ratio in sorted(ratios, key=lambda ratio: abs(x(ratio) - x(1))):
+        if all(abs(x(ratio) - x(other)) >= LABEL_WIDTH for other in labelled):
+            labelled.append(ratio)
+    return labelled
 
 
 def _latency(points: Sequence[Point], name: str, width: float) -> Markup:

@@ -1,5 +1,6 @@
 """The report: three files from a full and from a minimal dictionary, correct texts, a page that needs nothing else."""
 
+import itertools
 import json
 import math
 import re
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.report import render, summary, table_rows
+from benchmarks.report import panels, render, summary, table_rows
 from benchmarks.report.schema import Report
 from benchmarks.report.svg import Scale, ticks
 from benchmarks.roofline import roofline
@@ -269,3 +270,12 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     assert 2 <= len(made) <= 12
     assert all(low - 1e-12 <= tick <= high * (1 + 1e-9) for tick in made)
     assert Scale(low, high, 0, 100)(high) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.85, 1.6), (0.9, 1.1), (0.2, 6.0)])
+def test_labels_of_ratios_do_not_touch(low: float, high: float) -> None:
+    x = Scale(low, high, 30, 200, log=True)
+    labelled = panels._apart(panels._ratio_ticks(low, high), x)
+    places = sorted(x(ratio) for ratio in labelled)
+    assert 1.0 in labelled
+    assert all(after - before >= panels.LABEL_WIDTH for before, after in itertools.pairwise(places))
