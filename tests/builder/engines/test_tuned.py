@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from builder.checkpoint import LayerFacts
 from builder.config import EngineConfig
-from builder.engines import measured_tactics, product_shapes, registry
+from builder.engines import measured_tactics, registry
 from builder.engines.torch_backend.linears import Kernels
 from builder.pipeline import layer_selection
 from plugins.autotune import choice, tactics, tuner
@@ -250,26 +250,9 @@ def test_a_model_without_2to4_layers_needs_no_kernels(gpu: bindings.Context, mon
     assert reason == "stays dense: the model computes in float32, and the sparse kernels in 16 bit"
 
 
-def plan_layer(name: str, n: int, k: int, format: str = "fp8") -> LinearShape:
-    return LinearShape(n, k, format, 1.0, name=name)
-
-
-def test_shapes_are_those_that_a_rank_multiplies() -> None:
-    block = "model.layers.0.self_attn"
-    layers = {f"{block}.{name}": plan_layer(f"{block}.{name}", n, 64) for name, n in (("q_proj", 64), ("k_proj", 32))}
-    layers |= {f"{block}.v_proj": plan_layer(f"{block}.v_proj", 32, 64, "int8")}
-    q = layers[f"{block}.q_proj"]
-    assert product_shapes.shape(q, 1, "bfloat16") == LinearShape(64, 64, "fp8")
-    assert product_shapes.shape(q, 2, "bfloat16", layers) == LinearShape((64 + 32 + 32) // 2, 64, "fp8")
-    assert product_shapes.shape(layers[f"{block}.v_proj"], 1, "float16") == LinearShape(32, 64, "int8")
-    assert product_shapes.shape(plan_layer(DOWN, 64, 96, "bf16"), 2, "float16", layers) == LinearShape(64, 48, "fp16")
-    del layers[f"{block}.k_proj"]  # one part dense: TensorRT-LLM's product is dense, and each part stands for itself
-    assert product_shapes.shape(q, 1, "bfloat16", layers).out_features == 64
-
-
 def test_selection_weighs_measured_times_where_there_are_any(docs_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two equal layers by the roofline, the measured table knows one that gains and one that does not."""
-    layers = (plan_layer(UP, 96, 64), plan_layer(DOWN, 64, 96))
+    layers = (LinearShape(96, 64, "fp8", 1.0, name=UP), LinearShape(64, 96, "fp8", 1.0, name=DOWN))
     load = SimpleNamespace(concurrency=(1, 16))
     context = SimpleNamespace(
         plan=SimpleNamespace(predicted={"gpu": "H100-SXM"}),
