@@ -53,7 +53,7 @@ def _table(model: str, formats: str, tokens: str, seconds: float) -> Step:
     return Step(f"table {model} {formats}", ("-m", "benchmarks.kernels.gemm", *options), seconds)
 
 
-def _patterns(name: str, module: str, seconds: float) -> Step:
+def _layer_times(name: str, module: str, seconds: float) -> Step:
     options = ("--tokens", "1,8,64", "--seconds", "{seconds}", "--out", "{out}")
     return Step(name, ("-m", f"benchmarks.kernels.{module}", *options), seconds)
 
@@ -78,8 +78,8 @@ FULL = (
     _tests("products", 30, "-k", "test_product"),
     _table("llama-3.1-8b", "fp8", "1,8,16,64,512,1024,4096", 70),
     Step("engine", ("-m", "builder.engines.torch_backend.benchmark", "--seconds", "{seconds}", "--out", "{out}"), 150),
-    _patterns("hybrid layers", "hybrid_times", 40),
-    _patterns("patterns of 8", "pattern_times", 40),
+    _layer_times("hybrid layers", "hybrid_times", 40),
+    _layer_times("patterns of 8", "pattern_times", 40),
     _table("llama-3.1-70b", "fp8", "1,16,1024,4096", 50),
     _table("llama-3.1-8b", "int8,bf16", "1,16,1024,4096", 60),
     _table("llama-3.1-70b", "int8", "1,16,1024", 40),

@@ -8,29 +8,23 @@ time. Requires only torch.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.kernels import gemm
-from benchmarks.kernels.model_shapes import MODELS
-from benchmarks.kernels.pattern_times import DENSE, fastest
-from plugins.autotune import timing, tuner
+from benchmarks.kernels.layer_times import DENSE, fastest, parser_of, run, sparse_kernels
+from plugins.autotune import tuner
 from plugins.autotune.bench import Bench, HybridBench
 from plugins.autotune.choice import Hybrid
-from plugins.common.errors import UserError
-from plugins.common.json_files import write_json
 from plugins.common.linear_shape import LinearShape
 from plugins.libtwofour import bindings, hybrid_ops
 from plugins.sparsity.segments import ALIGNMENT, Axis
 
 AXES: dict[str, Axis] = {"qkv_proj": "rows", "o_proj": "inputs", "gate_up_proj": "rows", "down_proj": "inputs"}
 TOKENS = (1, 8, 16, 64)
+FORMATS = ("fp8", "int8")
 
 
 def rows_of(
@@ -61,7 +55,7 @@ def rows_of(
         for row in rows:
             if expired():
                 return rows
-            own = [kernel for kernel in tuner.kernels_of(shape.pattern, row["tokens"]) if kernel not in DENSE]
+            own = sparse_kernels(shape.pattern, row["tokens"])
             kernels = [cut.kernel] if way == "one" else own if sparse else DENSE
             row[way] = fastest(kind, kernels, row["tokens"], timer)
         del kind
@@ -80,32 +74,14 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
-    parser.add_argument("--dtype", default="fp8,int8", help="number formats, with commas")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser = parser_of((__doc__ or "").splitlines()[0], FORMATS, TOKENS, 120.0)
     parser.add_argument("--share", type=float, default=0.5, help="of the rows or inputs that are 2:4")
-    parser.add_argument("--seconds", type=float, default=120.0, help="stop after about this many seconds")
-    parser.add_argument("--out", type=Path, help="write the rows to this file, after each layer")
     chosen = parser.parse_args(arguments)
-    deadline = time.monotonic() + chosen.seconds
-    tokens = [int(count) for count in chosen.tokens.split(",")]
-    rows: list[dict[str, Any]] = []
-    try:
-        for format in chosen.dtype.split(","):
-            for layer in (layer for layer in MODELS[chosen.model].layers(format) if layer.name in AXES):
-                new = rows_of(layer, chosen.share, tokens, lambda: time.monotonic() > deadline)
-                rows += [{"model": chosen.model, "share": chosen.share, **row} for row in new if "dense" in row]
-                for row in new:
-                    print(line(row), flush=True)
-                if chosen.out is not None:
-                    write_json(chosen.out, {"device": timing.device_facts(), "rows": rows})
-        if chosen.out is None:
-            print(gemm.save("hybrid", {"rows": rows}))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def rows(layer: LinearShape, tokens: Sequence[int], expired: Callable[[], bool]) -> list[dict[str, Any]]:
+        return rows_of(layer, chosen.share, tokens, expired)
+
+    return run(chosen, AXES, rows, lambda row: "dense" in row, line, "hybrid", {"share": chosen.share})
 
 
 if __name__ == "__main__":

@@ -118,11 +118,11 @@ def run_script(python: str, script: str, *arguments: str) -> str:
         check=False,
     )
     if done.returncode:
-        raise UserError(f"'{script} {arguments[0]}' ended with {done.returncode}: {_last_line(done.stderr)}")
+        raise UserError(f"'{script} {arguments[0]}' ended with {done.returncode}: {last_line(done.stderr)}")
     return done.stdout
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     """The last that is not a warning: what an error ends with."""
     lines = [line for line in text.strip().splitlines() if not line.startswith("WARNING")]
     return (lines or ["no output"])[-1]
@@ -136,7 +136,7 @@ def environment_python(directory: Path, packages: Sequence[str]) -> str:
         venv.create(directory, with_pip=True, clear=True)
         done = subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"'{' '.join(packages)}' cannot be installed: {_last_line(done.stderr)}")
+            raise UserError(f"'{' '.join(packages)}' cannot be installed: {last_line(done.stderr)}")
         (directory / "complete").touch()
     return str(python)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe
-from benchmarks.pruning.accuracy import RESULTS, write_result
+from benchmarks.pruning.accuracy import RESULTS, last_line, write_result
 from plugins.common.errors import UserError
 from plugins.common.json_files import read_json
 
@@ -53,9 +53,9 @@ def build(
     print(f"{' '.join(overrides)} ...", file=sys.stderr, flush=True)
     done = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, check=False)
     if done.returncode not in (0, GATE_FAILED):
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(
-            f"the build with {overrides} ended with status {done.returncode}: {reason}", "correct the recipe"
+            f"the build with {overrides} ended with status {done.returncode}: {last_line(done.stderr)}",
+            "correct the recipe",
         )
     report: dict[str, Any] = read_json(out / "report" / "report.json")
     return report

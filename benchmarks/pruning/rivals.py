@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.environment import describe
 from benchmarks.pruning import accuracy
-from benchmarks.pruning.accuracy import LLMCOMPRESSOR, environment_python, judge, linear_layers, make_tokens
+from benchmarks.pruning.accuracy import LLMCOMPRESSOR, environment_python, judge, last_line, linear_layers, make_tokens
 from benchmarks.pruning.fractions import COMMAND
 from plugins.common.errors import UserError
 from plugins.common.patterns import OF_EIGHT, bytes_per_weight
@@ -94,7 +94,7 @@ def build(arguments: argparse.Namespace, work: Path, fraction: float, pattern: s
         [*command, "--out", str(out), "--store", str(work / "store")], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise UserError(f"the build ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"the build ended with status {done.returncode}: {last_line(done.stderr)}")
     return out / "checkpoint"
 
 

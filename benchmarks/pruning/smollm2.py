@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe
-from benchmarks.pruning.accuracy import RESULTS, write_result
+from benchmarks.pruning.accuracy import RESULTS, last_line, write_result
 from benchmarks.pruning.fractions import COMMAND, build, summary
 from plugins.common.errors import UserError
 
@@ -79,7 +79,7 @@ def bench(out: Path, baseline: Path) -> list[dict[str, Any]]:
     command = [*COMMAND, "bench", str(out), "--baseline", str(baseline), *BENCH, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"'{out}' cannot be compared with '{baseline}': {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"'{out}' cannot be compared with '{baseline}': {last_line(done.stderr)}")
     points: list[dict[str, Any]] = json.loads(done.stdout)
     return points
 

@@ -42,7 +42,8 @@ def _speedup(points: Sequence[Point], name: str, domain: tuple[float, float], wi
     canvas = Canvas(width, bottom + 26)
     x = Scale(*domain, left, right, log=True)
     canvas.text(0, 13, formatting.TITLES[name], "title")
-    for tick in (shown := _ratio_ticks(x.low, x.high)):
+    shown = _ratio_ticks(x.low, x.high)
+    for tick in shown:
         canvas.line(x(tick), top - 8, x(tick), bottom, "even" if tick == 1 else "grid")
     for tick in _apart(shown, x):
         canvas.text(x(tick), bottom + 16, f"{tick:g}x", "tick", "middle")

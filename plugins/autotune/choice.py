@@ -48,6 +48,11 @@ class Hybrid:
     def axis(self) -> Axis:
         return "rows" if self.sparse.in_features == self.whole.in_features else "inputs"
 
+    @property
+    def size(self) -> int:
+        """How many of the layer's rows or inputs are sparse."""
+        return self.sparse.out_features if self.axis == "rows" else self.sparse.in_features
+
     def __str__(self) -> str:
         return f"{self.whole}, {self.sparse.pattern} in [{self.sparse.out_features}, {self.sparse.in_features}]"
 

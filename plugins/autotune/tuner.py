@@ -72,7 +72,7 @@ def tune(
         if isinstance(shape, Hybrid):
             for part in {shape.rest, shape.whole} - dense.keys():
                 dense[part] = _measure_dense(part, *given)
-            cut = hybrid_ops.cut_of(shape.whole, shape.sparse)
+            cut = hybrid_ops.Cut(shape.pattern, shape.axis, shape.size)
             one = _measure_one_launch(shape.whole, cut, sorted(buckets), partial(hybrid_bench, cut))
             own = _measure(shape.sparse, *given)
             both = [

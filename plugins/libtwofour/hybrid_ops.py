@@ -10,14 +10,13 @@ Legend: M tokens, N out_features, K in_features.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from plugins.common.defaults import MAX_SKINNY_TOKENS
 from plugins.common.errors import UserError
-from plugins.common.linear_shape import LinearShape
 from plugins.common.patterns import HYBRID, Pattern, hybrid_kernel
 from plugins.libtwofour import structures, torch_ops
 from plugins.libtwofour.cpu_forms import FORMATS, pack_skinny, reference_linear, unpack_skinny
@@ -97,17 +96,7 @@ hybrid_into.register_kernel("cuda")(launch)
 
 
 @hybrid_into.register_fake
-def _(
-    y_MN: torch.Tensor,
-    x_MK: torch.Tensor,
-    packed: torch.Tensor,
-    pattern: str,
-    axis: str,
-    sparse: int,
-    scale: float,
-    channel_scales: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> None:
+def _(*_: Any) -> None:
     return None
 
 
@@ -149,9 +138,3 @@ def unpack(packed: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, cut
     rest = skinny_layout_dense.unpack(packed[size:].numpy(), *dense, FORMATS[dtype])
     whole = np.concatenate([first.view(rest.dtype), rest], 0 if rows else 1)
     return from_numpy(whole, dtype)
-
-
-def cut_of(whole: LinearShape, sparse: LinearShape) -> Cut:
-    """Where a layer is sparse, from its shape and that of its sparse part."""
-    rows = whole.in_features == sparse.in_features
-    return Cut(sparse.pattern, "rows" if rows else "inputs", sparse.out_features if rows else sparse.in_features)

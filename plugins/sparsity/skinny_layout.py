@@ -22,6 +22,22 @@ Array = np.ndarray[Any, Any]
 ROWS, INPUTS, UNITS, LANES, CHUNK = 16, 256, 4, 32, 16
 
 
+def width_of(w_NK: Array, format: str) -> int:
+    """Bytes of an element. Raises UserError for a weight whose elements have another size."""
+    width = checked_width(format)
+    if w_NK.dtype.itemsize != width:
+        raise UserError(f"a weight of {w_NK.dtype} is no {format} weight: its elements have {width} bytes")
+    return width
+
+
+def require_size(packed: Array, size: int, form: str) -> None:
+    """Raises UserError for a packed weight of another size; `form` names what it should be."""
+    if packed.dtype != np.uint8 or packed.size != size:
+        raise UserError(
+            f"{packed.size} bytes of {packed.dtype} are not a packed {form}: it has {size}; build the engine again"
+        )
+
+
 def packed_bytes(out_features: int, in_features: int, format: str) -> int:
     """Bytes of the packed weight: 0.5625 of the dense ones at 16 bits, 0.625 at 8, sizes rounded up to whole blocks."""
     return -(-out_features // ROWS) * -(-in_features // INPUTS) * _block_bytes(checked_width(format))
@@ -30,9 +46,7 @@ def packed_bytes(out_features: int, in_features: int, format: str) -> int:
 def pack(w_NK: Array, format: str) -> Array:
     """Packs a 2:4 weight w_NK [N, K]: uint8 [packed_bytes]. Raises UserError naming a group that is not."""
     n, k = w_NK.shape
-    width = checked_width(format)
-    if w_NK.dtype.itemsize != width:
-        raise UserError(f"a weight of {w_NK.dtype} is no {format} weight: its elements have {width} bytes")
+    width = width_of(w_NK, format)
     values, indices = pattern.pack(w_NK)
     tiles, blocks = -(-n // ROWS), -(-k // INPUTS)
     value_bytes = np.zeros((tiles * ROWS, blocks * INPUTS // 4, 2 * width), np.uint8)
@@ -53,11 +67,7 @@ def pack(w_NK: Array, format: str) -> Array:
 def unpack(packed: Array, out_features: int, in_features: int, format: str) -> Array:
     """The dense weight of a packed one: unsigned integers [N, K] of the element's width, the bits of its elements."""
     n, k, width = out_features, in_features, checked_width(format)
-    if packed.dtype != np.uint8 or packed.size != packed_bytes(n, k, format):
-        raise UserError(
-            f"{packed.size} bytes of {packed.dtype} are not a packed {format} weight [{n}, {k}]: it has "
-            f"{packed_bytes(n, k, format)}; build the engine again"
-        )
+    require_size(packed, packed_bytes(n, k, format), f"{format} weight [{n}, {k}]")
     tiles, blocks = -(-n // ROWS), -(-k // INPUTS)
     places = _places(format)
     block_major = packed.reshape(tiles, blocks, -1)

@@ -12,8 +12,17 @@ from functools import cache
 
 import numpy as np
 
-from plugins.common.errors import UserError
-from plugins.sparsity.skinny_layout import CHUNK, INPUTS, LANES, ROWS, UNITS, Array, checked_width
+from plugins.sparsity.skinny_layout import (
+    CHUNK,
+    INPUTS,
+    LANES,
+    ROWS,
+    UNITS,
+    Array,
+    checked_width,
+    require_size,
+    width_of,
+)
 from plugins.sparsity.skinny_layout_of8 import group_places
 
 
@@ -25,9 +34,7 @@ def packed_bytes(out_features: int, in_features: int, format: str) -> int:
 def pack(w_NK: Array, format: str) -> Array:
     """Packs a weight w_NK [N, K]: uint8 [packed_bytes]. -0.0 becomes 0."""
     n, k = w_NK.shape
-    width = checked_width(format)
-    if w_NK.dtype.itemsize != width:
-        raise UserError(f"a weight of {w_NK.dtype} is no {format} weight: its elements have {width} bytes")
+    width = width_of(w_NK, format)
     bits = np.ascontiguousarray(w_NK).view(f"u{width}")
     sign = 1 << (8 * width - 1)
     tiles, blocks = -(-n // ROWS), -(-k // INPUTS)
@@ -42,11 +49,7 @@ def pack(w_NK: Array, format: str) -> Array:
 def unpack(packed: Array, out_features: int, in_features: int, format: str) -> Array:
     """The weight of a packed one: unsigned integers [N, K] of the element's width, the bits of its elements."""
     n, k, width = out_features, in_features, checked_width(format)
-    if packed.dtype != np.uint8 or packed.size != packed_bytes(n, k, format):
-        raise UserError(
-            f"{packed.size} bytes of {packed.dtype} are not a packed dense {format} weight [{n}, {k}]: it has "
-            f"{packed_bytes(n, k, format)}; build the engine again"
-        )
+    require_size(packed, packed_bytes(n, k, format), f"dense {format} weight [{n}, {k}]")
     tiles, blocks = -(-n // ROWS), -(-k // INPUTS)
     values = np.ascontiguousarray(packed.reshape(tiles, blocks, -1)[:, :, _places(format)]).view(f"u{width}")
     rows = values.reshape(tiles, blocks, ROWS, INPUTS).swapaxes(1, 2).reshape(tiles * ROWS, blocks * INPUTS)

@@ -16,7 +16,17 @@ import numpy as np
 from plugins.common.errors import UserError
 from plugins.common.patterns import keep_and_group
 from plugins.sparsity import pattern as packing
-from plugins.sparsity.skinny_layout import CHUNK, INPUTS, LANES, ROWS, UNITS, Array, checked_width
+from plugins.sparsity.skinny_layout import (
+    CHUNK,
+    INPUTS,
+    LANES,
+    ROWS,
+    UNITS,
+    Array,
+    checked_width,
+    require_size,
+    width_of,
+)
 
 GROUPS = INPUTS // 8  # of a row in a block
 
@@ -29,9 +39,7 @@ def packed_bytes(out_features: int, in_features: int, format: str, pattern: str)
 def pack(w_NK: Array, format: str, pattern: str) -> Array:
     """Packs a weight w_NK [N, K]: uint8 [packed_bytes]. Raises UserError naming a group that breaks the pattern."""
     n, k = w_NK.shape
-    width, keep = checked_width(format), keep_and_group(pattern)[0]
-    if w_NK.dtype.itemsize != width:
-        raise UserError(f"a weight of {w_NK.dtype} is no {format} weight: its elements have {width} bytes")
+    width, keep = width_of(w_NK, format), keep_and_group(pattern)[0]
     values, masks = packing.pack(w_NK, pattern)
     tiles, blocks = -(-n // ROWS), -(-k // INPUTS)
     value_bytes = np.zeros((tiles * ROWS, blocks * GROUPS, keep, width), np.uint8)
@@ -53,11 +61,7 @@ def pack(w_NK: Array, format: str, pattern: str) -> Array:
 def unpack(packed: Array, out_features: int, in_features: int, format: str, pattern: str) -> Array:
     """The dense weight of a packed one: unsigned integers [N, K] of the element's width, the bits of its elements."""
     n, k, width, keep = out_features, in_features, checked_width(format), keep_and_group(pattern)[0]
-    if packed.dtype != np.uint8 or packed.size != packed_bytes(n, k, format, pattern):
-        raise UserError(
-            f"{packed.size} bytes of {packed.dtype} are not a packed {pattern} {format} weight [{n}, {k}]: it has "
-            f"{packed_bytes(n, k, format, pattern)}; build the engine again"
-        )
+    require_size(packed, packed_bytes(n, k, format, pattern), f"{pattern} {format} weight [{n}, {k}]")
     tiles, blocks = -(-n // ROWS), -(-k // INPUTS)
     places = _places(format, pattern)
     block_major = packed.reshape(tiles, blocks, -1)

@@ -184,6 +184,7 @@ def test_engines_measurement_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, tm
     [
         "benchmarks.kernels.gpu_suite",
         "benchmarks.kernels.gemm",
+        "benchmarks.kernels.hybrid_times",
         "benchmarks.kernels.pattern_times",
         "builder.engines.torch_backend.benchmark",
     ],
